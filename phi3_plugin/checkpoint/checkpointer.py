@@ -1,0 +1,157 @@
+"""The checkpointer that torchtune's LoRA recipes talk to."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from phi3_plugin.checkpoint.card import model_card
+from phi3_plugin.checkpoint.folder import check_writable, whole_folder
+from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.peft import save_adapter
+from phi3_plugin.checkpoint.resume import load_latest, refuse_other_run, save_state
+from phi3_plugin.config import checkpoint_folder, read_config
+from phi3_plugin.errors import ConfigError, OutputError
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    "config.json",  # without it transformers picks the wrong tokenizer class
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Phi3Checkpointer:
+    """Reads a Phi-3 checkpoint folder and writes one PEFT adapter folder an epoch.
+
+    ``output_dir/epoch_N`` holds the adapter, the tokenizer with config.json, a model card and,
+    until the last epoch, the recipe's state. A folder is written aside and renamed, so it is
+    whole or absent.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | Path | None,
+        output_dir: str | Path | None,
+        *,
+        lora_dropout: float = 0.0,
+        save_adapter_weights_only: bool = True,
+        should_load_recipe_state: bool = False,
+        model_type: str = "PHI3_MINI",
+    ) -> None:
+        """Check both folders; nothing is read or written yet.
+
+        Args:
+            checkpoint_dir: Folder of the base model in Hugging Face layout.
+            output_dir: Where the epoch folders go.
+            lora_dropout: Recorded in adapter_config.json.
+            save_adapter_weights_only: The recipe's setting of that name, which must be True.
+            should_load_recipe_state: True when the recipe resumes.
+            model_type: Read by torchtune's recipes only.
+
+        Raises:
+            ConfigError: A key is not set or cannot be honoured.
+            MissingFileError: There is no checkpoint, or nothing to resume from.
+            OutputError: The output folder cannot be written or holds another run.
+        """
+        if not save_adapter_weights_only:
+            raise ConfigError(
+                "save_adapter_weights_only: False is not supported: on a CPU torchtune's recipes "
+                "then merge the adapter into the weights that are still being trained. Set it "
+                "to True and merge the saved adapter with PEFT's merge_and_unload()."
+            )
+        self.model_type = model_type
+        self._checkpoint_dir = checkpoint_folder(checkpoint_dir)
+        read_config(self._checkpoint_dir)
+        self._output_dir = _output_folder(output_dir, self._checkpoint_dir)
+        self._dropout, self._resume = lora_dropout, should_load_recipe_state
+        if not should_load_recipe_state:
+            refuse_other_run(self._output_dir)
+        check_writable(self._output_dir, "output_dir")
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Return the base weights under ``model`` and, when resuming, adapter and recipe state.
+
+        Raises:
+            CheckpointError: The weights or the saved state are damaged or do not fit.
+            MissingFileError: Files are missing.
+        """
+        # The cheap part first: a run that cannot resume should say so before 8 GB are read.
+        state = load_latest(self._output_dir) if self._resume else {}
+        return {"model": load_base_weights(self._checkpoint_dir), **state}
+
+    def save_checkpoint(
+        self,
+        state_dict: dict[str, Any],
+        epoch: int,
+        intermediate_checkpoint: bool,
+        adapter_only: bool = True,
+    ) -> None:
+        """Write ``epoch_N``, called by the recipe with what it gathered.
+
+        Args:
+            state_dict: ``adapter`` and ``adapter_config``, and recipe state in between epochs.
+            epoch: N, from 0.
+            intermediate_checkpoint: Whether more epochs follow, so that state is worth keeping.
+            adapter_only: What the recipe was told; merged weights are never written.
+
+        Raises:
+            AdapterError: The adapter is untrained or not finite.
+            OutputError: The folder cannot be written.
+        """
+        adapter, config = state_dict["adapter"], state_dict["adapter_config"]
+        final, base = self._output_dir / f"epoch_{epoch}", base_name(self._checkpoint_dir)
+        with whole_folder(final) as folder:
+            save_adapter(folder, adapter, config["lora_alpha"], self._dropout, base)
+            _copy_tokenizer(self._checkpoint_dir, folder)
+            (folder / "README.md").write_text(model_card(folder, base, epoch), encoding="utf-8")
+            if intermediate_checkpoint:
+                inside = {"adapter", "adapter_config", "model"}
+                save_state(folder, {k: v for k, v in state_dict.items() if k not in inside})
+        log.info("Saved a PEFT adapter to %s", final)
+        if not adapter_only:
+            raise ConfigError(
+                f"save_adapter_weights_only: False is not supported; the adapter is in {final}, "
+                "the merged weights were not written. Set it to True."
+            )
+
+
+def base_name(checkpoint_dir: Path) -> str:
+    """Return how an adapter names its base: the repository it came from, else the folder.
+
+    ``tune download`` leaves original_repo_id.json beside the weights.
+    """
+    file = checkpoint_dir / "original_repo_id.json"
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["repo_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(checkpoint_dir.resolve())
+
+
+def _output_folder(output_dir: str | Path | None, checkpoint_dir: Path) -> Path:
+    if output_dir is None:
+        raise ConfigError(
+            "output_dir is not set. Set it in the YAML or add output_dir=/path/to/results to "
+            "the command."
+        )
+    folder = Path(output_dir)
+    inside = checkpoint_dir.resolve()
+    if inside in (folder.resolve(), *folder.resolve().parents):
+        raise OutputError(
+            f"output_dir: {folder} is inside checkpoint_dir {checkpoint_dir}. Choose a folder "
+            "elsewhere, so that the base model stays as it was downloaded."
+        )
+    return folder
+
+
+def _copy_tokenizer(checkpoint_dir: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (checkpoint_dir / name).is_file():
+            shutil.copyfile(checkpoint_dir / name, folder / name)

@@ -1,0 +1,86 @@
+"""The one table between Hugging Face's tensor names and ours, read both ways."""
+
+import re
+
+from phi3_plugin.config import Phi3Config
+from phi3_plugin.errors import CheckpointError
+
+NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.layers.{}.input_layernorm": "layers.{}.sa_norm",
+    "model.layers.{}.self_attn.qkv_proj": "layers.{}.attn.qkv_proj",
+    "model.layers.{}.self_attn.o_proj": "layers.{}.attn.o_proj",
+    "model.layers.{}.post_attention_layernorm": "layers.{}.mlp_norm",
+    "model.layers.{}.mlp.gate_up_proj": "layers.{}.mlp.gate_up_proj",
+    "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
+    "model.norm": "norm",
+    "lm_head": "output",
+}
+"""Module names; ``{}`` is the number of the layer."""
+
+PARAMETERS = {"lora_A.weight": "lora_a.weight", "lora_B.weight": "lora_b.weight"}
+"""Parameter names in an adapter file of PEFT, and ours."""
+
+PEFT_PREFIX = "base_model.model."
+
+_TO_HF = {ours: hf for hf, ours in NAMES.items()}
+_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+
+
+def to_ours(name: str) -> str:
+    """Return our name of a tensor in a Hugging Face checkpoint."""
+    module, _, parameter = name.rpartition(".")
+    ours = _rename(module, NAMES)
+    return f"{ours}.{'scale' if ours.endswith('norm') else parameter}"
+
+
+def to_hf(name: str) -> str:
+    """Return Hugging Face's name of one of our base tensors."""
+    module, _, _ = name.rpartition(".")
+    return f"{_rename(module, _TO_HF)}.weight"
+
+
+def to_peft(name: str) -> str:
+    """Return the name under which PEFT stores one of our adapter tensors."""
+    for theirs, ours in PARAMETERS.items():
+        if name.endswith(f".{ours}"):
+            return f"{PEFT_PREFIX}{_rename(name.removesuffix(f'.{ours}'), _TO_HF)}.{theirs}"
+    raise CheckpointError(f"{name!r} is not an adapter tensor of this model.")
+
+
+def from_peft(name: str) -> str:
+    """Return our name of a tensor in an adapter file of PEFT."""
+    for theirs, ours in PARAMETERS.items():
+        if name.startswith(PEFT_PREFIX) and name.endswith(f".{theirs}"):
+            module = name.removeprefix(PEFT_PREFIX).removesuffix(f".{theirs}")
+            return f"{_rename(module, NAMES)}.{ours}"
+    raise CheckpointError(f"{name!r} is not an adapter tensor of Phi-3.")
+
+
+def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor that a checkpoint of this size holds."""
+    d, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (vocab, d),
+        "model.layers.{}.input_layernorm": (d,),
+        "model.layers.{}.self_attn.qkv_proj": (config.qkv_size, d),
+        "model.layers.{}.self_attn.o_proj": (d, d),
+        "model.layers.{}.post_attention_layernorm": (d,),
+        "model.layers.{}.mlp.gate_up_proj": (2 * inner, d),
+        "model.layers.{}.mlp.down_proj": (d, inner),
+        "model.norm": (d,),
+        "lm_head": (vocab, d),
+    }
+    return {
+        f"{module.format(layer)}.weight": shape
+        for module, shape in shapes.items()
+        for layer in (range(config.num_hidden_layers) if "{}" in module else ("",))
+    }
+
+
+def _rename(module: str, table: dict[str, str]) -> str:
+    layer = _LAYER.search(module)
+    key = _LAYER.sub("{}", module, count=1)
+    if key not in table:
+        raise CheckpointError(f"{module!r} is not a module of Phi-3. Known: {', '.join(table)}.")
+    return table[key].format(layer.group() if layer else "")

@@ -1,0 +1,146 @@
+"""The chat data set: rows in, tokens and labels out, ready for torchtune's collate functions."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from torchtune.datasets import PackedDataset
+from torchtune.utils import log_rank_zero
+
+from phi3_plugin.data.formats import pick_format, read_chat
+from phi3_plugin.data.sources import Row, read_rows
+from phi3_plugin.data.template import Turn
+from phi3_plugin.data.tokenizer import Phi3Tokenizer, Tokens
+from phi3_plugin.errors import ConfigError, DataError
+
+IGNORED = -100
+"""Label of a token that the loss does not count."""
+
+BATCH = 1024
+"""Conversations tokenized at once: enough to keep all cores busy, little to hold in memory."""
+
+LISTED = 10
+"""How many broken rows an error lists, and how many first rows tell the format."""
+
+logger = logging.getLogger(__name__)
+
+
+class ChatDataset(Dataset[dict[str, list[int]]]):
+    """Tokenized conversations, held as one int32 array of ids and one of labels each."""
+
+    def __init__(self, chats: Sequence[Tokens]) -> None:
+        """Keep the conversations; see :func:`chat_dataset`."""
+        self._samples = [(chat.ids, _labels(chat)) for chat in chats]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """Return ``tokens`` and ``labels``, each [S].
+
+        Labels stand at their own token's position (the recipe shifts them), and are -100 where
+        not trained. The first is always -100: a conversation starts with a header, so in a pack
+        nothing is predicted across the border of two conversations.
+        """
+        tokens, labels = self._samples[index]
+        return {"tokens": tokens.tolist(), "labels": labels.tolist()}
+
+
+def chat_dataset(
+    tokenizer: Phi3Tokenizer,
+    source: str | Path | None = None,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    packed: bool = False,
+) -> ChatDataset | PackedDataset:
+    """Read, check and tokenize conversations; what the assistant says is trained on.
+
+    Args:
+        tokenizer: Tokenizer of the checkpoint.
+        source: A .json or .jsonl file, a folder of them, a glob, or a name on the hub.
+        format: How rows are read, see :data:`phi3_plugin.data.formats.FORMATS`; by default
+            recognized from the first rows.
+        columns: Role to column name, for rows that no format fits.
+        split: Which part of a hub data set.
+        subset: The configuration of a hub data set that has several.
+        packed: Fill rows of ``tokenizer.max_seq_len`` tokens with several conversations.
+
+    Raises:
+        ConfigError: An option is missing or does not fit the others.
+        MissingFileError: A local source is not there.
+        DataError: Rows are broken (all are counted, the first ones listed), their format is
+            not known, or nothing is left to train on.
+    """
+    if packed and tokenizer.max_seq_len is None:
+        raise ConfigError(
+            "dataset.packed: True needs the length of a pack. Set tokenizer.max_seq_len."
+        )
+    chats = _read_chats(read_rows(source, split=split, subset=subset), source, format, columns)
+    dataset = ChatDataset(_tokenize(tokenizer, chats, source))
+    if not packed:
+        return dataset
+    return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len, padding_idx=tokenizer.pad_id)
+
+
+def _read_chats(
+    rows: Sequence[Row],
+    source: str | Path | None,
+    format: str | None,
+    columns: Mapping[str, str] | None,
+) -> list[list[Turn]]:
+    readable = [row.value for row in rows if not isinstance(row.value, DataError)]
+    if not readable:
+        _raise_problems([f"{where}: {error}" for where, error in rows], len(rows))
+    try:
+        reader = pick_format(format, columns, readable[:LISTED])
+    except DataError as error:
+        raise DataError(f"dataset.source: {source}: {error}") from error
+    chats, problems = [], []
+    for where, value in rows:
+        try:
+            if isinstance(value, DataError):
+                raise value
+            chats.append(read_chat(value, reader))
+        except DataError as error:
+            problems.append(f"{where}: {error}")
+    _raise_problems(problems, len(rows))
+    return chats
+
+
+def _raise_problems(problems: Sequence[str], total: int) -> None:
+    if not problems:
+        return
+    more = len(problems) - LISTED
+    listed = [*problems[:LISTED], *([f"and {more} more"] if more > 0 else [])]
+    raise DataError(
+        f"dataset.source: {len(problems)} of {total} rows cannot be used. Correct or remove "
+        "them:\n  " + "\n  ".join(listed)
+    )
+
+
+def _tokenize(
+    tokenizer: Phi3Tokenizer, chats: Sequence[Sequence[Turn]], source: Any
+) -> list[Tokens]:
+    batches = (chats[i : i + BATCH] for i in range(0, len(chats), BATCH))
+    tokenized = [tokens for batch in batches for tokens in tokenizer.tokenize_chats(batch)]
+    kept = [tokens for tokens in tokenized if tokens.trained.any()]
+    dropped = (
+        f"dropped {len(tokenized) - len(kept)} of {len(tokenized)} conversations: no assistant "
+        f"turn starts within tokenizer.max_seq_len: {tokenizer.max_seq_len}"
+    )
+    if not kept:
+        raise DataError(f"dataset.source: {source}: {dropped}. Raise it.")
+    if len(kept) < len(tokenized):
+        log_rank_zero(logger, dropped, logging.WARNING)
+    return kept
+
+
+def _labels(chat: Tokens) -> NDArray[np.int32]:
+    return np.where(chat.trained, chat.ids, np.int32(IGNORED)).astype(np.int32)

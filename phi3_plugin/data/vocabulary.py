@@ -1,0 +1,187 @@
+"""Read the tokenizer files of a checkpoint folder, and refuse those we cannot follow exactly."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from phi3_plugin.config import checkpoint_folder
+from phi3_plugin.data.template import END, ROLES, ChatTemplate
+from phi3_plugin.errors import MissingFileError, TokenizerError
+
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""Special tokens that tokenizer_config.json gives a name."""
+
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the files of one checkpoint say about text and tokens."""
+
+    backend: Tokenizer
+    template: ChatTemplate
+    names: Mapping[str, str]
+    """``bos_token``, ``eos_token``, … to the token's text."""
+    stop_tokens: list[int]
+
+
+def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
+    """Read tokenizer.json, tokenizer_config.json, the chat template and the stop ids.
+
+    Args:
+        checkpoint_dir: Folder in Hugging Face layout. generation_config.json is optional.
+
+    Raises:
+        ConfigError: The folder is not given.
+        MissingFileError: The folder or one of its files is not there.
+        TokenizerError: A file is broken, or of a generation that is not supported.
+    """
+    folder = checkpoint_folder(checkpoint_dir)
+    backend = _read_backend(folder)
+    settings = _read_json(folder / "tokenizer_config.json")
+    _check_size(backend, folder)
+    _check_special_tokens(backend, settings, folder)
+    names = {name: text for name in NAMES if (text := _text(settings.get(name))) is not None}
+    _check_names(names, backend, folder)
+    template = ChatTemplate.fit(*_read_template(folder, settings), names)
+    return Vocabulary(backend, template, names, _read_stop_tokens(backend, names, folder))
+
+
+def _read_backend(folder: Path) -> Tokenizer:
+    file = _existing(folder / "tokenizer.json")
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises nothing narrower
+        raise TokenizerError(
+            f"{file} cannot be read: {error}. Download it again from the model's page."
+        ) from error
+    # A file may carry the settings of whoever saved it; Hugging Face resets them as well.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _existing(file: Path) -> Path:
+    if file.is_file():
+        return file
+    hint = ""
+    if file.name == "tokenizer.json" and (file.parent / "tokenizer.model").is_file():
+        hint = " (only tokenizer.model, which does not say how special tokens treat whitespace)"
+    raise MissingFileError(
+        f"{file.parent} has no {file.name}{hint}. Download the checkpoint's tokenizer.json, "
+        "tokenizer_config.json and config.json into this folder."
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_existing(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{file} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def _text(token: Any) -> str | None:
+    # Older files write a special token as an object with its flags
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _read_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
+    beside, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8"), str(beside)
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    if not isinstance(template, str):
+        raise TokenizerError(
+            f"{config} has no chat_template and there is no {beside.name} beside it. Base models "
+            "have none; use an instruct checkpoint, or download its tokenizer_config.json again."
+        )
+    return template, str(config)
+
+
+def _check_size(backend: Tokenizer, folder: Path) -> None:
+    rows = _read_json(folder / "config.json").get("vocab_size")
+    tokens = max(backend.get_vocab().values()) + 1
+    if not isinstance(rows, int) or tokens > rows:
+        raise TokenizerError(
+            f"{folder / 'tokenizer.json'} has {tokens} tokens, more than vocab_size: {rows} in "
+            "config.json, so some have no embedding. Use the two files of one checkpoint."
+        )
+
+
+def _check_special_tokens(backend: Tokenizer, settings: Mapping[str, Any], folder: Path) -> None:
+    tokens = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    problems = []
+    for text in (*(f"<|{role}|>" for role in ROLES), END, "<|endoftext|>"):
+        # The newline after a role or <|end|> belongs to the token, that after the text's end not
+        expected = {**dict.fromkeys(FLAGS, False), "special": True}
+        expected["rstrip"] = text != "<|endoftext|>"
+        if text not in tokens:
+            problems.append(f"{text} is missing")
+        elif (flags := _flags(tokens[text])) != expected:
+            wrong = [f"{flag}={flags[flag]}" for flag in FLAGS if flags[flag] != expected[flag]]
+            problems.append(f"{text} has {', '.join(wrong)}")
+    if problems:
+        raise TokenizerError(
+            f"{folder / 'tokenizer.json'} is not a supported Phi-3 tokenizer: "
+            f"{'; '.join(problems)}. Expected special tokens with rstrip on roles and {END}, as "
+            "in every revision after the launch of April 2024. Download a current revision."
+        )
+    _check_agreement(tokens, settings, folder)
+
+
+def _check_agreement(
+    tokens: Mapping[str, AddedToken], settings: Mapping[str, Any], folder: Path
+) -> None:
+    # Where the two files differ, Hugging Face silently follows tokenizer_config.json
+    listed = settings.get("added_tokens_decoder") or {}
+    differing = [
+        entry["content"]
+        for entry in listed.values()
+        if entry["content"] not in tokens
+        or any(
+            flag in entry and entry[flag] != value
+            for flag, value in _flags(tokens[entry["content"]]).items()
+        )
+    ]
+    if differing:
+        raise TokenizerError(
+            f"{folder}: tokenizer.json and tokenizer_config.json disagree about "
+            f"{', '.join(differing)}. Use the two files of one revision."
+        )
+
+
+def _flags(token: AddedToken) -> dict[str, bool]:
+    return {flag: getattr(token, flag) for flag in FLAGS}
+
+
+def _check_names(names: Mapping[str, str], backend: Tokenizer, folder: Path) -> None:
+    unknown = [f"{n}: {text!r}" for n, text in names.items() if backend.token_to_id(text) is None]
+    if "eos_token" not in names or unknown:
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: "
+            + (f"{', '.join(unknown)} is not in tokenizer.json" if unknown else "no eos_token")
+            + ". Use the two files of one revision."
+        )
+
+
+def _read_stop_tokens(backend: Tokenizer, names: Mapping[str, str], folder: Path) -> list[int]:
+    file = folder / "generation_config.json"
+    listed = _read_json(file).get("eos_token_id") if file.is_file() else None
+    if listed is None:
+        texts = (names["eos_token"], "<|assistant|>", END)
+        return [i for text in texts if (i := backend.token_to_id(text)) is not None]
+    stops = listed if isinstance(listed, list) else [listed]
+    if not stops or any(type(i) is not int or backend.id_to_token(i) is None for i in stops):
+        raise TokenizerError(f"{file}: eos_token_id: {listed!r} must be ids of the tokenizer.")
+    return stops

@@ -1,0 +1,101 @@
+"""Self-attention over Phi-3's fused ``qkv_proj``, shaped for torchtune's decoder shell."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torchtune.modules import KVCache
+
+from phi3_plugin.models.masks import windowed
+from phi3_plugin.models.rope import RotaryEmbedding
+
+
+# Shapes: B batch, S sequence, D model, H query heads, K key/value heads, F head dim
+class Phi3Attention(nn.Module):
+    """Grouped-query attention with rotary positions and a sliding window.
+
+    Source: transformers 5.23 ``Phi3Attention``; rows of ``qkv_proj`` are q, k, v.
+    """
+
+    def __init__(
+        self,
+        qkv_proj: nn.Module,
+        o_proj: nn.Module,
+        rope: RotaryEmbedding,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        sliding_window: int | None,
+    ) -> None:
+        """Take the two projections as built, with or without adapters.
+
+        Args:
+            qkv_proj: D to (H + 2K)·F.
+            o_proj: H·F to D.
+            rope: Shared by all layers.
+            num_heads: H.
+            num_kv_heads: K.
+            head_dim: F.
+            sliding_window: Keys a query sees, itself included; None sees all before it.
+        """
+        super().__init__()
+        self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.sliding_window = sliding_window
+        # The two names that torchtune's layer asks about.
+        self.kv_cache: KVCache | None = None
+        self.cache_enabled = False
+
+    def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
+        """Allocate the key/value cache that torchtune's generation fills."""
+        if self.kv_cache is not None:
+            return
+        self.kv_cache = KVCache(batch_size, max_seq_len, self.num_kv_heads, self.head_dim, dtype)
+        self.cache_enabled = True
+
+    def reset_cache(self) -> None:
+        """Empty the key/value cache."""
+        if self.kv_cache is None:
+            raise RuntimeError("There is no key/value cache to reset: call setup_caches() first.")
+        self.kv_cache.reset()
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
+        """Attend within ``x [B, S, D]``.
+
+        Args:
+            x: Normalized hidden states.
+            y: What torchtune's layer passes a second time; self-attention does not need it.
+            mask: True where a query sees a key, ``[B, S, keys]``; None is causal.
+            input_pos: Position of each token ``[B, S]``; None counts from 0.
+
+        Returns:
+            ``[B, S, D]``.
+        """
+        q, k, v = self._split_heads(self.qkv_proj(x), input_pos)
+        offset = 0
+        if self.kv_cache is not None and self.cache_enabled:
+            offset = self.kv_cache.size
+            k, v = self.kv_cache.update(k, v)
+        seen = windowed(mask, q.shape[2], k.shape[2], offset, self.sliding_window, x.device)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if seen is None else seen[:, None],
+            is_causal=seen is None,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _split_heads(self, qkv: Tensor, input_pos: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q, k = self.rope(q, input_pos=input_pos), self.rope(k, input_pos=input_pos)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

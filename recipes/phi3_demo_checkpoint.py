@@ -1,0 +1,231 @@
+"""Write a tiny Phi-3 checkpoint folder, laid out file for file like the published ones.
+
+The weights are random, so the model knows nothing; all the rest is what a download
+holds: ``config.json``, two safetensors shards with their index, and a tokenizer with
+Phi-3's special tokens and chat template. Only sizes and token ids differ.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+# Phi-3's own order, ids and flags: (text, rstrip). A newline after an rstrip token vanishes.
+FIRST_TOKENS = [("<unk>", False), ("<s>", False), ("</s>", True)]
+ADDED_TOKENS = [
+    ("<|endoftext|>", False),
+    ("<|assistant|>", True),
+    *((f"<|placeholder{n}|>", True) for n in range(1, 5)),
+    ("<|system|>", True),
+    ("<|end|>", True),
+    *((f"<|placeholder{n}|>", True) for n in range(5, 7)),
+    ("<|user|>", True),
+]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'user' %}"
+    "{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 512, 2, 4
+CONTEXT = 512
+WEIGHT_STD = 0.06
+"""Published Phi-3 starts from 0.02; at this width a base that small floors the loss."""
+
+
+def build_checkpoint(folder: Path, *, words: list[str], seed: int = 0) -> None:
+    """Write a checkpoint folder that torchtune, transformers and this package load.
+
+    Args:
+        folder: Where to write; created with its parents.
+        words: Words that become one token each, beside the printable characters.
+        seed: Seed of the random weights; equal seeds give equal files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(words)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {text: tokenizer.token_to_id(text) for text, _ in [*FIRST_TOKENS, *ADDED_TOKENS]}
+    config = model_config(ids, tokenizer.get_vocab_size())
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation_config(ids))
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(ids))
+    _write_json(folder / "special_tokens_map.json", special_tokens_map())
+    _write_json(folder / "added_tokens.json", {text: ids[text] for text, _ in ADDED_TOKENS})
+    write_shards(folder, random_weights(config, seed))
+
+
+def build_tokenizer(words: list[str]) -> Tokenizer:
+    """Return a byte-fallback BPE with Phi-3's structure and a vocabulary of a few hundred.
+
+    Args:
+        words: Each becomes one token, spelled together from the left with its space before it.
+    """
+    characters = ["▁", *(chr(c) for c in range(0x21, 0x7F))]
+    vocab = [text for text, _ in FIRST_TOKENS] + [f"<0x{byte:02X}>" for byte in range(256)]
+    merges = list(dict.fromkeys(m for word in words for m in _merges("▁" + word)))
+    vocab += ["".join(pair) for pair in merges] + characters
+    ids = {text: i for i, text in enumerate(vocab)}
+    bpe = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)]
+    )
+    for text, rstrip in [*FIRST_TOKENS, *ADDED_TOKENS]:
+        token = AddedToken(text, rstrip=rstrip, normalized=False, special=text != "</s>")
+        # </s> is an ordinary added token in Phi-3, all others are special.
+        (tokenizer.add_tokens if text == "</s>" else tokenizer.add_special_tokens)([token])
+    return tokenizer
+
+
+def _merges(word: str) -> Iterator[tuple[str, str]]:
+    """Yield the merges that build a word from the left: (▁, a), (▁a, n), …"""
+    for end in range(1, len(word)):
+        yield word[:end], word[end]
+
+
+def model_config(ids: dict[str, int], tokens: int) -> dict[str, Any]:
+    """Return config.json with the keys of the published mini-4k file.
+
+    Args:
+        ids: Id of each special token.
+        tokens: Size of the tokenizer; like Phi-3's, the model's vocabulary is rounded up from it.
+    """
+    return {
+        "_name_or_path": "phi3-demo",
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": ids["<s>"],
+        "embd_pdrop": 0.0,
+        "eos_token_id": ids["<|endoftext|>"],
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": INTERMEDIATE,
+        "max_position_embeddings": CONTEXT,
+        "model_type": "phi3",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": HEADS,
+        "original_max_position_embeddings": CONTEXT,
+        "pad_token_id": ids["<|endoftext|>"],
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": CONTEXT - 1,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.39.3",
+        "use_cache": True,
+        "vocab_size": -(-tokens // 64) * 64,
+    }
+
+
+def generation_config(ids: dict[str, int]) -> dict[str, Any]:
+    """Return generation_config.json: Phi-3 stops at any of three tokens."""
+    return {
+        "_from_model_config": True,
+        "bos_token_id": ids["<s>"],
+        "eos_token_id": [ids["<|endoftext|>"], ids["<|assistant|>"], ids["<|end|>"]],
+        "pad_token_id": ids["<|endoftext|>"],
+        "transformers_version": "4.39.3",
+    }
+
+
+def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
+    """Return tokenizer_config.json with the chat template."""
+    added = {
+        str(ids[text]): _token(text, rstrip) | {"special": text != "</s>"}
+        for text, rstrip in [*FIRST_TOKENS, *ADDED_TOKENS]
+    }
+    return {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "added_tokens_decoder": added,
+        "bos_token": "<s>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "legacy": False,
+        "model_max_length": CONTEXT,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": "<unk>",
+        "use_default_system_prompt": False,
+    }
+
+
+def special_tokens_map() -> dict[str, Any]:
+    """Return special_tokens_map.json."""
+    roles = {"bos": "<s>", "eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": "<unk>"}
+    return {f"{role}_token": _token(text, False) for role, text in roles.items()}
+
+
+def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """Return random fp32 weights under the published names.
+
+    Args:
+        config: The content of config.json.
+        seed: Seed of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dim, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * WEIGHT_STD
+
+    weights = {"model.embed_tokens.weight": draw(vocab, dim)}
+    for n in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{n}"
+        weights[f"{layer}.self_attn.qkv_proj.weight"] = draw(3 * dim, dim)
+        weights[f"{layer}.self_attn.o_proj.weight"] = draw(dim, dim)
+        weights[f"{layer}.mlp.gate_up_proj.weight"] = draw(2 * inner, dim)
+        weights[f"{layer}.mlp.down_proj.weight"] = draw(dim, inner)
+        weights[f"{layer}.input_layernorm.weight"] = torch.ones(dim)
+        weights[f"{layer}.post_attention_layernorm.weight"] = torch.ones(dim)
+    return weights | {"model.norm.weight": torch.ones(dim), "lm_head.weight": draw(vocab, dim)}
+
+
+def write_shards(folder: Path, weights: dict[str, torch.Tensor], shards: int = 2) -> None:
+    """Write the weights as safetensors shards with ``model.safetensors.index.json``.
+
+    Args:
+        folder: The checkpoint folder.
+        weights: Tensors by published name, in the model's order.
+        shards: Number of files; the names are dealt to them in order.
+    """
+    names, index = list(weights), {}
+    for n in range(shards):
+        file = f"model-{n + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[n * len(names) // shards : (n + 1) * len(names) // shards]
+        save_file({k: weights[k] for k in part}, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(part, file))
+    size = sum(w.numel() * w.element_size() for w in weights.values())
+    content = {"metadata": {"total_size": size}, "weight_map": index}
+    _write_json(folder / "model.safetensors.index.json", content)
+
+
+def _token(text: str, rstrip: bool) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": rstrip, "single_word": False}
+    return {"content": text, **flags}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,241 @@
+"""Epoch folders: valid for PEFT, bit-exact, whole or absent, and enough to resume from."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from phi3_plugin.checkpoint import Phi3Checkpointer
+from phi3_plugin.checkpoint.check import load_with_peft
+from phi3_plugin.checkpoint.folder import whole_folder
+from phi3_plugin.checkpoint.peft import load_adapter
+from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
+from phi3_plugin.models import lora_phi3
+from phi3_plugin.models.lora import TARGETS
+from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
+
+STATE = {"optimizer": {"state": {}}, "seed": 7, "epochs_run": 1, "total_epochs": 3}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "base"
+    return save_checkpoint(hf_model(MINI_4K, **TINY_MHA), MINI_4K, folder, **TINY_MHA)
+
+
+def trained_model(base, targets=TARGETS, dtype=torch.float32):
+    from phi3_plugin.checkpoint.hf import load_base_weights
+
+    model = lora_phi3(
+        base,
+        list(targets),
+        apply_lora_to_mlp=bool({"gate_up_proj", "down_proj"} & set(targets)),
+        lora_rank=4,
+        lora_alpha=12,
+    )
+    model.load_state_dict(load_base_weights(base), strict=False)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype).eval()
+
+
+def adapter_of(model):
+    return {name: value for name, value in model.state_dict().items() if "lora" in name}
+
+
+def recipe_dict(model, **state):
+    # The stock recipe's list of targets is not true: it adds w1, w2, w3.
+    config = {"r": 4, "lora_alpha": 12, "target_modules": ["qkv_proj", "w1"], "peft_type": "LORA"}
+    return {"adapter": adapter_of(model), "adapter_config": config, **state}
+
+
+def saved(base, out, model, epoch=0, intermediate=False, **keys):
+    checkpointer = Phi3Checkpointer(base, out, **keys)
+    checkpointer.save_checkpoint(
+        recipe_dict(model, **(STATE if intermediate else {})), epoch, intermediate
+    )
+    return out / f"epoch_{epoch}"
+
+
+@pytest.mark.parametrize(
+    ("published", "sizes", "targets"),
+    [
+        (MINI_4K, TINY_MHA, TARGETS),
+        (MEDIUM_4K, TINY_GQA, TARGETS),
+        (MINI_4K, TINY_MHA, ("qkv_proj",)),
+        (MINI_4K, TINY_MHA, ("o_proj", "down_proj")),
+    ],
+)
+def test_peft_computes_what_was_trained(published, sizes, targets, tmp_path):
+    base = save_checkpoint(hf_model(published, **sizes), published, tmp_path / "base", **sizes)
+    model = trained_model(base, targets)
+    folder = saved(base, tmp_path / "out", model)
+    batch = torch.randint(0, 150, (2, 17))
+    with torch.no_grad():
+        theirs = load_with_peft(base, folder)(input_ids=batch).logits
+        torch.testing.assert_close(model(batch), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_adapter_comes_back_bit_for_bit(base, dtype, tmp_path):
+    model = trained_model(base, dtype=dtype)
+    loaded = load_adapter(saved(base, tmp_path / "out", model))
+    adapter = adapter_of(model)
+    assert loaded.keys() == adapter.keys()
+    assert all(torch.equal(loaded[name], adapter[name]) for name in adapter)
+    assert all(value.dtype == dtype for value in loaded.values())
+
+
+def test_adapter_config_is_read_off_the_tensors(base, tmp_path):
+    out = tmp_path / "out"
+    folder = saved(base, out, trained_model(base, ("o_proj",)), lora_dropout=0.25)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["o_proj"]
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0.25)
+    assert isinstance(config["lora_alpha"], int)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["task_type"] == "CAUSAL_LM"
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_every_field_of_the_config_is_one_that_peft_knows(base, tmp_path):
+    from peft import LoraConfig
+
+    folder = saved(base, tmp_path / "out", trained_model(base))
+    keys = json.loads((folder / "adapter_config.json").read_text())
+    assert keys.keys() <= LoraConfig().to_dict().keys()
+
+
+def test_the_base_is_named_by_the_repository_it_came_from(base, tmp_path):
+    config = saved(base, tmp_path / "a", trained_model(base)) / "adapter_config.json"
+    assert json.loads(config.read_text())["base_model_name_or_path"] == str(base.resolve())
+    note = base / "original_repo_id.json"
+    note.write_text(json.dumps({"repo_id": "microsoft/Phi-3-mini-4k-instruct"}))
+    try:
+        folder = saved(base, tmp_path / "b", trained_model(base))
+    finally:
+        note.unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "microsoft/Phi-3-mini-4k-instruct"
+    card = (folder / "README.md").read_text()
+    assert "base_model: microsoft/Phi-3-mini-4k-instruct\n" in card
+    assert "down_proj, gate_up_proj, o_proj, qkv_proj" in card
+
+
+def test_resume_gives_back_state_and_adapter(base, tmp_path):
+    model, out = trained_model(base), tmp_path / "out"
+    saved(base, out, model, epoch=0, intermediate=True)
+    later = trained_model(base)
+    resumed = Phi3Checkpointer(base, out, should_load_recipe_state=True)
+    resumed.save_checkpoint(recipe_dict(later, **STATE), 1, True)
+    loaded = Phi3Checkpointer(base, out, should_load_recipe_state=True).load_checkpoint()
+    assert {key: loaded[key] for key in STATE} == STATE
+    assert loaded["model"].keys() == {
+        k for k in model.state_dict() if "lora" not in k
+    }
+    for name, value in adapter_of(later).items():
+        assert torch.equal(loaded["adapter"][name], value)
+
+
+def test_a_finished_run_is_not_resumed(base, tmp_path):
+    model, out = trained_model(base), tmp_path / "out"
+    saved(base, out, model, epoch=0)
+    with pytest.raises(CheckpointError, match="epoch_0 is the last epoch of a finished run"):
+        Phi3Checkpointer(base, out, should_load_recipe_state=True).load_checkpoint()
+
+
+def test_nothing_to_resume_from(base, tmp_path):
+    with pytest.raises(MissingFileError, match="no epoch_\\* folder to resume from"):
+        Phi3Checkpointer(base, tmp_path, should_load_recipe_state=True).load_checkpoint()
+
+
+def test_a_state_file_that_would_run_code_is_refused(base, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, ("touch pwned",))
+
+    folder = saved(base, tmp_path / "out", trained_model(base), intermediate=True)
+    torch.save({"x": Evil()}, folder / "recipe_state.pt")
+    with pytest.raises(CheckpointError, match=r"recipe_state\.pt cannot be read"):
+        Phi3Checkpointer(base, tmp_path / "out", should_load_recipe_state=True).load_checkpoint()
+    assert not os.path.exists("pwned")
+
+
+def test_another_runs_checkpoints_are_not_overwritten(base, tmp_path):
+    saved(base, tmp_path / "out", trained_model(base))
+    with pytest.raises(OutputError, match=r"holds the checkpoints of another run \(epoch_0\)"):
+        Phi3Checkpointer(base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["file/out", "file"])
+def test_an_output_folder_that_cannot_be_written(base, where, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="output_dir: .* cannot be written"):
+        Phi3Checkpointer(base, tmp_path / where)
+
+
+def test_checking_the_output_folder_leaves_nothing(base, tmp_path):
+    Phi3Checkpointer(base, tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("inside", [".", "out"])
+def test_output_inside_the_checkpoint(base, inside):
+    with pytest.raises(OutputError, match="is inside checkpoint_dir"):
+        Phi3Checkpointer(base, base / inside)
+
+
+def test_keys_that_are_not_set_or_not_supported(base, tmp_path):
+    with pytest.raises(ValueError, match="checkpoint_dir is not set"):
+        Phi3Checkpointer(None, tmp_path)
+    with pytest.raises(ValueError, match="output_dir is not set"):
+        Phi3Checkpointer(base, None)
+    with pytest.raises(ValueError, match="save_adapter_weights_only: False"):
+        Phi3Checkpointer(base, tmp_path, save_adapter_weights_only=False)
+
+
+def test_merged_weights_are_not_written_but_the_adapter_is_kept(base, tmp_path):
+    model = trained_model(base)
+    with pytest.raises(ValueError, match=r"the adapter is in .*epoch_0"):
+        Phi3Checkpointer(base, tmp_path).save_checkpoint(recipe_dict(model), 0, False, False)
+    assert load_adapter(tmp_path / "epoch_0").keys() == adapter_of(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda name, p: p.mul_(float("nan")), "hold NaN or infinite numbers"),
+        (lambda name, p: p.zero_() if "lora_b" in name else p, "no optimizer step"),
+    ],
+)
+def test_an_adapter_that_is_nonsense_is_not_saved(base, spoil, message, tmp_path):
+    model = trained_model(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                spoil(name, parameter)
+    with pytest.raises(AdapterError, match=message):
+        saved(base, tmp_path / "out", model)
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_write_that_fails_leaves_no_folder(tmp_path):
+    def write():
+        with whole_folder(tmp_path / "epoch_0") as folder:
+            (folder / "adapter_model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"epoch_0 could not be written: .*No space left"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_left_by_a_killed_run_does_not_count(base, tmp_path):
+    (tmp_path / ".partial-epoch_0").mkdir()
+    (tmp_path / ".partial-epoch_0" / "adapter_model.safetensors").write_bytes(b"half")
+    folder = saved(base, tmp_path, trained_model(base))
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]

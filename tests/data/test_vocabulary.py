@@ -1,0 +1,138 @@
+"""Every broken or foreign tokenizer folder is refused, and the message says what to do."""
+
+import json
+
+import pytest
+
+from phi3_plugin.data import phi3_tokenizer
+from phi3_plugin.errors import ConfigError, MissingFileError, TokenizerError
+from tests.assets import assets_dir
+from tests.data.tiny import MEDIUM, MINI, PHI35, edit_json, write_checkpoint
+
+
+def test_path_not_set():
+    with pytest.raises(ConfigError, match="checkpoint_dir is not set"):
+        phi3_tokenizer(None)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(MissingFileError, match="nowhere is not a folder"):
+        phi3_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(MissingFileError, match=rf"checkpoint has no {name}\. Download"):
+        phi3_tokenizer(folder)
+
+
+def test_only_sentencepiece_file(folder):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(MissingFileError, match=r"no tokenizer\.json \(only tokenizer\.model"):
+        phi3_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_broken_json(folder, name):
+    (folder / name).write_text("{")
+    with pytest.raises(TokenizerError, match=rf"{name} (cannot be read|is not valid JSON)"):
+        phi3_tokenizer(folder)
+
+
+def test_json_of_another_type(folder):
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(TokenizerError, match="must hold a JSON object, not list"):
+        phi3_tokenizer(folder)
+
+
+def test_no_chat_template(folder):
+    edit_json(folder / "tokenizer_config.json", chat_template=None)
+    with pytest.raises(TokenizerError, match=r"no chat_template and there is no chat_template\.ji"):
+        phi3_tokenizer(folder)
+
+
+def test_the_template_of_medium_is_refused(folder):
+    edit_json(folder / "tokenizer_config.json", chat_template=MEDIUM)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: .*Phi-3\.5-mini"):
+        phi3_tokenizer(folder)
+
+
+def test_the_tokenizer_of_the_launch_is_refused(tmp_path):
+    folder = write_checkpoint(tmp_path, rstrip=False)
+    with pytest.raises(TokenizerError, match=r"<\|user\|> has rstrip=False.*launch of April 2024"):
+        phi3_tokenizer(folder)
+
+
+def test_missing_special_token_and_wrong_flag_are_listed_together(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    tokens = [t for t in content["added_tokens"] if t["content"] != "<|system|>"]
+    for token in tokens:
+        token["lstrip"] = token["content"] == "<|end|>"
+    edit_json(folder / "tokenizer.json", added_tokens=tokens)
+    with pytest.raises(TokenizerError, match=r"<\|system\|> is missing; <\|end\|> has lstrip=True"):
+        phi3_tokenizer(folder)
+
+
+def test_files_that_disagree_about_a_token(folder):
+    file = folder / "tokenizer_config.json"
+    listed = json.loads(file.read_text())["added_tokens_decoder"]
+    for token in listed.values():
+        token["rstrip"] = False
+    edit_json(file, added_tokens_decoder=listed)
+    with pytest.raises(TokenizerError, match=r"disagree about .*<\|assistant\|>"):
+        phi3_tokenizer(folder)
+
+
+def test_more_tokens_than_embeddings(folder):
+    size = phi3_tokenizer(folder).vocab_size
+    edit_json(folder / "config.json", vocab_size=300)
+    with pytest.raises(TokenizerError, match=f"has {size} tokens, more than vocab_size: 300"):
+        phi3_tokenizer(folder)
+
+
+def test_named_token_that_does_not_exist(folder):
+    edit_json(folder / "tokenizer_config.json", pad_token="<pad>")
+    with pytest.raises(TokenizerError, match=r"pad_token: '<pad>' is not in tokenizer\.json"):
+        phi3_tokenizer(folder)
+
+
+def test_no_eos_token(folder):
+    edit_json(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(TokenizerError, match="no eos_token"):
+        phi3_tokenizer(folder)
+
+
+@pytest.mark.parametrize("ids", [[], [99999], ["<|end|>"]])
+def test_stop_ids_that_are_none(folder, ids):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(TokenizerError, match=r"generation_config\.json: eos_token_id: .* must be"):
+        phi3_tokenizer(folder)
+
+
+def test_a_template_file_beside_wins(folder):
+    (folder / "chat_template.jinja").write_text(PHI35)
+    edit_json(folder / "tokenizer_config.json", chat_template="{{ raise_exception('old') }}")
+    phi3_tokenizer(folder)
+
+
+def test_the_default_of_several_templates(folder):
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": MINI}]
+    edit_json(folder / "tokenizer_config.json", chat_template=several)
+    phi3_tokenizer(folder)
+
+
+def test_saved_truncation_and_padding_are_reset(folder):
+    edit_json(
+        folder / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+    )
+    assert len(phi3_tokenizer(folder).encode("the other")) > 2
+
+
+@pytest.mark.assets
+def test_published_medium_is_refused():
+    if assets_dir() is None:
+        pytest.skip("the published tokenizers are not here: set PHI3_ASSETS")
+    with pytest.raises(TokenizerError, match=r"phi3-medium.*this chat template is not supported"):
+        phi3_tokenizer(assets_dir() / "models" / "phi3-medium-4k-instruct")

@@ -1,0 +1,122 @@
+"""config.json is read strictly: every key is used, required, or known to be irrelevant."""
+
+import json
+
+import pytest
+
+from phi3_plugin.config import Phi3Config, parse_config, read_config
+from phi3_plugin.errors import ConfigError, MissingFileError
+from tests.assets import assets_dir
+from tests.oracles import MEDIUM_4K, MINI_4K
+
+
+def test_mini_4k():
+    assert parse_config(MINI_4K) == Phi3Config(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        sliding_window=2047,
+    )
+    assert parse_config(MINI_4K).head_dim == 96
+
+
+def test_medium_4k_has_grouped_heads():
+    config = parse_config(MEDIUM_4K)
+    assert (config.head_dim, config.qkv_size) == (128, 5120 + 2 * 1280)
+
+
+def test_rope_parameters_of_transformers_5():
+    keys = {k: v for k, v in MINI_4K.items() if k not in ("rope_theta", "rope_scaling")}
+    keys["rope_parameters"] = {
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+        "partial_rotary_factor": 1.0,
+    }
+    assert parse_config(keys) == parse_config(MINI_4K)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'phi3'"),
+        ({"new_key": 3}, "new_key: 3 is an unknown key"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: True is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: {'type': 'longrope'} is not"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type: 'longrope'"),
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor: 0.75 is not supported"),
+        ({"hidden_size": None}, "hidden_size: None must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: 0 must be a whole number"),
+        ({"hidden_size": 3073}, "hidden_size: 3073 must be a multiple of num_attention_heads"),
+        ({"num_key_value_heads": 5}, "num_attention_heads: 32 must be a multiple of num_key"),
+        ({"sliding_window": 0}, "sliding_window: 0"),
+        ({"rope_theta": None}, "rope_theta: None must be a number above 0"),
+    ],
+)
+def test_what_is_not_computed_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**MINI_4K, **change})
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINI_4K, "a": 1, "hidden_act": "gelu", "vocab_size": -1})
+    assert len(str(caught.value).splitlines()) == 4
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("phi3-mini-4k-instruct", None),
+        ("phi3-medium-4k-instruct", None),
+        ("phi3-mini-128k-instruct", "rope_scaling"),
+        ("phi3.5-mini-instruct", "rope_scaling"),
+        ("phi4-mini-instruct", "partial_rotary_factor"),
+    ],
+)
+def test_published_files(name, refused):
+    folder = assets_dir() / "models" / name
+    if refused is None:
+        assert read_config(folder).vocab_size == 32064
+    else:
+        with pytest.raises(ConfigError, match=f"{refused}: "):
+            read_config(folder)
+
+
+def test_a_folder_without_config_or_no_folder(tmp_path):
+    with pytest.raises(MissingFileError, match="has no config.json"):
+        read_config(tmp_path)
+    with pytest.raises(MissingFileError, match="nowhere is not a folder"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="checkpoint_dir is not set"):
+        read_config(None)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_file_that_is_not_a_json_object(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="JSON"):
+        read_config(tmp_path)
+
+
+def test_errors_are_also_the_standard_library_kind(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_config(tmp_path)
+    with pytest.raises(ValueError, match="not set"):
+        read_config(None)
+
+
+def test_a_saved_transformers_config_is_read(tmp_path):
+    from transformers import Phi3Config as HFConfig
+
+    HFConfig(**MINI_4K).save_pretrained(tmp_path)
+    keys = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in keys
+    assert read_config(tmp_path) == parse_config(MINI_4K)
