@@ -130,7 +130,7 @@ def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
         raise MissingFileError(
             f"checkpoint_dir: {folder} is not a folder. Download a checkpoint with "
             f"'tune download microsoft/Phi-3-mini-4k-instruct --output-dir {folder} "
-            "--ignore-patterns \"\"' or correct the path."
+            '--ignore-patterns ""\' or correct the path.'
         )
     return folder
 
@@ -160,7 +160,8 @@ def parse_config(keys: dict[str, Any], source: str = "config.json") -> Phi3Confi
     problems += _wrong_sizes(values)
     if problems:
         raise ConfigError(f"{source} cannot be used:\n  " + "\n  ".join(problems))
-    return Phi3Config(**{name: values.get(name) for name in Phi3Config.__annotations__})
+    fields: dict[str, Any] = {name: values.get(name) for name in Phi3Config.__annotations__}
+    return Phi3Config(**fields)
 
 
 def _unknown(keys: dict[str, Any]) -> list[str]:

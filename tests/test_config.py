@@ -86,7 +86,7 @@ def test_published_files(name, refused):
     if refused is None:
         assert read_config(folder).vocab_size == 32064
     else:
-        with pytest.raises(ConfigError, match=f"{refused}: "):
+        with pytest.raises(ConfigError, match=rf"{refused}: "):
             read_config(folder)
 
 

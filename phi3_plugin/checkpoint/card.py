@@ -17,7 +17,7 @@ tags:
 
 # LoRA adapter for {base}
 
-Rank {r}, alpha {lora_alpha}, dropout {lora_dropout}, on {targets}. Saved after epoch {epoch}.
+Rank {r}, alpha {lora_alpha}, dropout {lora_dropout}, on {targets}. Epochs trained: {epochs}.
 
 ```python
 from peft import PeftModel
@@ -44,4 +44,4 @@ def model_card(folder: Path, base: str, epoch: int) -> str:
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     targets = ", ".join(config["target_modules"])
-    return CARD.format(**{**config, "base": base, "epoch": epoch, "targets": targets})
+    return CARD.format(**{**config, "base": base, "epochs": epoch + 1, "targets": targets})

@@ -48,7 +48,9 @@ def load_with_peft(
 
     config = LoraConfig.from_pretrained(str(adapter_dir))
     model: PeftModel = get_peft_model(load_base_with_hf(checkpoint_dir, dtype), config)
-    result = set_peft_model_state_dict(model, load_peft_weights(str(adapter_dir), device="cpu"))
+    result: Any = set_peft_model_state_dict(
+        model, load_peft_weights(str(adapter_dir), device="cpu")
+    )
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
         raise AdapterError(

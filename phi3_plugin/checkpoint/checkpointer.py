@@ -9,7 +9,7 @@ from typing import Any
 from phi3_plugin.checkpoint.card import model_card
 from phi3_plugin.checkpoint.folder import check_writable, whole_folder
 from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.peft import save_adapter
+from phi3_plugin.checkpoint.peft import check_trained, save_adapter
 from phi3_plugin.checkpoint.resume import load_latest, refuse_other_run, save_state
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import ConfigError, OutputError
@@ -107,6 +107,7 @@ class Phi3Checkpointer:
             OutputError: The folder cannot be written.
         """
         adapter, config = state_dict["adapter"], state_dict["adapter_config"]
+        check_trained(adapter)
         final, base = self._output_dir / f"epoch_{epoch}", base_name(self._checkpoint_dir)
         with whole_folder(final) as folder:
             save_adapter(folder, adapter, config["lora_alpha"], self._dropout, base)

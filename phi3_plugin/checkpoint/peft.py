@@ -28,14 +28,15 @@ def save_adapter(
         base: Repository id or folder of the base model.
 
     Raises:
-        AdapterError: The adapter was not trained, or holds NaN or infinite numbers.
+        AdapterError: The ranks differ or alpha is not a whole number.
     """
-    check_trained(adapter)
     tensors = {to_peft(name): value.contiguous() for name, value in adapter.items()}
     config = adapter_config(tensors, alpha, dropout, base)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # safetensors makes files that only their owner may read; a server runs as another user.
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
 
 
 def adapter_config(

@@ -7,6 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from phi3_plugin.data.template import kind
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError
 
 SUFFIXES = (".json", ".jsonl")
@@ -116,7 +117,7 @@ def _line(line: str) -> dict[str, Any] | DataError:
 def _object(value: Any) -> dict[str, Any] | DataError:
     if isinstance(value, dict):
         return value
-    return DataError(f"the row is {type(value).__name__}, expected an object")
+    return DataError(f"the row is {kind(value)}, expected an object")
 
 
 def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[Row]:

@@ -51,11 +51,12 @@ class Phi3Tokenizer:
         self.stop_tokens = vocabulary.stop_tokens
         added = self._backend.get_added_tokens_decoder()
         self.special_tokens = {t.content: i for i, t in added.items() if t.special}
-        self.vocab_size = self._backend.get_vocab_size()
-        ids = {name: self._backend.token_to_id(text) for name, text in vocabulary.names.items()}
-        self.bos_id, self.unk_id = ids.get("bos_token"), ids.get("unk_token")
-        self.eos_id = self._backend.token_to_id(vocabulary.names["eos_token"])
-        self.pad_id = ids.get("pad_token", self.eos_id)
+        ids = self._backend.get_vocab()
+        self.vocab_size = len(ids)
+        named = {name: ids[text] for name, text in vocabulary.names.items()}
+        self.bos_id, self.unk_id = named.get("bos_token"), named.get("unk_token")
+        self.eos_id = named["eos_token"]
+        self.pad_id = named.get("pad_token", self.eos_id)
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Encode plain text; special tokens written in it become their ids.

@@ -77,10 +77,17 @@ def _existing(file: Path) -> Path:
     )
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return _existing(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{file} is not UTF-8 text: {error}. Download it again.") from error
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_existing(file).read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(_read_text(file))
+    except json.JSONDecodeError as error:
         raise TokenizerError(f"{file} is not valid JSON: {error}. Download it again.") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{file} must hold a JSON object, not {type(content).__name__}.")
@@ -96,7 +103,7 @@ def _text(token: Any) -> str | None:
 def _read_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
     beside, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if beside.is_file():
-        return beside.read_text(encoding="utf-8"), str(beside)
+        return _read_text(beside), str(beside)
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template}
@@ -176,12 +183,12 @@ def _check_names(names: Mapping[str, str], backend: Tokenizer, folder: Path) -> 
 
 
 def _read_stop_tokens(backend: Tokenizer, names: Mapping[str, str], folder: Path) -> list[int]:
-    file = folder / "generation_config.json"
+    file, ids = folder / "generation_config.json", backend.get_vocab()
     listed = _read_json(file).get("eos_token_id") if file.is_file() else None
     if listed is None:
-        texts = (names["eos_token"], "<|assistant|>", END)
-        return [i for text in texts if (i := backend.token_to_id(text)) is not None]
+        return [ids[text] for text in (names["eos_token"], "<|assistant|>", END)]
     stops = listed if isinstance(listed, list) else [listed]
-    if not stops or any(type(i) is not int or backend.id_to_token(i) is None for i in stops):
+    known = set(ids.values())
+    if not stops or not all(type(i) is int and i in known for i in stops):
         raise TokenizerError(f"{file}: eos_token_id: {listed!r} must be ids of the tokenizer.")
     return stops

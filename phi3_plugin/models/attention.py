@@ -1,7 +1,7 @@
 """Self-attention over Phi-3's fused ``qkv_proj``, shaped for torchtune's decoder shell."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import KVCache
 

@@ -3,7 +3,7 @@
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules.peft import LoRALinear as TorchtuneLoRALinear
 
@@ -79,7 +79,8 @@ class LoRALinear(TorchtuneLoRALinear):  # type: ignore[misc]
         out = F.linear(x, self.weight)
         if self.disabled:
             return out
-        return out + self.lora_b(self.lora_a(self.dropout(x))) * (self.alpha / self.rank)
+        low: Tensor = self.lora_b(self.lora_a(self.dropout(x)))
+        return out + low * (self.alpha / self.rank)
 
 
 def check_lora(

@@ -8,7 +8,12 @@ from torch import Tensor
 
 # Shapes: B batch, S queries, K keys
 def windowed(
-    mask: Tensor | None, queries: int, keys: int, offset: int, window: int | None, device: torch.device
+    mask: Tensor | None,
+    queries: int,
+    keys: int,
+    offset: int,
+    window: int | None,
+    device: torch.device,
 ) -> Tensor | None:
     """Restrict a mask to the sliding window.
 

@@ -1,6 +1,6 @@
 """The gated feed-forward block over Phi-3's fused ``gate_up_proj``."""
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 

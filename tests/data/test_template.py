@@ -83,8 +83,10 @@ def test_transformers_helpers_are_there():
     fit(MINI.replace("{% endfor %}", "{% continue %}{% endfor %}"))
 
 
-def test_a_template_that_treats_one_conversation_alike_no_other_is_caught():
-    sly = fit(MINI.replace("'<|user|>", "('!' if 'secret' in message['content'] else '') + '<|user|>"))
+def test_a_template_that_changes_after_the_probes_is_caught():
+    sly = fit(
+        MINI.replace("'<|user|>", "('!' if 'secret' in message['content'] else '') + '<|user|>")
+    )
     sly.pieces(turns(("user", "open")))
     with pytest.raises(TokenizerError, match="unlike its own layout"):
         sly.pieces(turns(("user", "secret")))

@@ -15,7 +15,20 @@ from tests.assets import assets_dir
 from tests.data.tiny import edit_json, write_checkpoint
 
 SPECIAL = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<s>", "</s>")
-FRAGMENTS = (*SPECIAL, "<|en", "d|>", " ", "\n", "\t", "\u2028", "  \n\n ", "the", "中", "😀", "{{ a }}")
+FRAGMENTS = (
+    *SPECIAL,
+    "<|en",
+    "d|>",
+    " ",
+    "\n",
+    "\t",
+    "\u2028",
+    "  \n\n ",
+    "the",
+    "中",
+    "😀",
+    "{{ a }}",
+)
 CONTENT = st.lists(
     st.sampled_from(FRAGMENTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
     max_size=4,
@@ -122,11 +135,8 @@ def test_recorded_ids_of_plain_text():
 
 def test_mask_of_a_conversation(tokenizer):
     tokens, mask = tokenizer.tokenize_messages(TALK)
-    shown = [tokenizer.decode([i], skip_special_tokens=False) for i in tokens]
-    trained = [text for text, masked in zip(shown, mask, strict=True) if not masked]
-    assert trained == [*"Hi <there>".replace("the", "\0").replace("\0", "the"), "<|end|>"] + [
-        "<|end|>"
-    ]
+    trained = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    assert tokenizer.decode(trained, skip_special_tokens=False) == "Hi <there><|end|><|end|>"
     assert mask[0] and mask[-1]
 
 
@@ -167,7 +177,10 @@ def test_encode_adds_what_is_asked(tokenizer):
 
 def test_optional_names(folder):
     edit_json(
-        folder / "tokenizer_config.json", bos_token=None, pad_token=None, unk_token={"content": "<s>"}
+        folder / "tokenizer_config.json",
+        bos_token=None,
+        pad_token=None,
+        unk_token={"content": "<s>"},
     )
     tokenizer = phi3_tokenizer(folder)
     assert tokenizer.pad_id == tokenizer.eos_id

@@ -40,6 +40,13 @@ def test_broken_json(folder, name):
         phi3_tokenizer(folder)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_not_text(folder, name):
+    (folder / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(TokenizerError, match=rf"{name} is not UTF-8 text"):
+        phi3_tokenizer(folder)
+
+
 def test_json_of_another_type(folder):
     (folder / "config.json").write_text("[]")
     with pytest.raises(TokenizerError, match="must hold a JSON object, not list"):
@@ -103,7 +110,7 @@ def test_no_eos_token(folder):
         phi3_tokenizer(folder)
 
 
-@pytest.mark.parametrize("ids", [[], [99999], ["<|end|>"]])
+@pytest.mark.parametrize("ids", [[], [99999], [-1], [3, None], ["<|end|>"]])
 def test_stop_ids_that_are_none(folder, ids):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     with pytest.raises(TokenizerError, match=r"generation_config\.json: eos_token_id: .* must be"):

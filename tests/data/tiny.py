@@ -49,8 +49,12 @@ def backend(*, rstrip: bool = True) -> Tokenizer:
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + [decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     plain = [AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "<|endoftext|>")]
     roles = [AddedToken(text, normalized=False, rstrip=rstrip) for text in ROLES]

@@ -1,0 +1,132 @@
+import pytest
+
+from phi3_plugin.data.formats import FORMATS, pick_format, read_chat
+from phi3_plugin.errors import ConfigError, DataError
+
+ROWS = {
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": "a", "weight": 1},
+        ],
+        "prompt": "not a pair without its answer",
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "u"},
+            {"from": "gpt", "value": "a"},
+        ]
+    },
+    "question_answer": {"question": "u", "answer": "a", "id": 3},
+    "prompt_response": {"prompt": "u", "response": "a"},
+    "prompt_completion": {"prompt": "u", "completion": "a"},
+    "instruction_output": {"instruction": "u", "output": "a"},
+    "instruction_response": {"instruction": "u", "response": "a"},
+}
+
+
+def read(row, name=None, columns=None):
+    return [tuple(turn) for turn in read_chat(row, pick_format(name, columns, [row]))]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_recognized_and_named(name):
+    row = ROWS[name]
+    assert pick_format(None, None, [row] * 3) is FORMATS[name]
+    expected = [("user", "u", False), ("assistant", "a", True)]
+    if name in ("messages", "sharegpt"):
+        expected.insert(0, ("system", "s", False))
+    assert read(row) == read(row, name) == expected
+
+
+@pytest.mark.parametrize("theirs", ["user", "assistant", "chatgpt", "gpt", "human", "system"])
+def test_sharegpt_roles(theirs):
+    ours = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}.get(theirs, theirs)
+    said = [{"from": theirs, "value": "x"}, {"from": "gpt", "value": "y"}]
+    assert read({"conversations": said})[0][0] == ours
+
+
+def test_columns_can_be_named():
+    row = {"hint": "s", "ask": "u", "reply": "a"}
+    columns = {"assistant": "reply", "user": "ask", "system": "hint"}
+    assert [turn[:2] for turn in read(row, columns=columns)] == [
+        ("system", "s"),
+        ("user", "u"),
+        ("assistant", "a"),
+    ]
+
+
+@pytest.mark.parametrize("columns", [{}, {"user": "q"}, {"user": "q", "assistant": 3}, ["q", "a"]])
+def test_bad_columns(columns):
+    with pytest.raises(ConfigError, match=r"dataset\.columns: .* must name one column for user"):
+        pick_format(None, columns, [{"q": "", "a": ""}])
+
+
+def test_unknown_role_in_columns():
+    columns = {"user": "q", "assistant": "a", "tool": "t"}
+    with pytest.raises(ConfigError, match=r"dataset\.columns"):
+        pick_format(None, columns, [{"q": "", "a": ""}])
+
+
+def test_format_and_columns():
+    with pytest.raises(ConfigError, match="are both set"):
+        pick_format("messages", {"user": "q", "assistant": "a"}, [{}])
+
+
+def test_unknown_name():
+    with pytest.raises(ConfigError, match=r"dataset\.format: 'chatml' is unknown.*\n  messages \("):
+        pick_format("chatml", None, [{}])
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "t"}, {"instruction": "i", "input": "x", "output": "o"}, {"question": "q"}, {}]
+)
+def test_unrecognized_rows(row):
+    with pytest.raises(DataError) as error:
+        pick_format(None, None, [row])
+    assert f"their keys are: {', '.join(row)}." in str(error.value)
+    for known in ("sharegpt (conversations: [{from, value}])", "question_answer (question, answer"):
+        assert known in str(error.value)
+    assert "without input" in str(error.value)
+    assert "dataset.columns" in str(error.value)
+
+
+def test_rows_that_differ_are_not_recognized():
+    with pytest.raises(DataError, match="keys are: question, answer, id, prompt, response"):
+        pick_format(None, None, [ROWS["question_answer"], ROWS["prompt_response"]])
+
+
+def test_rows_that_fit_twice():
+    row = ROWS["messages"] | ROWS["question_answer"]
+    with pytest.raises(DataError, match=r"several formats: messages, question_answer\. Choose"):
+        pick_format(None, None, [row])
+    assert len(read(row, "question_answer")) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": None}, "messages is null, expected a list"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": ["hi"]}, "a message is str, expected an object"),
+        ({"messages": [{"role": "user"}]}, "there is no 'content'; the keys are: role"),
+        ({"messages": [{"role": "user", "content": None}]}, "the user content is null"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "the user content is list"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool', expected one of"),
+        ({"messages": [{"role": [], "content": "x"}]}, r"unknown role \[\]"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "there is no assistant turn"),
+        ({"conversations": [{"from": "bing", "value": "x"}]}, "'bing', expected one of: human, us"),
+        ({"question": "x", "answer": None}, "the assistant content is null"),
+        ({"question": "x", "answer": "\udc80"}, "not valid Unicode"),
+    ],
+)
+def test_bad_rows(row, says):
+    with pytest.raises(DataError, match=says):
+        read(row)
+
+
+def test_row_without_the_column():
+    with pytest.raises(DataError, match="there is no 'answer'; the keys are: question"):
+        read_chat({"question": "x"}, FORMATS["question_answer"])

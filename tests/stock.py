@@ -1,0 +1,46 @@
+"""Runs torchtune's own recipes from the command line, as a user does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.assets import assets_dir
+from tests.oracles import MINI_4K, hf_model, save_checkpoint
+
+TUNE = Path(sys.executable).with_name("tune")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+}
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """Write a tiny random Phi-3-mini-4k with the published tokenizer."""
+    save_checkpoint(hf_model(MINI_4K, **SIZES), MINI_4K, folder, **SIZES)
+    for file in (assets_dir() / "models" / "phi3-mini-4k-instruct").iterdir():
+        if file.name not in ("config.json", "model.safetensors.index.json"):
+            shutil.copy(file, folder)
+    return folder
+
+
+def gsm8k(file: Path, rows: int) -> Path:
+    """Write the first rows of GSM8K."""
+    lines = (assets_dir() / "data" / "gsm8k_train.jsonl").read_text("utf-8").splitlines()[:rows]
+    assert all(json.loads(line)["question"] for line in lines)
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+def tune_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run ``tune run lora_finetune_single_device`` with the given rest of the command."""
+    command = [TUNE, "run", "lora_finetune_single_device", *arguments]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
