@@ -91,7 +91,7 @@ def test_published_files(name, refused):
 
 
 def test_a_folder_without_config_or_no_folder(tmp_path):
-    with pytest.raises(MissingFileError, match="has no config.json"):
+    with pytest.raises(MissingFileError, match=r"has no config\.json"):
         read_config(tmp_path)
     with pytest.raises(MissingFileError, match="nowhere is not a folder"):
         read_config(tmp_path / "nowhere")

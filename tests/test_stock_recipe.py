@@ -15,19 +15,18 @@ from tests.stock import gsm8k, tiny_checkpoint, tune_run
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
-RUN = [
+RUN = (
     "--config",
     "phi3_mini_lora.yaml",
     "checkpoint_dir=base",
     "dataset.source=rows.jsonl",
     "dtype=fp32",
-    "batch_size=4",
     "gradient_accumulation_steps=2",
     "epochs=2",
     "lr_scheduler.num_warmup_steps=3",
     "optimizer.lr=0.01",
     "model.lora_dropout=0.0",
-]
+)
 
 
 @pytest.fixture(scope="module")

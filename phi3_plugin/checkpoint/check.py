@@ -43,18 +43,16 @@ def load_with_peft(
     Raises:
         AdapterError: Keys are missing or unexpected; they are listed.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from peft.utils import load_peft_weights, set_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
-    config = LoraConfig.from_pretrained(str(adapter_dir))
-    model: PeftModel = get_peft_model(load_base_with_hf(checkpoint_dir, dtype), config)
-    result: Any = set_peft_model_state_dict(
-        model, load_peft_weights(str(adapter_dir), device="cpu")
-    )
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if missing or result.unexpected_keys:
+    base = load_base_with_hf(checkpoint_dir, dtype)
+    model = PeftModel.from_pretrained(base, str(adapter_dir))
+    places = get_peft_model_state_dict(model).keys()
+    stored = load_peft_weights(str(adapter_dir), device="cpu").keys()
+    if places != stored:
         raise AdapterError(
-            f"PEFT does not load {adapter_dir} completely: missing {missing}, "
-            f"unexpected {list(result.unexpected_keys)}."
+            f"PEFT does not load {adapter_dir} completely: missing {sorted(places - stored)}, "
+            f"unexpected {sorted(stored - places)}."
         )
     return model.eval()

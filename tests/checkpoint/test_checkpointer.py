@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint import Phi3Checkpointer
 from phi3_plugin.checkpoint.check import load_with_peft
@@ -87,6 +88,18 @@ def test_the_adapter_comes_back_bit_for_bit(base, dtype, tmp_path):
     assert loaded.keys() == adapter.keys()
     assert all(torch.equal(loaded[name], adapter[name]) for name in adapter)
     assert all(value.dtype == dtype for value in loaded.values())
+
+
+def test_the_check_sees_a_tensor_that_finds_no_place(base, tmp_path):
+    folder = saved(base, tmp_path / "out", trained_model(base))
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.9.mlp.down_proj.lora_A.weight"] = torch.ones(4, 96)
+    gone = next(iter(tensors))
+    del tensors[gone]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=rf"missing .*{gone}.*unexpected .*layers\.9"):
+        load_with_peft(base, folder)
 
 
 def test_adapter_config_is_read_off_the_tensors(base, tmp_path):
@@ -172,7 +185,7 @@ def test_another_runs_checkpoints_are_not_overwritten(base, tmp_path):
 @pytest.mark.parametrize("where", ["file/out", "file"])
 def test_an_output_folder_that_cannot_be_written(base, where, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="output_dir: .* cannot be written"):
+    with pytest.raises(OutputError, match=r"output_dir: .* cannot be written"):
         Phi3Checkpointer(base, tmp_path / where)
 
 
