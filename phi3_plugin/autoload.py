@@ -9,8 +9,8 @@ but add one import finder, and never raises. The finder looks only at names in t
     torchtune._cli.run          afterwards: a local config file wins over a registered config
     torchtune._cli.tune         first: our errors end `tune` with one line
 
-``PHI3_PLUGIN_AUTOLOAD=0`` switches all of it off; ``PHI3_PLUGIN_TRACEBACK=1`` brings back the
-traceback of our errors.
+``PHI3_PLUGIN_AUTOLOAD=0`` switches all of it off, except under ``phi3-tune``, which asks for it
+by name; ``PHI3_PLUGIN_TRACEBACK=1`` brings back the traceback of our errors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from types import ModuleType, TracebackType
 
 # The torchtune recipes that list a config of ours; "*" stands for every config not named here.
-_RECIPES_OF = {"*": ("lora_finetune_single_device",)}
+_RECIPES_OF = {
+    "*": ("lora_finetune_single_device", "lora_finetune_distributed"),
+    "phi3_demo": ("lora_finetune_single_device",),
+}
 
 _NF4_OLD = "torchao.dtypes.nf4tensor"
 _NF4_NEW = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
@@ -42,9 +45,13 @@ _REMOVED = (
 
 
 def install() -> None:
-    """Add our import finder once; called by torch, so it must be quick and must not raise."""
-    if os.environ.get("PHI3_PLUGIN_AUTOLOAD") == "0":
-        return
+    """Do what torch's start-up asks of us, unless the user has switched it off."""
+    if os.environ.get("PHI3_PLUGIN_AUTOLOAD") != "0":
+        register()
+
+
+def register() -> None:
+    """Add our import finder once, whatever the environment says. Quick, and never raises."""
     try:
         if not any(isinstance(finder, _TorchtuneFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _TorchtuneFinder())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 # Phi-3's own order, ids and flags: (text, rstrip). A newline after an rstrip token vanishes.
 FIRST_TOKENS = [("<unk>", False), ("<s>", False), ("</s>", True)]
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 512, 2, 4
+HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 512, 4, 8
 CONTEXT = 512
 WEIGHT_STD = 0.06
 """Published Phi-3 starts from 0.02; at this width a base that small floors the loss."""
@@ -55,8 +55,9 @@ def build_checkpoint(folder: Path, *, words: list[str], seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(words)
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = {text: tokenizer.token_to_id(text) for text, _ in [*FIRST_TOKENS, *ADDED_TOKENS]}
-    config = model_config(ids, tokenizer.get_vocab_size())
+    vocab = tokenizer.get_vocab()
+    ids = {text: vocab[text] for text, _ in [*FIRST_TOKENS, *ADDED_TOKENS]}
+    config = model_config(ids, len(vocab))
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation_config(ids))
     _write_json(folder / "tokenizer_config.json", tokenizer_config(ids))
@@ -82,9 +83,14 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + [decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A:0 $B:1")
     for text, rstrip in [*FIRST_TOKENS, *ADDED_TOKENS]:
         token = AddedToken(text, rstrip=rstrip, normalized=False, special=text != "</s>")
         # </s> is an ordinary added token in Phi-3, all others are special.
@@ -93,7 +99,7 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def _merges(word: str) -> Iterator[tuple[str, str]]:
-    """Yield the merges that build a word from the left: (▁, a), (▁a, n), …"""
+    """Yield the merges that build a word from the left: (▁, a), (▁a, n), and so on."""
     for end in range(1, len(word)):
         yield word[:end], word[end]
 

@@ -20,9 +20,10 @@ SIZES = {
 }
 
 
-def tiny_checkpoint(folder: Path) -> Path:
+def tiny_checkpoint(folder: Path, **sizes: int) -> Path:
     """Write a tiny random Phi-3-mini-4k with the published tokenizer."""
-    save_checkpoint(hf_model(MINI_4K, **SIZES), MINI_4K, folder, **SIZES)
+    sizes = {**SIZES, **sizes}
+    save_checkpoint(hf_model(MINI_4K, **sizes), MINI_4K, folder, **sizes)
     for file in (assets_dir() / "models" / "phi3-mini-4k-instruct").iterdir():
         if file.name not in ("config.json", "model.safetensors.index.json"):
             shutil.copy(file, folder)
@@ -39,8 +40,24 @@ def gsm8k(file: Path, rows: int) -> Path:
 
 def tune_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run ``tune run lora_finetune_single_device`` with the given rest of the command."""
-    command = [TUNE, "run", "lora_finetune_single_device", *arguments]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return _run(TUNE, "run", "lora_finetune_single_device", *arguments, cwd=cwd)
+
+
+def torchrun_stock(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run torchtune's distributed recipe in two processes on the CPU."""
+    driver = Path(__file__).with_name("stock_distributed.py")
+    launch = ("--standalone", "--nproc_per_node", "2", driver)
+    return _run(TUNE.with_name("torchrun"), *launch, *arguments, cwd=cwd)
+
+
+def _run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
+    # One thread a process: two processes with two threads each fight over two cores.
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+        [str(part) for part in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
     )

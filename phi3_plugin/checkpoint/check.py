@@ -48,7 +48,7 @@ def load_with_peft(
 
     base = load_base_with_hf(checkpoint_dir, dtype)
     model = PeftModel.from_pretrained(base, str(adapter_dir))
-    places = get_peft_model_state_dict(model).keys()
+    places = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     stored = load_peft_weights(str(adapter_dir), device="cpu").keys()
     if places != stored:
         raise AdapterError(

@@ -3,16 +3,20 @@
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from phi3_plugin.checkpoint.card import model_card
 from phi3_plugin.checkpoint.folder import check_writable, whole_folder
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.peft import check_trained, save_adapter
-from phi3_plugin.checkpoint.resume import load_latest, refuse_other_run, save_state
+from phi3_plugin.checkpoint.hf import load_base_weights, row_norms
+from phi3_plugin.checkpoint.peft import check_trained, load_adapter, load_origin, save_adapter
+from phi3_plugin.checkpoint.resume import latest_epoch, load_state, refuse_other_run, save_state
+from phi3_plugin.checkpoint.split import fuse_adapter, parts_of, split_weights, unfuse_adapter
 from phi3_plugin.config import checkpoint_folder, read_config
-from phi3_plugin.errors import ConfigError, OutputError
+from phi3_plugin.errors import CheckpointError, ConfigError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class Phi3Checkpointer:
         checkpoint_dir: str | Path | None,
         output_dir: str | Path | None,
         *,
+        layout: str = "fused",
         lora_dropout: float = 0.0,
         save_adapter_weights_only: bool = True,
         should_load_recipe_state: bool = False,
@@ -51,6 +56,8 @@ class Phi3Checkpointer:
         Args:
             checkpoint_dir: Folder of the base model in Hugging Face layout.
             output_dir: Where the epoch folders go.
+            layout: ``fused`` for the models of this package, ``split`` for torchtune's own
+                Phi-3 with q_proj, k_proj, v_proj, w1, w2, w3. Adapters are always saved fused.
             lora_dropout: Recorded in adapter_config.json.
             save_adapter_weights_only: The recipe's setting of that name, which must be True.
             should_load_recipe_state: True when the recipe resumes.
@@ -67,9 +74,11 @@ class Phi3Checkpointer:
                 "then merge the adapter into the weights that are still being trained. Set it "
                 "to True and merge the saved adapter with PEFT's merge_and_unload()."
             )
-        self.model_type = model_type
+        if layout not in ("fused", "split"):
+            raise ConfigError(f"checkpointer.layout: {layout!r} must be 'fused' or 'split'.")
+        self.model_type, self._layout = model_type, layout
         self._checkpoint_dir = checkpoint_folder(checkpoint_dir)
-        read_config(self._checkpoint_dir)
+        self._config = read_config(self._checkpoint_dir)
         self._output_dir = _output_folder(output_dir, self._checkpoint_dir)
         self._dropout, self._resume = lora_dropout, should_load_recipe_state
         if not should_load_recipe_state:
@@ -84,8 +93,14 @@ class Phi3Checkpointer:
             MissingFileError: Files are missing.
         """
         # The cheap part first: a run that cannot resume should say so before 8 GB are read.
-        state = load_latest(self._output_dir) if self._resume else {}
-        return {"model": load_base_weights(self._checkpoint_dir), **state}
+        state: dict[str, Any] = {}
+        if self._resume:
+            folder = latest_epoch(self._output_dir)
+            state = {**load_state(folder), "adapter": self._load_adapter(folder)}
+        weights = load_base_weights(self._checkpoint_dir)
+        if self._layout == "split":
+            weights = split_weights(weights, self._config)
+        return {"model": weights, **state}
 
     def save_checkpoint(
         self,
@@ -106,11 +121,10 @@ class Phi3Checkpointer:
             AdapterError: The adapter is untrained or not finite.
             OutputError: The folder cannot be written.
         """
-        adapter, config = state_dict["adapter"], state_dict["adapter_config"]
-        check_trained(adapter)
+        check_trained(state_dict["adapter"])
         final, base = self._output_dir / f"epoch_{epoch}", base_name(self._checkpoint_dir)
         with whole_folder(final) as folder:
-            save_adapter(folder, adapter, config["lora_alpha"], self._dropout, base)
+            self._save_adapter(folder, state_dict["adapter"], state_dict["adapter_config"], base)
             _copy_tokenizer(self._checkpoint_dir, folder)
             (folder / "README.md").write_text(model_card(folder, base, epoch), encoding="utf-8")
             if intermediate_checkpoint:
@@ -122,6 +136,28 @@ class Phi3Checkpointer:
                 f"save_adapter_weights_only: False is not supported; the adapter is in {final}, "
                 "the merged weights were not written. Set it to True."
             )
+
+    def _save_adapter(
+        self, folder: Path, adapter: dict[str, Tensor], settings: dict[str, Any], base: str
+    ) -> None:
+        rank, alpha = settings["r"], settings["lora_alpha"]
+        origin = {"layout": self._layout, "rank": rank, "alpha": alpha}
+        if self._layout == "split":
+            origin["parts"] = parts_of(adapter)
+            adapter = fuse_adapter(adapter, self._config, partial(row_norms, self._checkpoint_dir))
+        save_adapter(folder, adapter, rank, alpha, dropout=self._dropout, base=base, origin=origin)
+
+    def _load_adapter(self, folder: Path) -> dict[str, Tensor]:
+        origin = load_origin(folder)
+        if origin.get("layout") != self._layout:
+            raise CheckpointError(
+                f"checkpointer.layout: {self._layout!r}, but {folder} was saved from a model with "
+                f"layout {origin.get('layout')!r}. Resume with the model it was started with."
+            )
+        adapter = load_adapter(folder)
+        if self._layout == "split":
+            return unfuse_adapter(adapter, origin["parts"], origin["rank"], self._config)
+        return adapter
 
 
 def base_name(checkpoint_dir: Path) -> str:

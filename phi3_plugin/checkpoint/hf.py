@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phi3_plugin.checkpoint.names import expected_shapes, to_ours
+from phi3_plugin.checkpoint.names import expected_shapes, to_hf, to_ours
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import CheckpointError, MissingFileError
 
@@ -47,6 +47,20 @@ def load_base_weights(checkpoint_dir: str | Path | None) -> dict[str, Tensor]:
         for file in found
         for name, tensor in _tensors(folder / file, expected).items()
     }
+
+
+def row_norms(checkpoint_dir: Path, name: str) -> Tensor:
+    """Return the fp32 norm of each row of one base weight.
+
+    Args:
+        checkpoint_dir: A folder that :func:`load_base_weights` reads.
+        name: Our name of the module.
+    """
+    hf_name = to_hf(f"{name}.weight")
+    file = checkpoint_dir / _weight_map(checkpoint_dir)[hf_name]
+    with safe_open(file, framework="pt") as shard:
+        norms: Tensor = shard.get_tensor(hf_name).float().norm(dim=1)
+    return norms
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -18,7 +18,11 @@ NAMES = {
 }
 """Module names; ``{}`` is the number of the layer."""
 
-PARAMETERS = {"lora_A.weight": "lora_a.weight", "lora_B.weight": "lora_b.weight"}
+PARAMETERS = {
+    "lora_A.weight": "lora_a.weight",
+    "lora_B.weight": "lora_b.weight",
+    "lora_magnitude_vector": "magnitude",
+}
 """Parameter names in an adapter file of PEFT, and ours."""
 
 PEFT_PREFIX = "base_model.model."

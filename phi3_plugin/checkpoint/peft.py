@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,60 +14,93 @@ from phi3_plugin.errors import AdapterError, MissingFileError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+A, B = ".lora_a.weight", ".lora_b.weight"
+ORIGIN = "phi3_plugin"
+"""Key in the weights file's metadata: what the adapter was before it was made uniform."""
 
 
 def save_adapter(
-    folder: Path, adapter: dict[str, Tensor], alpha: float, dropout: float, base: str
+    folder: Path,
+    adapter: dict[str, Tensor],
+    rank: int,
+    alpha: float,
+    *,
+    dropout: float,
+    base: str,
+    origin: dict[str, Any],
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json.
 
     Args:
         folder: An existing folder.
-        adapter: Our names; ``lora_a [R, in]`` and ``lora_b [out, R]`` of each module.
-        alpha: The adapters' products are scaled by alpha / R.
+        adapter: Our names; ``lora_a [R, in]`` and ``lora_b [out, R]`` of each module, where R
+            may differ.
+        rank: With ``alpha``, the scale of every module: alpha / rank.
+        alpha: See ``rank``.
         dropout: What the adapters were trained with.
         base: Repository id or folder of the base model.
-
-    Raises:
-        AdapterError: The ranks differ or alpha is not a whole number.
+        origin: Kept in the file's metadata; :func:`load_origin` gives it back.
     """
+    adapter, alpha = uniform(adapter, rank, alpha)
     tensors = {to_peft(name): value.contiguous() for name, value in adapter.items()}
-    config = adapter_config(tensors, alpha, dropout, base)
-    text = json.dumps(config, indent=2, sort_keys=True)
+    text = json.dumps(adapter_config(tensors, alpha, dropout, base), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    metadata = {"format": "pt", ORIGIN: json.dumps(origin)}
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
     # safetensors makes files that only their owner may read; a server runs as another user.
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
 
 
+def uniform(adapter: dict[str, Tensor], rank: int, alpha: float) -> tuple[dict[str, Tensor], int]:
+    """Give every module one rank and the adapter one integer alpha; it computes the same.
+
+    vLLM ignores rank and alpha patterns, llama.cpp the latter, and ollama reads alpha as an
+    integer. Modules of a smaller rank are padded with zeros, which is exact.
+
+    Args:
+        adapter: Our names, ranks as they are.
+        rank: With ``alpha``, the scale of every module: alpha / rank.
+        alpha: See ``rank``.
+
+    Returns:
+        The adapter, and alpha for its rank.
+    """
+    widest = max(value.shape[0] for name, value in adapter.items() if name.endswith(A))
+    padded = {name: _pad(name, value, widest) for name, value in adapter.items()}
+    scaled = alpha * widest / rank
+    if scaled == int(scaled):
+        return padded, int(scaled)
+    fold = alpha / rank  # no integer says this scale: alpha = rank, and B carries it
+    return {n: v * fold if n.endswith(B) else v for n, v in padded.items()}, widest
+
+
+def _pad(name: str, value: Tensor, rank: int) -> Tensor:
+    if name.endswith(A):
+        return torch.nn.functional.pad(value, (0, 0, 0, rank - value.shape[0]))
+    if name.endswith(B):
+        return torch.nn.functional.pad(value, (0, rank - value.shape[1]))
+    return value
+
+
 def adapter_config(
-    tensors: dict[str, Tensor], alpha: float, dropout: float, base: str
+    tensors: dict[str, Tensor], alpha: int, dropout: float, base: str
 ) -> dict[str, Any]:
     """Return the content of adapter_config.json for tensors under PEFT's names.
 
     Targets and rank are read off the tensors, since a recipe's list may name what is not there.
-    There is one rank and an integer alpha: vLLM ignores rank and alpha patterns, llama.cpp the
-    latter, and ollama reads alpha as an integer.
-
-    Raises:
-        AdapterError: The ranks differ or alpha is not a whole number.
     """
-    ranks = {value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight")}
-    if len(ranks) != 1 or alpha != int(alpha):
-        raise AdapterError(
-            f"An adapter needs one rank and a whole alpha; found ranks {sorted(ranks)}, "
-            f"alpha {alpha}."
-        )
+    modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors}
+    rank = next(v.shape[0] for name, v in tensors.items() if name.endswith("lora_A.weight"))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": ranks.pop(),
-        "lora_alpha": int(alpha),
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": float(dropout),
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+        "target_modules": sorted(modules),
         "bias": "none",
-        "use_dora": False,
+        "use_dora": any("magnitude" in name for name in tensors),
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -91,6 +125,13 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).is_file():
         raise MissingFileError(f"{folder} has no {WEIGHTS}: it is not an adapter folder.")
     return {from_peft(name): value for name, value in load_file(folder / WEIGHTS).items()}
+
+
+def load_origin(folder: Path) -> dict[str, Any]:
+    """Read what :func:`save_adapter` noted about the adapter; empty for other people's files."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        origin: dict[str, Any] = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
+    return origin
 
 
 def check_trained(adapter: dict[str, Tensor]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
 
 STATE = "recipe_state.pt"
@@ -40,11 +39,11 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     torch.save(state, folder / STATE)
 
 
-def load_latest(output_dir: Path) -> dict[str, Any]:
-    """Read the newest epoch of a run: its recipe state, and its adapter under ``adapter``.
+def latest_epoch(output_dir: Path) -> Path:
+    """Return the newest epoch folder of an interrupted run.
 
     Raises:
-        CheckpointError: The run is finished, or the state cannot be read safely.
+        CheckpointError: The run is finished.
         MissingFileError: There is nothing to resume from.
     """
     folders = epoch_folders(output_dir)
@@ -62,10 +61,16 @@ def load_latest(output_dir: Path) -> dict[str, Any]:
             "longer, start a new run with more epochs, or move this folder away to go on from "
             "the epoch before it."
         )
-    return {**_read_state(newest / STATE), "adapter": load_adapter(newest)}
+    return newest
 
 
-def _read_state(file: Path) -> dict[str, Any]:
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read the optimizer and recipe state of an epoch folder.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds more than tensors and plain values.
+    """
+    file = folder / STATE
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

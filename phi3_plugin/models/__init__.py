@@ -1,5 +1,19 @@
 """Phi-3 for torchtune, under Hugging Face's names for its fused layers."""
 
-from phi3_plugin.models.builders import lora_phi3, phi3
+from phi3_plugin.models.builders import (
+    lora_phi3,
+    lora_phi3_mini,
+    phi3,
+    phi3_mini,
+    qlora_phi3,
+    qlora_phi3_mini,
+)
 
-__all__ = ["lora_phi3", "phi3"]
+__all__ = [
+    "lora_phi3",
+    "lora_phi3_mini",
+    "phi3",
+    "phi3_mini",
+    "qlora_phi3",
+    "qlora_phi3_mini",
+]

@@ -1,11 +1,15 @@
 """Self-attention over Phi-3's fused ``qkv_proj``, shaped for torchtune's decoder shell."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtune.modules import KVCache
 
-from phi3_plugin.models.masks import windowed
+from phi3_plugin.models.masks import Mask, windowed
 from phi3_plugin.models.rope import RotaryEmbedding
 
 
@@ -64,7 +68,7 @@ class Phi3Attention(nn.Module):
         x: Tensor,
         y: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         input_pos: Tensor | None = None,
     ) -> Tensor:
         """Attend within ``x [B, S, D]``.
@@ -72,7 +76,8 @@ class Phi3Attention(nn.Module):
         Args:
             x: Normalized hidden states.
             y: What torchtune's layer passes a second time; self-attention does not need it.
-            mask: True where a query sees a key, ``[B, S, keys]``; None is causal.
+            mask: True where a query sees a key, ``[B, S, keys]``; None is causal. Or a block
+                mask, which is how torchtune packs on a GPU.
             input_pos: Position of each token ``[B, S]``; None counts from 0.
 
         Returns:
@@ -84,14 +89,7 @@ class Phi3Attention(nn.Module):
             offset = self.kv_cache.size
             k, v = self.kv_cache.update(k, v)
         seen = windowed(mask, q.shape[2], k.shape[2], offset, self.sliding_window, x.device)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if seen is None else seen[:, None],
-            is_causal=seen is None,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        out = attend(q, k, v, seen)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _split_heads(self, qkv: Tensor, input_pos: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,3 +97,34 @@ class Phi3Attention(nn.Module):
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         q, k = self.rope(q, input_pos=input_pos), self.rope(k, input_pos=input_pos)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attend with the mask as it is.
+
+    Args:
+        q: ``[B, H, S, F]``.
+        k: ``[B, K, keys, F]``; each key/value head serves H / K query heads.
+        v: As ``k``.
+        mask: ``[B, S, keys]``, a block mask, or None for causal.
+
+    Returns:
+        ``[B, H, S, F]``.
+    """
+    gqa = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return _flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=gqa)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=gqa)
+
+
+@cache
+def _flex(device: str) -> Callable[..., Tensor]:
+    # Uncompiled it materializes every score, which only small tests can afford. It cannot be
+    # compiled inside a compiled layer, so it is kept apart from that.
+    if device == "cpu":
+        return flex_attention
+    compiled = torch.compile(flex_attention, dynamic=False)
+    apart: Callable[..., Tensor] = torch.compiler.disable(compiled, recursive=False)
+    return apart

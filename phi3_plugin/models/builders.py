@@ -1,6 +1,7 @@
 """Build Phi-3 inside torchtune's decoder shell, sized by the checkpoint's config.json."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,15 +9,31 @@ from torch import nn
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from phi3_plugin.config import Phi3Config, read_config
-from phi3_plugin.errors import AdapterError
 from phi3_plugin.models.attention import Phi3Attention
-from phi3_plugin.models.lora import Linear, LoRALinear, check_lora
+from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.mlp import Phi3MLP
+from phi3_plugin.models.nf4 import dequantize_in_state_dicts
 from phi3_plugin.models.norm import RMSNorm
 from phi3_plugin.models.rope import RotaryEmbedding
+from phi3_plugin.models.targets import HEAD, LoRASettings
 
 MakeLinear = Callable[[str, int, int], nn.Module]
 """(name under which the layer is a target, in_dim, out_dim) -> layer."""
+
+
+MINI = Phi3Config(
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    vocab_size=32064,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    sliding_window=2047,
+)
+"""What microsoft/Phi-3-mini-4k-instruct publishes, for builders without a checkpoint folder."""
 
 
 def phi3(checkpoint_dir: str | Path | None) -> TransformerDecoder:
@@ -43,35 +60,91 @@ def lora_phi3(
     lora_rank: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
 ) -> TransformerDecoder:
-    """Build the model of a checkpoint folder with LoRA on its linear layers.
+    """Build the model of a checkpoint folder with adapters on its linear layers.
 
     Args:
         checkpoint_dir: Folder in Hugging Face layout; only its config.json is read.
         lora_attn_modules: Any of qkv_proj, o_proj, gate_up_proj, down_proj. The name is
             torchtune's; its recipes read it.
         apply_lora_to_mlp: Must say whether the list holds gate_up_proj or down_proj.
-        apply_lora_to_output: LoRA on the head; not supported yet.
+        apply_lora_to_output: An adapter on the head as well. PEFT loads it, vLLM does not.
         lora_rank: Inner width of every adapter.
         lora_alpha: The adapters are scaled by lora_alpha / lora_rank.
         lora_dropout: Dropout on the adapters' input.
+        use_dora: Train the magnitude of each row as well.
+        quantize_base: Store the base weights in NF4, all linear layers but the head.
 
     Raises:
         AdapterError: The adapter settings are wrong; all problems are listed.
-        ConfigError: config.json holds something we do not compute.
+        ConfigError: config.json holds something we do not compute, or sizes NF4 cannot store.
         MissingFileError: No such folder, or no config.json in it.
     """
-    if apply_lora_to_output:
-        raise AdapterError("apply_lora_to_output: True is not supported yet. Set it to False.")
-    targets = list(lora_attn_modules)
-    check_lora(targets, apply_lora_to_mlp, lora_rank, lora_alpha, lora_dropout)
+    settings = LoRASettings(
+        lora_attn_modules,
+        apply_lora_to_mlp,
+        apply_lora_to_output,
+        lora_rank,
+        lora_alpha,
+        lora_dropout,
+        use_dora,
+        quantize_base,
+    )
+    return adapted(read_config(checkpoint_dir), settings)
 
-    def linear(name: str, in_dim: int, out_dim: int) -> nn.Module:
-        if name in targets:
-            return LoRALinear(in_dim, out_dim, lora_rank, lora_alpha, lora_dropout)
-        return Linear(in_dim, out_dim)
 
-    return decoder(read_config(checkpoint_dir), linear)
+def phi3_mini() -> TransformerDecoder:
+    """Build Phi-3-mini-4k without a checkpoint folder; see :func:`phi3`."""
+    return decoder(MINI, lambda _, i, o: Linear(i, o))
+
+
+def lora_phi3_mini(
+    lora_attn_modules: list[str],
+    apply_lora_to_mlp: bool = False,
+    apply_lora_to_output: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> TransformerDecoder:
+    """Build Phi-3-mini-4k with adapters without a checkpoint folder; see :func:`lora_phi3`.
+
+    The signature is that of ``torchtune.models.phi3.lora_phi3_mini``; the targets are fused.
+    """
+    settings = LoRASettings(
+        lora_attn_modules,
+        apply_lora_to_mlp,
+        apply_lora_to_output,
+        lora_rank,
+        lora_alpha,
+        lora_dropout,
+        use_dora,
+        quantize_base,
+    )
+    return adapted(MINI, settings)
+
+
+qlora_phi3 = partial(lora_phi3, quantize_base=True)
+qlora_phi3.__doc__ = "Build the model of a checkpoint folder over an NF4 base; see `lora_phi3`."
+
+qlora_phi3_mini = partial(lora_phi3_mini, quantize_base=True)
+qlora_phi3_mini.__doc__ = "Build Phi-3-mini-4k over an NF4 base; see `lora_phi3_mini`."
+
+
+def adapted(config: Phi3Config, settings: LoRASettings) -> TransformerDecoder:
+    """Assemble the model with adapters.
+
+    Args:
+        config: Sizes and constants.
+        settings: Where the adapters go, and what is quantized.
+    """
+    model = decoder(config, settings.make)
+    if settings.quantize_base:
+        dequantize_in_state_dicts(model, model.tok_embeddings.weight.dtype)
+    return model
 
 
 def decoder(config: Phi3Config, linear: MakeLinear) -> TransformerDecoder:
@@ -93,7 +166,7 @@ def decoder(config: Phi3Config, linear: MakeLinear) -> TransformerDecoder:
         num_heads=config.num_attention_heads,
         head_dim=config.head_dim,
         norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-        output=linear("lm_head", config.hidden_size, config.vocab_size),
+        output=linear(HEAD, config.hidden_size, config.vocab_size),
     )
 
 

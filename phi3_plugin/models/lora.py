@@ -5,37 +5,34 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchtune.modules.peft import DoRALinear as TorchtuneDoRALinear
 from torchtune.modules.peft import LoRALinear as TorchtuneLoRALinear
+from typing_extensions import Self
 
-from phi3_plugin.errors import AdapterError
-
-TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-"""The linear layers of one Phi-3 block, under Hugging Face's names."""
-
-MLP_TARGETS = TARGETS[2:]
-
-SPLIT_NAMES = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("output_proj", "out_proj"), "o_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj"),
-    "w2": "down_proj",
-}
-"""Names people know from other models, and the fused layer that holds them here."""
+from phi3_plugin.models.nf4 import is_nf4, nf4_linear, nf4_zeros
 
 
-class Linear(nn.Linear):
-    """A bias-free linear layer that starts at zero, since a checkpoint follows.
+class Linear(nn.Module):
+    """A frozen, bias-free linear layer that starts at zero, since a checkpoint follows.
 
     Drawing 3.8 billion random numbers that are overwritten at once would take minutes on a CPU.
     """
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        """Allocate the weight ``[out_dim, in_dim]``."""
-        super().__init__(in_dim, out_dim, bias=False)
+    def __init__(self, in_dim: int, out_dim: int, quantize: bool = False) -> None:
+        """Allocate the weight ``[out_dim, in_dim]``.
 
-    def reset_parameters(self) -> None:
-        """Set the weight to zero."""
-        nn.init.zeros_(self.weight)
+        Args:
+            in_dim: Width of the input.
+            out_dim: Width of the output.
+            quantize: Store it in NF4.
+        """
+        super().__init__()
+        self.in_dim, self.out_dim = in_dim, out_dim
+        self.weight = zeros(out_dim, in_dim, quantize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
+        return linear(x, self.weight)
 
 
 class LoRALinear(TorchtuneLoRALinear):  # type: ignore[misc]
@@ -48,7 +45,13 @@ class LoRALinear(TorchtuneLoRALinear):  # type: ignore[misc]
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float = 0.0
+        self,
+        in_dim: int,
+        out_dim: int,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        quantize_base: bool = False,
     ) -> None:
         """Allocate the base weight and the adapter.
 
@@ -58,15 +61,18 @@ class LoRALinear(TorchtuneLoRALinear):  # type: ignore[misc]
             rank: Inner width of the adapter.
             alpha: Numerator of its scale.
             dropout: Probability with which an input of the adapter is zeroed in training.
+            quantize_base: Store the base weight in NF4.
         """
         nn.Module.__init__(self)  # torchtune's own draws random base weights
         self.in_dim, self.out_dim, self.rank, self.alpha = in_dim, out_dim, rank, alpha
-        self.use_bias = self.disabled = self.merged = self._quantize_base = False
-        self.weight = nn.Parameter(torch.zeros(out_dim, in_dim))
+        self.scaling = alpha / rank
+        self.use_bias = self.disabled = self.merged = False
+        self._quantize_base = quantize_base
+        self.weight = zeros(out_dim, in_dim, quantize_base)
         self.register_parameter("bias", None)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.lora_a = Linear(in_dim, rank)
-        self.lora_b = Linear(rank, out_dim)
+        self.lora_a = nn.Linear(in_dim, rank, bias=False)
+        self.lora_b = nn.Linear(rank, out_dim, bias=False)
         self.initialize_parameters()
 
     def initialize_parameters(self) -> None:
@@ -76,56 +82,92 @@ class LoRALinear(TorchtuneLoRALinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
-        out = F.linear(x, self.weight)
+        out = linear(x, self.weight)
+        return out if self.disabled else out + self.low_rank(x)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds for ``x [..., in_dim]``."""
+        low: Tensor = self.lora_b(self.lora_a(self.dropout(x)))
+        return low * self.scaling
+
+
+class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
+    """LoRA whose rows are rescaled to a trained magnitude: ``m V / ||V||``, V = W + s B A.
+
+    The norm is a constant in the backward pass, as in PEFT.
+
+    Source: Liu et al. 2024, DoRA, sections 4.1 and 4.3.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        quantize_base: bool = False,
+    ) -> None:
+        """Allocate base weight, adapter and magnitude; see `LoRALinear`.
+
+        Recipes call ``initialize_dora_magnitude`` once the base weight is loaded.
+        """
+        super().__init__(in_dim, out_dim, rank, alpha, dropout, quantize_base)
+        self.magnitude = nn.Parameter(torch.zeros(out_dim))
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """Allocate the adapter, magnitude included, on a device."""
+        return TorchtuneDoRALinear.to_empty(self, device=device, recurse=recurse)  # type: ignore[no-any-return]
+
+    def initialize_parameters(self) -> None:
+        """Start as the identity; a magnitude of zero is one that is not set yet."""
+        super().initialize_parameters()
+        if "magnitude" in self._parameters:
+            nn.init.zeros_(self.magnitude)
+
+    @torch.no_grad()
+    def initialize_dora_magnitude(self) -> None:
+        """Set the magnitude to the norms of the rows, once base weight and adapter are there.
+
+        A magnitude that was loaded is left alone: on resume torchtune's distributed recipe asks
+        for this after it has restored the adapter. Rows are computed where they lie, since an
+        NF4 weight that is sharded can only be dequantized locally.
+        """
+        magnitude, base = _local(self.magnitude), _local(self.weight)
+        if magnitude.any():
+            return
+        a = self.lora_a.weight
+        a = a.full_tensor() if hasattr(a, "full_tensor") else a
+        delta = _local(self.lora_b.weight) @ a
+        magnitude.copy_(self._get_weight_norm(base.to(delta.dtype), delta))
+
+    def adapter_params(self) -> list[str]:
+        """Name the parameters that are trained."""
+        return ["lora_a.weight", "lora_b.weight", "magnitude"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
+        out = linear(x, self.weight)
         if self.disabled:
             return out
-        low: Tensor = self.lora_b(self.lora_a(self.dropout(x)))
-        return out + low * (self.alpha / self.rank)
+        with torch.no_grad():
+            delta = self.lora_b.weight @ self.lora_a.weight
+            norm = self._get_weight_norm(self.weight.to(x.dtype), delta)
+        stretched: Tensor = (self.magnitude / norm) * (out + self.low_rank(x))
+        return stretched
 
 
-def check_lora(
-    targets: list[str], apply_lora_to_mlp: bool, rank: int, alpha: float, dropout: float
-) -> None:
-    """Check the adapter settings of a recipe, with the keys as its YAML spells them.
-
-    Raises:
-        AdapterError: All that is wrong, one line each.
-    """
-    problems = [_unknown_target(name) for name in targets if name not in TARGETS]
-    if not targets:
-        problems.append(f"lora_attn_modules: empty, so nothing is trained. {_available()}")
-    in_mlp = any(name in MLP_TARGETS for name in targets)
-    if not problems and in_mlp != bool(apply_lora_to_mlp):
-        problems.append(
-            f"apply_lora_to_mlp: {apply_lora_to_mlp} disagrees with lora_attn_modules {targets}. "
-            f"Set it to {in_mlp}, or {'drop' if in_mlp else 'add'} {' and '.join(MLP_TARGETS)}."
-        )
-    if not _is_whole(rank):
-        problems.append(f"lora_rank: {rank!r} must be a whole number above 0.")
-    if not _is_whole(alpha):
-        problems.append(
-            f"lora_alpha: {alpha!r} must be a whole number above 0, since ollama and others "
-            "read it as an integer."
-        )
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        problems.append(f"lora_dropout: {dropout!r} must be at least 0 and below 1.")
-    if problems:
-        raise AdapterError("\n".join(problems))
+def _local(weight: Tensor) -> Tensor:
+    """Return the rows that this process holds."""
+    rows: Tensor = getattr(weight, "_local_tensor", weight)
+    return rows
 
 
-def _unknown_target(name: str) -> str:
-    if name in SPLIT_NAMES:
-        return (
-            f"lora_attn_modules: {name!r} is not a layer of Phi-3, which fuses it into "
-            f"{SPLIT_NAMES[name]!r}. Use that. {_available()}"
-        )
-    return f"lora_attn_modules: {name!r} matches no linear layer of a block. {_available()}"
+def zeros(out_dim: int, in_dim: int, quantize: bool) -> nn.Parameter:
+    """Return a weight of zeros, in NF4 if asked for."""
+    return nf4_zeros(out_dim, in_dim) if quantize else nn.Parameter(torch.zeros(out_dim, in_dim))
 
 
-def _available() -> str:
-    return f"Available: {', '.join(TARGETS)}."
-
-
-def _is_whole(value: object) -> bool:
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return whole and not isinstance(value, bool) and value > 0  # type: ignore[operator]
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Map ``x [..., in]`` to ``[..., out]`` by a plain or an NF4 weight."""
+    return nf4_linear(x, weight) if is_nf4(weight) else F.linear(x, weight)

@@ -10,7 +10,7 @@ from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.names import to_peft
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.lora import TARGETS
+from phi3_plugin.models.targets import TARGETS
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 ALL = list(TARGETS)
@@ -115,7 +115,6 @@ def test_dropout_acts_in_training_only(tmp_path):
         ({"lora_rank": 1.5}, "lora_rank: 1.5"),
         ({"lora_alpha": 0.5}, "lora_alpha: 0.5 must be a whole number"),
         ({"lora_dropout": 1.0}, "lora_dropout: 1.0 must be at least 0 and below 1"),
-        ({"apply_lora_to_output": True}, "apply_lora_to_output: True is not supported"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message, tmp_path):

@@ -1,0 +1,167 @@
+"""torchtune's own split Phi-3 (q, k, v, w1, w2, w3), to and from the fused layout.
+
+A fused layer stacks its parts' rows, so adapters on parts are one adapter on the whole::
+
+    parts  q: B_q A_q    v: B_v A_v          (k has none)
+    fused  A = [A_q]     B = [B_q   0 ]      rank 2 r, the same scale
+               [A_v]         [ 0    0 ]
+                             [ 0   B_v]
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from phi3_plugin.config import Phi3Config
+from phi3_plugin.errors import CheckpointError
+
+PARTS = {
+    "attn.qkv_proj": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "attn.o_proj": ("attn.output_proj",),
+    "mlp.gate_up_proj": ("mlp.w1", "mlp.w3"),
+    "mlp.down_proj": ("mlp.w2",),
+}
+"""Fused module and its parts in the order of their rows; w1 is the gate, w3 up, w2 down."""
+
+_FUSED_OF = {part: fused for fused, parts in PARTS.items() for part in parts}
+
+# Shapes: R rank of one part, P number of parts with an adapter
+Adapter = dict[str, Tensor]
+
+
+def is_split(adapter: Iterable[str]) -> bool:
+    """Whether adapter names are those of the split model."""
+    return any(_module(name)[1] in _FUSED_OF for name in adapter)
+
+
+def split_weights(weights: dict[str, Tensor], config: Phi3Config) -> dict[str, Tensor]:
+    """Cut fused base weights into views under the split model's names."""
+    out: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        layer, module, parameter = _module(name)
+        if module not in PARTS:
+            out[name] = value
+            continue
+        for part, rows in part_rows(module, config).items():
+            out[f"{layer}{part}.{parameter}"] = value[rows]
+    return out
+
+
+def part_rows(fused: str, config: Phi3Config) -> dict[str, slice]:
+    """Return which rows of a fused weight each part holds."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    sizes = {
+        "attn.q_proj": heads * config.head_dim,
+        "attn.k_proj": kv_heads * config.head_dim,
+        "attn.v_proj": kv_heads * config.head_dim,
+        "mlp.w1": config.intermediate_size,
+        "mlp.w3": config.intermediate_size,
+    }
+    rows, start = {}, 0
+    for part in PARTS[fused]:
+        stop = start + sizes.get(part, config.hidden_size)
+        rows[part], start = slice(start, stop), stop
+    return rows
+
+
+def fuse_adapter(
+    adapter: Adapter, config: Phi3Config, row_norms: Callable[[str], Tensor]
+) -> Adapter:
+    """Turn adapters on parts into the one adapter on each fused layer that computes the same.
+
+    Args:
+        adapter: Names of the split model; ``lora_a [R, in]``, ``lora_b [rows, R]``, and for
+            DoRA ``magnitude [rows]``.
+        config: Sizes of the model.
+        row_norms: Gives the norms of the rows of a fused base weight, told its name. Rows of a
+            part without DoRA keep them as their magnitude.
+
+    Returns:
+        Fused names, ``lora_a [P R, in]``, ``lora_b [all rows, P R]``.
+    """
+    out: Adapter = {}
+    for name, value in adapter.items():
+        layer, module, parameter = _module(name)
+        if module not in _FUSED_OF:
+            out[name] = value
+        elif parameter == "lora_a.weight":
+            fused = _FUSED_OF[module]
+            whole = _fuse_layer(adapter, layer, fused, config, row_norms)
+            out.update({f"{layer}{fused}.{key}": tensor for key, tensor in whole.items()})
+    return out
+
+
+def unfuse_adapter(adapter: Adapter, parts: list[str], rank: int, config: Phi3Config) -> Adapter:
+    """Undo :func:`fuse_adapter` bit for bit.
+
+    Args:
+        adapter: Fused names, possibly padded with zeros to a larger rank.
+        parts: The parts that had an adapter.
+        rank: R, their rank.
+        config: Sizes of the model.
+    """
+    out: Adapter = {}
+    for name, value in adapter.items():
+        layer, fused, parameter = _module(name)
+        if fused not in PARTS:
+            out[name] = value[:rank] if parameter == "lora_a.weight" else value
+            out[name] = value[:, :rank] if parameter == "lora_b.weight" else out[name]
+            continue
+        present = [part for part in PARTS[fused] if part in parts]
+        for i, part in enumerate(present):
+            columns, rows = slice(i * rank, (i + 1) * rank), part_rows(fused, config)[part]
+            cut = {
+                "lora_a.weight": value[columns],
+                "lora_b.weight": value[rows, columns] if value.ndim > 1 else value,
+                "magnitude": value[rows],
+            }
+            out[f"{layer}{part}.{parameter}"] = cut[parameter].clone()
+    return out
+
+
+def parts_of(adapter: Adapter) -> list[str]:
+    """Return the parts that carry an adapter, as they are named within a layer."""
+    return sorted({_module(name)[1] for name in adapter} & _FUSED_OF.keys())
+
+
+def _fuse_layer(
+    adapter: Adapter,
+    layer: str,
+    fused: str,
+    config: Phi3Config,
+    row_norms: Callable[[str], Tensor],
+) -> Adapter:
+    rows = part_rows(fused, config)
+    present = [part for part in rows if f"{layer}{part}.lora_a.weight" in adapter]
+    tensors = {key: _of(adapter, layer, present, key) for key in ("lora_a.weight", "lora_b.weight")}
+    b = torch.block_diag(*tensors["lora_b.weight"])
+    whole_b = b.new_zeros(max(r.stop for r in rows.values()), b.shape[1])
+    at = torch.cat([torch.arange(rows[part].start, rows[part].stop) for part in present])
+    whole_b[at] = b
+    whole = {"lora_a.weight": torch.cat(tensors["lora_a.weight"]), "lora_b.weight": whole_b}
+    if f"{layer}{present[0]}.magnitude" in adapter:
+        magnitude = torch.cat(_of(adapter, layer, present, "magnitude"))
+        if len(present) < len(rows):
+            magnitude = row_norms(f"{layer}{fused}").to(magnitude).index_copy(0, at, magnitude)
+        whole["magnitude"] = magnitude
+    return whole
+
+
+def _of(adapter: Adapter, layer: str, parts: list[str], key: str) -> list[Tensor]:
+    try:
+        return [adapter[f"{layer}{part}.{key}"] for part in parts]
+    except KeyError as error:
+        raise CheckpointError(f"The adapter is incomplete: {error} is missing.") from error
+
+
+def _module(name: str) -> tuple[str, str, str]:
+    """Split ``layers.3.attn.q_proj.lora_a.weight`` into layer, module and parameter."""
+    for parameter in ("lora_a.weight", "lora_b.weight", "magnitude", "weight", "scale"):
+        if name.endswith(f".{parameter}"):
+            module = name.removesuffix(f".{parameter}")
+            head, _, rest = module.partition("layers.")
+            number, _, inner = rest.partition(".")
+            layer = f"{head}layers.{number}." if inner else ""
+            return layer, inner or module, parameter
+    return "", name, ""

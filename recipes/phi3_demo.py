@@ -1,0 +1,246 @@
+"""Fine-tune a tiny Phi-3 from the command line and prove the adapter in transformers and PEFT.
+
+    python -m phi3_plugin.recipes.phi3_demo [--output DIR] [--keep]
+
+Four steps, each a function below: build a checkpoint folder that knows nothing, train it with
+``tune run``, load the adapter as any user of PEFT would, and ask both models questions that
+were not in the training file. Needs no download and no GPU. Exits with 1 if it learned nothing.
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from pathlib import Path
+from typing import TextIO
+
+from phi3_plugin.recipes import phi3_demo_task as task
+from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
+
+from phi3_plugin.checkpoint.check import hf_tokenizer, load_base_with_hf, load_with_peft
+from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError, Phi3Error
+
+MARK = "made_by_phi3_demo"
+"""A folder with this file is an earlier run, which may be replaced."""
+
+CONTENT = ("checkpoint", "finetuned", "train.jsonl", "heldout.jsonl", "tune.log")
+CHECKPOINT, RESULT, TRAIN, HELDOUT, LOG = CONTENT
+
+KNEW_NOTHING, LEARNED = 0.05, 0.95
+"""At most this exact match before training, and at least that after it."""
+
+PROGRESS = re.compile(r"(\d+)\|(\d+)\|Loss: ([\d.e+-]+|nan|inf): .*?/(\d+) \[")
+"""torchtune's progress bar: epoch|step|Loss: x: 50%|...| 32/steps an epoch [..."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo and return its exit code.
+
+    Args:
+        arguments: The command line without the program's name; by default that of the process.
+    """
+    options = parse(arguments)
+    prepare_process()
+    try:
+        return demo(prepare_output(options.output, options.keep))
+    except Phi3Error as error:
+        print(f"\nphi3_demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nphi3_demo: stopped.", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m phi3_plugin.recipes.phi3_demo",
+        description="Fine-tune a tiny Phi-3 and prove the adapter in transformers and PEFT.",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo_run"),
+        metavar="DIR",
+        help="where everything goes; an earlier demo run there is replaced (default: ./demo_run)",
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep an earlier demo run and write to DIR-2, DIR-3, ... instead",
+    )
+    return parser.parse_args(arguments)
+
+
+def demo(folder: Path) -> int:
+    """Build, train, load and compare, telling the reader what happens.
+
+    Args:
+        folder: The empty output folder.
+    """
+    started = time.monotonic()
+    heading(1, f"Build a tiny Phi-3 checkpoint with random weights in {folder / CHECKPOINT}")
+    build_checkpoint(folder / CHECKPOINT, words=task.words())
+    shutil.copyfile(task.TRAIN_FILE, folder / TRAIN)
+    shutil.copyfile(task.HELDOUT_FILE, folder / HELDOUT)
+    heading(2, f"Fine-tune it with LoRA on {task.TRAIN_CHATS} chats")
+    adapter = train(folder)
+    heading(3, "Load the last epoch's adapter in transformers + PEFT")
+    models = load_base_with_hf(folder / CHECKPOINT), load_with_peft(folder / CHECKPOINT, adapter)
+    heading(4, f"Ask both {task.HELDOUT_CHATS} questions that were not in the training file")
+    tokenizer = hf_tokenizer(folder / CHECKPOINT)
+    questions, expected = task.read_questions(folder / HELDOUT)
+    before, after = (task.ask(model, tokenizer, questions) for model in models)
+    task.show_answers(questions, before, after)
+    scores = task.score(before, expected), task.score(after, expected)
+    code = judge(*scores, losses(folder / RESULT))
+    print(f"\n  adapter   {adapter}\n  losses    {folder / RESULT / 'logs'}")
+    print(f"  tune log  {folder / LOG}\n  time      {time.monotonic() - started:.0f} s")
+    return code
+
+
+def prepare_output(folder: Path, keep: bool) -> Path:
+    """Return a folder ready to write to, emptied if an earlier run filled it.
+
+    Args:
+        folder: The folder the user asked for.
+        keep: Leave an earlier run alone and take the next free name.
+
+    Raises:
+        OutputError: The folder holds something else, or cannot be written.
+    """
+    if folder.exists() and not (folder / MARK).is_file():
+        raise OutputError(
+            f"--output: {folder} exists and is not an earlier demo run. Choose a new folder."
+        )
+    if keep and folder.exists():
+        names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+        folder = next(name for name in names if not name.exists())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).write_text("The next run of the demo replaces what this one wrote here.\n")
+        clear(folder)
+    except OSError as error:
+        raise OutputError(f"--output: {folder} cannot be written: {error.strerror}.") from error
+    return folder
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run wrote, and nothing a user may have added."""
+    for path in (folder / name for name in CONTENT):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def train(folder: Path) -> Path:
+    """Train with torchtune's own recipe and return the adapter folder of the last epoch.
+
+    Args:
+        folder: Holds the checkpoint and the training file.
+
+    Raises:
+        CheckpointError: Training failed; the end of what it printed is part of the message.
+        MissingFileError: There is no ``tune`` in this environment.
+    """
+    tune = Path(sysconfig.get_path("scripts")) / "tune"
+    if not tune.is_file():
+        raise MissingFileError(f"{tune} is missing. Install the package with its dependencies.")
+    arguments = ["run", "lora_finetune_single_device", "--config", "phi3_demo"]
+    keys = {"checkpoint_dir": CHECKPOINT, "output_dir": RESULT, "dataset.source": TRAIN}
+    overrides = [f"{key}={folder / name}" for key, name in keys.items()]
+    lines = [f"tune {shlex.join(arguments)}", *map(shlex.quote, overrides)]
+    print("  $ " + " \\\n      ".join(lines) + "\n", flush=True)
+    with (folder / LOG).open("w", encoding="utf-8") as log:
+        code = run([str(tune), *arguments, *overrides], log)
+    epochs = sorted((folder / RESULT).glob("epoch_*"), key=lambda path: int(path.name[6:]))
+    if code or not epochs:
+        end = "\n".join((folder / LOG).read_text(encoding="utf-8").splitlines()[-15:])
+        raise CheckpointError(f"training ended with exit code {code}. The end of its log:\n{end}")
+    return epochs[-1]
+
+
+def run(command: list[str], log: TextIO) -> int:
+    """Run a command, log what it prints, show its progress and return its exit code.
+
+    Args:
+        command: Program and arguments.
+        log: Open file that takes the output.
+    """
+    shown = None
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",  # as text, lines also end at the carriage returns of a progress bar
+        errors="replace",
+    ) as process:
+        for line in process.stdout or ():
+            log.write(line)
+            found = PROGRESS.search(line)
+            if found and found.groups() != shown:
+                shown = found.groups()
+                show_progress(*shown)
+    return process.returncode
+
+
+def show_progress(epoch: str, step: str, loss: str, steps: str) -> None:
+    """Print one line an epoch, on a terminal redrawn at every step."""
+    done, total = int(step) - (int(epoch) - 1) * int(steps), int(steps)
+    if done == total or sys.stdout.isatty():
+        bar = "#" * (24 * done // total)
+        text = f"\r  epoch {epoch}  [{bar:<24}] {done:3}/{total}  loss {float(loss):.3f}"
+        print(text, end="\n" if done == total else "", flush=True)
+
+
+def losses(folder: Path) -> list[float]:
+    """Return the loss of every step, from the logs of a training run.
+
+    Args:
+        folder: The ``output_dir`` of the run.
+    """
+    logs = "".join(file.read_text(encoding="utf-8") for file in folder.glob("logs/*.txt"))
+    return [float(loss) for loss in re.findall(r"^Step \d+ \| loss:(\S+)", logs, re.MULTILINE)]
+
+
+def judge(before: float, after: float, losses: list[float]) -> int:
+    """Print the result and return the exit code: 0 if the model learned the task, else 1."""
+    print(f"\n  exact match  {before:6.1%}  ->  {after:6.1%}")
+    print(f"  loss         {losses[0]:6.3f}  ->  {losses[-1]:6.3f}\n")
+    if before <= KNEW_NOTHING and after >= LEARNED:
+        print("  It learned to reverse. PEFT runs what torchtune trained.")
+        return 0
+    print(
+        f"  FAILED: expected exact match of at most {KNEW_NOTHING:.0%} before and at least "
+        f"{LEARNED:.0%} after."
+    )
+    return 1
+
+
+def heading(number: int, text: str) -> None:
+    """Announce a step."""
+    print(f"\n[{number}/4] {text}", flush=True)
+
+
+def prepare_process() -> None:
+    """Hide what the libraries say about themselves, and share the machine; training inherits it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local, so nothing may wait for a network
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    # Matrices this small gain little from threads, which on a busy machine wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    warnings.simplefilter("ignore")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""torchtune's own split model: exported exactly, and given back bit for bit."""
+
+import itertools
+
+import pytest
+import torch
+from torchtune.models.phi3._component_builders import lora_phi3 as torchtune_lora_phi3
+
+from phi3_plugin.checkpoint import Phi3Checkpointer
+from phi3_plugin.checkpoint.check import load_with_peft
+from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.peft import load_adapter
+from phi3_plugin.checkpoint.split import is_split, split_weights
+from phi3_plugin.config import read_config
+from phi3_plugin.errors import CheckpointError
+from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
+STATE = {"optimizer": {}, "seed": 7, "epochs_run": 1, "total_epochs": 3}
+FAMILIES = {"mha": (MINI_4K, TINY_MHA), "gqa": (MEDIUM_4K, TINY_GQA)}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, tmp_path_factory):
+    published, sizes = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("split") / "base"
+    return save_checkpoint(hf_model(published, **sizes), published, folder, **sizes)
+
+
+def split_model(base, attention, mlp=False, output=False, alpha=12, **keys):
+    config = read_config(base)
+    model = torchtune_lora_phi3(
+        list(attention),
+        mlp,
+        output,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        embed_dim=config.hidden_size,
+        intermediate_dim=config.intermediate_size,
+        max_seq_len=64,
+        norm_eps=config.rms_norm_eps,
+        lora_rank=4,
+        lora_alpha=alpha,
+        **keys,
+    )
+    weights = split_weights(load_base_weights(base), config)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all("lora" in n or "magnitude" in n for n in missing)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if hasattr(module, "initialize_dora_magnitude"):
+            module.initialize_dora_magnitude()
+            module.magnitude.data *= torch.rand_like(module.magnitude) + 0.5
+    return model.eval()
+
+
+def adapter_of(model):
+    return {n: v for n, v in model.state_dict().items() if "lora" in n or "magnitude" in n}
+
+
+def save(base, out, model, alpha=12):
+    config = {"r": 4, "lora_alpha": alpha, "target_modules": ["q_proj"], "peft_type": "LORA"}
+    Phi3Checkpointer(base, out, layout="split").save_checkpoint(
+        {"adapter": adapter_of(model), "adapter_config": config, **STATE}, 0, True
+    )
+    return out / "epoch_0"
+
+
+CASES = [
+    *((subset, False, False) for n in (1, 2, 3) for subset in itertools.combinations(ATTENTION, n)),
+    (("output_proj",), True, False),
+    (ATTENTION, True, False),
+    (("q_proj", "v_proj"), True, True),
+]
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(("attention", "mlp", "output"), CASES)
+def test_peft_computes_the_same_and_resume_gives_the_same_bits(
+    base, attention, mlp, output, use_dora, tmp_path
+):
+    model = split_model(base, attention, mlp, output and not use_dora, use_dora=use_dora)
+    folder = save(base, tmp_path / "out", model)
+    batch = torch.randint(0, 150, (2, 17))
+    with torch.no_grad():
+        theirs = load_with_peft(base, folder)(input_ids=batch).logits
+        torch.testing.assert_close(model(batch), theirs, rtol=0, atol=1e-5)
+
+    resumed = Phi3Checkpointer(
+        base, tmp_path / "out", layout="split", should_load_recipe_state=True
+    ).load_checkpoint()
+    expected = adapter_of(model)
+    assert resumed["adapter"].keys() == expected.keys()
+    assert all(torch.equal(resumed["adapter"][name], expected[name]) for name in expected)
+    assert resumed["model"].keys() == model.state_dict().keys() - expected.keys()
+
+
+def test_one_rank_and_a_whole_alpha(base, tmp_path):
+    import json
+
+    model = split_model(base, ("q_proj", "k_proj", "v_proj"), mlp=True)
+    folder = save(base, tmp_path / "out", model)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (12, 36)
+    assert config["target_modules"] == ["down_proj", "gate_up_proj", "qkv_proj"]
+    ranks = {v.shape[0] for n, v in load_adapter(folder).items() if n.endswith("lora_a.weight")}
+    assert ranks == {12}
+
+
+def test_a_scale_that_no_whole_alpha_says_is_carried_by_b(base, tmp_path):
+    model = split_model(base, ("q_proj",), alpha=1.3)
+    folder = save(base, tmp_path / "out", model, alpha=1.3)
+    batch = torch.randint(0, 150, (2, 17))
+    with torch.no_grad():
+        theirs = load_with_peft(base, folder)(input_ids=batch).logits
+        torch.testing.assert_close(model(batch), theirs, rtol=0, atol=1e-5)
+
+
+def test_resume_with_the_other_layout_is_refused(base, tmp_path):
+    save(base, tmp_path / "out", split_model(base, ("q_proj",)))
+    with pytest.raises(CheckpointError, match="saved from a model with layout 'split'"):
+        Phi3Checkpointer(base, tmp_path / "out", should_load_recipe_state=True).load_checkpoint()
+
+
+def test_names_tell_the_layout():
+    assert is_split(["layers.0.attn.q_proj.lora_a.weight"])
+    assert not is_split(["layers.0.attn.qkv_proj.lora_a.weight"])

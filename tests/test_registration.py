@@ -1,0 +1,221 @@
+"""Our names in torchtune's command line: listed, copied, shown, validated and run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+NAMES = [file.stem for file in CONFIGS]
+RECIPE, DISTRIBUTED = "lora_finetune_single_device", "lora_finetune_distributed"
+DEMO = "phi3_plugin/recipes/phi3_demo.py"
+BIN = Path(sys.executable).parent
+
+READ_REGISTRY = f"""
+import os, torchtune
+from torchtune._recipe_registry import get_all_recipes
+recipe = next(r for r in get_all_recipes() if r.name == {RECIPE!r})
+names = [c.name for c in recipe.configs if os.path.isabs(c.file_path)]
+assert os.environ["LOCAL_RANK"] == "0" and names == {NAMES!r}, names
+print("registry is complete")
+"""
+
+
+@pytest.fixture
+def tune(monkeypatch, tmp_path):
+    """Call `tune` in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # importing `tune` sets ours
+    from torchtune._cli.tune import main
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["tune", *arguments])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def get_config():
+    """Return what `tune run` looks a config up with."""
+    import argparse
+
+    from torchtune._cli.run import Run
+
+    return Run(argparse.ArgumentParser().add_subparsers())._get_config
+
+
+def command(*words: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        words,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_every_config_is_registered_once_per_recipe_under_its_stem():
+    from torchtune._recipe_registry import get_all_recipes
+
+    ours = [
+        (recipe.name, config.name, config.file_path)
+        for recipe in get_all_recipes()
+        for config in recipe.configs
+        if os.path.isabs(config.file_path)
+    ]
+    assert ours == [
+        (recipe, file.stem, str(file))
+        for recipe in (RECIPE, DISTRIBUTED)
+        for file in CONFIGS
+        if recipe == RECIPE or file.stem != "phi3_demo"
+    ]
+
+
+def test_no_registered_name_looks_like_a_file():
+    from torchtune._recipe_registry import get_all_recipes
+
+    names = [config.name for recipe in get_all_recipes() for config in recipe.configs]
+    assert not [name for name in names if name.endswith((".yaml", ".yml"))]
+
+
+def test_ls_lists_our_configs_at_the_end_of_each_recipe(tune, capsys):
+    tune("ls")
+    lines = capsys.readouterr().out.splitlines()
+    columns = [(line[:40].strip(), line[41:].strip()) for line in lines]
+    for recipe, names in ((RECIPE, NAMES), (DISTRIBUTED, [n for n in NAMES if n != "phi3_demo"])):
+        start = next(i for i, (name, _) in enumerate(columns) if name == recipe)
+        end = next(i for i in range(start + 1, len(columns)) if columns[i][0])
+        assert [config for _, config in columns[start:end]][-len(names) :] == names
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=NAMES)
+def test_cp_copies_the_config(tune, file, tmp_path):
+    tune("cp", file.stem, ".")
+    assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=NAMES)
+def test_cat_shows_the_config(tune, file, capsys):
+    import yaml
+
+    tune("cat", file.stem)
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(file.read_text())
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=NAMES)
+def test_validate_accepts_the_config(tune, file, capsys):
+    tune("validate", str(file))
+    assert "well-formed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=NAMES)
+def test_run_takes_the_name_with_and_without_yaml(get_config, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get_config(file.stem, None).file_path == str(file)
+    assert get_config(file.name, None).file_path == str(file)
+    assert get_config("folder/" + file.name, None) is None
+
+
+@pytest.mark.parametrize("name", ["phi3_mini_lora.yaml", "phi3_mini_lora", "generation"])
+def test_run_takes_a_local_file_first(get_config, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get_config(name, None) is not None
+    (tmp_path / name).write_text("seed: 0\n")
+    assert get_config(name, None) is None  # not a registered config, so `tune run` reads the path
+
+
+def test_run_takes_the_config_where_a_folder_has_its_name(get_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "phi3_mini_lora").mkdir()
+    assert get_config("phi3_mini_lora", None).file_path == str(
+        CONFIGS[NAMES.index("phi3_mini_lora")]
+    )
+
+
+def test_torchtunes_own_names_are_looked_up_as_ever(get_config, tmp_path, monkeypatch):
+    from torchtune._recipe_registry import get_all_recipes
+
+    monkeypatch.chdir(tmp_path)
+    for recipe in get_all_recipes():
+        for config in recipe.configs:
+            assert get_config(config.name, recipe) is config
+    assert get_config("generation.yaml", None) is None
+    assert get_config("no_such_config", None) is None
+
+
+@pytest.mark.parametrize("torchrun", [[], ["--nproc_per_node", "2"]], ids=["one", "torchrun"])
+def test_a_slash_path_to_a_recipe_becomes_its_module(tune, monkeypatch, torchrun):
+    seen = []
+    monkeypatch.setattr("runpy.run_module", lambda name, run_name: seen.append(name))
+    monkeypatch.setattr(
+        "torchtune._cli.run.run", lambda args: seen.append(args.module and args.training_script)
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])  # `run` appends the folder
+    tune("run", *torchrun, DEMO, "--config", "x")
+    assert seen == ["phi3_plugin.recipes.phi3_demo"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [[], ["--nproc_per_node", "1"]], ids=["one", "torchrun"])
+def test_a_slash_path_runs_our_recipe_from_any_folder(tmp_path, torchrun):
+    # The demo is no torchtune recipe and has no --config, but shows which module was started.
+    done = command(BIN / "tune", "run", *torchrun, DEMO, "--config", "x", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m phi3_plugin.recipes.phi3_demo" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_run_reaches_the_recipe_and_shows_our_error_as_one_line(name, tmp_path):
+    run = [BIN / "tune", "run", RECIPE, "--config", name, "checkpoint_dir=absent", "output_dir=out"]
+    done = command(*run, cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr, done.stderr
+    assert last.startswith("phi3_plugin: MissingFileError: ") and "absent" in last
+
+
+@pytest.mark.slow
+def test_a_traceback_is_shown_on_request(tmp_path):
+    run = [BIN / "tune", "run", RECIPE, "--config", "phi3_mini_lora", "checkpoint_dir=absent"]
+    done = command(*run, "output_dir=out", cwd=tmp_path, PHI3_PLUGIN_TRACEBACK="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "MissingFileError: " in done.stderr
+
+
+@pytest.mark.slow
+def test_errors_that_are_not_ours_keep_their_traceback(tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 0\n")
+    done = command(BIN / "tune", "run", RECIPE, "--config", "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "phi3_plugin: " not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_edited_copy_wins_over_the_registered_config(tmp_path):
+    text = CONFIGS[NAMES.index("phi3_mini_lora")].read_text()
+    edited = text.replace("checkpoint_dir: null", "checkpoint_dir: edited", 1)
+    (tmp_path / "phi3_mini_lora.yaml").write_text(edited)
+    run = [BIN / "tune", "run", RECIPE, "--config", "phi3_mini_lora.yaml", "output_dir=out"]
+    done = command(*run, cwd=tmp_path)
+    assert done.returncode == 1 and "edited" in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_workers_see_the_registry(tmp_path):
+    (tmp_path / "script.py").write_text(READ_REGISTRY)
+    run = [BIN / "torchrun", "--standalone", "--nproc_per_node", "1", "script.py"]
+    done = command(*run, cwd=tmp_path)
+    assert done.returncode == 0 and "registry is complete" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_tune_run_starts_torchrun_workers_that_see_the_registry(tmp_path):
+    (tmp_path / "my_recipe.py").write_text(READ_REGISTRY)
+    run = [BIN / "tune", "run", "--nproc_per_node", "1", "my_recipe.py", "--config", NAMES[0]]
+    done = command(*run, cwd=tmp_path)
+    assert done.returncode == 0 and "registry is complete" in done.stdout, done.stderr
