@@ -11,8 +11,12 @@ from torch.utils.data import Dataset
 from torchtune.datasets import PackedDataset
 from torchtune.utils import log_rank_zero
 
-from phi3_plugin.data.formats import pick_format, read_chat
-from phi3_plugin.data.sources import Row, read_rows
+from phi3_plugin.data.files import Row
+from phi3_plugin.data.formats import Format, pick_format
+from phi3_plugin.data.lessons import NOTHING, Lesson, make_lesson
+from phi3_plugin.data.options import check_switch
+from phi3_plugin.data.packing import pack
+from phi3_plugin.data.sources import read_rows
 from phi3_plugin.data.template import Turn
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, Tokens
 from phi3_plugin.errors import ConfigError, DataError
@@ -58,18 +62,27 @@ def chat_dataset(
     columns: Mapping[str, str] | None = None,
     split: str = "train",
     subset: str | None = None,
+    system_prompt: str | None = None,
+    train_on: str = "assistant",
     packed: bool = False,
 ) -> ChatDataset | PackedDataset:
-    """Read, check and tokenize conversations; what the assistant says is trained on.
+    """Read, check and tokenize conversations.
 
     Args:
         tokenizer: Tokenizer of the checkpoint.
-        source: A .json or .jsonl file, a folder of them, a glob, or a name on the hub.
+        source: A .json, .jsonl, .csv (each also as .gz) or .parquet file, a folder of them, a
+            glob, or a name on the hub.
         format: How rows are read, see :data:`phi3_plugin.data.formats.FORMATS`; by default
             recognized from the first rows.
         columns: Role to column name, for rows that no format fits.
         split: Which part of a hub data set.
         subset: The configuration of a hub data set that has several.
+        system_prompt: Put in front of every conversation that has no system message; one that
+            has any keeps its own. An empty text is an empty system message, which the template
+            may leave out; None adds none.
+        train_on: "assistant": what the assistant says and the ``<|end|>`` after it. "last": the
+            last such turn only. "all": every token but the first, user text, roles and the
+            final ``<|endoftext|>`` among them; conversations need no assistant turn then.
         packed: Fill rows of ``tokenizer.max_seq_len`` tokens with several conversations.
 
     Raises:
@@ -78,36 +91,41 @@ def chat_dataset(
         DataError: Rows are broken (all are counted, the first ones listed), their format is
             not known, or nothing is left to train on.
     """
-    if packed and tokenizer.max_seq_len is None:
+    check_switch("dataset.packed", packed)
+    limit = tokenizer.max_seq_len
+    if packed and limit is None:
         raise ConfigError(
             "dataset.packed: True needs the length of a pack. Set tokenizer.max_seq_len."
         )
-    chats = _read_chats(read_rows(source, split=split, subset=subset), source, format, columns)
-    dataset = ChatDataset(_tokenize(tokenizer, chats, source))
-    if not packed:
-        return dataset
-    return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len, padding_idx=tokenizer.pad_id)
+    lesson = make_lesson(train_on, system_prompt)
+    rows = read_rows(source, split=split, subset=subset)
+    chats = _read_chats(rows, _format(rows, source, format, columns), lesson)
+    dataset = ChatDataset(_tokenize(tokenizer, chats, lesson, source))
+    return pack(dataset, limit, tokenizer.pad_id) if packed and limit else dataset
 
 
-def _read_chats(
+def _format(
     rows: Sequence[Row],
     source: str | Path | None,
-    format: str | None,
+    name: str | None,
     columns: Mapping[str, str] | None,
-) -> list[list[Turn]]:
+) -> Format:
     readable = [row.value for row in rows if not isinstance(row.value, DataError)]
     if not readable:
         _raise_problems([f"{where}: {error}" for where, error in rows], len(rows))
     try:
-        reader = pick_format(format, columns, readable[:LISTED])
+        return pick_format(name, columns, readable[:LISTED])
     except DataError as error:
         raise DataError(f"dataset.source: {source}: {error}") from error
+
+
+def _read_chats(rows: Sequence[Row], format: Format, lesson: Lesson) -> list[list[Turn]]:
     chats, problems = [], []
     for where, value in rows:
         try:
             if isinstance(value, DataError):
                 raise value
-            chats.append(read_chat(value, reader))
+            chats.append(lesson.prepare(format.read(value)))
         except DataError as error:
             problems.append(f"{where}: {error}")
     _raise_problems(problems, len(rows))
@@ -126,14 +144,14 @@ def _raise_problems(problems: Sequence[str], total: int) -> None:
 
 
 def _tokenize(
-    tokenizer: Phi3Tokenizer, chats: Sequence[Sequence[Turn]], source: Any
+    tokenizer: Phi3Tokenizer, chats: Sequence[Sequence[Turn]], lesson: Lesson, source: Any
 ) -> list[Tokens]:
     batches = (chats[i : i + BATCH] for i in range(0, len(chats), BATCH))
-    tokenized = [tokens for batch in batches for tokens in tokenizer.tokenize_chats(batch)]
+    tokenized = [lesson.mark(c) for batch in batches for c in tokenizer.tokenize_chats(batch)]
     kept = [tokens for tokens in tokenized if tokens.trained.any()]
     dropped = (
-        f"dropped {len(tokenized) - len(kept)} of {len(tokenized)} conversations: no assistant "
-        f"turn starts within tokenizer.max_seq_len: {tokenizer.max_seq_len}"
+        f"dropped {len(tokenized) - len(kept)} of {len(tokenized)} conversations: "
+        f"{NOTHING[lesson.train_on]} within tokenizer.max_seq_len: {tokenizer.max_seq_len}"
     )
     if not kept:
         raise DataError(f"dataset.source: {source}: {dropped}. Raise it.")

@@ -64,22 +64,61 @@ class Columns:
 
     names: Mapping[str, str]
     """Role to column."""
-    unless: str | None = None
-    """A column that belongs to the prompt too: rows that have it are of another shape."""
+    unless: tuple[str, ...] = ()
+    """Columns that would belong to the prompt too: rows that have them are of another shape."""
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row has the columns."""
-        return all(name in row for name in self.names.values()) and self.unless not in row
+        """Whether the row has the columns and none that would be left out."""
+        return row.keys() >= set(self.names.values()) and row.keys().isdisjoint(self.unless)
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read system, user and assistant message, in this order."""
+        for name in self.unless:
+            if row.get(name):
+                raise DataError(
+                    f"there is a {name!r} too, which this format would drop; name the columns to "
+                    "read with dataset.columns"
+                )
         named = [(role, self.names[role]) for role in ROLES if role in self.names]
         return [make_turn(role, _column(row, name)) for role, name in named]
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
-        unless = f", without {self.unless}" if self.unless else ""
-        return ", ".join(self.names.values()) + unless
+        return ", ".join(self.names.values()) + _without(self.unless)
+
+
+@dataclass(frozen=True)
+class Alpaca:
+    r"""``instruction``, ``output`` and, in rows that need it, ``input``.
+
+    The user says ``{instruction}\n Input: {input}``, as in Microsoft's samples; where the input
+    is absent, null or empty, the instruction alone.
+    """
+
+    pair: Columns
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the two columns that all rows have."""
+        return self.pair.fits(row)
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the user and the assistant message."""
+        user, assistant = self.pair.read(row)
+        extra = row.get("input")
+        if extra is None or extra == "":
+            return [user, assistant]
+        if not isinstance(extra, str):
+            raise DataError(f"input is {kind(extra)}, expected a string")
+        return [make_turn("user", f"{user.content}\n Input: {extra}"), assistant]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        names = ", ".join(self.pair.names.values())
+        return f"{names} and perhaps input{_without(self.pair.unless)}"
+
+
+OUTSIDE = ("system", "context", "input")
+"""Columns that some data sets keep a part of the prompt in."""
 
 
 FORMATS: dict[str, Format] = {
@@ -97,13 +136,11 @@ FORMATS: dict[str, Format] = {
             "system": "system",
         },
     ),
-    "question_answer": Columns({"user": "question", "assistant": "answer"}),
-    "prompt_response": Columns({"user": "prompt", "assistant": "response"}),
-    "prompt_completion": Columns({"user": "prompt", "assistant": "completion"}),
-    "instruction_output": Columns({"user": "instruction", "assistant": "output"}, unless="input"),
-    "instruction_response": Columns(
-        {"user": "instruction", "assistant": "response"}, unless="input"
-    ),
+    "alpaca": Alpaca(Columns({"user": "instruction", "assistant": "output"}, OUTSIDE[:2])),
+    "question_answer": Columns({"user": "question", "assistant": "answer"}, OUTSIDE),
+    "prompt_response": Columns({"user": "prompt", "assistant": "response"}, OUTSIDE),
+    "prompt_completion": Columns({"user": "prompt", "assistant": "completion"}, OUTSIDE),
+    "instruction_response": Columns({"user": "instruction", "assistant": "response"}, OUTSIDE),
 }
 """What can be recognized, by the name that ``dataset.format`` takes."""
 
@@ -126,21 +163,9 @@ def pick_format(
         return _named_columns(name, columns)
     if name is None:
         return _recognized(rows)
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ConfigError(f"dataset.format: {name!r} is unknown. Known formats:{_known()}")
     return FORMATS[name]
-
-
-def read_chat(row: Mapping[str, Any], format: Format) -> list[Turn]:
-    """Read a row as a conversation that can be trained on.
-
-    Raises:
-        DataError: The row is broken; the message does not name the row.
-    """
-    turns = format.read(row)
-    if not any(turn.trained for turn in turns):
-        raise DataError("there is no assistant turn, so nothing to train on")
-    return turns
 
 
 def _named_columns(name: str | None, columns: Mapping[str, str]) -> Columns:
@@ -173,6 +198,10 @@ def _recognized(rows: Sequence[Mapping[str, Any]]) -> Format:
 
 def _known() -> str:
     return "".join(f"\n  {name} ({format})" for name, format in FORMATS.items())
+
+
+def _without(names: Sequence[str]) -> str:
+    return f", without {' or '.join(names)}" if names else ""
 
 
 def _column(row: Mapping[str, Any], name: str) -> Any:

@@ -7,10 +7,10 @@ The two supported revisions lay a conversation out as::
     <|assistant|>\n{content}<|end|>\n
     <|endoftext|>                         or <|assistant|>\n, to ask for an answer
 
-A message is a header (``<|role|>\n``) and an output (``{content}<|end|>``); only outputs
-are ever trained on. The layout is written by hand, because a rendered text does not tell
-where an output starts, but the template has the last word: every conversation is rendered
-by both, and a difference is an error.
+A message is a header (``<|role|>\n``) and an output (``{content}<|end|>``); the output is what
+training on a message counts. The layout is written by hand, because a rendered text does not
+tell where an output starts, but the template has the last word: every conversation is
+rendered by both, and a difference is an error.
 """
 
 import json
@@ -46,6 +46,8 @@ class Piece(NamedTuple):
 
     text: str
     trained: bool
+    said: bool = False
+    """Whether it is the content of a message; the rest is written by the template."""
 
 
 def make_turn(role: object, content: object, trained: bool | None = None) -> Turn:
@@ -144,7 +146,8 @@ class ChatTemplate:
             if self.skips_empty_system and turn.role == "system" and not turn.content:
                 continue
             yield Piece(f"<|{turn.role}|>\n", False)
-            yield Piece(turn.content + END, turn.trained)
+            yield Piece(turn.content, turn.trained, said=True)
+            yield Piece(END, turn.trained)
             yield Piece("\n", False)
         last = "<|assistant|>\n" if add_generation_prompt else self.special_tokens["eos_token"]
         yield Piece(last, False)

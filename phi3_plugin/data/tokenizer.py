@@ -1,16 +1,25 @@
 """Phi-3's tokenizer for torchtune, with the ids of Hugging Face."""
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 
+from phi3_plugin.data.options import check_choice, check_length
 from phi3_plugin.data.template import Piece, Turn, make_turn
-from phi3_plugin.data.vocabulary import Vocabulary, read_vocabulary
+from phi3_plugin.data.vocabulary import Vocabulary, read_vocabulary, without_added_tokens
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
+
+PADS = ("model", "unk")
+SPECIAL_IN_TEXT = ("parse", "text")
+
+SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+"""What a special token swallows after it: Unicode's White_Space, unlike Python's own notion."""
 
 
 class Message(Protocol):
@@ -38,28 +47,34 @@ class Phi3Tokenizer:
     after it, and the text that follows gets a prefix space.
     """
 
-    def __init__(self, vocabulary: Vocabulary, max_seq_len: int | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        max_seq_len: int | None = None,
+        *,
+        pad: str = "model",
+        special_in_text: str = "parse",
+    ) -> None:
         """Wrap the files of a checkpoint; see :func:`phi3_tokenizer`."""
-        if max_seq_len is not None and (type(max_seq_len) is not int or max_seq_len < 1):
-            raise ConfigError(
-                f"tokenizer.max_seq_len: {max_seq_len!r} must be a whole number above 0, "
-                "or null for no limit."
-            )
+        check_choice("tokenizer.pad", pad, PADS)
+        check_choice("tokenizer.special_in_text", special_in_text, SPECIAL_IN_TEXT)
+        check_length("tokenizer.max_seq_len", max_seq_len)
         self.max_seq_len = max_seq_len
         self._backend = vocabulary.backend
         self._template = vocabulary.template
         self.stop_tokens = vocabulary.stop_tokens
         added = self._backend.get_added_tokens_decoder()
         self.special_tokens = {t.content: i for i, t in added.items() if t.special}
-        ids = self._backend.get_vocab()
-        self.vocab_size = len(ids)
-        named = {name: ids[text] for name, text in vocabulary.names.items()}
+        self._ids: dict[str, int] = self._backend.get_vocab()
+        self.vocab_size = len(self._ids)
+        named = {name: self._ids[text] for name, text in vocabulary.names.items()}
         self.bos_id, self.unk_id = named.get("bos_token"), named.get("unk_token")
         self.eos_id = named["eos_token"]
-        self.pad_id = named.get("pad_token", self.eos_id)
+        self.pad_id = _pad_id(pad, named)
+        self._plain = without_added_tokens(self._backend) if special_in_text == "text" else None
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """Encode plain text; special tokens written in it become their ids.
+        """Encode plain text; special tokens written in it become their ids, whatever messages do.
 
         Raises:
             TokenizerError: A beginning-of-text token is asked for and the files name none.
@@ -94,10 +109,31 @@ class Phi3Tokenizer:
             self._template.pieces(chat, add_generation_prompt=add_generation_prompt)
             for chat in chats
         ]
+        limit = None if add_generation_prompt else self.max_seq_len
+        if self._plain is not None:
+            return self._tokenize_apart(self._plain, pieces, limit)
         texts = ["".join(piece.text for piece in chat) for chat in pieces]
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        limit = None if add_generation_prompt else self.max_seq_len
         return [_mark(*pair, limit) for pair in zip(encodings, pieces, strict=True)]
+
+    def _tokenize_apart(
+        self, plain: Tokenizer, chats: Sequence[Sequence[Piece]], limit: int | None
+    ) -> list[Tokens]:
+        # As in one text: a token before what is said swallows its leading whitespace, and the
+        # newlines of the template belong to the token before them.
+        said = [piece.text.lstrip(SPACE) for chat in chats for piece in chat if piece.said]
+        encoded = iter(plain.encode_batch(said, add_special_tokens=False))
+        tokenized = []
+        for chat in chats:
+            parts = [next(encoded).ids if p.said else self._written(p.text) for p in chat]
+            trained = np.repeat([piece.trained for piece in chat], [len(part) for part in parts])
+            ids = np.array([i for part in parts for i in part][:limit], dtype=np.int32)
+            tokenized.append(Tokens(ids, trained[:limit]))
+        return tokenized
+
+    def _written(self, text: str) -> list[int]:
+        token = text.rstrip("\n")
+        return [self._ids[token]] if token else []
 
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False
@@ -133,19 +169,43 @@ class Phi3Tokenizer:
         return sample
 
 
-def phi3_tokenizer(path: str | Path | None, max_seq_len: int | None = None) -> Phi3Tokenizer:
+def phi3_tokenizer(
+    path: str | Path | None,
+    max_seq_len: int | None = None,
+    *,
+    pad: str = "model",
+    special_in_text: str = "parse",
+) -> Phi3Tokenizer:
     """Build the tokenizer of a checkpoint.
 
     Args:
         path: The checkpoint folder (not a file in it).
         max_seq_len: Cut longer conversations off at this many tokens; None cuts nothing.
+        pad: ``pad_id`` is the pad token that the files name ("model"; their end-of-text token
+            where they name none) or the unknown token ("unk", as in Microsoft's sample).
+        special_in_text: What a special token is that somebody wrote into a message. "parse":
+            that token, as for Hugging Face. "text": the characters it is written in, so that
+            data cannot end a turn or speak for another role; the ids of such messages differ
+            from Hugging Face's, those of all others are the same.
 
     Raises:
-        ConfigError: The path is not given, or the length is not a positive number.
+        ConfigError: The path is not given, or an option has a value that it cannot have.
         MissingFileError: The folder or one of its files is not there.
         TokenizerError: A file is broken, or of a generation that is not supported.
     """
-    return Phi3Tokenizer(read_vocabulary(path), max_seq_len)
+    vocabulary = read_vocabulary(path)
+    return Phi3Tokenizer(vocabulary, max_seq_len, pad=pad, special_in_text=special_in_text)
+
+
+def _pad_id(pad: str, named: Mapping[str, int]) -> int:
+    if pad == "model":
+        return named.get("pad_token", named["eos_token"])
+    if "unk_token" not in named:
+        raise ConfigError(
+            "tokenizer.pad: 'unk' needs a token that tokenizer_config.json does not name. Use "
+            "'model'."
+        )
+    return named["unk_token"]
 
 
 def _mark(encoding: Encoding, pieces: Sequence[Piece], limit: int | None) -> Tokens:

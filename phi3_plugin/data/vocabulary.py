@@ -51,6 +51,12 @@ def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
     return Vocabulary(backend, template, names, _read_stop_tokens(backend, names, folder))
 
 
+def without_added_tokens(backend: Tokenizer) -> Tokenizer:
+    """Return a copy that takes ``<|end|>`` and its like for the characters they are written in."""
+    content = json.loads(backend.to_str())
+    return Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+
+
 def _read_backend(folder: Path) -> Tokenizer:
     file = _existing(folder / "tokenizer.json")
     try:

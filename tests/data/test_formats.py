@@ -1,6 +1,6 @@
 import pytest
 
-from phi3_plugin.data.formats import FORMATS, pick_format, read_chat
+from phi3_plugin.data.formats import FORMATS, pick_format
 from phi3_plugin.errors import ConfigError, DataError
 
 ROWS = {
@@ -22,13 +22,13 @@ ROWS = {
     "question_answer": {"question": "u", "answer": "a", "id": 3},
     "prompt_response": {"prompt": "u", "response": "a"},
     "prompt_completion": {"prompt": "u", "completion": "a"},
-    "instruction_output": {"instruction": "u", "output": "a"},
+    "alpaca": {"instruction": "u", "output": "a"},
     "instruction_response": {"instruction": "u", "response": "a"},
 }
 
 
 def read(row, name=None, columns=None):
-    return [tuple(turn) for turn in read_chat(row, pick_format(name, columns, [row]))]
+    return [tuple(turn) for turn in pick_format(name, columns, [row]).read(row)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -39,6 +39,44 @@ def test_formats_are_recognized_and_named(name):
     if name in ("messages", "sharegpt"):
         expected.insert(0, ("system", "s", False))
     assert read(row) == read(row, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "extra", "text"),
+    [
+        ("Add.", "2, 3", "Add.\n Input: 2, 3"),
+        (" Add.\n", " ", " Add.\n\n Input:  "),
+        ("Add.", "", "Add."),
+        ("Add.", None, "Add."),
+        ("", "2", "\n Input: 2"),
+    ],
+)
+def test_alpaca_text(instruction, extra, text):
+    row = {"instruction": instruction, "input": extra, "output": "5", "id": 1}
+    assert read(row) == read(row, "alpaca") == [("user", text, False), ("assistant", "5", True)]
+
+
+def test_alpaca_rows_with_and_without_input_are_one_format():
+    rows = [{"instruction": "u", "output": "a"}, {"instruction": "u", "input": "i", "output": "a"}]
+    for ordered in (rows, rows[::-1]):
+        assert pick_format(None, None, ordered) is FORMATS["alpaca"]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("alpaca", "context"),
+        ("question_answer", "context"),
+        ("prompt_response", "system"),
+        ("instruction_response", "input"),
+    ],
+)
+def test_a_column_of_the_prompt_is_not_dropped_silently(name, extra):
+    with pytest.raises(DataError, match=rf"the format of the rows .* {extra}\. Known"):
+        pick_format(None, None, [ROWS[name] | {extra: "x"}])
+    with pytest.raises(DataError, match=rf"there is a '{extra}' too, .*dataset\.columns"):
+        read(ROWS[name] | {extra: "x"}, name)
+    assert read(ROWS[name] | {extra: ""}, name) == read(ROWS[name])
 
 
 @pytest.mark.parametrize("theirs", ["user", "assistant", "chatgpt", "gpt", "human", "system"])
@@ -81,15 +119,18 @@ def test_unknown_name():
 
 
 @pytest.mark.parametrize(
-    "row", [{"text": "t"}, {"instruction": "i", "input": "x", "output": "o"}, {"question": "q"}, {}]
+    "row", [{"text": "t"}, {"instruction": "i", "input": "x"}, {"question": "q"}, {}]
 )
 def test_unrecognized_rows(row):
     with pytest.raises(DataError) as error:
         pick_format(None, None, [row])
     assert f"their keys are: {', '.join(row)}." in str(error.value)
-    for known in ("sharegpt (conversations: [{from, value}])", "question_answer (question, answer"):
+    for known in (
+        "sharegpt (conversations: [{from, value}])",
+        "question_answer (question, answer, without system or context or input)",
+        "alpaca (instruction, output and perhaps input, without system or context)",
+    ):
         assert known in str(error.value)
-    assert "without input" in str(error.value)
     assert "dataset.columns" in str(error.value)
 
 
@@ -116,10 +157,12 @@ def test_rows_that_fit_twice():
         ({"messages": [{"role": "user", "content": ["a"]}]}, "the user content is list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool', expected one of"),
         ({"messages": [{"role": [], "content": "x"}]}, r"unknown role \[\]"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "there is no assistant turn"),
         ({"conversations": [{"from": "bing", "value": "x"}]}, "'bing', expected one of: human, us"),
         ({"question": "x", "answer": None}, "the assistant content is null"),
         ({"question": "x", "answer": "\udc80"}, "not valid Unicode"),
+        ({"instruction": "x", "output": "y", "input": 3}, "input is int, expected a string"),
+        ({"instruction": "x", "output": "y", "input": "\udc80"}, "not valid Unicode"),
+        ({"instruction": None, "output": "y", "input": "z"}, "the user content is null"),
     ],
 )
 def test_bad_rows(row, says):
@@ -129,4 +172,4 @@ def test_bad_rows(row, says):
 
 def test_row_without_the_column():
     with pytest.raises(DataError, match="there is no 'answer'; the keys are: question"):
-        read_chat({"question": "x"}, FORMATS["question_answer"])
+        FORMATS["question_answer"].read({"question": "x"})

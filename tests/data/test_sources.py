@@ -76,7 +76,20 @@ def test_not_a_string():
 
 
 @pytest.mark.parametrize(
-    "source", ["./x", "x.jsonl", "org/x.json", "/a/b", "~/x", "a/b/c", "data/train", "..\\x"]
+    "source",
+    [
+        "./x",
+        "x.jsonl",
+        "org/x.json",
+        "x.csv",
+        "x.jsonl.gz",
+        "a/x.parquet",
+        "/a/b",
+        "~/x",
+        "a/b/c",
+        "data/train",
+        "..\\x",
+    ],
 )
 def test_no_such_path(data, source):
     with pytest.raises(MissingFileError, match="there is no file or folder"):
@@ -86,7 +99,7 @@ def test_no_such_path(data, source):
 def test_glob_and_folder_without_files(data):
     (data / "empty").mkdir()
     for source in ("data/*.jsonlines", "data/empty"):
-        with pytest.raises(MissingFileError, match=r"holds no \.json or \.jsonl file"):
+        with pytest.raises(MissingFileError, match=r"holds no file that ends in .*\.parquet\."):
             rows(source)
 
 
@@ -106,7 +119,7 @@ def test_broken_line_and_other_values_keep_their_place(data):
     [
         ("a.json", b"[1, 2", r"a\.json is broken JSON: .* Expected one list"),
         ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8 text"),
-        ("a.csv", b"a,b", r"a\.csv must end in \.json or \.jsonl"),
+        ("a.tsv", b"a,b", r"a\.tsv must end in \.json, .* or \.parquet"),
         ("a.jsonl", b"\n", r"a\.jsonl has no rows"),
         ("a.json", b"[]", r"a\.json has no rows"),
     ],
@@ -115,6 +128,13 @@ def test_unreadable_files(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=says):
         rows(tmp_path / name)
+
+
+def test_old_line_ends(tmp_path):
+    for end in ("\r\n", "\r"):
+        (tmp_path / "a.jsonl").write_bytes(end.join(map(json.dumps, [A, B])).encode())
+        assert [row.where[-1] for row in rows(tmp_path / "a.jsonl")] == ["1", "2"]
+        assert values(tmp_path / "a.jsonl") == [A, B]
 
 
 @pytest.fixture

@@ -19,10 +19,12 @@ def test_a_message_is_a_header_and_an_output():
     pieces = fit(MINI).pieces(turns(("user", "Hello"), ("assistant", "Hi")))
     assert pieces == [
         Piece("<|user|>\n", False),
-        Piece("Hello<|end|>", False),
+        Piece("Hello", False, said=True),
+        Piece("<|end|>", False),
         Piece("\n", False),
         Piece("<|assistant|>\n", False),
-        Piece("Hi<|end|>", True),
+        Piece("Hi", True, said=True),
+        Piece("<|end|>", True),
         Piece("\n", False),
         Piece("<|endoftext|>", False),
     ]

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules import TransformerDecoder
 
 ROLES = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 BLOCK = "{{'<|%s|>\n' + message['content'] + '<|end|>\n'}}"
@@ -93,3 +96,10 @@ def write_checkpoint(folder: Path, *, chat_template: str = MINI, rstrip: bool = 
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "config.json", {"model_type": "phi3", "vocab_size": 448})
     return folder
+
+
+def model() -> TransformerDecoder:
+    """The shell that all decoders of torchtune share, to run batches through."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 448, "embed_dim": 16, "intermediate_dim": 32, "max_seq_len": 64}
+    return llama3_2(num_layers=2, num_heads=2, num_kv_heads=1, **sizes).eval()
