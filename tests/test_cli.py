@@ -20,15 +20,18 @@ def phi3_tune(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # importing `tune` sets ours
     monkeypatch.setattr(sys, "path", [*sys.path])  # `run` appends the folder
+    import torchtune  # noqa: F401  torchao says on stderr what it misses, once
+
     from phi3_plugin.cli import main
 
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["phi3-tune", *words])
+        capsys.readouterr()
         try:
             main()
         except SystemExit as end:
             return end.code, "".join(capsys.readouterr())
-        return 0, capsys.readouterr().out
+        return 0, "".join(capsys.readouterr())
 
     return run
 
@@ -48,7 +51,7 @@ def phi3_tune_process(*words: str, cwd: Path, **environment: str) -> subprocess.
 def test_help_names_itself_and_lists_the_verbs_of_tune(phi3_tune):
     code, out = phi3_tune("--help")
     assert code == 0 and out.startswith("usage: phi3-tune [-h] {" + ",".join(VERBS) + "}")
-    assert phi3_tune() == (code, out)
+    assert phi3_tune() == (0, out)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -68,7 +71,8 @@ def test_ls_prints_what_tune_prints(phi3_tune, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["tune", "ls"])
     main()
-    assert phi3_tune("ls") == (0, capsys.readouterr().out)
+    expected = capsys.readouterr().out
+    assert phi3_tune("ls") == (0, expected)
 
 
 def test_one_process_runs_as_under_tune(phi3_tune, monkeypatch):
@@ -81,6 +85,7 @@ def test_one_process_runs_as_under_tune(phi3_tune, monkeypatch):
     assert argv[3:] == ["seed=1"]
 
 
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has the stderr
 @pytest.mark.parametrize("recipe", ["lora_finetune_distributed", "folder/mine.py"])
 def test_workers_are_phi3_tune_with_the_words_as_typed(phi3_tune, torchrun, recipe):
     words = [recipe, "--config", "phi3_mini_lora", "seed=1"]
@@ -100,12 +105,6 @@ def test_recipes_for_one_device_refuse_workers_as_under_tune(phi3_tune, torchrun
 def test_it_registers_where_the_hook_is_switched_off(fresh_python, switch):
     code = "import sys; from phi3_plugin.cli import main; sys.argv = ['phi3-tune', 'ls']; main()"
     assert set(NAMES) <= set(fresh_python(code, **{switch: "0"}).split())
-
-
-@pytest.mark.slow
-def test_the_command_is_installed(tmp_path):
-    done = phi3_tune_process("validate", "mine.yaml", cwd=tmp_path)
-    assert done.returncode == 2 and "phi3-tune validate: error: " in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -113,3 +113,10 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(setting, message, run):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(run.iterdir()) == before
+
+
+def test_fp16_is_refused_with_what_to_use_instead(run):
+    done = tune_run(*RUN, "output_dir=new", "dtype=fp16", cwd=run)
+    assert done.returncode != 0
+    assert "fp16 precision is not supported in this recipe. Please use fp32 or bf16" in done.stderr
+    assert not (run / "new").exists()

@@ -1,7 +1,9 @@
 """The README.md that lies beside an adapter."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from phi3_plugin.checkpoint.peft import CONFIG
 
@@ -15,9 +17,11 @@ tags:
 - torchtune
 ---
 
-# LoRA adapter for {base}
+# {kind} adapter for {base}
 
-Rank {r}, alpha {lora_alpha}, dropout {lora_dropout}, on {targets}. Epochs trained: {epochs}.
+{kind} of rank {r}, alpha {lora_alpha}, dropout {lora_dropout}, on {targets}.
+
+{table}
 
 ```python
 from peft import PeftModel
@@ -34,14 +38,27 @@ Generation must stop at the ids in generation_config.json.
 """
 
 
-def model_card(folder: Path, base: str, epoch: int) -> str:
+def model_card(folder: Path, base: str, rows: Mapping[str, Any]) -> str:
     """Return the model card of the adapter in ``folder``.
 
     Args:
         folder: Holds adapter_config.json.
         base: Repository id or folder of the base model.
-        epoch: Number of the last epoch trained, from 0.
+        rows: What the adapter was trained on and how, one row of the table each.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     targets = ", ".join(config["target_modules"])
-    return CARD.format(**{**config, "base": base, "epochs": epoch + 1, "targets": targets})
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    return CARD.format(
+        **{
+            **config,
+            "base": base,
+            "kind": "DoRA" if config["use_dora"] else "LoRA",
+            "table": f"| training | |\n|---|---|\n{table}",
+            "targets": targets,
+        }
+    )
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

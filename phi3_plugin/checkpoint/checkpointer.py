@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Phi3Checkpointer:
         *,
         layout: str = "fused",
         lora_dropout: float = 0.0,
+        card: Mapping[str, Any] | None = None,
         save_adapter_weights_only: bool = True,
         should_load_recipe_state: bool = False,
         model_type: str = "PHI3_MINI",
@@ -59,6 +61,8 @@ class Phi3Checkpointer:
             layout: ``fused`` for the models of this package, ``split`` for torchtune's own
                 Phi-3 with q_proj, k_proj, v_proj, w1, w2, w3. Adapters are always saved fused.
             lora_dropout: Recorded in adapter_config.json.
+            card: Rows of the model card's table: what the adapter was trained on and how. The
+                recipes tell a checkpointer nothing of it, so the YAML does.
             save_adapter_weights_only: The recipe's setting of that name, which must be True.
             should_load_recipe_state: True when the recipe resumes.
             model_type: Read by torchtune's recipes only.
@@ -81,6 +85,7 @@ class Phi3Checkpointer:
         self._config = read_config(self._checkpoint_dir)
         self._output_dir = _output_folder(output_dir, self._checkpoint_dir)
         self._dropout, self._resume = lora_dropout, should_load_recipe_state
+        self._card = {str(key): value for key, value in (card or {}).items()}
         if not should_load_recipe_state:
             refuse_other_run(self._output_dir)
         check_writable(self._output_dir, "output_dir")
@@ -126,7 +131,8 @@ class Phi3Checkpointer:
         with whole_folder(final) as folder:
             self._save_adapter(folder, state_dict["adapter"], state_dict["adapter_config"], base)
             _copy_tokenizer(self._checkpoint_dir, folder)
-            (folder / "README.md").write_text(model_card(folder, base, epoch), encoding="utf-8")
+            card = model_card(folder, base, {**self._card, "epochs trained": epoch + 1})
+            (folder / "README.md").write_text(card, encoding="utf-8")
             if intermediate_checkpoint:
                 inside = {"adapter", "adapter_config", "model"}
                 save_state(folder, {k: v for k, v in state_dict.items() if k not in inside})

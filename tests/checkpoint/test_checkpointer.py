@@ -138,6 +138,13 @@ def test_the_base_is_named_by_the_repository_it_came_from(base, tmp_path):
     assert "down_proj, gate_up_proj, o_proj, qkv_proj" in card
 
 
+def test_the_card_says_what_the_yaml_says(base, tmp_path):
+    card = {"data": "a|b.jsonl", "learning rate": 2e-4}
+    folder = saved(base, tmp_path / "out", trained_model(base), epoch=2, card=card)
+    text = (folder / "README.md").read_text()
+    assert "| data | a\\|b.jsonl |\n| learning rate | 0.0002 |\n| epochs trained | 3 |\n" in text
+
+
 def test_resume_gives_back_state_and_adapter(base, tmp_path):
     model, out = trained_model(base), tmp_path / "out"
     saved(base, out, model, epoch=0, intermediate=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from phi3_plugin.errors import ConfigError
 from phi3_plugin.train import cosine_with_warmup
 
 
@@ -24,16 +25,16 @@ def rates(optimizer, scheduler, parameter, steps):
 def test_resume_continues_the_schedule(stop):
     whole = torch.nn.Parameter(torch.ones(2))
     optimizer = optimizer_of(whole)
-    expected = rates(optimizer, cosine_with_warmup(optimizer, 4, 12), whole, 12)
+    expected = rates(optimizer, cosine_with_warmup(optimizer, 12, 4), whole, 12)
 
     first = torch.nn.Parameter(torch.ones(2))
     optimizer = optimizer_of(first)
-    seen = rates(optimizer, cosine_with_warmup(optimizer, 4, 12), first, stop)
+    seen = rates(optimizer, cosine_with_warmup(optimizer, 12, 4), first, stop)
     second = torch.nn.Parameter(first.detach().clone())
     resumed = optimizer_of(second)
     resumed.load_state_dict(optimizer.state_dict())
     # The stock recipe says -1 here.
-    seen += rates(resumed, cosine_with_warmup(resumed, 4, 12, last_epoch=-1), second, 12 - stop)
+    seen += rates(resumed, cosine_with_warmup(resumed, 12, 4, last_epoch=-1), second, 12 - stop)
 
     assert seen == pytest.approx(expected, abs=1e-12)
     assert torch.equal(second, whole)
@@ -43,5 +44,37 @@ def test_a_recipe_that_knows_its_step_is_believed():
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = optimizer_of(parameter)
     optimizer.param_groups[0]["initial_lr"] = 0.1
-    scheduler = cosine_with_warmup(optimizer, 4, 12, last_epoch=1)
+    scheduler = cosine_with_warmup(optimizer, 12, 4, last_epoch=1)
     assert scheduler.get_last_lr() == [pytest.approx(0.1 * 2 / 4)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "warmup"), [(1, 0.1, 0), (2, 0.1, 1), (10, 0.1, 1), (11, 0.1, 2), (20, 0, 0)]
+)
+def test_the_share_of_warm_up_steps(steps, ratio, warmup):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer, same = optimizer_of(parameter), optimizer_of(parameter)
+    by_share = cosine_with_warmup(optimizer, steps, warmup_ratio=ratio)
+    by_number = cosine_with_warmup(same, steps, warmup)
+    assert rates(optimizer, by_share, parameter, steps) == rates(same, by_number, parameter, steps)
+
+
+def test_the_first_of_one_step_trains():
+    optimizer = optimizer_of(torch.nn.Parameter(torch.ones(2)))
+    assert cosine_with_warmup(optimizer, 1, warmup_ratio=0.1).get_last_lr() == [0.1]
+
+
+def test_the_share_is_that_of_transformers():
+    from transformers import TrainingArguments
+
+    for steps in (2, 7, 100):
+        arguments = TrainingArguments(warmup_steps=0.2, report_to=[], output_dir="unused")
+        ours = cosine_with_warmup(optimizer_of(torch.nn.Parameter(torch.ones(2))), steps, None, 0.2)
+        theirs = arguments.get_warmup_steps(steps)
+        assert ours.lr_lambdas[0](theirs) == pytest.approx(1.0)
+        assert ours.lr_lambdas[0](theirs - 1) < 1.0
+
+
+def test_a_share_above_one_is_refused():
+    with pytest.raises(ConfigError, match=r"lr_scheduler\.warmup_ratio: 20"):
+        cosine_with_warmup(optimizer_of(torch.nn.Parameter(torch.ones(2))), 5, warmup_ratio=20)

@@ -1,0 +1,144 @@
+"""Every command and every piece of code in the documentation, run as it stands.
+
+A tiny checkpoint has the name that the pages give it. Three things differ from a reader's
+machine: downloads are only parsed, the distributed recipe runs under the test driver that swaps
+NCCL for gloo, and torchtune's full-size split model is replaced by a tiny one.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.assets import assets_dir
+from tests.stock import TUNE, tiny_checkpoint
+
+pytestmark = [pytest.mark.assets, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DRIVER = f"torchrun --standalone --nproc_per_node 2 {ROOT / 'tests' / 'stock_distributed.py'}"
+NOT_RUN = ("make demo", "pip install")  # the demo has a test of its own; installing needs a network
+
+TINY_SPLIT = """
+from torchtune.models.phi3._component_builders import lora_phi3
+
+def lora_phi3_mini(lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output, **keys):
+    return lora_phi3(
+        lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output, vocab_size=32064, num_layers=2,
+        num_heads=4, num_kv_heads=4, embed_dim=256, intermediate_dim=512, max_seq_len=4096,
+        norm_eps=1e-5, **keys,
+    )
+"""
+
+
+def blocks(page, *languages):
+    return [code for language, code in BLOCK.findall(page.read_text()) if language in languages]
+
+
+def as_run_here(code):
+    code = re.sub(r"tune run --nproc_per_node 2 lora_finetune_distributed", DRIVER, code)
+    code = re.sub(r"(stock_distributed\.py --config) (\w+)", rf"\1 {ROOT}/configs/\2.yaml", code)
+    code = code.replace("torchtune.models.phi3.lora_phi3_mini", "tiny_split.lora_phi3_mini")
+    lines = [line for line in code.splitlines() if not line.startswith("tune download")]
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder as a reader has it: a checkpoint, 40 chats, a table of pairs, an adapter."""
+    cwd = tmp_path_factory.mktemp("reader")
+    tiny_checkpoint(cwd / "Phi-3-mini-4k", hidden_size=256, intermediate_size=512)
+    lines = (assets_dir() / "data" / "gsm8k_train.jsonl").read_text("utf-8").splitlines()[:40]
+    pairs = [(row["question"], row["answer"]) for row in map(json.loads, lines)]
+    with (cwd / "my_chats.jsonl").open("w", encoding="utf-8") as file:
+        for question, answer in pairs:
+            turns = (("user", question), ("assistant", answer))
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    with (cwd / "my_pairs.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("ask", "reply"), *pairs])
+    (cwd / "tiny_split.py").write_text(TINY_SPLIT)
+    (training,) = (code for code in blocks(PAGES[0], "bash") if "tune run" in code)
+    shell(as_run_here(training), cwd)
+    return cwd
+
+
+def shell(code, cwd):
+    environment = {
+        **os.environ,
+        "PATH": f"{TUNE.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{code}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+
+
+COMMANDS = [
+    pytest.param(code, id=f"{page.stem}-{i}")
+    for page in PAGES
+    for i, code in enumerate(blocks(page, "bash"))
+    if not code.startswith(NOT_RUN) and not (page == PAGES[0] and "tune run" in code)
+]
+
+
+@pytest.mark.parametrize("code", COMMANDS)
+def test_commands_run(code, place):
+    shell(as_run_here(code), place)
+
+
+def test_every_run_left_an_adapter(place):
+    """Runs last in this file: what the commands above wrote."""
+    outputs = {path.name for path in place.glob("out_*")} | {"my_adapter"}
+    assert outputs >= {"my_adapter"}
+    for name in outputs:
+        assert (place / name / "epoch_0" / "adapter_model.safetensors").is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_code_runs(page, place):
+    code = "\n".join(blocks(page, "python"))
+    if not code:
+        pytest.skip("no Python on this page")
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        line
+        for page in PAGES
+        for code in blocks(page, "bash", "sh")
+        for line in code.replace("\\\n", " ").splitlines()
+        if line.startswith(("tune download", "tune run --nnodes"))
+    ],
+)
+def test_commands_that_need_a_network_are_spelled_right(command):
+    import shlex
+
+    from torchtune._cli.tune import TuneCLIParser
+
+    arguments = TuneCLIParser()._parser.parse_args(shlex.split(command)[1:])
+    assert arguments.func.__name__ in ("_download_cmd", "_run_cmd")
+
+
+def test_configs_say_the_same_commands_as_the_readme():
+    for file in (ROOT / "configs").glob("phi3_mini_*.yaml"):
+        header = file.read_text().split("checkpoint_dir: null")[0]
+        assert f"tune run lora_finetune_single_device --config {file.stem} " in header
+        assert blocks(PAGES[0], "bash")[2].splitlines()[0] in header
