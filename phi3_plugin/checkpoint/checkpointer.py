@@ -1,8 +1,6 @@
 """The checkpointer that torchtune's LoRA recipes talk to."""
 
-import json
 import logging
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,27 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from phi3_plugin.checkpoint.card import model_card
+from phi3_plugin.checkpoint.export import export_adapter
 from phi3_plugin.checkpoint.folder import check_writable, whole_folder
 from phi3_plugin.checkpoint.hf import load_base_weights, row_norms
-from phi3_plugin.checkpoint.peft import check_trained, load_adapter, load_origin, save_adapter
+from phi3_plugin.checkpoint.peft import check_trained, load_adapter, load_origin
 from phi3_plugin.checkpoint.resume import latest_epoch, load_state, refuse_other_run, save_state
 from phi3_plugin.checkpoint.split import fuse_adapter, parts_of, split_weights, unfuse_adapter
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import CheckpointError, ConfigError, OutputError
 
 log = logging.getLogger(__name__)
-
-TOKENIZER_FILES = (
-    "config.json",  # without it transformers picks the wrong tokenizer class
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class Phi3Checkpointer:
@@ -127,12 +114,9 @@ class Phi3Checkpointer:
             OutputError: The folder cannot be written.
         """
         check_trained(state_dict["adapter"])
-        final, base = self._output_dir / f"epoch_{epoch}", base_name(self._checkpoint_dir)
+        final = self._output_dir / f"epoch_{epoch}"
         with whole_folder(final) as folder:
-            self._save_adapter(folder, state_dict["adapter"], state_dict["adapter_config"], base)
-            _copy_tokenizer(self._checkpoint_dir, folder)
-            card = model_card(folder, base, {**self._card, "epochs trained": epoch + 1})
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            self._save_adapter(folder, state_dict["adapter"], state_dict["adapter_config"], epoch)
             if intermediate_checkpoint:
                 inside = {"adapter", "adapter_config", "model"}
                 save_state(folder, {k: v for k, v in state_dict.items() if k not in inside})
@@ -144,14 +128,22 @@ class Phi3Checkpointer:
             )
 
     def _save_adapter(
-        self, folder: Path, adapter: dict[str, Tensor], settings: dict[str, Any], base: str
+        self, folder: Path, adapter: dict[str, Tensor], settings: dict[str, Any], epoch: int
     ) -> None:
-        rank, alpha = settings["r"], settings["lora_alpha"]
-        origin = {"layout": self._layout, "rank": rank, "alpha": alpha}
+        origin: dict[str, Any] = {"layout": self._layout}
         if self._layout == "split":
             origin["parts"] = parts_of(adapter)
             adapter = fuse_adapter(adapter, self._config, partial(row_norms, self._checkpoint_dir))
-        save_adapter(folder, adapter, rank, alpha, dropout=self._dropout, base=base, origin=origin)
+        export_adapter(
+            folder,
+            adapter,
+            checkpoint_dir=self._checkpoint_dir,
+            rank=settings["r"],
+            alpha=settings["lora_alpha"],
+            dropout=self._dropout,
+            origin=origin,
+            card={**self._card, "epochs trained": epoch + 1},
+        )
 
     def _load_adapter(self, folder: Path) -> dict[str, Tensor]:
         origin = load_origin(folder)
@@ -164,18 +156,6 @@ class Phi3Checkpointer:
         if self._layout == "split":
             return unfuse_adapter(adapter, origin["parts"], origin["rank"], self._config)
         return adapter
-
-
-def base_name(checkpoint_dir: Path) -> str:
-    """Return how an adapter names its base: the repository it came from, else the folder.
-
-    ``tune download`` leaves original_repo_id.json beside the weights.
-    """
-    file = checkpoint_dir / "original_repo_id.json"
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["repo_id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return str(checkpoint_dir.resolve())
 
 
 def _output_folder(output_dir: str | Path | None, checkpoint_dir: Path) -> Path:
@@ -192,9 +172,3 @@ def _output_folder(output_dir: str | Path | None, checkpoint_dir: Path) -> Path:
             "elsewhere, so that the base model stays as it was downloaded."
         )
     return folder
-
-
-def _copy_tokenizer(checkpoint_dir: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (checkpoint_dir / name).is_file():
-            shutil.copyfile(checkpoint_dir / name, folder / name)

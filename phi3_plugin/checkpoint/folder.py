@@ -13,11 +13,12 @@ PARTIAL = ".partial-"
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give an empty folder beside ``final`` and rename it into place when the block ends well.
 
     Args:
-        final: The folder to create; must not exist.
+        final: The folder to create.
+        replace: Whether it may exist; it is then removed once the new one is in its place.
 
     Yields:
         The folder to write into.
@@ -25,7 +26,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     Raises:
         OutputError: ``final`` exists, or writing fails (disk full, no permission).
     """
-    if final.exists():
+    if final.exists() and not replace:
         raise OutputError(f"{final} exists and would be overwritten. Move it or choose another.")
     partial = final.with_name(f"{PARTIAL}{final.name}")
     try:
@@ -34,7 +35,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.rglob("*"), partial):
             _sync(path)
-        partial.rename(final)
+        _swap(partial, final)
         _sync(final.parent)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -66,6 +67,15 @@ def check_writable(folder: Path, key: str) -> None:
             f"{key}: {folder} cannot be written: {error.strerror or error}. "
             "Choose a folder that you may write to."
         ) from error
+
+
+def _swap(new: Path, final: Path) -> None:
+    old = final.with_name(f"{PARTIAL}old-{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Adapters in the layout of Hugging Face PEFT, written so that every runtime reads them alike."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def save_adapter(
     *,
     dropout: float,
     base: str,
-    origin: dict[str, Any],
+    origin: Mapping[str, Any],
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json.
 
@@ -45,7 +46,7 @@ def save_adapter(
     tensors = {to_peft(name): value.contiguous() for name, value in adapter.items()}
     text = json.dumps(adapter_config(tensors, alpha, dropout, base), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    metadata = {"format": "pt", ORIGIN: json.dumps(origin)}
+    metadata = {"format": "pt", ORIGIN: json.dumps(dict(origin))}
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
     # safetensors makes files that only their owner may read; a server runs as another user.
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)

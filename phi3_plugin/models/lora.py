@@ -1,6 +1,7 @@
 """The linear layers of the model: frozen, and frozen with a low-rank adapter."""
 
 import math
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +156,27 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
             norm = self._get_weight_norm(self.weight.to(x.dtype), delta)
         stretched: Tensor = (self.magnitude / norm) * (out + self.low_rank(x))
         return stretched
+
+
+def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Return the adapter's starting values, whole and in fp32, by parameter name.
+
+    They depend on seed and name alone, not on how many processes share the model or on what else
+    was drawn before. A magnitude of zero asks ``initialize_dora_magnitude`` to set it.
+
+    Args:
+        model: May be on the meta device, or sharded.
+        seed: Of the run.
+    """
+    values = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith((".lora_b.weight", ".magnitude")):
+            values[name] = torch.zeros(parameter.shape)
+        elif name.endswith(".lora_a.weight"):
+            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+            value = torch.empty(parameter.shape)
+            values[name] = nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    return values
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -33,6 +33,20 @@ def nf4_zeros(out_dim: int, in_dim: int) -> nn.Parameter:
     return nn.Parameter(to_nf4(torch.zeros(out_dim, in_dim)), requires_grad=False)
 
 
+def shard_nf4(weight: Tensor, rank: int, size: int) -> Tensor:
+    """Quantize a whole weight, then cut out one process's rows.
+
+    Args:
+        weight: ``[out, in]``.
+        rank: The process.
+        size: Number of processes.
+    """
+    whole = to_nf4(weight)
+    rows = torch.chunk(whole, size, dim=0)[rank]
+    shard: Tensor = whole.new_zeros(rows.size())
+    return shard.copy_(rows)
+
+
 def is_nf4(weight: Tensor) -> bool:
     """Whether a weight is stored in NF4."""
     return isinstance(weight, NF4Tensor)

@@ -1,0 +1,177 @@
+"""The checkpoints of a run: folders that serve, and that training goes on from.
+
+output_dir/
+step_000120/   best/   final/     each a PEFT adapter (or a model), and
+resume/state.pt                 optimizer, schedule, place in the data, random numbers
+resume/hashes.json              of every file, written last
+"""
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from phi3_plugin.checkpoint.folder import PARTIAL, whole_folder
+from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
+
+RESUME, STATE, HASHES = "resume", "state.pt", "hashes.json"
+BEST, FINAL = "best", "final"
+_STEP = re.compile(r"step_(\d+)")
+
+
+class Found(NamedTuple):
+    """Where a run can go on."""
+
+    folder: Path | None
+    """The newest whole checkpoint; None starts anew."""
+    skipped: list[str]
+    """Newer ones that are not whole, and why."""
+
+
+def step_name(step: int) -> str:
+    """Return the name of the folder saved after this many steps."""
+    return f"step_{step:06d}"
+
+
+def save(
+    output_dir: Path, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]
+) -> Path:
+    """Write one checkpoint, whole or not at all.
+
+    Args:
+        output_dir: Folder of the run.
+        name: :func:`step_name`, `BEST` or `FINAL`; the latter two replace an earlier one.
+        step: Optimizer steps made.
+        write: Writes what serves into the folder it is given.
+        state: What training goes on from.
+
+    Raises:
+        OutputError: The folder cannot be written; earlier checkpoints are untouched.
+    """
+    final = output_dir / name
+    with whole_folder(final, replace=True) as folder:
+        write(folder)
+        (folder / RESUME).mkdir()
+        torch.save({**state, "step": step}, folder / RESUME / STATE)
+        hashes = {path: _digest(folder / path) for path in _files(folder)}
+        text = json.dumps({"step": step, "files": hashes}, indent=1)
+        (folder / RESUME / HASHES).write_text(text, encoding="utf-8")
+    return final
+
+
+def find(output_dir: Path, resume: str) -> Found:
+    """Find the checkpoint that a run goes on from.
+
+    Args:
+        output_dir: Folder of the run.
+        resume: ``never``, ``auto`` for the newest whole one, or a folder.
+
+    Raises:
+        CheckpointError: The folder that was named is not whole.
+        MissingFileError: There is no such folder.
+        OutputError: ``never``, but the output folder holds a run.
+    """
+    if resume == "never":
+        _refuse_other_run(output_dir)
+        return Found(None, [])
+    if resume != "auto":
+        folder = Path(resume)
+        if not folder.is_dir():
+            raise MissingFileError(
+                f"resume: {folder} is not a folder. Use auto, never or a folder."
+            )
+        if problem := problem_of(folder):
+            raise CheckpointError(f"resume: {folder} cannot be resumed from: {problem}.")
+        return Found(folder, [])
+    skipped: list[str] = []
+    for folder in _newest_first(output_dir):
+        problem = problem_of(folder)
+        if problem is None:
+            return Found(folder, skipped)
+        skipped.append(f"{folder}: {problem}")
+    return Found(None, skipped)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read what training goes on from.
+
+    Raises:
+        CheckpointError: The file holds more than tensors and plain values, or is damaged.
+    """
+    file = folder / RESUME / STATE
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from error
+    return state
+
+
+def prune(output_dir: Path, limit: int | None) -> None:
+    """Remove the oldest step folders beyond the limit; best and final do not count.
+
+    Args:
+        output_dir: Folder of the run.
+        limit: How many to keep; None keeps all.
+    """
+    steps = sorted(path for path in output_dir.glob("step_*") if _STEP.fullmatch(path.name))
+    for folder in steps[: max(0, len(steps) - limit)] if limit is not None else []:
+        # Renamed first: a kill in between must not leave half a folder under its name.
+        shutil.rmtree(folder.rename(folder.with_name(f"{PARTIAL}{folder.name}")))
+
+
+def problem_of(folder: Path) -> str | None:
+    """Say why a folder is not a whole checkpoint, or return None if it is one."""
+    file = folder / RESUME / HASHES
+    try:
+        files = json.loads(file.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{RESUME}/{HASHES} is missing or damaged"
+    for path, digest in files.items():
+        if not (folder / path).is_file():
+            return f"{path} is missing"
+        if _digest(folder / path) != digest:
+            return f"{path} has changed since it was written"
+    return None
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    folders = [p for p in output_dir.glob("*") if _STEP.fullmatch(p.name) or p.name == FINAL]
+    return sorted(folders, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    if match := _STEP.fullmatch(folder.name):
+        return int(match.group(1))
+    try:
+        return int(json.loads((folder / RESUME / HASHES).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def _refuse_other_run(output_dir: Path) -> None:
+    held = [path.name for path in _newest_first(output_dir)]
+    held += [path.name for path in output_dir.glob(BEST)]
+    if held:
+        raise OutputError(
+            f"output_dir: {output_dir} holds the checkpoints of another run ({', '.join(held)}). "
+            "Choose another folder, or continue that run with resume=auto."
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""Which samples a step sees: one global order, whatever the number of processes.
+
+epoch 0      3 0 4 1 5 2 6         shuffled by seed and epoch
+step 0       [3 0][4 1]            micro-batches of 2; with 2 processes the first takes [3 0]
+step 1       [5 2][6]              the last step of an epoch takes what is left
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi3_plugin.train.losses import IGNORED
+
+Sample = dict[str, Any]
+Collate = Callable[[list[Sample]], dict[str, Tensor]]
+
+
+class Order:
+    """Cuts a data set into steps, and each step into the processes' micro-batches."""
+
+    def __init__(
+        self,
+        dataset: Sequence[Sample],
+        *,
+        batch_size: int,
+        accumulation: int,
+        processes: int,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        """Keep the sizes; nothing is drawn yet.
+
+        Args:
+            dataset: Tokenized samples.
+            batch_size: Samples of a micro-batch.
+            accumulation: Micro-batches of one process in a step.
+            processes: Number of processes.
+            seed: With the epoch, decides the order.
+            shuffle: False keeps the order of the data set.
+        """
+        self.dataset, self.batch_size, self.processes = dataset, batch_size, processes
+        self.per_step = batch_size * accumulation * processes
+        self.seed, self.shuffle = seed, shuffle
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every sample once; the last may be smaller."""
+        return -(-len(self.dataset) // self.per_step)
+
+    def indices(self, step: int) -> list[int]:
+        """Return the samples of a step, counted from the start of the run."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._epoch(epoch)
+        return order[place * self.per_step : (place + 1) * self.per_step]
+
+    def batches(self, step: int, rank: int, collate: Collate) -> list[dict[str, Tensor]]:
+        """Return one process's micro-batches of a step; every process gets as many.
+
+        A process that the last samples do not reach gets one without labels, since all must take
+        part in the sharded model's gathering.
+
+        Args:
+            step: Counted from the start of the run.
+            rank: The process.
+            collate: Makes a batch of samples.
+        """
+        chosen, size = self.indices(step), self.batch_size
+        parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        mine = parts[rank :: self.processes]
+        full = -(-len(parts) // self.processes)
+        return [self._collated(part, collate) for part in mine] + [
+            self._unlabelled(chosen[0], collate) for _ in range(full - len(mine))
+        ]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.dataset)))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(len(self.dataset), generator=generator).tolist()
+
+    def _collated(self, indices: list[int], collate: Collate) -> dict[str, Tensor]:
+        return collate([self.dataset[i] for i in indices])
+
+    def _unlabelled(self, index: int, collate: Collate) -> dict[str, Tensor]:
+        batch = self._collated([index], collate)
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def shares(order: Order, rank: int, collate: Collate) -> Iterator[dict[str, Tensor]]:
+    """Yield one process's batches of a whole pass, as validation needs them."""
+    for step in range(order.steps_per_epoch):
+        yield from order.batches(step, rank, collate)

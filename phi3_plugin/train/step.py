@@ -1,0 +1,95 @@
+"""One optimizer step: count first, divide once, look before the weights move."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from phi3_plugin.train.losses import labelled
+from phi3_plugin.train.world import World
+
+Batch = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""(model, batch) -> summed loss over the batch's labelled tokens."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, over all processes and micro-batches."""
+
+    loss: float
+    """Mean over all labelled tokens."""
+    tokens: int
+    """Labelled tokens."""
+    grad_norm: float
+    """Norm of the gradient before clipping."""
+    moved: bool
+    """False if loss or norm was not finite, so that the weights were left alone."""
+
+
+def train_step(
+    world: World,
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss: Loss,
+    batches: Sequence[Batch],
+    max_norm: float | None,
+) -> StepResult:
+    """Accumulate over the micro-batches of this process, then move the weights once.
+
+    Args:
+        world: All processes; each brings as many micro-batches.
+        model: On this process's device.
+        optimizer: Over the trained parameters.
+        loss: Sums over labelled tokens.
+        batches: Micro-batches; together, over all processes, they have a labelled token.
+        max_norm: Clip the gradient to this norm; None only measures it.
+    """
+    count = world.sum(torch.stack([labelled(batch["labels"]) for batch in batches]).sum())
+    # FSDP averages gradients over processes; each share is scaled up to undo that.
+    share = world.size / count
+    total = torch.zeros((), device=count.device)
+    for last, batch in _and_last(batches):
+        if world.size > 1:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        summed = loss(model, batch)
+        (summed * share).backward()
+        total += summed.detach()
+    mean = (world.sum(total) / count).item()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = math.inf if max_norm is None else max_norm
+    norm = world.whole(torch.nn.utils.clip_grad_norm_(trained, limit)).item()
+    moved = math.isfinite(mean) and math.isfinite(norm)
+    if moved:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(mean, int(count), norm, moved)
+
+
+@torch.no_grad()
+def validate(
+    world: World, model: nn.Module, loss: Loss, batches: Iterable[Batch]
+) -> tuple[float, int]:
+    """Return the mean loss over every labelled token of all processes, and their number.
+
+    Args:
+        world: All processes; each must bring as many batches.
+        model: Put into evaluation mode meanwhile.
+        loss: Sums over labelled tokens.
+        batches: This process's share of the validation set.
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for batch in batches:
+        total += torch.stack([loss(model, batch).double(), labelled(batch["labels"]).double()])
+    model.train(training)
+    summed, count = world.sum(total).tolist()
+    return summed / max(count, 1), int(count)
+
+
+def _and_last(batches: Sequence[Batch]) -> list[tuple[bool, Batch]]:
+    return [(i == len(batches) - 1, batch) for i, batch in enumerate(batches)]

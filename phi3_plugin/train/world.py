@@ -1,0 +1,190 @@
+"""One process or many: everything that differs between them, in one place.
+
+The only user of ``torch.distributed``. With one process each method is the identity, so a recipe
+reads the same for a laptop and for a cluster.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from phi3_plugin.errors import ConfigError
+
+T = TypeVar("T")
+ShardNF4 = Callable[[Tensor, int, int], Tensor]
+"""(whole weight, rank, size) -> this rank's rows, quantized as part of the whole."""
+
+
+class World:
+    """The processes of one run, and this one's place among them."""
+
+    def __init__(self, device: str | None = None) -> None:
+        """Join the processes that torchrun started, or be alone.
+
+        Args:
+            device: ``cpu`` or ``cuda``; None takes what the machine has.
+
+        Raises:
+            ConfigError: The device is not there, or there are more processes than devices.
+        """
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.mesh: DeviceMesh | None = None
+        if self.size > 1:
+            # Object gathering and barriers on the CPU, gradients on the GPU.
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
+            self.mesh = init_device_mesh(self.device.type, (self.size,))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process talks and writes for all."""
+        return self.rank == 0
+
+    def build(
+        self,
+        make: Callable[[], nn.Module],
+        dtype: torch.dtype,
+        *,
+        offload: bool = False,
+        reshard: bool = True,
+    ) -> nn.Module:
+        """Build the model: on the device if alone, else without memory and ready to be sharded.
+
+        Args:
+            make: Returns the model, prepared for recompute and compilation.
+            dtype: Of its parameters.
+            offload: Keep shards in the CPU's memory.
+            reshard: Free a layer's gathered weights after its forward pass.
+        """
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta" if self.mesh else self.device):
+                model = make()
+        finally:
+            torch.set_default_dtype(before)
+        if self.mesh:
+            options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": reshard}
+            if offload:
+                options["offload_policy"] = CPUOffloadPolicy()
+            for layer in model.layers:  # type: ignore[union-attr]
+                fully_shard(layer, **options)
+            fully_shard(model, **options)
+        return model
+
+    def load(
+        self, model: nn.Module, weights: Mapping[str, Tensor], shard_nf4: ShardNF4, offload: bool
+    ) -> None:
+        """Fill every parameter, one tensor at a time; a process keeps its own rows only.
+
+        Args:
+            model: From :meth:`build`.
+            weights: One tensor for every parameter, whole. Backed by files, so that rows which
+                are not needed here are never read.
+            shard_nf4: Quantizes a whole tensor, then cuts it: quantizing shards would give other
+                weights than one process has.
+            offload: As for :meth:`build`.
+        """
+        if self.mesh is None:
+            model.load_state_dict(weights)
+            return
+        device = torch.device("cpu") if offload else self.device
+        state: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            local = _local(parameter)
+            if type(local) is not Tensor and not isinstance(local, nn.Parameter):
+                rows = shard_nf4(weights[name].to(device, parameter.dtype), self.rank, self.size)
+            else:
+                rows = _rows(weights[name], self.rank, self.size).to(device, parameter.dtype)
+            state[name] = _as_shard(rows.contiguous() if local.is_meta else rows, parameter)
+        model.load_state_dict(state, assign=True)
+
+    def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's whole state by parameter name, on the CPU of the main process."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(model, optimizer, options=options)
+
+    def load_optimizer_state(
+        self, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Give every process its part of a whole state from :meth:`optimizer_state`."""
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def whole(self, value: Tensor) -> Tensor:
+        """Return a sharded tensor, gathered; every process must ask for it."""
+        if isinstance(value, DTensor):
+            return value.full_tensor()
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's object, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def _device(name: str | None, local_rank: int) -> torch.device:
+    available = torch.cuda.device_count()
+    if name not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device: {name!r} must be 'cpu', 'cuda' or null for what is there.")
+    if name == "cuda" and not available:
+        raise ConfigError("device: 'cuda' was asked for, but torch sees no GPU. Use null or 'cpu'.")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise ConfigError(
+            f"--nproc_per_node: process {local_rank} has no GPU of its own, there are {available}."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    local: Tensor = getattr(parameter, "_local_tensor", parameter)
+    return local
+
+
+def _rows(weight: Tensor, rank: int, size: int) -> Tensor:
+    """Cut as FSDP2 does: equal chunks of rows, the last ones shorter or empty."""
+    step = -(-weight.shape[0] // size)
+    return weight[rank * step : (rank + 1) * step]
+
+
+def _as_shard(rows: Tensor, parameter: Tensor) -> nn.Parameter:
+    # DTensor.from_local needs views, which NF4 does not have; torchtune builds shards the same way.
+    sharded = DTensor(rows, parameter._spec, requires_grad=parameter.requires_grad)  # type: ignore[attr-defined]
+    return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
