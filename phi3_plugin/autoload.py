@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 
 # The torchtune recipes that list a config of ours; "*" stands for every config not named here.
 _RECIPES_OF = {
-    "*": ("lora_finetune_single_device", "lora_finetune_distributed"),
-    "phi3_demo": ("lora_finetune_single_device",),
+    "*": ("lora_finetune_single_device", "lora_finetune_distributed", "phi3_lora_finetune"),
+    "phi3_demo": ("lora_finetune_single_device", "phi3_lora_finetune"),
 }
+
+# Our own recipes: the name for `tune run`, and the module it runs.
+_OUR_RECIPES = {"phi3_lora_finetune": "lora_finetune"}
 
 _NF4_OLD = "torchao.dtypes.nf4tensor"
 _NF4_NEW = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
@@ -65,8 +68,8 @@ class _TorchtuneFinder:
     def __init__(self) -> None:
         self.before: dict[str, Callable[[], None]] = {"torchtune._cli.tune": _show_errors_as_a_line}
         self.after: dict[str, Callable[[ModuleType], None]] = {
-            "torchtune._recipe_registry": _register_configs,
-            "torchtune._cli.run": _prefer_local_configs,
+            "torchtune._recipe_registry": _register,
+            "torchtune._cli.run": _change_run,
         }
         self.torchao_is_ready = False
 
@@ -143,6 +146,15 @@ def _removed(name: str) -> Callable[..., NoReturn]:
     return stub
 
 
+def _recipe_files() -> dict[str, Path]:
+    """Return our recipes by name."""
+    spec = find_spec("phi3_plugin.recipes")
+    if spec is None or spec.origin is None:
+        return {}
+    folder = Path(spec.origin).resolve().parent
+    return {name: folder / f"{module}.py" for name, module in _OUR_RECIPES.items()}
+
+
 def _config_files() -> dict[str, Path]:
     """Return our configs by name (the file's stem), found without importing more of ourselves."""
     spec = find_spec("phi3_plugin.configs")
@@ -151,12 +163,37 @@ def _config_files() -> dict[str, Path]:
     return {file.stem: file for file in sorted(Path(spec.origin).resolve().parent.glob("*.yaml"))}
 
 
-def _register_configs(registry: ModuleType) -> None:
-    """Append our configs, as absolute paths, to the recipes that run them."""
+def _register(registry: ModuleType) -> None:
+    """Append our recipes, and our configs to the recipes that run them, as absolute paths."""
+    registry._ALL_RECIPES.extend(
+        registry.Recipe(name=name, file_path=str(file), configs=[], supports_distributed=True)
+        for name, file in _recipe_files().items()
+    )
     recipes = {recipe.name: recipe for recipe in registry.get_all_recipes()}
     for name, file in _config_files().items():
         for recipe in _RECIPES_OF.get(name, _RECIPES_OF["*"]):
             recipes[recipe].configs.append(registry.Config(name=name, file_path=str(file)))
+
+
+def _change_run(run: ModuleType) -> None:
+    _prefer_local_configs(run)
+    _refuse_lonely_nodes(run)
+
+
+def _refuse_lonely_nodes(run: ModuleType) -> None:
+    """Refuse several nodes without a meeting place: each would train its own model, in silence."""
+    stock = run.Run._run_distributed
+
+    def _run_distributed(self: Any, args: Any, is_builtin: bool) -> None:
+        nodes = str(args.nnodes).rpartition(":")[2]
+        if nodes.isdigit() and int(nodes) > 1 and not args.rdzv_endpoint:
+            self._parser.error(
+                f"--nnodes {args.nnodes} needs --rdzv_endpoint HOST:PORT (and --rdzv_backend "
+                "c10d), the same on every node. Without it each node trains alone."
+            )
+        stock(self, args, is_builtin)
+
+    run.Run._run_distributed = _run_distributed
 
 
 def _prefer_local_configs(run: ModuleType) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from phi3_plugin.checkpoint.export import export_adapter
-from phi3_plugin.checkpoint.folder import check_writable, whole_folder
+from phi3_plugin.checkpoint.folder import check_output, whole_folder
 from phi3_plugin.checkpoint.hf import load_base_weights, row_norms
 from phi3_plugin.checkpoint.peft import check_trained, load_adapter, load_origin
 from phi3_plugin.checkpoint.resume import latest_epoch, load_state, refuse_other_run, save_state
 from phi3_plugin.checkpoint.split import fuse_adapter, parts_of, split_weights, unfuse_adapter
 from phi3_plugin.config import checkpoint_folder, read_config
-from phi3_plugin.errors import CheckpointError, ConfigError, OutputError
+from phi3_plugin.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,6 @@ class Phi3Checkpointer:
         self._card = {str(key): value for key, value in (card or {}).items()}
         if not should_load_recipe_state:
             refuse_other_run(self._output_dir)
-        check_writable(self._output_dir, "output_dir")
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Return the base weights under ``model`` and, when resuming, adapter and recipe state.
@@ -165,10 +164,5 @@ def _output_folder(output_dir: str | Path | None, checkpoint_dir: Path) -> Path:
             "the command."
         )
     folder = Path(output_dir)
-    inside = checkpoint_dir.resolve()
-    if inside in (folder.resolve(), *folder.resolve().parents):
-        raise OutputError(
-            f"output_dir: {folder} is inside checkpoint_dir {checkpoint_dir}. Choose a folder "
-            "elsewhere, so that the base model stays as it was downloaded."
-        )
+    check_output(folder, checkpoint_dir)
     return folder

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from phi3_plugin.checkpoint.card import model_card
+from phi3_plugin.checkpoint.hf import save_weights
 from phi3_plugin.checkpoint.peft import save_adapter
 
 TOKENIZER_FILES = (
@@ -51,6 +52,18 @@ def export_adapter(
     save_adapter(folder, adapter, rank, alpha, dropout=dropout, base=base, origin=origin)
     copy_tokenizer(checkpoint_dir, folder)
     (folder / "README.md").write_text(model_card(folder, base, card), encoding="utf-8")
+
+
+def export_model(folder: Path, weights: dict[str, Tensor], checkpoint_dir: Path) -> None:
+    """Write a fully trained model as a Hugging Face checkpoint folder.
+
+    Args:
+        folder: An existing folder.
+        weights: All of the model, our names.
+        checkpoint_dir: Folder of the base model, for tokenizer and configuration.
+    """
+    save_weights(folder, weights)
+    copy_tokenizer(checkpoint_dir, folder)
 
 
 def base_name(checkpoint_dir: Path) -> str:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from phi3_plugin.checkpoint.names import expected_shapes, to_hf, to_ours
@@ -47,6 +48,32 @@ def load_base_weights(checkpoint_dir: str | Path | None) -> dict[str, Tensor]:
         for file in found
         for name, tensor in _tensors(folder / file, expected).items()
     }
+
+
+def save_weights(folder: Path, weights: dict[str, Tensor], shard_bytes: int = 4 << 30) -> None:
+    """Write weights as shards with an index, under Hugging Face's names.
+
+    Args:
+        folder: An existing folder.
+        weights: Our names.
+        shard_bytes: A shard is closed before it grows beyond this.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in weights.items():
+        if size + value.nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][to_hf(name)] = value.contiguous()
+        size += value.nbytes
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(value.nbytes for value in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def row_norms(checkpoint_dir: Path, name: str) -> Tensor:

@@ -135,8 +135,12 @@ def load_origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
-def check_trained(adapter: dict[str, Tensor]) -> None:
+def check_trained(adapter: dict[str, Tensor], *, may_be_identity: bool = False) -> None:
     """Refuse an adapter that would serve nothing, or nonsense.
+
+    Args:
+        adapter: Our names.
+        may_be_identity: Whether it may still be what it was at the start.
 
     Raises:
         AdapterError: It is empty, still the identity, or not finite.
@@ -148,7 +152,8 @@ def check_trained(adapter: dict[str, Tensor]) -> None:
             f"{len(broken)} of {len(adapter)} adapter tensors hold NaN or infinite numbers, "
             f"first {broken[0]}. Nothing was saved. Lower the learning rate or set clip_grad_norm."
         )
-    if not any(value.any() for name, value in adapter.items() if ".lora_b." in name):
+    moved = any(value.any() for name, value in adapter.items() if ".lora_b." in name)
+    if not moved and not may_be_identity:
         raise AdapterError(
             "The adapter is still what it was at the start, so nothing was saved: no optimizer "
             "step with a learning rate above 0 was made. Give more rows than batch_size * "

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from phi3_plugin.checkpoint.folder import PARTIAL, whole_folder
+from phi3_plugin.checkpoint.folder import PARTIAL, restore, sweep, whole_folder
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
 
 RESUME, STATE, HASHES = "resume", "state.pt", "hashes.json"
@@ -55,10 +55,11 @@ def save(
         OutputError: The folder cannot be written; earlier checkpoints are untouched.
     """
     final = output_dir / name
+    sweep(output_dir)
     with whole_folder(final, replace=True) as folder:
         write(folder)
         (folder / RESUME).mkdir()
-        torch.save({**state, "step": step}, folder / RESUME / STATE)
+        _write_state(folder / RESUME / STATE, {**state, "step": step})
         hashes = {path: _digest(folder / path) for path in _files(folder)}
         text = json.dumps({"step": step, "files": hashes}, indent=1)
         (folder / RESUME / HASHES).write_text(text, encoding="utf-8")
@@ -77,6 +78,7 @@ def find(output_dir: Path, resume: str) -> Found:
         MissingFileError: There is no such folder.
         OutputError: ``never``, but the output folder holds a run.
     """
+    restore(output_dir)
     if resume == "never":
         _refuse_other_run(output_dir)
         return Found(None, [])
@@ -119,7 +121,7 @@ def prune(output_dir: Path, limit: int | None) -> None:
         output_dir: Folder of the run.
         limit: How many to keep; None keeps all.
     """
-    steps = sorted(path for path in output_dir.glob("step_*") if _STEP.fullmatch(path.name))
+    steps = sorted((p for p in output_dir.glob("step_*") if _STEP.fullmatch(p.name)), key=_step_of)
     for folder in steps[: max(0, len(steps) - limit)] if limit is not None else []:
         # Renamed first: a kill in between must not leave half a folder under its name.
         shutil.rmtree(folder.rename(folder.with_name(f"{PARTIAL}{folder.name}")))
@@ -129,9 +131,11 @@ def problem_of(folder: Path) -> str | None:
     """Say why a folder is not a whole checkpoint, or return None if it is one."""
     file = folder / RESUME / HASHES
     try:
-        files = json.loads(file.read_text(encoding="utf-8"))["files"]
+        files = dict(json.loads(file.read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{RESUME}/{HASHES} is missing or damaged"
+    if f"{RESUME}/{STATE}" not in files:
+        return f"{RESUME}/{HASHES} does not name {STATE}"
     for path, digest in files.items():
         if not (folder / path).is_file():
             return f"{path} is missing"
@@ -141,8 +145,8 @@ def problem_of(folder: Path) -> str | None:
 
 
 def _newest_first(output_dir: Path) -> list[Path]:
-    folders = [p for p in output_dir.glob("*") if _STEP.fullmatch(p.name) or p.name == FINAL]
-    return sorted(folders, key=_step_of, reverse=True)
+    names = [p for p in output_dir.glob("*") if _STEP.fullmatch(p.name) or p.name in (BEST, FINAL)]
+    return sorted(names, key=lambda p: (_step_of(p), p.name == FINAL, p.name), reverse=True)
 
 
 def _step_of(folder: Path) -> int:
@@ -155,13 +159,19 @@ def _step_of(folder: Path) -> int:
 
 
 def _refuse_other_run(output_dir: Path) -> None:
-    held = [path.name for path in _newest_first(output_dir)]
-    held += [path.name for path in output_dir.glob(BEST)]
-    if held:
+    if held := [path.name for path in _newest_first(output_dir)]:
         raise OutputError(
             f"output_dir: {output_dir} holds the checkpoints of another run ({', '.join(held)}). "
             "Choose another folder, or continue that run with resume=auto."
         )
+
+
+def _write_state(file: Path, state: dict[str, Any]) -> None:
+    try:
+        with file.open("wb") as stream:
+            torch.save(state, stream)
+    except RuntimeError as error:  # how torch tells that the file could not be written
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def _files(folder: Path) -> list[str]:

@@ -33,15 +33,23 @@ def nf4_zeros(out_dim: int, in_dim: int) -> nn.Parameter:
     return nn.Parameter(to_nf4(torch.zeros(out_dim, in_dim)), requires_grad=False)
 
 
-def shard_nf4(weight: Tensor, rank: int, size: int) -> Tensor:
-    """Quantize a whole weight, then cut out one process's rows.
+def rows_of(weight: Tensor, like: Tensor, rank: int, size: int, device: torch.device) -> Tensor:
+    """Cut out the rows that one process holds, as FSDP2 does: equal chunks, the last may be short.
+
+    An NF4 weight is quantized whole and then cut: quantizing the rows alone gives other weights
+    than one process has.
 
     Args:
-        weight: ``[out, in]``.
+        weight: ``[out, ...]``, whole; of a plain one only the rows needed are read.
+        like: What holds the rows; gives dtype and storage.
         rank: The process.
         size: Number of processes.
+        device: Where the rows go.
     """
-    whole = to_nf4(weight)
+    if not is_nf4(like):
+        step = -(-weight.shape[0] // size)
+        return weight[rank * step : (rank + 1) * step].to(device, like.dtype)
+    whole = to_nf4(weight.to(device, like.dtype))
     rows = torch.chunk(whole, size, dim=0)[rank]
     shard: Tensor = whole.new_zeros(rows.size())
     return shard.copy_(rows)

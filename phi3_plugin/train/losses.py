@@ -14,19 +14,21 @@ class SummedCrossEntropy:
     The fp32 copy of the logits, the largest tensor of a step, never exists whole.
     """
 
-    def __init__(self, num_output_chunks: int = 8) -> None:
-        """Choose the number of pieces.
+    def __init__(self, model: nn.Module, num_output_chunks: int = 8) -> None:
+        """Ask the model for its logits in pieces.
 
         Args:
+            model: torchtune's decoder.
             num_output_chunks: Pieces that the sequence is cut into.
         """
         self.num_output_chunks = num_output_chunks
+        model.set_num_output_chunks(num_output_chunks)  # type: ignore[operator]
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Run the model and return the summed loss, a scalar.
 
         Args:
-            model: torchtune's decoder; told here to give its logits in pieces.
+            model: The decoder that gives its logits in pieces.
             batch: What the model takes, and ``labels [B, S]`` at their own tokens' places,
                 -100 where there is none.
         """
@@ -35,10 +37,6 @@ class SummedCrossEntropy:
         labels = shifted(batch["labels"]).chunk(self.num_output_chunks, dim=1)
         losses = [_summed(*pair) for pair in zip(pieces, labels, strict=True)]
         return torch.stack(losses).sum()
-
-    def prepare(self, model: nn.Module) -> None:
-        """Ask torchtune's decoder for its logits in pieces."""
-        model.set_num_output_chunks(self.num_output_chunks)  # type: ignore[operator]
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
+from phi3_plugin.errors import DataError
 from phi3_plugin.train.losses import IGNORED
 
 Sample = dict[str, Any]
@@ -48,6 +50,16 @@ class Order:
     def steps_per_epoch(self) -> int:
         """Steps that see every sample once; the last may be smaller."""
         return -(-len(self.dataset) // self.per_step)
+
+    @property
+    def identity(self) -> dict[str, int | bool]:
+        """What decides which samples each step sees; equal orders are equal here."""
+        return {
+            "samples": len(self.dataset),
+            "samples per step": self.per_step,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
 
     def indices(self, step: int) -> list[int]:
         """Return the samples of a step, counted from the start of the run."""
@@ -92,3 +104,27 @@ def shares(order: Order, rank: int, collate: Collate) -> Iterator[dict[str, Tens
     """Yield one process's batches of a whole pass, as validation needs them."""
     for step in range(order.steps_per_epoch):
         yield from order.batches(step, rank, collate)
+
+
+def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Split a data set into what is trained on and what is held out for validation.
+
+    Args:
+        dataset: Tokenized samples.
+        share: Of the samples that are held out; at least one if it is not 0.
+        seed: Decides which.
+
+    Returns:
+        Both parts in their old order; the second is None if nothing is held out.
+
+    Raises:
+        DataError: Nothing is left to train on.
+    """
+    if not share:
+        return dataset, None
+    count = max(1, round(len(dataset) * share))
+    if count >= len(dataset):
+        raise DataError(f"val_fraction: {share} of {len(dataset)} samples leaves none to train on.")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(dataset), generator=generator).tolist()
+    return Subset(dataset, sorted(shuffled[count:])), Subset(dataset, sorted(shuffled[:count]))

@@ -48,13 +48,14 @@ def train_step(
         batches: Micro-batches; together, over all processes, they have a labelled token.
         max_norm: Clip the gradient to this norm; None only measures it.
     """
+    batches = [on_device(batch, world.device) for batch in batches]
     count = world.sum(torch.stack([labelled(batch["labels"]) for batch in batches]).sum())
     # FSDP averages gradients over processes; each share is scaled up to undo that.
     share = world.size / count
     total = torch.zeros((), device=count.device)
-    for last, batch in _and_last(batches):
+    for i, batch in enumerate(batches):
         if world.size > 1:
-            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            model.set_requires_gradient_sync(i == len(batches) - 1)  # type: ignore[operator]
         summed = loss(model, batch)
         (summed * share).backward()
         total += summed.detach()
@@ -84,12 +85,13 @@ def validate(
     training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in batches:
+    for batch in (on_device(batch, world.device) for batch in batches):
         total += torch.stack([loss(model, batch).double(), labelled(batch["labels"]).double()])
     model.train(training)
     summed, count = world.sum(total).tolist()
     return summed / max(count, 1), int(count)
 
 
-def _and_last(batches: Sequence[Batch]) -> list[tuple[bool, Batch]]:
-    return [(i == len(batches) - 1, batch) for i, batch in enumerate(batches)]
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch where the model is."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

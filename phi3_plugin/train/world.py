@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 from phi3_plugin.errors import ConfigError
 
 T = TypeVar("T")
-ShardNF4 = Callable[[Tensor, int, int], Tensor]
-"""(whole weight, rank, size) -> this rank's rows, quantized as part of the whole."""
+RowsOf = Callable[[Tensor, Tensor, int, int, torch.device], Tensor]
+"""(whole weight, what holds the rows, rank, size, device) -> the rows of this rank."""
 
 
 class World:
@@ -82,22 +82,21 @@ class World:
             options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": reshard}
             if offload:
                 options["offload_policy"] = CPUOffloadPolicy()
-            for layer in model.layers:  # type: ignore[union-attr]
+            layers: Any = model.layers
+            for layer in layers:
                 fully_shard(layer, **options)
             fully_shard(model, **options)
         return model
 
     def load(
-        self, model: nn.Module, weights: Mapping[str, Tensor], shard_nf4: ShardNF4, offload: bool
+        self, model: nn.Module, weights: Mapping[str, Tensor], rows_of: RowsOf, *, offload: bool
     ) -> None:
-        """Fill every parameter, one tensor at a time; a process keeps its own rows only.
+        """Fill every parameter; a process keeps its own rows only.
 
         Args:
             model: From :meth:`build`.
-            weights: One tensor for every parameter, whole. Backed by files, so that rows which
-                are not needed here are never read.
-            shard_nf4: Quantizes a whole tensor, then cuts it: quantizing shards would give other
-                weights than one process has.
+            weights: One tensor for every parameter, whole and backed by a file.
+            rows_of: Cuts out this process's rows.
             offload: As for :meth:`build`.
         """
         if self.mesh is None:
@@ -106,13 +105,14 @@ class World:
         device = torch.device("cpu") if offload else self.device
         state: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
-            local = _local(parameter)
-            if type(local) is not Tensor and not isinstance(local, nn.Parameter):
-                rows = shard_nf4(weights[name].to(device, parameter.dtype), self.rank, self.size)
-            else:
-                rows = _rows(weights[name], self.rank, self.size).to(device, parameter.dtype)
-            state[name] = _as_shard(rows.contiguous() if local.is_meta else rows, parameter)
+            local = getattr(parameter, "_local_tensor", parameter)
+            rows = rows_of(weights[name], local, self.rank, self.size, device)
+            state[name] = _as_shard(rows, parameter)
         model.load_state_dict(state, assign=True)
+        for module in model.modules():
+            rope_init: Any = getattr(module, "rope_init", None)
+            if rope_init is not None:
+                rope_init(self.device)
 
     def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's whole state by parameter name, on the CPU of the main process."""
@@ -125,6 +125,25 @@ class World:
         """Give every process its part of a whole state from :meth:`optimizer_state`."""
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(model, optimizer, state, options=options)
+
+    def random_state(self) -> list[Tensor]:
+        """Return this process's random number states: CPU, and GPU if it has one."""
+        cuda = [torch.cuda.get_rng_state()] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+    def set_random_state(self, states: list[list[Tensor]], seed: int) -> None:
+        """Go on with this process's random numbers, or draw others if the processes changed.
+
+        Args:
+            states: By rank, from :meth:`random_state`.
+            seed: To draw from where ``states`` are those of other processes.
+        """
+        if len(states) != self.size or len(states[self.rank]) != len(self.random_state()):
+            torch.manual_seed(seed + self.rank)
+            return
+        torch.set_rng_state(states[self.rank][0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[self.rank][1])
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
@@ -171,17 +190,6 @@ def _device(name: str | None, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    local: Tensor = getattr(parameter, "_local_tensor", parameter)
-    return local
-
-
-def _rows(weight: Tensor, rank: int, size: int) -> Tensor:
-    """Cut as FSDP2 does: equal chunks of rows, the last ones shorter or empty."""
-    step = -(-weight.shape[0] // size)
-    return weight[rank * step : (rank + 1) * step]
 
 
 def _as_shard(rows: Tensor, parameter: Tensor) -> nn.Parameter:

@@ -1,0 +1,61 @@
+"""Decisions about a new model and its optimizer, before any weight is there."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model has adapters; without any, all of it is trained."""
+    return bool(get_adapter_params(model))
+
+
+def prepare(
+    model: nn.Module, *, adapter_dtype: str | None, recompute_every: int, compiled: bool
+) -> nn.Module:
+    """Decide what is trained, in which precision, what is recomputed and what is compiled.
+
+    Args:
+        model: torchtune's decoder; may be on the meta device.
+        adapter_dtype: Of the adapters, if not the model's.
+        recompute_every: Recompute every n-th layer in the backward pass; 0 recomputes none.
+        compiled: Compile each layer.
+    """
+    adapter = get_adapter_params(model)
+    if adapter:
+        set_trainable_params(model, adapter)
+    for parameter in adapter.values() if adapter_dtype else ():
+        parameter.data = parameter.data.to(DTYPES[str(adapter_dtype)])
+    for i, layer in enumerate(model.layers):  # type: ignore[arg-type]
+        if recompute_every and i % recompute_every == 0:
+            # Around forward alone: a wrapper module would rename every parameter.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if compiled:
+            layer.compile()
+    return model
+
+
+def parameter_groups(
+    model: nn.Module, rate: float | None, lora_plus_ratio: float | None
+) -> list[dict[str, Any]]:
+    """Return what the optimizer gets; with LoRA+ the B matrices learn faster.
+
+    Args:
+        model: Knows what is trained.
+        rate: Learning rate.
+        lora_plus_ratio: Multiple of it for the B matrices.
+
+    Source: Hayou et al. 2024, LoRA+, section 4.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not lora_plus_ratio or rate is None:
+        return [{"params": [p for _, p in trained]}]
+    fast = [p for name, p in trained if name.endswith("lora_b.weight")]
+    slow = [p for name, p in trained if not name.endswith("lora_b.weight")]
+    return [{"params": slow}, {"params": fast, "lr": rate * lora_plus_ratio}]

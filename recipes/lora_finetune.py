@@ -1,0 +1,250 @@
+"""Fine-tune Phi-3, with adapters or whole, on one CPU, one GPU, many GPUs or many nodes.
+
+    tune run phi3_lora_finetune --config phi3_mini_lora checkpoint_dir=A output_dir=B ...
+    tune run --nproc_per_node 8 phi3_lora_finetune --config phi3_mini_lora ...
+
+The loop is `Finetune.train`. What differs between one process and many is in
+`phi3_plugin.train.world`; what one step does is in `phi3_plugin.train.step`.
+"""
+
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+from torchtune.config._utils import _get_component_from_path
+
+from phi3_plugin.checkpoint import run
+from phi3_plugin.checkpoint.export import export_adapter, export_model
+from phi3_plugin.checkpoint.folder import check_output
+from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.peft import check_trained, load_adapter
+from phi3_plugin.errors import CheckpointError
+from phi3_plugin.models.lora import initial_adapter
+from phi3_plugin.models.nf4 import rows_of
+from phi3_plugin.train import settings as strict
+from phi3_plugin.train.losses import SummedCrossEntropy
+from phi3_plugin.train.monitor import Monitor
+from phi3_plugin.train.order import Order, hold_out, shares
+from phi3_plugin.train.prepare import DTYPES, is_adapted, parameter_groups, prepare
+from phi3_plugin.train.samples import answers
+from phi3_plugin.train.step import train_step, validate
+from phi3_plugin.train.stop import Stop
+from phi3_plugin.train.world import World
+
+
+def build(section: dict[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate a section of the YAML; None stays None."""
+    return section and config.instantiate(OmegaConf.create(section), *args, **kwargs)
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens now."""
+    return bool(every) and step % every == 0
+
+
+class Finetune:
+    """One run, from settings to the final checkpoint."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        """Check what can be checked before anything slow happens."""
+        self.cfg, self.s = cfg, strict.read(cfg)
+        self.found = run.find(self.s.output_dir, self.s.resume)
+        check_output(self.s.output_dir, self.s.checkpoint_dir)
+        self.world = World(self.s.device)
+        patience, nonfinite = self.s.early_stop_patience, self.s.max_nonfinite_steps
+        self.stop = Stop(self.world, patience=patience, max_nonfinite=nonfinite)
+        self.step, self.stale, self.best = 0, 0, math.inf
+
+    def setup(self) -> None:
+        """Data first: its mistakes are the likeliest, and it is the quickest to load."""
+        self.setup_data()
+        self.setup_model()
+        self.setup_optimizer()
+        asked = self.s.sample_prompts
+        self.answer = partial(answers, self.model, self.tokenizer, asked, self.world.device)
+        self.before = self.answer()
+        torch.manual_seed(self.s.seed + self.world.rank)
+        if self.found.folder:
+            self.load_state(run.load_state(self.found.folder))
+        self.monitor = Monitor(
+            self.world.is_main, self.cfg, self.s, total=self.total_steps, start=self.step
+        )
+        for reason in self.found.skipped:
+            self.monitor.say(f"resume: skipped {reason}")
+        if self.found.folder:
+            self.monitor.say(f"resume: going on from {self.found.folder}, step {self.step}")
+
+    def train(self) -> None:
+        """The loop."""
+        started = time.perf_counter()
+        while self.step < self.total_steps and not self.stop.now():
+            batches = self.order.batches(self.step, self.world.rank, self.collate)
+            result = train_step(
+                self.world, self.model, self.optimizer, self.loss, batches, self.s.clip_grad_norm
+            )
+            rate = self.optimizer.param_groups[0]["lr"]
+            if self.scheduler:
+                self.scheduler.step()
+            epoch, self.step = self.step // self.order.steps_per_epoch, self.step + 1
+            now = time.perf_counter()
+            self.monitor.step(self.step, epoch, result, rate, now - started)
+            started = now
+            self.stop.after_step(result.moved, self.order.indices(self.step - 1))
+            if self.step == self.total_steps:
+                break  # finish() validates and saves
+            if is_due(self.step, self.s.run_val_every_n_steps):
+                self.validate()
+            epoch_end = self.s.save_every_epoch and is_due(self.step, self.order.steps_per_epoch)
+            if is_due(self.step, self.s.save_every_n_steps) or epoch_end:
+                self.save(run.step_name(self.step))
+
+    def finish(self) -> None:
+        """Save once more: the result, or a step that an interrupted run goes on from."""
+        interrupted = self.stop.interrupted and self.step < self.total_steps
+        if self.step == self.total_steps and self.order_val:
+            self.validate()
+        folder = self.save(run.step_name(self.step) if interrupted else run.FINAL)
+        if self.s.report:
+            samples = zip(self.s.sample_prompts, self.before, self.answer(), strict=True)
+            self.monitor.report(self.model, folder, self.stop.reason, list(samples))
+        self.monitor.close()
+        if self.world.is_main:
+            print(f"Saved {folder}.", "Repeat the command with resume=auto to go on." * interrupted)
+        self.world.close()
+
+    def setup_data(self) -> None:
+        """Tokenize, split and order the samples."""
+        s = self.s
+        self.tokenizer = tokenizer = build(s.tokenizer)
+        dataset, held_out = hold_out(build(s.dataset, tokenizer), s.val_fraction, s.seed)
+        held_out = held_out or build(s.dataset_val, tokenizer)
+        packed = s.dataset.get("packed", False)
+        name = "torchtune.data.padded_collate_packed" if packed else s.collate_fn
+        padding = {} if packed else {"padding_idx": tokenizer.pad_id}
+        self.collate = partial(_get_component_from_path(name), **padding)
+        sizes = {"batch_size": s.batch_size, "processes": self.world.size, "seed": s.seed}
+        times = s.gradient_accumulation_steps
+        self.order = Order(dataset, accumulation=times, shuffle=s.shuffle, **sizes)
+        self.order_val = held_out and Order(held_out, accumulation=1, shuffle=False, **sizes)
+        steps = s.epochs * self.order.steps_per_epoch
+        self.total_steps = min(steps, s.max_steps or steps)
+
+    def setup_model(self) -> None:
+        """Build, shard and fill the model."""
+        s, folder, offload = self.s, self.found.folder, self.s.fsdp_cpu_offload
+        choices = {
+            "adapter_dtype": s.adapter_dtype,
+            "recompute_every": int(s.enable_activation_checkpointing),
+            "compiled": s.compile,
+        }
+        self.model = self.world.build(
+            lambda: prepare(build(s.model), **choices),
+            DTYPES[s.dtype],
+            offload=offload,
+            reshard=s.fsdp_reshard_after_forward,
+        )
+        self.is_lora = is_adapted(self.model)
+        adapter = initial_adapter(self.model, s.seed)
+        if folder and self.is_lora:
+            adapter = load_adapter(folder)
+        source = folder if folder and not self.is_lora else s.checkpoint_dir
+        weights = {**load_base_weights(source), **adapter}
+        self.world.load(self.model, weights, rows_of, offload=offload)
+        for module in self.model.modules():
+            if hasattr(module, "initialize_dora_magnitude"):
+                module.initialize_dora_magnitude()
+        self.loss = SummedCrossEntropy(self.model.train())
+
+    def setup_optimizer(self) -> None:
+        """Build optimizer and schedule."""
+        s = self.s
+        groups = parameter_groups(self.model, s.optimizer.get("lr"), s.lora_plus_ratio)
+        self.optimizer = build(s.optimizer, groups)
+        total = self.total_steps
+        self.scheduler = build(s.lr_scheduler, self.optimizer, num_training_steps=total)
+
+    def validate(self) -> None:
+        """Measure the loss on held-out data; keep the best, and stop if it stays behind."""
+        batches = shares(self.order_val, self.world.rank, self.collate)
+        loss, tokens = validate(self.world, self.model, self.loss, batches)
+        self.monitor.validation(self.step, loss, tokens)
+        self.stale = 0 if loss < self.best else self.stale + 1
+        if loss < self.best:
+            self.best = loss
+            if self.s.keep_best:
+                self.save(run.BEST)
+        self.stop.after_validation(self.stale)
+
+    def save(self, name: str) -> Path:
+        """Write a checkpoint that serves and that the run can go on from."""
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        values = {n: self.world.whole(p.detach()).cpu() for n, p in trained}
+        state = self.state()
+        folder = self.s.output_dir / name
+        if self.world.is_main:
+            run.save(self.s.output_dir, name, self.step, partial(self.write, values, name), state)
+            run.prune(self.s.output_dir, self.s.save_total_limit)
+            self.monitor.event("saved", self.step, folder=name)
+        self.world.barrier()
+        return folder
+
+    def write(self, values: dict[str, torch.Tensor], name: str, folder: Path) -> None:
+        """Write what serves: an adapter, or a whole model."""
+        if not self.is_lora:
+            return export_model(folder, values, self.s.checkpoint_dir)
+        check_trained(values, may_be_identity=name != run.FINAL)  # warm-up may start from 0
+        card = {**(self.s.checkpointer or {}).get("card", {}), "steps": self.step}
+        if self.best < math.inf:
+            card["validation loss"] = f"{self.best:.4f}"
+        layer = next(module for module in self.model.modules() if hasattr(module, "lora_a"))
+        lora = {"rank": layer.rank, "alpha": layer.alpha}
+        dropout = self.s.model.get("lora_dropout", 0.0)
+        where = {"checkpoint_dir": self.s.checkpoint_dir, "origin": {"layout": "fused"}}
+        return export_adapter(folder, values, dropout=dropout, card=card, **lora, **where)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs to end in the same bits."""
+        return {
+            "optimizer": self.world.optimizer_state(self.model, self.optimizer),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "random": self.world.gather(self.world.random_state()),
+            "best": self.best,
+            "stale": self.stale,
+            "data": self.order.identity,
+            "answers": self.before,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint ended."""
+        if state["data"] != self.order.identity:
+            raise CheckpointError(
+                f"resume: the order of the data would change from {state['data']} to "
+                f"{self.order.identity}. Use the settings the run was started with; with another "
+                "number of processes change gradient_accumulation_steps or batch_size instead."
+            )
+        self.world.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
+        self.before = state["answers"]
+        self.stop.after_validation(self.stale)
+        self.world.set_random_state(state["random"], self.s.seed + self.step)
+
+
+@config.parse
+def main(cfg: DictConfig) -> None:
+    """Fine-tune Phi-3; see the top of this file."""
+    recipe = Finetune(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
