@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: setup demo test check
+.PHONY: setup demo demo-distributed test check
 
 setup: $(STAMP)
 
@@ -18,11 +18,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m phi3_plugin.recipes.phi3_demo
 
+demo-distributed: setup
+	$(BIN)/python -m phi3_plugin.recipes.phi3_demo --processes 2
+
+# Two tests at a time, one thread each: most of them wait for a process of their own.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

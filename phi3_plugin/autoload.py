@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 _RECIPES_OF = {
     "*": ("lora_finetune_single_device", "lora_finetune_distributed", "phi3_lora_finetune"),
     "phi3_demo": ("lora_finetune_single_device", "phi3_lora_finetune"),
+    # These have keys that the stock recipes would pass over in silence.
+    "phi3_mini_lora_1gpu": ("phi3_lora_finetune",),
+    "phi3_mini_lora_8gpu": ("phi3_lora_finetune",),
+    "phi3_mini_qlora_1gpu": ("phi3_lora_finetune",),
+    "phi3_mini_qlora_8gpu": ("phi3_lora_finetune",),
+    "phi3_mini_full_8gpu": ("phi3_lora_finetune",),
 }
 
 # Our own recipes: the name for `tune run`, and the module it runs.

@@ -59,7 +59,7 @@ class Finetune:
         self.world = World(self.s.device)
         patience, nonfinite = self.s.early_stop_patience, self.s.max_nonfinite_steps
         self.stop = Stop(self.world, patience=patience, max_nonfinite=nonfinite)
-        self.step, self.stale, self.best = 0, 0, math.inf
+        self.step, self.stale, self.best, self.validated = 0, 0, math.inf, 0
 
     def setup(self) -> None:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
@@ -107,7 +107,7 @@ class Finetune:
     def finish(self) -> None:
         """Save once more: the result, or a step that an interrupted run goes on from."""
         interrupted = self.stop.interrupted and self.step < self.total_steps
-        if self.step == self.total_steps and self.order_val:
+        if self.order_val and self.validated < self.step == self.total_steps:
             self.validate()
         folder = self.save(run.step_name(self.step) if interrupted else run.FINAL)
         if self.s.report:
@@ -174,6 +174,7 @@ class Finetune:
         batches = shares(self.order_val, self.world.rank, self.collate)
         loss, tokens = validate(self.world, self.model, self.loss, batches)
         self.monitor.validation(self.step, loss, tokens)
+        self.validated = self.step
         self.stale = 0 if loss < self.best else self.stale + 1
         if loss < self.best:
             self.best = loss
@@ -216,6 +217,7 @@ class Finetune:
             "random": self.world.gather(self.world.random_state()),
             "best": self.best,
             "stale": self.stale,
+            "validated": self.validated,
             "data": self.order.identity,
             "answers": self.before,
         }
@@ -231,7 +233,8 @@ class Finetune:
         self.world.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
+        for name in ("step", "best", "stale", "validated"):
+            setattr(self, name, state[name])
         self.before = state["answers"]
         self.stop.after_validation(self.stale)
         self.world.set_random_state(state["random"], self.s.seed + self.step)

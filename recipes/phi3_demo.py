@@ -1,6 +1,6 @@
 """Fine-tune a tiny Phi-3 from the command line and prove the adapter in transformers and PEFT.
 
-    python -m phi3_plugin.recipes.phi3_demo [--output DIR] [--keep]
+    python -m phi3_plugin.recipes.phi3_demo [--output DIR] [--keep] [--processes N]
 
 Four steps, each a function below: build a checkpoint folder that knows nothing, train it with
 ``tune run``, load the adapter as any user of PEFT would, and ask both models questions that
@@ -34,11 +34,17 @@ MARK = "made_by_phi3_demo"
 CONTENT = ("checkpoint", "finetuned", "train.jsonl", "heldout.jsonl", "tune.log")
 CHECKPOINT, RESULT, TRAIN, HELDOUT, LOG = CONTENT
 
-KNEW_NOTHING, LEARNED = 0.05, 0.95
-"""At most this exact match before training, and at least that after it."""
+BATCH = 32
+"""Samples a step, shared by the processes."""
 
-PROGRESS = re.compile(r"(\d+)\|(\d+)\|Loss: ([\d.e+-]+|nan|inf): .*?/(\d+) \[")
-"""torchtune's progress bar: epoch|step|Loss: x: 50%|...| 32/steps an epoch [..."""
+KNEW_NOTHING, LEARNED = 0.05, 0.95
+"""Exact match, at most before training and at least after it."""
+
+PROGRESS = re.compile(r"step +(\d+)/(\d+) +\d+%  loss (\S+)")
+"""A line of the recipe: step  32/384    8%  loss 1.2345  lr ..."""
+
+ASKED = "Reverse: t o r c h"
+"""The report shows how the model answers this before and after training."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     prepare_process()
     try:
-        return demo(prepare_output(options.output, options.keep))
+        return demo(prepare_output(options.output, options.keep), options.processes)
     except Phi3Error as error:
         print(f"\nphi3_demo: {error}", file=sys.stderr)
         return 1
@@ -63,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m phi3_plugin.recipes.phi3_demo",
-        description="Fine-tune a tiny Phi-3 and prove the adapter in transformers and PEFT.",
+        description="Fine-tune a tiny Phi-3, prove the adapter in transformers and PEFT.",
     )
     parser.add_argument(
         "--output",
@@ -77,23 +83,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="keep an earlier demo run and write to DIR-2, DIR-3, ... instead",
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, choices=(1, 2, 4), help="processes that train (1)"
+    )
     return parser.parse_args(arguments)
 
 
-def demo(folder: Path) -> int:
-    """Build, train, load and compare, telling the reader what happens.
-
-    Args:
-        folder: The empty output folder.
-    """
+def demo(folder: Path, processes: int) -> int:
+    """Build, train with so many processes, load and compare, telling what happens."""
     started = time.monotonic()
     heading(1, f"Build a tiny Phi-3 checkpoint with random weights in {folder / CHECKPOINT}")
     build_checkpoint(folder / CHECKPOINT, words=task.words())
     shutil.copyfile(task.TRAIN_FILE, folder / TRAIN)
     shutil.copyfile(task.HELDOUT_FILE, folder / HELDOUT)
     heading(2, f"Fine-tune it with LoRA on {task.TRAIN_CHATS} chats")
-    adapter = train(folder)
-    heading(3, "Load the last epoch's adapter in transformers + PEFT")
+    adapter = train(folder, processes)
+    heading(3, "Load the adapter in transformers + PEFT")
     models = load_base_with_hf(folder / CHECKPOINT), load_with_peft(folder / CHECKPOINT, adapter)
     heading(4, f"Ask both {task.HELDOUT_CHATS} questions that were not in the training file")
     tokenizer = hf_tokenizer(folder / CHECKPOINT)
@@ -102,7 +107,8 @@ def demo(folder: Path) -> int:
     task.show_answers(questions, before, after)
     scores = task.score(before, expected), task.score(after, expected)
     code = judge(*scores, losses(folder / RESULT))
-    print(f"\n  adapter   {adapter}\n  losses    {folder / RESULT / 'logs'}")
+    print(f"\n  adapter   {adapter}\n  report    {folder / RESULT / 'report.html'}")
+    print(f"  losses    {folder / RESULT / 'metrics.jsonl'}")
     print(f"  tune log  {folder / LOG}\n  time      {time.monotonic() - started:.0f} s")
     return code
 
@@ -142,11 +148,12 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def train(folder: Path) -> Path:
-    """Train with torchtune's own recipe and return the adapter folder of the last epoch.
+def train(folder: Path, processes: int) -> Path:
+    """Train from the command line, as a user would, and return the folder of the final adapter.
 
     Args:
         folder: Holds the checkpoint and the training file.
+        processes: How many share the work.
 
     Raises:
         CheckpointError: Training failed; the end of what it printed is part of the message.
@@ -155,18 +162,20 @@ def train(folder: Path) -> Path:
     tune = Path(sysconfig.get_path("scripts")) / "tune"
     if not tune.is_file():
         raise MissingFileError(f"{tune} is missing. Install the package with its dependencies.")
-    arguments = ["run", "lora_finetune_single_device", "--config", "phi3_demo"]
+    shared = ["--nproc_per_node", str(processes)] if processes > 1 else []
+    arguments = ["run", *shared, "phi3_lora_finetune", "--config", "phi3_demo"]
     keys = {"checkpoint_dir": CHECKPOINT, "output_dir": RESULT, "dataset.source": TRAIN}
     overrides = [f"{key}={folder / name}" for key, name in keys.items()]
+    overrides += [f"batch_size={BATCH // processes}", "val_fraction=0.05"]
+    overrides += ["run_val_every_n_steps=64", f'sample_prompts=["{ASKED}"]']
     lines = [f"tune {shlex.join(arguments)}", *map(shlex.quote, overrides)]
     print("  $ " + " \\\n      ".join(lines) + "\n", flush=True)
     with (folder / LOG).open("w", encoding="utf-8") as log:
         code = run([str(tune), *arguments, *overrides], log)
-    epochs = sorted((folder / RESULT).glob("epoch_*"), key=lambda path: int(path.name[6:]))
-    if code or not epochs:
+    if code:
         end = "\n".join((folder / LOG).read_text(encoding="utf-8").splitlines()[-15:])
         raise CheckpointError(f"training ended with exit code {code}. The end of its log:\n{end}")
-    return epochs[-1]
+    return folder / RESULT / "final"
 
 
 def run(command: list[str], log: TextIO) -> int:
@@ -176,40 +185,34 @@ def run(command: list[str], log: TextIO) -> int:
         command: Program and arguments.
         log: Open file that takes the output.
     """
-    shown = None
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        encoding="utf-8",  # as text, lines also end at the carriage returns of a progress bar
+        encoding="utf-8",
         errors="replace",
     ) as process:
         for line in process.stdout or ():
             log.write(line)
-            found = PROGRESS.search(line)
-            if found and found.groups() != shown:
-                shown = found.groups()
-                show_progress(*shown)
+            if found := PROGRESS.match(line):
+                show_progress(int(found[1]), int(found[2]), float(found[3]))
     return process.returncode
 
 
-def show_progress(epoch: str, step: str, loss: str, steps: str) -> None:
-    """Print one line an epoch, on a terminal redrawn at every step."""
-    done, total = int(step) - (int(epoch) - 1) * int(steps), int(steps)
-    if done == total or sys.stdout.isatty():
-        bar = "#" * (24 * done // total)
-        text = f"\r  epoch {epoch}  [{bar:<24}] {done:3}/{total}  loss {float(loss):.3f}"
-        print(text, end="\n" if done == total else "", flush=True)
+def show_progress(step: int, total: int, loss: float) -> None:
+    """Draw a bar, on a terminal over the one before it."""
+    bar = f"  [{'#' * (24 * step // total):<24}] step {step:3}/{total}  loss {loss:.3f}"
+    if sys.stdout.isatty():
+        print(f"\r{bar}", end="\n" if step == total else "", flush=True)
+    elif step % 32 < 4 or step == total:  # the recipe writes about a hundred lines
+        print(bar, flush=True)
 
 
 def losses(folder: Path) -> list[float]:
-    """Return the loss of every step, from the logs of a training run.
+    """Return the loss of every step of the run in this folder."""
+    from phi3_plugin.train.history import History  # after prepare_process() has hushed libraries
 
-    Args:
-        folder: The ``output_dir`` of the run.
-    """
-    logs = "".join(file.read_text(encoding="utf-8") for file in folder.glob("logs/*.txt"))
-    return [float(loss) for loss in re.findall(r"^Step \d+ \| loss:(\S+)", logs, re.MULTILINE)]
+    return [line["loss"] for line in History.read(folder / "metrics.jsonl") if "loss" in line]
 
 
 def judge(before: float, after: float, losses: list[float]) -> int:

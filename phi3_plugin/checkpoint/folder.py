@@ -76,8 +76,9 @@ def sweep(parent: Path) -> None:
         parent: Where :func:`whole_folder` wrote; nothing may be writing there now.
     """
     restore(parent)
-    for folder in parent.glob(f"{PARTIAL}*/"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in parent.glob(f"{PARTIAL}*"):
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_output(output_dir: Path, checkpoint_dir: Path) -> None:

@@ -170,8 +170,10 @@ def _write_state(file: Path, state: dict[str, Any]) -> None:
     try:
         with file.open("wb") as stream:
             torch.save(state, stream)
-    except RuntimeError as error:  # how torch tells that the file could not be written
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch hides that the disk is full
+            raise error.__context__ from error
+        raise
 
 
 def _files(folder: Path) -> list[str]:

@@ -84,11 +84,12 @@ class LoRALinear(TorchtuneLoRALinear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
         out = linear(x, self.weight)
-        return out if self.disabled else out + self.low_rank(x)
+        return out if self.disabled else (out + self.low_rank(x)).to(out.dtype)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """Return what the adapter adds for ``x [..., in_dim]``."""
-        low: Tensor = self.lora_b(self.lora_a(self.dropout(x)))
+        # fp32 adapters over a bf16 base compute, and are added, in fp32, as in PEFT.
+        low: Tensor = self.lora_b(self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype))))
         return low * self.scaling
 
 
@@ -153,9 +154,9 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
             return out
         with torch.no_grad():
             delta = self.lora_b.weight @ self.lora_a.weight
-            norm = self._get_weight_norm(self.weight.to(x.dtype), delta)
+            norm = self._get_weight_norm(self.weight.to(delta.dtype), delta)
         stretched: Tensor = (self.magnitude / norm) * (out + self.low_rank(x))
-        return stretched
+        return stretched.to(out.dtype)
 
 
 def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:

@@ -116,6 +116,8 @@ class World:
 
     def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's whole state by parameter name, on the CPU of the main process."""
+        if not optimizer.state:  # torch would make a step to have something to return
+            return {"rates": [group["lr"] for group in optimizer.param_groups]}
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_optimizer_state_dict(model, optimizer, options=options)
 
@@ -123,6 +125,10 @@ class World:
         self, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
     ) -> None:
         """Give every process its part of a whole state from :meth:`optimizer_state`."""
+        if "rates" in state:
+            for group, rate in zip(optimizer.param_groups, state["rates"], strict=True):
+                group["lr"] = rate
+            return
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(model, optimizer, state, options=options)
 

@@ -4,8 +4,6 @@ import sys
 import pytest
 from phi3_plugin.recipes import phi3_demo
 
-BAR = "\r{}|{}|Loss: {}:  50%|#####     | {}/64 [00:01<00:02, 18.39it/s]"
-
 
 def run_demo(*arguments, cwd):
     command = [sys.executable, "-m", "phi3_plugin.recipes.phi3_demo", *arguments]
@@ -17,13 +15,13 @@ def test_the_demo_learns_and_can_be_repeated(tmp_path):
     done = run_demo(cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    for said in ("tune run lora_finetune_single_device", "epoch 6", "exact match", "Reverse: "):
+    for said in ("tune run phi3_lora_finetune", "step 366/366", "exact match", "Reverse: "):
         assert said in done.stdout
     folder = tmp_path / "demo_run"
     assert {path.name for path in folder.iterdir()} == {phi3_demo.MARK, *phi3_demo.CONTENT}
-    assert (folder / "finetuned" / "epoch_5" / "adapter_model.safetensors").is_file()
+    assert (folder / "finetuned" / "final" / "adapter_model.safetensors").is_file()
     losses = phi3_demo.losses(folder / "finetuned")
-    assert len(losses) == 6 * 64
+    assert len(losses) == 6 * 61
     assert losses[0] > 5 > 0.5 > losses[-1]
 
 
@@ -72,26 +70,23 @@ def test_exit_code_follows_both_exact_matches(before, after, code, capsys):
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
 
 
-def test_each_epoch_is_shown_once(tmp_path, capsys):
-    steps = [
-        (1, 1, 6.25, 1),
-        (1, 63, 2.0, 64),
-        (1, 64, 1.5, 64),
-        (1, 64, 1.5, 64),
-        (2, 128, 0.1, 64),
+def test_progress_is_shown_and_everything_logged(tmp_path, capsys):
+    lines = [
+        "step  32/366    8%  loss 6.2500  lr 1.00e-03  99 tok/s",
+        "step  64/366  validation loss 6.0000  perplexity 403",
+        "noise",
+        "step 366/366  100%  loss 0.1000  lr 1.00e-05  99 tok/s",
     ]
-    bars = "".join(BAR.format(*step) for step in steps) + "\n"
-    program = f"print('noise'); print({bars!r}); raise SystemExit(3)"
+    program = f"print({chr(10).join(lines)!r}); raise SystemExit(3)"
     with (tmp_path / "log").open("w") as log:
         assert phi3_demo.run([sys.executable, "-c", program], log) == 3
     shown = [line for line in capsys.readouterr().out.split("\n") if line]
-    assert [line.split("loss ")[1] for line in shown] == ["1.500", "0.100"]
+    assert [line.split("loss ")[1] for line in shown] == ["6.250", "0.100"]
     assert "noise" in (tmp_path / "log").read_text()
 
 
-def test_losses_are_read_in_the_loggers_format(tmp_path):
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "log_1.txt").write_text(
-        "Step 1 | loss:6.25 lr:0.1 \nStep 2 | loss:1e-3 \n"
+def test_losses_are_read_from_the_metrics(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 6.25}\n{"step": 1, "val_loss": 2}\n{"step": 2, "loss": 0.001}\n'
     )
     assert phi3_demo.losses(tmp_path) == [6.25, 0.001]
