@@ -9,7 +9,6 @@ The loop is `Finetune.train`. What differs between one process and many is in
 
 import math
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,9 @@ class Finetune:
     def __init__(self, cfg: DictConfig) -> None:
         """Check what can be checked before anything slow happens."""
         self.cfg, self.s = cfg, strict.read(cfg)
-        self.found = run.find(self.s.output_dir, self.s.resume)
         check_output(self.s.output_dir, self.s.checkpoint_dir)
         self.world = World(self.s.device)
+        self.found = self.world.same("output_dir", run.find(self.s.output_dir, self.s.resume))
         patience, nonfinite = self.s.early_stop_patience, self.s.max_nonfinite_steps
         self.stop = Stop(self.world, patience=patience, max_nonfinite=nonfinite)
         self.step, self.stale, self.best, self.validated = 0, 0, math.inf, 0
@@ -82,7 +81,6 @@ class Finetune:
 
     def train(self) -> None:
         """The loop."""
-        started = time.perf_counter()
         while self.step < self.total_steps and not self.stop.now():
             batches = self.order.batches(self.step, self.world.rank, self.collate)
             result = train_step(
@@ -92,9 +90,7 @@ class Finetune:
             if self.scheduler:
                 self.scheduler.step()
             epoch, self.step = self.step // self.order.steps_per_epoch, self.step + 1
-            now = time.perf_counter()
-            self.monitor.step(self.step, epoch, result, rate, now - started)
-            started = now
+            self.monitor.step(self.step, epoch, result, rate)
             self.stop.after_step(result.moved, self.order.indices(self.step - 1))
             if self.step == self.total_steps:
                 break  # finish() validates and saves
@@ -220,6 +216,7 @@ class Finetune:
             "validated": self.validated,
             "data": self.order.identity,
             "answers": self.before,
+            "settings": OmegaConf.to_container(self.cfg, resolve=True),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

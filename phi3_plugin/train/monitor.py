@@ -1,6 +1,7 @@
 """What people see of a run: metrics file, progress, and torchtune's loggers, from one process."""
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,12 @@ class Monitor:
         self._settings: Any = OmegaConf.to_container(cfg, resolve=True)
         self.history = History(self._output_dir / "metrics.jsonl", start or None)
         self._progress = Progress(total, start)
+        self._started = time.perf_counter()
         if settings.metric_logger:
             self._logger = config.instantiate(OmegaConf.create(settings.metric_logger))
             self._logger.log_config(cfg)
 
-    def step(self, step: int, epoch: int, result: StepResult, rate: float, seconds: float) -> None:
+    def step(self, step: int, epoch: int, result: StepResult, rate: float) -> None:
         """Note one optimizer step.
 
         Args:
@@ -56,11 +58,12 @@ class Monitor:
             epoch: Number of the epoch, from 0.
             result: What the step did.
             rate: Learning rate of the step.
-            seconds: Since the step before it.
         """
         if not self.is_main:
             return
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+        now = time.perf_counter()
+        seconds, self._started = now - self._started, now
         speed = result.tokens / seconds
         self.history.log_step(
             step,

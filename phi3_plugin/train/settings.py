@@ -123,7 +123,6 @@ class Settings:
     """auto goes on from the newest checkpoint of output_dir if there is one."""
     checkpointer: Section | None = None
     """Only ``card`` and ``lora_dropout`` are read."""
-
     run_val_every_n_steps: Count | None = None
     early_stop_patience: Count | None = None
     """Validations without an improvement, after which the run stops."""
@@ -133,7 +132,7 @@ class Settings:
     metric_logger: Component | None = None
     log_every_n_steps: Count = 1
     sample_prompts: Texts = field(default_factory=list)
-    """Continued after each validation, to be read."""
+    """Questions answered before and after training, for the report."""
     report: Switch = True
 
 
@@ -174,6 +173,8 @@ def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
             value = cfg.get(key)  # None where it is ???
             plain = OmegaConf.is_config(value)
             given[key] = OmegaConf.to_container(value, resolve=True) if plain else value
+            if plain and "_component_" in value and value["_component_"] is None:
+                given[key] = None  # what `key=null` on the command line becomes
         except OmegaConfBaseException as error:
             broken[key] = f"{error.full_key or key}: {str(error).splitlines()[0]}."
     if given.get("seed", 0) is None:

@@ -81,7 +81,7 @@ class World:
         if self.mesh:
             options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": reshard}
             if offload:
-                options["offload_policy"] = CPUOffloadPolicy()
+                options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
             layers: Any = model.layers
             for layer in layers:
                 fully_shard(layer, **options)
@@ -170,6 +170,24 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def same(self, key: str, value: T) -> T:
+        """Return a value that all processes must have found alike in the file system.
+
+        Args:
+            key: The setting it comes from.
+            value: What this process found.
+
+        Raises:
+            ConfigError: They differ, as on nodes that do not share their storage.
+        """
+        found = self.gather(value)
+        if any(other != value for other in found):
+            raise ConfigError(
+                f"{key}: the nodes do not see the same files: {found}. Use storage "
+                "that all of them share."
+            )
+        return value
 
     def barrier(self) -> None:
         """Wait for all processes."""

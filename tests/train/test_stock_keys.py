@@ -1,7 +1,11 @@
 """torchtune's own keys: accepted where they change nothing, refused with what to do instead."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from omegaconf import OmegaConf
+
+from phi3_plugin.train.settings import read
 from phi3_plugin.train.stock_keys import STOCK_KEYS, section_problems, stock_problems
 
 REFUSED = {
@@ -179,3 +183,12 @@ def test_a_checkpointer_as_our_yamls_have_it():
 @pytest.mark.parametrize("key", ["checkpointer", "lr_scheduler", "metric_logger", "dataset_val"])
 def test_a_section_may_be_null(key):
     assert section_problems(key, {key: None}) == []
+
+
+def test_a_component_that_the_command_line_sets_to_null_is_none(tmp_path):
+    """torchtune hands `lr_scheduler=null` on as a section whose component is null."""
+    cfg = OmegaConf.load(Path(__file__).parents[2] / "configs" / "phi3_mini_lora.yaml")
+    cfg.checkpoint_dir, cfg.output_dir = str(tmp_path), str(tmp_path / "out")
+    cfg.dataset.source = "chats.jsonl"
+    cfg.lr_scheduler._component_ = None
+    assert read(cfg).lr_scheduler is None

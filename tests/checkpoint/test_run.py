@@ -1,0 +1,203 @@
+"""The checkpoints of a run: whole or absent, hashed, and never the wrong one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi3_plugin.checkpoint import run
+from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
+
+STATE = {"optimizer": {"w": torch.arange(4.0)}, "best": float("inf"), "scheduler": None}
+
+
+class Kill(BaseException):
+    """What a SIGKILL is to the code that it interrupts: nothing after it runs."""
+
+
+def write(folder, text="weights"):
+    (folder / "adapter_model.safetensors").write_text(text)
+    (folder / "README.md").write_text("card")
+
+
+def save(output_dir, name, step, text="weights"):
+    return run.save(output_dir, name, step, lambda folder: write(folder, text), STATE)
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_text()
+
+
+@pytest.fixture
+def two(tmp_path):
+    save(tmp_path, "step_000001", 1)
+    save(tmp_path, "step_000002", 2)
+    return tmp_path
+
+
+def test_state_comes_back_with_its_step(tmp_path):
+    folder = save(tmp_path / "out", run.step_name(7), 7)
+    state = run.load_state(folder)
+    assert folder.name == "step_000007"
+    assert state["step"] == 7
+    assert torch.equal(state["optimizer"]["w"], STATE["optimizer"]["w"])
+    assert run.find(tmp_path / "out", "auto") == (folder, [])
+
+
+def test_auto_starts_anew_where_there_is_nothing(tmp_path):
+    assert run.find(tmp_path / "none", "auto") == (None, [])
+    assert run.find(tmp_path / "none", "never") == (None, [])
+
+
+def test_auto_takes_the_most_steps_whatever_the_folder_is_called(two):
+    save(two, run.BEST, 1)
+    assert run.find(two, "auto").folder.name == "step_000002"
+    save(two, run.BEST, 3)
+    assert run.find(two, "auto").folder.name == "best"
+    save(two, "step_000003", 3)
+    assert run.find(two, "auto").folder.name == "step_000003"
+    save(two, run.FINAL, 3)
+    assert run.find(two, "auto").folder.name == "final"
+    save(two, "step_1000000", 1000000)
+    assert run.find(two, "auto").folder.name == "step_1000000"
+
+
+def changed(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_text("Weights")  # as long as before
+
+
+def truncated(folder):
+    file = folder / "resume" / "state.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def missing(folder):
+    (folder / "README.md").unlink()
+
+
+def unhashed(folder):
+    (folder / "resume" / "hashes.json").unlink()
+
+
+def half_hashed(folder):
+    file = folder / "resume" / "hashes.json"
+    file.write_text(file.read_text()[:40])
+
+
+def emptied(folder):
+    (folder / "resume" / "hashes.json").write_text('{"step": 2, "files": []}')
+
+
+DAMAGES = {
+    changed: "adapter_model.safetensors has changed since it was written",
+    truncated: "resume/state.pt has changed since it was written",
+    missing: "README.md is missing",
+    unhashed: "resume/hashes.json is missing or damaged",
+    half_hashed: "resume/hashes.json is missing or damaged",
+    emptied: "resume/hashes.json does not name state.pt",
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), DAMAGES.items(), ids=lambda d: getattr(d, "__name__", "")
+)
+def test_a_damaged_checkpoint_is_skipped_by_auto_and_refused_by_name(damage, reason, two):
+    newest = two / "step_000002"
+    damage(newest)
+    assert run.find(two, "auto") == (two / "step_000001", [f"{newest}: {reason}"])
+    with pytest.raises(CheckpointError, match=f"resume: .*step_000002 cannot be .*: {reason}"):
+        run.find(two, str(newest))
+
+
+def test_all_damaged_starts_anew_and_says_why(two):
+    for folder in two.iterdir():
+        missing(folder)
+    found = run.find(two, "auto")
+    assert found.folder is None
+    assert [Path(reason.split(":")[0]).name for reason in found.skipped] == [
+        "step_000002",
+        "step_000001",
+    ]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(MissingFileError, match=r"resume: .*step_000009 is not a folder"):
+        run.find(tmp_path, str(tmp_path / "step_000009"))
+
+
+@pytest.mark.parametrize("name", ["step_000001", "best", "final"])
+def test_never_refuses_a_folder_that_holds_a_run(name, tmp_path):
+    save(tmp_path, name, 1)
+    with pytest.raises(OutputError, match=rf"holds the checkpoints of another run \({name}\)"):
+        run.find(tmp_path, "never")
+
+
+def test_never_ignores_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "step_one").mkdir()
+    (tmp_path / ".partial-step_000001").mkdir()
+    assert run.find(tmp_path, "never").folder is None
+
+
+def test_prune_keeps_the_newest_steps_and_best_and_final(tmp_path):
+    for step in (2, 10, 999999, 1000000):
+        save(tmp_path, run.step_name(step), step)
+    save(tmp_path, run.BEST, 2)
+    save(tmp_path, run.FINAL, 10)
+    run.prune(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 6
+    run.prune(tmp_path, 2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["best", "final", "step_1000000", "step_999999"]
+
+
+def test_a_kill_while_pruning_leaves_no_half_checkpoint(two, monkeypatch):
+    def kill(*_, **__):
+        raise Kill
+
+    monkeypatch.setattr(run.shutil, "rmtree", kill)
+    with pytest.raises(Kill):
+        run.prune(two, 1)
+    monkeypatch.undo()
+    assert sorted(p.name for p in two.iterdir()) == [".partial-step_000001", "step_000002"]
+    save(two, "step_000003", 3)
+    assert sorted(p.name for p in two.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_a_replacement_that_was_killed_is_put_back_and_swept(two):
+    save(two, run.FINAL, 3, "old")
+    (two / "final").rename(two / ".partial-old-final")
+    (two / ".partial-final").mkdir()
+    with pytest.raises(OutputError, match=r"holds the checkpoints of another run \(final, "):
+        run.find(two, "never")
+    assert run.find(two, "auto") == (two / "final", [])
+    assert weights(two / "final") == "old"
+    save(two, run.FINAL, 4, "new")
+    assert sorted(p.name for p in two.iterdir()) == ["final", "step_000001", "step_000002"]
+
+
+def test_a_full_disk_while_the_state_is_written_is_one_error(two, monkeypatch):
+    monkeypatch.setattr(run, "STATE", "/dev/full")
+    with pytest.raises(OutputError, match=r"step_000003 could not be written: .*No space left"):
+        save(two, "step_000003", 3)
+    assert sorted(path.name for path in two.iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_a_state_that_would_run_code_is_refused(two):
+    class Trap:
+        def __reduce__(self):
+            return (Path(two / "sprung").touch, ())
+
+    state = two / "step_000002" / "resume" / "state.pt"
+    torch.save({"step": 2, "optimizer": Trap()}, state)
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+        run.load_state(two / "step_000002")
+    assert not (two / "sprung").exists()
+
+
+def test_hashes_name_every_file_but_themselves(two):
+    hashes = json.loads((two / "step_000002" / "resume" / "hashes.json").read_text())
+    assert hashes["step"] == 2
+    assert sorted(hashes["files"]) == ["README.md", "adapter_model.safetensors", "resume/state.pt"]

@@ -1,0 +1,171 @@
+"""Signals, kills and full disks: the run can always go on, and ends in the same bits."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from phi3_plugin.recipes import lora_finetune
+
+from benchmarks import kills
+from phi3_plugin.checkpoint import run
+from tests.own import own_run, tiny_inputs
+from tests.resumed import RUN, assert_same_end, lines, same, train
+from tests.stock import TUNE
+
+pytestmark = pytest.mark.slow
+
+RARELY = ("save_every_n_steps=4", "save_every_epoch=False")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs):
+    train(inputs, *RARELY)
+    return inputs / "out"
+
+
+@pytest.fixture
+def cwd(inputs, tmp_path):
+    for name in ("base", "rows.jsonl"):
+        (tmp_path / name).symlink_to(inputs / name)
+    return tmp_path
+
+
+def at_call(count, stock, action):
+    """Do something within the count-th call of a function."""
+    left = count
+
+    def function(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            action()
+        return stock(*args, **kwargs)
+
+    return function
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("where", "call", "step"),
+    [
+        ("train_step", 1, 1),
+        ("train_step", 5, 5),
+        ("train_step", 9, 9),  # the last: the run is simply finished
+        ("validate", 2, 4),
+        ("export_adapter", 3, 4),  # after the two bests of steps 2 and 4
+    ],
+)
+def test_a_signal_ends_the_run_after_its_step(
+    where, call, step, number, whole, cwd, monkeypatch, capsys
+):
+    stock = getattr(lora_finetune, where)
+    send = at_call(call, stock, lambda: os.kill(os.getpid(), number))
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_finetune, where, send)
+        stopped = train(cwd, *RARELY)
+    assert stopped.step == step
+    last = capsys.readouterr().out.splitlines()[-1].strip()
+    if step == 9:
+        assert last == f"Saved {cwd / 'out' / 'final'}."
+    else:
+        folder = cwd / "out" / run.step_name(step)
+        assert last == f"Saved {folder}. Repeat the command with resume=auto to go on."
+        assert train(cwd, *RARELY, "resume=auto").found.folder == folder
+    assert_same_end(cwd / "out", whole)
+
+
+def test_a_signal_before_the_first_step_leaves_a_start_to_go_on_from(whole, cwd, monkeypatch):
+    stock = lora_finetune.Finetune.setup_model
+    send = at_call(1, stock, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_finetune.Finetune, "setup_model", send)
+        assert train(cwd, *RARELY).step == 0
+    assert train(cwd, *RARELY, "resume=auto").found.folder.name == "step_000000"
+    assert_same_end(cwd / "out", whole)
+
+
+def signalled(number, *settings, cwd, processes):
+    """Run from the command line, send a signal after the second step, and return how it ended."""
+    many = ("--nproc_per_node", str(processes)) if processes > 1 else ()
+    command = [TUNE, "run", *many, "phi3_lora_finetune", "--config", "phi3_mini_lora", *settings]
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and kills.last_step(cwd / "out") < 2:
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_from_the_command_line_a_signal_is_a_success(number, whole, cwd):
+    code, said = signalled(number, *RUN, *RARELY, cwd=cwd, processes=1)
+    assert code == 0, said
+    assert said.splitlines()[-1].endswith("Repeat the command with resume=auto to go on.")
+    train(cwd, *RARELY, "resume=auto")
+    assert_same_end(cwd / "out", whole)
+
+
+def test_two_processes_that_the_launcher_stops_end_in_the_same_bits_too(cwd):
+    settings = (*RUN, *RARELY, "gradient_accumulation_steps=1")
+    done = own_run(*settings, "output_dir=whole", cwd=cwd, processes=2)
+    assert done.returncode == 0, done.stderr
+    code, said = signalled(signal.SIGTERM, *settings, cwd=cwd, processes=2)
+    assert "Repeat the command with resume=auto to go on." in said
+    assert code != 0  # torchrun's own answer to a signal
+    done = own_run(*settings, "resume=auto", cwd=cwd, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_end(cwd / "out", cwd / "whole")
+
+
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path):
+    kills.prepare(tmp_path, rows=80)
+    rows = list(kills.kill_and_resume(tmp_path, 3, random.Random(0), epochs=8))
+    kills.undisturbed(tmp_path, epochs=8)
+    assert [row.skipped for row in rows] == [""] * 4
+    assert kills.compare(tmp_path / "killed", tmp_path / "whole") == dict.fromkeys(
+        ("final adapter", "optimizer, schedule, random numbers", "metrics"), True
+    )
+
+
+@pytest.fixture
+def small_disk(cwd):
+    """A disk with room for the first checkpoint, but not for the second."""
+    (cwd / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(cwd / "disk")]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield cwd / "disk"
+    subprocess.run(["umount", str(cwd / "disk")], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, cwd, small_disk):
+    settings = (*RUN, *RARELY, "keep_best=False", "output_dir=disk/out")
+    done = own_run(*settings, cwd=cwd)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("phi3_plugin: OutputError: disk/out/step_000008 could not be written:")
+    assert "No space left on device" in last
+    assert "Traceback" not in done.stderr
+    assert run.find(small_disk / "out", "auto") == (small_disk / "out" / "step_000004", [])
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    done = own_run(*settings, "resume=auto", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    expected = run.load_state(whole / "final")
+    assert same(run.load_state(small_disk / "out" / "final"), expected)
+    assert lines(small_disk / "out") == lines(whole)

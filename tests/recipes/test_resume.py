@@ -1,0 +1,135 @@
+"""A run that was stopped ends in the same bits as one that was not."""
+
+import shutil
+
+import pytest
+
+from phi3_plugin.checkpoint import run
+from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.errors import CheckpointError
+from tests.own import full_config, own_run, started, tiny_inputs
+from tests.resumed import RUN, assert_same_end, leave_until, lines, same, train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs):
+    recipe = train(inputs)
+    assert (recipe.order.steps_per_epoch, recipe.total_steps) == (3, 9)
+    return inputs / "out"
+
+
+@pytest.fixture
+def cwd(inputs, tmp_path):
+    for name in ("base", "rows.jsonl"):
+        (tmp_path / name).symlink_to(inputs / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_run_stopped_after_any_step_ends_in_the_same_bits(step, whole, cwd):
+    leave_until(step, whole, cwd / "out")
+    recipe = train(cwd, "resume=auto")
+    assert recipe.found.folder == cwd / "out" / run.step_name(step)
+    assert_same_end(cwd / "out", whole)
+
+
+def test_a_run_killed_between_its_last_validation_and_its_last_save_does_too(whole, cwd):
+    leave_until(9, whole, cwd / "out")
+    shutil.rmtree(cwd / "out" / "step_000008")
+    recipe = train(cwd, "resume=auto")
+    assert recipe.found.folder == cwd / "out" / "best"
+    assert_same_end(cwd / "out", whole)
+
+
+def test_a_finished_run_stays_as_it_is(whole, cwd):
+    shutil.copytree(whole, cwd / "out")
+    recipe = train(cwd, "resume=auto")
+    assert recipe.found.folder == cwd / "out" / "final"
+    assert_same_end(cwd / "out", whole)
+
+
+def test_a_run_that_stopped_improving_does_not_go_on(cwd):
+    early = ("optimizer.lr=1.0", "early_stop_patience=1")
+    train(cwd, *early)
+    stopped = run.load_state(cwd / "out" / "final")
+    assert stopped["step"] < 9
+    expected = lines(cwd / "out")
+    for folder in ("final", f"step_{stopped['step']:06d}"):
+        train(cwd, *early, "resume=auto")
+        assert same(run.load_state(cwd / "out" / "final"), stopped)
+        assert lines(cwd / "out") == expected
+        shutil.rmtree(cwd / "out" / folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.use_dora=True", "dtype=bf16", "lora_plus_ratio=4"),
+        ("model._component_=phi3_plugin.models.qlora_phi3", "enable_activation_checkpointing=True"),
+        ("optimizer={_component_: torch.optim.SGD, lr: 0.1, momentum: 0.9}", "lr_scheduler=null"),
+    ],
+    ids=["dora", "nf4", "sgd"],
+)
+def test_every_kind_of_run_does(settings, cwd):
+    train(cwd, *settings, "epochs=1")
+    (cwd / "again").mkdir()
+    for name in ("base", "rows.jsonl"):
+        (cwd / "again" / name).symlink_to(cwd / name)
+    leave_until(1, cwd / "out", cwd / "again" / "out")
+    train(cwd / "again", *settings, "epochs=1", "resume=auto")
+    assert_same_end(cwd / "again" / "out", cwd / "out")
+
+
+@pytest.mark.parametrize("setting", ["seed=1", "batch_size=2", "shuffle=False", "val_fraction=0.4"])
+def test_another_order_of_the_data_is_refused(setting, whole, cwd):
+    leave_until(2, whole, cwd / "out")
+    with (
+        pytest.raises(CheckpointError, match="resume: the order of the data would change from"),
+        started(*RUN, setting, "resume=auto", cwd=cwd),
+    ):
+        pass
+
+
+def test_a_named_checkpoint_is_gone_on_from(whole, cwd):
+    leave_until(8, whole, cwd / "out")
+    recipe = train(cwd, f"resume={cwd / 'out' / 'step_000003'}")
+    assert recipe.found.folder == cwd / "out" / "step_000003"
+    assert_same_end(cwd / "out", whole)
+
+
+def test_one_process_goes_on_where_two_stopped(cwd):
+    """With twice the micro-batches: the same samples in each step, summed in another order."""
+    settings = ("model.lora_dropout=0.0", "run_val_every_n_steps=3")
+    two = (*RUN, *settings, "gradient_accumulation_steps=1", "output_dir=two")
+    done = own_run(*two, cwd=cwd, processes=2)
+    assert done.returncode == 0, done.stderr
+    leave_until(4, cwd / "two", cwd / "out")
+    recipe = train(cwd, *settings, "resume=auto")
+    assert recipe.found.folder.name == "step_000004"
+    ours, theirs = lines(cwd / "out"), lines(cwd / "two")
+    assert len(ours) == len(theirs) == 9 + 3
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
+
+
+def test_a_whole_model_ends_in_the_same_bits(cwd):
+    config = full_config(cwd)
+    settings = [s for s in RUN if not s.startswith("model.")] + ["epochs=1", "keep_best=False"]
+    for output, more in (("whole", ()), ("out", ("resume=auto",))):
+        if more:
+            leave_until(1, cwd / "whole", cwd / "out")
+        with started(*settings, f"output_dir={output}", *more, cwd=cwd, config=config) as recipe:
+            recipe.train()
+            recipe.finish()
+    assert recipe.found.folder.name == "step_000001"
+    weights = [dict(load_base_weights(cwd / name / "final")) for name in ("out", "whole")]
+    assert same(*weights)
+    assert same(*(run.load_state(cwd / name / "final") for name in ("out", "whole")))
+    assert lines(cwd / "out") == lines(cwd / "whole")
