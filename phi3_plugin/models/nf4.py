@@ -49,7 +49,9 @@ def rows_of(weight: Tensor, like: Tensor, rank: int, size: int, device: torch.de
     if not is_nf4(like):
         step = -(-weight.shape[0] // size)
         return weight[rank * step : (rank + 1) * step].to(device, like.dtype)
-    whole = to_nf4(weight.to(device, like.dtype))
+    # Copied into NF4 as load_state_dict does on one process: quantized from the file's dtype.
+    whole = to_nf4(torch.zeros(weight.shape, dtype=like.dtype, device=device))
+    whole.copy_(weight.to(device))
     rows = torch.chunk(whole, size, dim=0)[rank]
     shard: Tensor = whole.new_zeros(rows.size())
     return shard.copy_(rows)

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from phi3_plugin.train.losses import SummedCrossEntropy
+from phi3_plugin.train.prepare import is_adapted, parameter_groups, prepare
+from tests.train.tiny import tiny_batch, tiny_model
+
+AS_IT_IS = {"adapter_dtype": None, "recompute_every": 0, "compiled": False}
+
+
+def gradients(model):
+    SummedCrossEntropy(model)(model, tiny_batch()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_of_an_adapted_model_the_adapters_are_trained(dora):
+    model = prepare(tiny_model(use_dora=dora), **AS_IT_IS)
+    assert is_adapted(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if "lora" in n or "magnitude" in n}
+    assert len(trained) == 3 * 4 * (3 if dora else 2)
+
+
+def test_of_a_plain_model_everything_is_trained():
+    model = prepare(tiny_model(lora=False), **AS_IT_IS)
+    assert not is_adapted(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(("every", "twice"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0]), (0, [])])
+def test_recomputing_layers_changes_no_gradient_and_no_name(lora, every, twice):
+    plain = prepare(tiny_model(lora), **AS_IT_IS)
+    model = tiny_model(lora)
+    calls = []
+    for i, layer in enumerate(model.layers):
+        layer.attn.register_forward_hook(lambda *_, i=i: calls.append(i))
+    model = prepare(model, **{**AS_IT_IS, "recompute_every": every})
+    assert list(model.state_dict()) == list(plain.state_dict())
+    expected, found = gradients(plain), gradients(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert sorted(i for i in range(3) if calls.count(i) == 2) == twice
+
+
+def test_recomputing_draws_the_same_dropout_again():
+    values = []
+    for every in (0, 1):
+        model = prepare(tiny_model(lora_dropout=0.5), **{**AS_IT_IS, "recompute_every": every})
+        torch.manual_seed(0)
+        values.append(gradients(model))
+    assert all(torch.equal(values[1][name], value) for name, value in values[0].items())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_in_fp32_over_a_bf16_base(dora):
+    model = tiny_model(use_dora=dora).to(torch.bfloat16)
+    model = prepare(model, **{**AS_IT_IS, "adapter_dtype": "fp32"})
+    for name, parameter in model.named_parameters():
+        kind = torch.float32 if parameter.requires_grad else torch.bfloat16
+        assert parameter.dtype == kind, name
+    between = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *call: between.append(call[-1].dtype))
+    found = gradients(model)
+    assert all(value.dtype == torch.float32 and value.any() for value in found.values())
+    assert between == [torch.bfloat16] * 3
+
+
+def test_the_model_may_be_without_memory():
+    with torch.device("meta"):
+        model = tiny_model()
+    model = prepare(model, adapter_dtype="bf16", recompute_every=1, compiled=False)
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert kinds == {torch.bfloat16}
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_there_is_one_group_of_parameters():
+    model = prepare(tiny_model(), **AS_IT_IS)
+    (group,) = parameter_groups(model, 0.1, None)
+    assert list(map(id, group["params"])) == [id(p) for p in model.parameters() if p.requires_grad]
+    assert "lr" not in group
+
+
+def test_with_lora_plus_the_b_matrices_learn_faster():
+    model = prepare(tiny_model(use_dora=True), **AS_IT_IS)
+    names = {id(p): name for name, p in model.named_parameters()}
+    slow, fast = parameter_groups(model, 0.1, 16.0)
+    assert fast["lr"] == pytest.approx(1.6)
+    assert "lr" not in slow
+    assert {names[id(p)].rpartition("lora_")[2] for p in fast["params"]} == {"b.weight"}
+    assert len(slow["params"]) == 2 * len(fast["params"]) == 24
+    optimizer = torch.optim.AdamW([slow, fast], lr=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, pytest.approx(1.6)]

@@ -1,0 +1,207 @@
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from phi3_plugin.errors import ConfigError
+from phi3_plugin.models.lora import Linear
+from phi3_plugin.models.nf4 import rows_of
+from phi3_plugin.train.losses import SummedCrossEntropy
+from phi3_plugin.train.prepare import prepare
+from phi3_plugin.train.step import train_step
+from phi3_plugin.train.world import World
+from tests.train.tiny import new_model, rows, tiny_batch, tiny_model
+
+
+def made():
+    return prepare(new_model(), adapter_dtype=None, recompute_every=0, compiled=False)
+
+
+def test_one_process_is_the_identity():
+    world, value = World("cpu"), torch.randn(3)
+    assert (world.rank, world.size, world.is_main, world.mesh) == (0, 1, True, None)
+    assert world.sum(value) is value
+    assert world.whole(value) is value
+    assert world.gather({"any": "thing"}) == [{"any": "thing"}]
+    world.barrier()
+    world.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_built_in_its_dtype_and_the_default_is_put_back(dtype):
+    world = World("cpu")
+    model = world.build(made, dtype)
+    weights = tiny_model().state_dict()
+    world.load(model, weights, rows_of, offload=False)
+    assert torch.get_default_dtype() == torch.float32
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert all(torch.equal(v, weights[n].to(dtype)) for n, v in model.state_dict().items())
+
+
+def test_a_model_that_cannot_be_built_leaves_the_default_dtype_alone():
+    with pytest.raises(ZeroDivisionError):
+        World("cpu").build(lambda: 1 / 0, torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_weights_that_do_not_fit_are_refused():
+    world, weights = World("cpu"), tiny_model().state_dict()
+    del weights["norm.scale"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm\.scale"):
+        world.load(world.build(made, torch.float32), weights, rows_of, offload=False)
+
+
+def test_random_numbers_go_on_where_they_were():
+    world = World("cpu")
+    torch.manual_seed(3)
+    states = world.gather(world.random_state())
+    expected = torch.rand(4)
+    world.set_random_state(states, seed=9)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_another_number_of_processes_draws_other_random_numbers():
+    world = World("cpu")
+    states = [world.random_state(), world.random_state()]
+    world.set_random_state(states, seed=9)
+    drawn = torch.rand(4)
+    torch.manual_seed(9)
+    assert torch.equal(torch.rand(4), drawn)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_rows_are_cut_into_equal_chunks_and_what_is_left(rows, size):
+    weight, like = torch.arange(rows * 2.0).reshape(rows, 2), torch.empty(0, dtype=torch.bfloat16)
+    parts = [rows_of(weight, like, rank, size, torch.device("cpu")) for rank in range(size)]
+    expected = list(weight.to(torch.bfloat16).chunk(size))
+    expected += [like.reshape(0, 2)] * (size - len(expected))
+    for part, other in zip(parts, expected, strict=True):
+        assert part.dtype == torch.bfloat16
+        assert torch.equal(part, other)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_rows_are_those_that_one_process_has(dtype, stored):
+    weight = torch.randn(384, 256, generator=torch.Generator().manual_seed(0)).to(stored)
+    model = World("cpu").build(lambda: Linear(256, 384, quantize=True), dtype)
+    model.load_state_dict({"weight": weight})
+    expected = model.weight.get_original_weight()
+    parts = [rows_of(weight, model.weight.data, rank, 3, torch.device("cpu")) for rank in range(3)]
+    assert expected.dtype == dtype
+    assert torch.equal(torch.cat([part.get_original_weight() for part in parts]), expected)
+
+
+def test_an_optimizer_that_made_no_step_keeps_its_rates():
+    """torch would make a step to have something to save."""
+    world, model = World("cpu"), tiny_model()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=rate) for rate in (0.25, 0.5)]
+    before = model.output.weight.clone()
+    world.load_optimizer_state(model, optimizers[1], world.optimizer_state(model, optimizers[0]))
+    assert optimizers[1].param_groups[0]["lr"] == 0.25
+    assert torch.equal(model.output.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "place", "message"),
+    [
+        (1, "tpu", 0, "device: 'tpu' must be 'cpu', 'cuda' or null"),
+        (0, "cuda", 0, "device: 'cuda' was asked for, but torch sees no GPU. Use null or 'cpu'"),
+        (2, None, 2, "--nproc_per_node: process 2 has no GPU of its own, there are 2"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_clear_line(gpus, device, place, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", str(place))
+    with pytest.raises(ConfigError, match=message):
+        World(device)
+
+
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_without_a_gpu_there_is_the_cpu(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert World(device).device == torch.device("cpu")
+
+
+def test_more_processes_than_gpus_may_share_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert World("cpu").device == torch.device("cpu")
+
+
+SIZE = 3
+"""Processes that share models whose dimensions are no multiples of it; A has two rows."""
+
+KINDS = {"lora": {"lora_rank": 2}, "dora": {"lora_rank": 2, "use_dora": True}, "full": {"lora": 0}}
+
+
+@pytest.mark.slow
+def test_three_processes_hold_and_train_the_weights_of_one():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_three, (port,), nprocs=SIZE)
+
+
+def one_of_three(rank, port):
+    torch.set_num_threads(1)
+    alone = {kind: trained(World("cpu"), settings) for kind, settings in KINDS.items()}
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": SIZE, "RANK": rank}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    world = World("cpu")
+    assert world.gather(rank) == [0, 1, 2]
+    assert world.sum(torch.tensor(rank)).item() == 3
+    assert world.is_main == (rank == 0)
+    together = {kind: trained(world, KINDS[kind], offload=kind == "full") for kind in KINDS}
+    for kind in KINDS if rank == 0 else ():
+        compare(kind, *alone[kind], *together[kind])
+    world.close()
+
+
+def compare(kind, losses, weights, state, again, *others):
+    other_losses, other_weights, other_state, other_again = others
+    assert other_losses == pytest.approx(losses, rel=1e-6), kind
+    for ours, theirs in ((other_weights, weights), (other_state, state), (other_again, again)):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert (ours[name] - value).norm() <= 1e-5 * value.norm(), (kind, name)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+def trained(world, settings, offload=False):
+    """Make two steps on six rows; return losses, weights, and the state before and after a load."""
+
+    def make():
+        model = new_model(**settings)
+        return prepare(model, adapter_dtype=None, recompute_every=1, compiled=False)
+
+    model = world.build(make, torch.float32, offload=offload)
+    start = tiny_model(**settings).state_dict()
+    world.load(model, start, rows_of, offload=offload)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(world.whole(parameter.detach()), start[name]), name
+    loss = SummedCrossEntropy(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for lengths in ((9, 4, 7, 17, 3, 12), (5, 6, 7, 8, 9, 10)):
+        mine = rows(tiny_batch(lengths))[world.rank :: world.size]
+        losses.append(train_step(world, model, optimizer, loss, mine, 1.0).loss)
+    weights = {n: world.whole(p.detach()).clone() for n, p in model.named_parameters()}
+    state = world.optimizer_state(model, optimizer)
+    fresh = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    # Only the main process has the state; on resume each reads it from the file.
+    world.load_optimizer_state(model, fresh, max(world.gather(state), key=len))
+    return losses, weights, flat(state), flat(world.optimizer_state(model, fresh))
+
+
+def flat(state):
+    """Return the moments of each parameter; only the main process has them."""
+    return {
+        f"{name} {moment}": value
+        for name, moments in state.get("state", {}).items()
+        for moment, value in moments.items()
+    }
