@@ -73,6 +73,8 @@ class _TorchtuneFinder:
 
     def __init__(self) -> None:
         self.before: dict[str, Callable[[], None]] = {"torchtune._cli.tune": _show_errors_as_a_line}
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker: torchrun starts recipes without `tune`
+            self.before["torchtune.config"] = _show_errors_as_a_line
         self.after: dict[str, Callable[[ModuleType], None]] = {
             "torchtune._recipe_registry": _register,
             "torchtune._cli.run": _change_run,

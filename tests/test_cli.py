@@ -1,5 +1,6 @@
 """`phi3-tune`: `tune` under another name, with our names in it whatever the start-up hook does."""
 
+import os
 import re
 import subprocess
 import sys
@@ -122,3 +123,19 @@ def test_workers_see_the_registry(tmp_path, environment):
     words = ["run", "--nproc_per_node", "1", "my_recipe.py", "--config", NAMES[0]]
     done = phi3_tune_process(*words, cwd=tmp_path, **environment)
     assert done.returncode == 0 and "registry is complete" in done.stdout, done.stderr
+
+
+def test_a_worker_of_torchrun_says_what_is_wrong_in_one_line(tmp_path):
+    recipe = Path(__file__).parents[1] / "recipes" / "lora_finetune.py"
+    config = Path(__file__).parents[1] / "configs" / "phi3_demo.yaml"
+    done = subprocess.run(
+        [sys.executable, recipe, "--config", config, "output_dir=out", "batch_size=-1"],
+        cwd=tmp_path,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "any"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "phi3_plugin: ConfigError: " in done.stderr
+    assert "batch_size: -1 must be a whole number above 0" in done.stderr
+    assert "Traceback" not in done.stderr
