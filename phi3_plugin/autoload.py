@@ -173,11 +173,12 @@ def _config_files() -> dict[str, Path]:
 
 def _register(registry: ModuleType) -> None:
     """Append our recipes, and our configs to the recipes that run them, as absolute paths."""
-    registry._ALL_RECIPES.extend(
+    registered = registry.get_all_recipes()
+    registered.extend(
         registry.Recipe(name=name, file_path=str(file), configs=[], supports_distributed=True)
         for name, file in _recipe_files().items()
     )
-    recipes = {recipe.name: recipe for recipe in registry.get_all_recipes()}
+    recipes = {recipe.name: recipe for recipe in registered}
     for name, file in _config_files().items():
         for recipe in _RECIPES_OF.get(name, _RECIPES_OF["*"]):
             recipes[recipe].configs.append(registry.Config(name=name, file_path=str(file)))

@@ -13,7 +13,7 @@ from phi3_plugin.recipes import lora_finetune
 from benchmarks import kills
 from phi3_plugin.checkpoint import run
 from tests.own import own_run, tiny_inputs
-from tests.resumed import RUN, assert_same_end, lines, same, train
+from tests.resumed import RUN, assert_same_end, lines, same, state, train
 from tests.stock import TUNE
 
 pytestmark = pytest.mark.slow
@@ -166,6 +166,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, c
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     done = own_run(*settings, "resume=auto", cwd=cwd)
     assert done.returncode == 0, done.stderr
-    expected = run.load_state(whole / "final")
-    assert same(run.load_state(small_disk / "out" / "final"), expected)
+    expected = state(whole / "final")
+    assert same(state(small_disk / "out" / "final"), expected)
     assert lines(small_disk / "out") == lines(whole)

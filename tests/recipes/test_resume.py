@@ -8,7 +8,7 @@ from phi3_plugin.checkpoint import run
 from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.errors import CheckpointError
 from tests.own import full_config, own_run, started, tiny_inputs
-from tests.resumed import RUN, assert_same_end, leave_until, lines, same, train
+from tests.resumed import RUN, assert_same_end, leave_until, lines, same, state, train
 
 pytestmark = pytest.mark.slow
 
@@ -58,12 +58,12 @@ def test_a_finished_run_stays_as_it_is(whole, cwd):
 def test_a_run_that_stopped_improving_does_not_go_on(cwd):
     early = ("optimizer.lr=1.0", "early_stop_patience=1")
     train(cwd, *early)
-    stopped = run.load_state(cwd / "out" / "final")
+    stopped = state(cwd / "out" / "final")
     assert stopped["step"] < 9
     expected = lines(cwd / "out")
     for folder in ("final", f"step_{stopped['step']:06d}"):
         train(cwd, *early, "resume=auto")
-        assert same(run.load_state(cwd / "out" / "final"), stopped)
+        assert same(state(cwd / "out" / "final"), stopped)
         assert lines(cwd / "out") == expected
         shutil.rmtree(cwd / "out" / folder)
 
@@ -131,5 +131,5 @@ def test_a_whole_model_ends_in_the_same_bits(cwd):
     assert recipe.found.folder.name == "step_000001"
     weights = [dict(load_base_weights(cwd / name / "final")) for name in ("out", "whole")]
     assert same(*weights)
-    assert same(*(run.load_state(cwd / name / "final") for name in ("out", "whole")))
+    assert same(*(state(cwd / name / "final") for name in ("out", "whole")))
     assert lines(cwd / "out") == lines(cwd / "whole")
