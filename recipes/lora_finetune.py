@@ -146,10 +146,9 @@ class Finetune:
             reshard=s.fsdp_reshard_after_forward,
         )
         self.is_lora = is_adapted(self.model)
-        adapter = initial_adapter(self.model, s.seed)
-        if folder and self.is_lora:
-            adapter = load_adapter(folder)
-        source = folder if folder and not self.is_lora else s.checkpoint_dir
+        resumed = folder if self.is_lora else None
+        adapter = load_adapter(resumed) if resumed else initial_adapter(self.model, s.seed)
+        source = s.checkpoint_dir if self.is_lora else folder or s.checkpoint_dir
         weights = {**load_base_weights(source), **adapter}
         self.world.load(self.model, weights, rows_of, offload=offload)
         for module in self.model.modules():

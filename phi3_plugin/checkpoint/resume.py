@@ -36,7 +36,7 @@ def refuse_other_run(output_dir: Path) -> None:
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write optimizer and recipe state beside the adapter."""
-    torch.save(state, folder / STATE)
+    write_state(folder / STATE, state)
 
 
 def latest_epoch(output_dir: Path) -> Path:
@@ -70,12 +70,38 @@ def load_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is damaged, or holds more than tensors and plain values.
     """
-    file = folder / STATE
+    advice = f" Move {folder} away to go on from the epoch before it."
+    return read_state(folder / STATE, advice)
+
+
+def write_state(file: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values.
+
+    Raises:
+        OSError: The disk is full; torch alone hides that behind a RuntimeError.
+    """
+    try:
+        with file.open("wb") as stream:
+            torch.save(state, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
+def read_state(file: Path, advice: str = "") -> dict[str, Any]:
+    """Read tensors and plain values; nothing in the file is run.
+
+    Args:
+        file: What ``torch.save`` wrote.
+        advice: Ends the message of an error.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds more than tensors and plain values.
+    """
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read: {str(error).splitlines()[0]}. Move {file.parent} away to go "
-            "on from the epoch before it."
-        ) from error
+        problem = str(error).splitlines()[0]
+        raise CheckpointError(f"{file} cannot be read: {problem}.{advice}") from error
     return state

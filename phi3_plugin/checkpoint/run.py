@@ -8,16 +8,14 @@ resume/hashes.json              of every file, written last
 
 import hashlib
 import json
-import pickle
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from phi3_plugin.checkpoint.folder import PARTIAL, restore, sweep, whole_folder
+from phi3_plugin.checkpoint.resume import read_state, write_state
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
 
 RESUME, STATE, HASHES = "resume", "state.pt", "hashes.json"
@@ -59,7 +57,7 @@ def save(
     with whole_folder(final, replace=True) as folder:
         write(folder)
         (folder / RESUME).mkdir()
-        _write_state(folder / RESUME / STATE, {**state, "step": step})
+        write_state(folder / RESUME / STATE, {**state, "step": step})
         hashes = {path: _digest(folder / path) for path in _files(folder)}
         text = json.dumps({"step": step, "files": hashes}, indent=1)
         (folder / RESUME / HASHES).write_text(text, encoding="utf-8")
@@ -106,12 +104,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file holds more than tensors and plain values, or is damaged.
     """
-    file = folder / RESUME / STATE
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from error
-    return state
+    return read_state(folder / RESUME / STATE)
 
 
 def prune(output_dir: Path, limit: int | None) -> None:
@@ -164,16 +157,6 @@ def _refuse_other_run(output_dir: Path) -> None:
             f"output_dir: {output_dir} holds the checkpoints of another run ({', '.join(held)}). "
             "Choose another folder, or continue that run with resume=auto."
         )
-
-
-def _write_state(file: Path, state: dict[str, Any]) -> None:
-    try:
-        with file.open("wb") as stream:
-            torch.save(state, stream)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch hides that the disk is full
-            raise error.__context__ from error
-        raise
 
 
 def _files(folder: Path) -> list[str]:
