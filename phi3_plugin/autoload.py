@@ -6,7 +6,7 @@ but add one import finder, and never raises. The finder looks only at names in t
 
     torchtune.<any>             first: torchao gets the names that torchtune 0.6.1 imports
     torchtune._recipe_registry  afterwards: our configs are registered
-    torchtune._cli.run          afterwards: a local config file wins over a registered config
+    torchtune._cli.run          afterwards: `tune run` is changed (launch.py)
     torchtune._cli.tune         first: our errors end `tune` with one line
 
 ``PHI3_PLUGIN_AUTOLOAD=0`` switches all of it off, except under ``phi3-tune``, which asks for it
@@ -185,40 +185,9 @@ def _register(registry: ModuleType) -> None:
 
 
 def _change_run(run: ModuleType) -> None:
-    _prefer_local_configs(run)
-    _refuse_lonely_nodes(run)
+    from phi3_plugin.launch import change_run
 
-
-def _refuse_lonely_nodes(run: ModuleType) -> None:
-    """Refuse several nodes without a meeting place: each would train its own model, in silence."""
-    stock = run.Run._run_distributed
-
-    def _run_distributed(self: Any, args: Any, is_builtin: bool) -> None:
-        nodes = str(args.nnodes).rpartition(":")[2]
-        if nodes.isdigit() and int(nodes) > 1 and not args.rdzv_endpoint:
-            self._parser.error(
-                f"--nnodes {args.nnodes} needs --rdzv_endpoint HOST:PORT (and --rdzv_backend "
-                "c10d), the same on every node. Without it each node trains alone."
-            )
-        stock(self, args, is_builtin)
-
-    run.Run._run_distributed = _run_distributed
-
-
-def _prefer_local_configs(run: ModuleType) -> None:
-    """Let `tune run --config X` take a file X first, and `phi3_*.yaml` for one of our names."""
-    stock = run.Run._get_config
-
-    def _get_config(self: Any, config_str: str, specific_recipe: Any) -> Any:
-        if os.path.isfile(config_str):
-            return None  # "not registered": `tune run` then reads config_str as a path
-        config = stock(self, config_str, specific_recipe)
-        stem, suffix = os.path.splitext(config_str)
-        if config is None and suffix == ".yaml" and stem in _config_files():
-            return stock(self, stem, specific_recipe)
-        return config
-
-    run.Run._get_config = _get_config
+    change_run(run, _recipe_files(), _config_files().keys())
 
 
 def _show_errors_as_a_line() -> None:

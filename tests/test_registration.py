@@ -11,7 +11,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NAMES = [file.stem for file in CONFIGS]
 RECIPE, DISTRIBUTED = "lora_finetune_single_device", "lora_finetune_distributed"
 OURS = "phi3_lora_finetune"
-DEMO = "phi3_plugin/recipes/phi3_demo.py"
+BY_PATH = "phi3_plugin/recipes/lora_finetune.py"
 BIN = Path(sys.executable).parent
 
 
@@ -167,17 +167,17 @@ def test_a_slash_path_to_a_recipe_becomes_its_module(tune, monkeypatch, torchrun
         "torchtune._cli.run.run", lambda args: seen.append(args.module and args.training_script)
     )
     monkeypatch.setattr(sys, "path", [*sys.path])  # `run` appends the folder
-    tune("run", *torchrun, DEMO, "--config", "x")
-    assert seen == ["phi3_plugin.recipes.phi3_demo"]
+    tune("run", *torchrun, BY_PATH, "--config", "x")
+    assert seen == ["phi3_plugin.recipes.lora_finetune"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("torchrun", [[], ["--nproc_per_node", "1"]], ids=["one", "torchrun"])
 def test_a_slash_path_runs_our_recipe_from_any_folder(tmp_path, torchrun):
-    # The demo is no torchtune recipe and has no --config, but shows which module was started.
-    done = command(BIN / "tune", "run", *torchrun, DEMO, "--config", "x", "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "usage: python -m phi3_plugin.recipes.phi3_demo" in done.stdout
+    run = [BIN / "tune", "run", *torchrun, BY_PATH, "--config", "phi3_mini_lora", "dtype=int4"]
+    done = command(*run, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "phi3_plugin: ConfigError: " in done.stderr and "dtype: 'int4'" in done.stderr
 
 
 @pytest.mark.slow

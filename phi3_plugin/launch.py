@@ -1,0 +1,138 @@
+"""What we change in `tune run`.
+
+autoload.py calls :func:`change_run` when torchtune's module has been imported, so this file keeps
+to its rule: the standard library alone at import. Each function puts a method in the place of
+torchtune's, which it calls in the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+    from types import ModuleType
+
+
+def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection[str]) -> None:
+    """Let `tune run` take local configs first, refuse lonely nodes, and pass signals on.
+
+    Args:
+        run: The module ``torchtune._cli.run``.
+        recipes: Our recipes by name, which end well on SIGTERM and SIGINT.
+        configs: The names of our configs.
+    """
+    _prefer_local_configs(run, configs)
+    _pass_signals_on(run, recipes)
+    _refuse_lonely_nodes(run)
+
+
+def _prefer_local_configs(run: ModuleType, configs: Collection[str]) -> None:
+    """Let `tune run --config X` take a file X first, and `phi3_*.yaml` for one of our names."""
+    stock = run.Run._get_config
+
+    def _get_config(self: Any, config_str: str, specific_recipe: Any) -> Any:
+        if os.path.isfile(config_str):
+            return None  # "not registered": `tune run` then reads config_str as a path
+        config = stock(self, config_str, specific_recipe)
+        stem, suffix = os.path.splitext(config_str)
+        if config is None and suffix == ".yaml" and stem in configs:
+            return stock(self, stem, specific_recipe)
+        return config
+
+    run.Run._get_config = _get_config
+
+
+def _refuse_lonely_nodes(run: ModuleType) -> None:
+    """Refuse several nodes without a meeting place: each would train its own model, in silence."""
+    stock = run.Run._run_distributed
+
+    def _run_distributed(self: Any, args: Any, is_builtin: bool) -> None:
+        nodes = str(args.nnodes).rpartition(":")[2]
+        if nodes.isdigit() and int(nodes) > 1 and not args.rdzv_endpoint:
+            self._parser.error(
+                f"--nnodes {args.nnodes} needs --rdzv_endpoint HOST:PORT (and --rdzv_backend "
+                "c10d), the same on every node. Without it each node trains alone."
+            )
+        stock(self, args, is_builtin)
+
+    run.Run._run_distributed = _run_distributed
+
+
+def _pass_signals_on(run: ModuleType, recipes: Mapping[str, Path]) -> None:
+    """Launch our recipes, and no others, with :func:`signals_for_workers`."""
+    stock = run.Run._run_distributed
+    ours = {spelling for name, file in recipes.items() for spelling in _spellings(name, file)}
+
+    def _run_distributed(self: Any, args: Any, is_builtin: bool) -> None:
+        # `phi3-tune` starts itself in the workers, with the recipe after the verb.
+        recipe = args.recipe_args[1] if args.recipe == "phi3_plugin.cli" else args.recipe
+        changed = signals_for_workers() if recipe in ours else contextlib.nullcontext()
+        with changed:
+            stock(self, args, is_builtin)
+
+    run.Run._run_distributed = _run_distributed
+
+
+def _spellings(name: str, file: Path) -> tuple[str, ...]:
+    """Return what a recipe is called by its name, and by the path that works from anywhere."""
+    path = f"phi3_plugin/recipes/{file.stem}"
+    return name, str(file), f"{path}.py", path.replace("/", ".")
+
+
+@contextlib.contextmanager
+def signals_for_workers() -> Iterator[None]:
+    """Within it, torchrun passes the first SIGTERM or SIGINT on to its workers and waits for them.
+
+    By itself torchrun ends with an error and kills workers that need more than 30 seconds. That is
+    still what a second signal does, and a signal before there are workers. A worker that is not
+    yet listening dies of the signal it is passed; then torchrun ends as for any failed worker.
+    """
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+
+    stock, asked = PContext.start, list[signal.Signals]()
+
+    def start(workers: Any) -> None:
+        if asked:  # only --max_restarts leads here: it must not undo what was asked
+            raise SignalException(f"Not restarted after {asked[0].name}", asked[0])
+        stock(workers)
+        _listen(workers, asked)
+
+    PContext.start = start  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        PContext.start = stock  # type: ignore[method-assign]
+
+
+def _listen(workers: Any, asked: list[signal.Signals]) -> None:
+    """Take torchrun's place as the handler of the first signal, and note which one it was."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # torchrun has handlers in the main thread only, and for what --signals-to-handle lists.
+    of_torchrun = {
+        number: handler
+        for number, handler in handlers.items()
+        if str(getattr(handler, "__module__", "")).startswith("torch.")
+    }
+
+    def pass_on(number: int, frame: object) -> None:
+        asked.append(signal.Signals(number))
+        for each, handler in of_torchrun.items():
+            signal.signal(each, handler)
+        _say(f"{asked[0].name} goes to the workers, to save and end. Repeat it to cut them short.")
+        # Torchrun gives workers a session of their own, so Ctrl-C in a terminal comes this way too.
+        for worker in workers.subprocess_handlers.values():
+            worker.proc.send_signal(number)  # not sent to one that has ended
+
+    for number in of_torchrun:
+        signal.signal(number, pass_on)
+
+
+def _say(text: str) -> None:
+    # print() fails if the signal came while something else was being printed.
+    with contextlib.suppress(OSError):
+        os.write(2, f"phi3_plugin: {text}\n".encode())

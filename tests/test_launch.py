@@ -1,0 +1,187 @@
+"""The launcher under `tune run`: which nodes it refuses, and whom a signal reaches."""
+
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+
+from phi3_plugin.launch import signals_for_workers
+
+pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has it
+
+STOCK = PContext.start
+BOTH = (signal.SIGTERM, signal.SIGINT)
+OURS = ("phi3_lora_finetune", "phi3_plugin/recipes/lora_finetune.py")
+OTHERS = ("lora_finetune_distributed", "folder/mine.py", "phi3_plugin/recipes/phi3_demo.py")
+
+# Workers that say when they can be signalled, and what they got.
+LISTENING = """
+import pathlib, signal, sys, time
+me = pathlib.Path(sys.argv[1])
+def stop(number, frame):
+    me.write_text(signal.Signals(number).name)
+    sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, stop)
+me.touch()
+time.sleep(60)
+"""
+DEAF = LISTENING.replace(", stop)", ", signal.SIG_IGN)")
+DONE = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    numbers = (*BOTH, signal.SIGHUP, signal.SIGQUIT)  # torchrun's
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start one worker a script as torchrun does, and wait until each of them is there."""
+    started = []
+
+    def start(*scripts: str) -> PContext:
+        files = [tmp_path / f"worker{rank}" for rank in range(len(scripts))]
+        args = {rank: ("-S", "-c", code, files[rank]) for rank, code in enumerate(scripts)}
+        logs = DefaultLogsSpecs(log_dir=str(tmp_path / "logs"))
+        envs = {rank: {} for rank in args}
+        started.append(start_processes("test", sys.executable, args, envs, logs))
+        end = time.monotonic() + 60
+        while not all(file.exists() for file in files):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return started[-1]
+
+    yield start
+    for workers in started:
+        workers.close(signal.SIGKILL)
+
+
+def heard(folder) -> list[str]:
+    return [file.read_text() for file in sorted(folder.glob("worker*"))]
+
+
+@pytest.mark.parametrize("number", BOTH, ids=lambda number: number.name)
+def test_the_first_signal_is_for_the_workers(start, number, tmp_path, capfd):
+    with signals_for_workers():
+        workers = start(LISTENING, LISTENING)
+        signal.raise_signal(number)
+        result = workers.wait(timeout=30, period=0.05)
+    assert result and not result.is_failed()
+    assert heard(tmp_path) == [number.name] * 2
+    assert f"phi3_plugin: {number.name} goes to the workers" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("first", BOTH, ids=lambda number: number.name)
+@pytest.mark.parametrize("second", BOTH, ids=lambda number: number.name)
+def test_the_second_signal_is_for_torchrun(start, first, second):
+    with signals_for_workers():
+        workers = start(DEAF)
+        signal.raise_signal(first)
+        assert workers.wait(timeout=0.2, period=0.05) is None
+        with pytest.raises(SignalException) as stopped:
+            signal.raise_signal(second)
+    assert stopped.value.sigval == second
+
+
+def test_a_worker_that_has_ended_is_left_out(start, tmp_path):
+    with signals_for_workers():
+        workers = start(DONE, LISTENING)
+        workers.subprocess_handlers[0].proc.wait()
+        signal.raise_signal(signal.SIGTERM)
+        result = workers.wait(timeout=30, period=0.05)
+    assert result and not result.is_failed()
+    assert heard(tmp_path) == ["", "SIGTERM"]
+
+
+def test_workers_started_anew_get_the_signal(start, tmp_path):
+    with signals_for_workers():
+        first = start(DEAF)
+        first.close(signal.SIGKILL)
+        (tmp_path / "worker0").unlink()
+        workers = start(LISTENING)
+        signal.raise_signal(signal.SIGTERM)
+        assert not workers.wait(timeout=30, period=0.05).is_failed()
+    assert heard(tmp_path) == ["SIGTERM"]
+
+
+def test_after_a_signal_no_worker_is_started_anew(start):
+    with signals_for_workers():
+        start(DEAF)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(SignalException, match="Not restarted after SIGINT"):
+            start(LISTENING)
+
+
+def test_only_signals_that_torchrun_handles_are_passed_on(start, handlers, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+    with signals_for_workers():
+        start(DEAF)
+    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) is not handlers[signal.SIGTERM]
+
+
+def test_a_launcher_in_a_thread_is_left_alone(start, handlers):
+    with signals_for_workers():
+        thread = threading.Thread(target=start, args=(DEAF,))
+        thread.start()
+        thread.join()
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_torchrun_is_unchanged_afterwards(start):
+    with signals_for_workers():
+        pass
+    assert PContext.start is STOCK
+    start(DEAF)
+    with pytest.raises(SignalException):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path):
+    """Run `tune` or `phi3-tune` up to torchrun, and return what a launcher would start with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # importing `tune` sets ours
+    monkeypatch.setattr(sys, "path", [*sys.path])  # `run` appends the folder
+    from torchtune._cli import tune
+
+    from phi3_plugin import cli
+
+    def launch(command: str, *words: str) -> list:
+        seen = []
+        monkeypatch.setattr("torchtune._cli.run.run", lambda args: seen.append(PContext.start))
+        monkeypatch.setattr(sys, "argv", [command, "run", *words, "--config", "phi3_mini_lora"])
+        {"tune": tune, "phi3-tune": cli}[command].main()
+        return seen
+
+    return launch
+
+
+@pytest.mark.parametrize("command", ["tune", "phi3-tune"])
+@pytest.mark.parametrize("recipe", [*OURS, *OTHERS])
+def test_signals_are_passed_on_for_our_recipe_only(launch, command, recipe):
+    (used,) = launch(command, "--nproc_per_node", "2", recipe)
+    assert (used is not STOCK) == (recipe in OURS)
+    assert PContext.start is STOCK
+
+
+@pytest.mark.parametrize("nodes", ["2", "1:2"])
+def test_several_nodes_without_a_meeting_place_are_refused(launch, nodes, capsys):
+    with pytest.raises(SystemExit):
+        launch("tune", "--nnodes", nodes, OURS[0])
+    assert f"--nnodes {nodes} needs --rdzv_endpoint HOST:PORT" in capsys.readouterr().err
+
+
+def test_nodes_that_meet_and_single_ones_are_launched(launch):
+    meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:29511")
+    assert launch("tune", "--nnodes", "2", *meeting, OURS[0])
+    assert launch("tune", "--nnodes", "1", OURS[0])
