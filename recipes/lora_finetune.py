@@ -9,6 +9,7 @@ The loop is `Finetune.train`. What differs between one process and many is in
 
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from phi3_plugin.checkpoint.export import export_adapter, export_model
 from phi3_plugin.checkpoint.folder import check_output
 from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.peft import check_trained, load_adapter
+from phi3_plugin.checkpoint.saver import Saver
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models.lora import initial_adapter
 from phi3_plugin.models.nf4 import rows_of
@@ -54,7 +56,7 @@ class Finetune:
         """Check what can be checked before anything slow happens."""
         self.cfg, self.s = cfg, strict.read(cfg)
         check_output(self.s.output_dir, self.s.checkpoint_dir)
-        self.world = World(self.s.device)
+        self.world = World(self.s.device, self.s.fsdp_replicas)
         self.found = self.world.same("output_dir", run.find(self.s.output_dir, self.s.resume))
         patience, nonfinite = self.s.early_stop_patience, self.s.max_nonfinite_steps
         self.stop = Stop(self.world, patience=patience, max_nonfinite=nonfinite)
@@ -62,22 +64,22 @@ class Finetune:
 
     def setup(self) -> None:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
+        s = self.s
         self.setup_data()
         self.setup_model()
         self.setup_optimizer()
-        asked = self.s.sample_prompts
-        self.answer = partial(answers, self.model, self.tokenizer, asked, self.world.device)
+        asked = s.sample_prompts, self.world.device
+        self.answer = partial(answers, self.model, self.tokenizer, *asked)
         self.before = self.answer()
-        torch.manual_seed(self.s.seed + self.world.rank)
+        torch.manual_seed(s.seed + self.world.rank)
+        self.world.same("dataset", self.order.identity)
         if self.found.folder:
             self.load_state(run.load_state(self.found.folder))
-        self.monitor = Monitor(
-            self.world.is_main, self.cfg, self.s, total=self.total_steps, start=self.step
-        )
-        for reason in self.found.skipped:
-            self.monitor.say(f"resume: skipped {reason}")
-        if self.found.folder:
-            self.monitor.say(f"resume: going on from {self.found.folder}, step {self.step}")
+        steps = {"total": self.total_steps, "start": self.step}
+        self.monitor = Monitor(self.world.is_main, self.cfg, s, **steps)
+        self.monitor.resumed(self.step, *self.found)
+        folder, limit, background = s.output_dir, s.save_total_limit, s.save_in_background
+        self.saver = Saver(folder, limit, self.monitor.saved, background=background)
 
     def train(self) -> None:
         """The loop."""
@@ -91,7 +93,7 @@ class Finetune:
                 self.scheduler.step()
             epoch, self.step = self.step // self.order.steps_per_epoch, self.step + 1
             self.monitor.step(self.step, epoch, result, rate)
-            self.stop.after_step(result.moved, self.order.indices(self.step - 1))
+            self.stop.after_step(result.problem, self.order.indices(self.step - 1))
             if self.step == self.total_steps:
                 break  # finish() validates and saves
             if is_due(self.step, self.s.run_val_every_n_steps):
@@ -106,6 +108,7 @@ class Finetune:
         if self.order_val and self.validated < self.step == self.total_steps:
             self.validate()
         folder = self.save(run.step_name(self.step) if interrupted else run.FINAL)
+        self.saver.wait()
         if self.s.report:
             samples = zip(self.s.sample_prompts, self.before, self.answer(), strict=True)
             self.monitor.report(self.model, folder, self.stop.reason, list(samples))
@@ -180,20 +183,17 @@ class Finetune:
     def save(self, name: str) -> Path:
         """Write a checkpoint that serves and that the run can go on from."""
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        values = {n: self.world.whole(p.detach()).cpu() for n, p in trained}
+        values = {n: self.world.whole(p.detach()).to("cpu", copy=True) for n, p in trained}
         state = self.state()
-        folder = self.s.output_dir / name
         if self.world.is_main:
-            run.save(self.s.output_dir, name, self.step, partial(self.write, values, name), state)
-            run.prune(self.s.output_dir, self.s.save_total_limit)
-            self.monitor.event("saved", self.step, folder=name)
+            self.saver.save(name, self.step, self.writer(values, name), state)
         self.world.barrier()
-        return folder
+        return self.s.output_dir / name
 
-    def write(self, values: dict[str, torch.Tensor], name: str, folder: Path) -> None:
-        """Write what serves: an adapter, or a whole model."""
+    def writer(self, values: dict[str, torch.Tensor], name: str) -> Callable[[Path], None]:
+        """Return what writes an adapter, or a whole model, into a folder."""
         if not self.is_lora:
-            return export_model(folder, values, self.s.checkpoint_dir)
+            return partial(export_model, weights=values, checkpoint_dir=self.s.checkpoint_dir)
         check_trained(values, may_be_identity=name != run.FINAL)  # warm-up may start from 0
         card = {**(self.s.checkpointer or {}).get("card", {}), "steps": self.step}
         if self.best < math.inf:
@@ -202,7 +202,7 @@ class Finetune:
         lora = {"rank": layer.rank, "alpha": layer.alpha}
         dropout = self.s.model.get("lora_dropout", 0.0)
         where = {"checkpoint_dir": self.s.checkpoint_dir, "origin": {"layout": "fused"}}
-        return export_adapter(folder, values, dropout=dropout, card=card, **lora, **where)
+        return partial(export_adapter, adapter=values, dropout=dropout, card=card, **lora, **where)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs to end in the same bits."""

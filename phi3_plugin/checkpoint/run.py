@@ -74,7 +74,7 @@ def find(output_dir: Path, resume: str) -> Found:
     Raises:
         CheckpointError: The folder that was named is not whole.
         MissingFileError: There is no such folder.
-        OutputError: ``never``, but the output folder holds a run.
+        OutputError: The output folder holds checkpoints that the run would get mixed up with.
     """
     restore(output_dir)
     if resume == "never":
@@ -88,6 +88,7 @@ def find(output_dir: Path, resume: str) -> Found:
             )
         if problem := problem_of(folder):
             raise CheckpointError(f"resume: {folder} cannot be resumed from: {problem}.")
+        _refuse_newer(output_dir, folder)
         return Found(folder, [])
     skipped: list[str] = []
     for folder in _newest_first(output_dir):
@@ -156,6 +157,18 @@ def _refuse_other_run(output_dir: Path) -> None:
         raise OutputError(
             f"output_dir: {output_dir} holds the checkpoints of another run ({', '.join(held)}). "
             "Choose another folder, or continue that run with resume=auto."
+        )
+
+
+def _refuse_newer(output_dir: Path, folder: Path) -> None:
+    """Refuse to go on from the past of a run, or from another run's, among its checkpoints."""
+    if folder.resolve().parent != output_dir.resolve():
+        return _refuse_other_run(output_dir)
+    newer = [path.name for path in _newest_first(output_dir) if _step_of(path) > _step_of(folder)]
+    if newer:
+        raise OutputError(
+            f"resume: {folder} is older than {', '.join(newer)} beside it, and the next "
+            "resume=auto would take those. Move them away, or set another output_dir."
         )
 
 

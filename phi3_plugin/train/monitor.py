@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config
 
-from phi3_plugin.train.history import History
+from phi3_plugin.train.history import RESUMED, SAVED, SKIPPED, History
 from phi3_plugin.train.progress import Progress
 from phi3_plugin.train.settings import Settings
 from phi3_plugin.train.step import StepResult
@@ -77,8 +77,8 @@ class Monitor:
             peak_memory_gib=peak,
         )
         if not result.moved:
-            self.history.log_event("skipped", step)
-            self.say(f"step {step}: loss or gradient is not finite, the weights were left alone")
+            self.history.log_event(SKIPPED, step)
+            self.say(f"step {step}: {result.problem}, the weights were left alone")
         self._progress.update(step, loss=result.loss, lr=rate, tokens_per_second=speed)
         if self._logger is not None and step % self._log_every == 0:
             numbers = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}
@@ -94,10 +94,24 @@ class Monitor:
         if self._logger is not None:
             self._logger.log_dict({"val_loss": loss, "val_perplexity": perplexity}, step=step)
 
-    def event(self, name: str, step: int, **facts: object) -> None:
-        """Note that something happened: a save, a resume."""
+    def resumed(self, step: int, folder: Path | None, skipped: Sequence[str]) -> None:
+        """Note where the run goes on.
+
+        Args:
+            step: Steps made before.
+            folder: The checkpoint; None for a new run.
+            skipped: Newer ones that are not whole, and why.
+        """
+        for reason in skipped:
+            self.say(f"resume: skipped {reason}")
+        if folder and self.is_main:
+            self.history.log_event(RESUMED, step, folder=folder.name)
+            self.say(f"resume: going on from {folder}, step {step}")
+
+    def saved(self, folder: str, step: int) -> None:
+        """Note that a checkpoint is whole."""
         if self.is_main:
-            self.history.log_event(name, step, **facts)
+            self.history.log_event(SAVED, step, folder=folder)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""

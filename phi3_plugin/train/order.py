@@ -5,9 +5,12 @@ step 0       [3 0][4 1]            micro-batches of 2; with 2 processes the firs
 step 1       [5 2][6]              the last step of an epoch takes what is left
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
@@ -51,11 +54,15 @@ class Order:
         """Steps that see every sample once; the last may be smaller."""
         return -(-len(self.dataset) // self.per_step)
 
-    @property
-    def identity(self) -> dict[str, int | bool]:
-        """What decides which samples each step sees; equal orders are equal here."""
+    @cached_property
+    def identity(self) -> dict[str, int | bool | str]:
+        """What decides what each step sees; equal orders of equal samples are equal here.
+
+        The first time, all samples are read.
+        """
         return {
             "samples": len(self.dataset),
+            "content": _content(self.dataset),
             "samples per step": self.per_step,
             "seed": self.seed,
             "shuffle": self.shuffle,
@@ -98,6 +105,16 @@ class Order:
     def _unlabelled(self, index: int, collate: Collate) -> dict[str, Tensor]:
         batch = self._collated([index], collate)
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def _content(dataset: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for i in range(len(dataset)):  # torch's data sets have no end that iteration would find
+        sample = dataset[i]
+        for key in ("tokens", "labels"):
+            values = np.asarray(sample[key], dtype=np.int64)
+            digest.update(np.int64(values.size).tobytes() + values.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def shares(order: Order, rank: int, collate: Collate) -> Iterator[dict[str, Tensor]]:

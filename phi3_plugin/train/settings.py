@@ -4,20 +4,30 @@ The YAML is that of torchtune's LoRA recipes with more keys; :mod:`phi3_plugin.t
 knows what to make of theirs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
-from math import inf
-from operator import eq
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from phi3_plugin.config import checkpoint_folder
 from phi3_plugin.errors import ConfigError, MissingFileError
+from phi3_plugin.train.kinds import (
+    Component,
+    Count,
+    Folder,
+    Positive,
+    Resume,
+    Section,
+    Seed,
+    Share,
+    Switch,
+    Text,
+    Texts,
+    kinds_of,
+)
 from phi3_plugin.train.stock_keys import (
     STOCK_KEYS,
     closest,
@@ -35,42 +45,6 @@ ADVICE = {
     "model=phi3_plugin.models.qlora_phi3: the gradients of fp16 underflow.",
 }
 """What more to say of a wrong value."""
-
-REAL = (int, float)  # the types themselves: to isinstance, True is an int
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a value must be, in words and as a test."""
-
-    words: str
-    accepts: Callable[[Any], bool]
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _is_component(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("_component_"), str)
-
-
-def _is_resume(value: Any) -> bool:
-    return isinstance(value, str) and (value in ("auto", "never") or Path(value).is_dir())
-
-
-TEXT = Kind("text; put quotes around a number", lambda v: isinstance(v, str))
-Text = Annotated[str, TEXT]
-Folder = Annotated[Path, TEXT]
-Texts = Annotated[list[str], Kind("a list of texts, as in ['one', 'two']", _is_texts)]
-Resume = Annotated[str, Kind("auto, never or a checkpoint folder that exists", _is_resume)]
-Count = Annotated[int, Kind("a whole number above 0", lambda v: type(v) is int and v > 0)]
-Seed = Annotated[int, Kind("a whole number from 0 on", lambda v: type(v) is int and v >= 0)]
-Positive = Annotated[float, Kind("a number above 0", lambda v: type(v) in REAL and 0 < v < inf)]
-Share = Annotated[float, Kind("at least 0 and below 1", lambda v: type(v) in REAL and 0 <= v < 1)]
-Switch = Annotated[bool, Kind("True or False", lambda v: type(v) is bool)]
-Section = Annotated[dict[str, Any], Kind("a section", lambda v: isinstance(v, dict))]
-Component = Annotated[dict[str, Any], Kind("a section with _component_", _is_component)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +88,16 @@ class Settings:
     """A number n recomputes every n-th layer only."""
     fsdp_cpu_offload: Switch = False
     fsdp_reshard_after_forward: Switch = True
+    fsdp_replicas: Count = 1
+    """Whole copies of the model; the processes of a copy share it. As many copies as processes
+    is the fastest where a model fits one device: only gradients travel then."""
 
     save_every_n_steps: Count | None = None
     save_every_epoch: Switch = True
     save_total_limit: Count | None = None
     """Checkpoints kept; the oldest go first."""
+    save_in_background: Switch = False
+    """Train on while a checkpoint is written; takes a copy of it in the CPU's memory."""
     resume: Resume = "never"
     """auto goes on from the newest checkpoint of output_dir if there is one."""
     checkpointer: Section | None = None
@@ -213,22 +192,11 @@ def _no_folder(checkpoint_dir: str) -> list[str]:
 
 
 def _mistake(key: str, value: Any, hint: Any) -> list[str]:
-    kinds = _kinds(hint)
+    kinds = kinds_of(hint)
     if any(kind.accepts(value) for kind in kinds):
         return []
     words = " or ".join(kind.words for kind in kinds)
     return [f"{key}: {shown(value)} must be {words}.{ADVICE.get(key, '')}"]
-
-
-def _kinds(hint: Any) -> list[Kind]:
-    """Return the kinds of value that an annotation allows."""
-    if get_origin(hint) is Annotated:
-        return [kind for kind in hint.__metadata__ if isinstance(kind, Kind)]
-    if get_origin(hint) is Literal:
-        return [Kind(word, partial(eq, word)) for word in get_args(hint)]
-    if hint is NoneType:
-        return [Kind("null", lambda value: value is None)]
-    return [kind for part in get_args(hint) for kind in _kinds(part)]
 
 
 def _conflicts(given: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,14 @@ class StepResult:
     grad_norm: float
     """Norm of the gradient before clipping."""
     moved: bool
-    """False if loss or norm was not finite, so that the weights were left alone."""
+    """False if the weights were left alone: loss or norm was not finite, or nothing labelled."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the weights were left alone."""
+        if self.moved:
+            return None
+        return "loss or gradient is not finite" if self.tokens else "no token has a label"
 
 
 def train_step(
@@ -45,22 +52,22 @@ def train_step(
         model: On this process's device.
         optimizer: Over the trained parameters.
         loss: Sums over labelled tokens.
-        batches: Micro-batches; together, over all processes, they have a labelled token.
+        batches: Micro-batches.
         max_norm: Clip the gradient to this norm; None only measures it.
     """
     batches = [on_device(batch, world.device) for batch in batches]
     count = world.sum(torch.stack([labelled(batch["labels"]) for batch in batches]).sum())
-    # FSDP averages gradients over processes; each share is scaled up to undo that.
-    share = world.size / count
+    # Gradients are averaged over processes; each share is scaled up to undo that.
+    share = world.size / count  # without a label not finite, so that the weights stay
     total = torch.zeros((), device=count.device)
     for i, batch in enumerate(batches):
-        if world.size > 1:
-            model.set_requires_gradient_sync(i == len(batches) - 1)  # type: ignore[operator]
+        world.before_backward(model, last=i == len(batches) - 1)
         summed = loss(model, batch)
         (summed * share).backward()
         total += summed.detach()
     mean = (world.sum(total) / count).item()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    world.average_gradients(trained)
     limit = math.inf if max_norm is None else max_norm
     norm = world.whole(torch.nn.utils.clip_grad_norm_(trained, limit)).item()
     moved = math.isfinite(mean) and math.isfinite(norm)

@@ -48,22 +48,22 @@ class Stop:
             self.reason = self.reason or self._signal or "another process was asked to stop"
         return self.reason is not None
 
-    def after_step(self, moved: bool, samples: list[int]) -> None:
+    def after_step(self, problem: str | None, samples: list[int]) -> None:
         """Refuse to go on if the run has lost its way.
 
         Args:
-            moved: Whether the step was finite.
+            problem: Why the step left the weights alone; None if it did not.
             samples: Numbers of the samples it saw.
 
         Raises:
-            DataError: Too many steps in a row were not finite.
+            DataError: Too many steps in a row left them alone.
         """
-        self._nonfinite = 0 if moved else self._nonfinite + 1
+        self._nonfinite = self._nonfinite + 1 if problem else 0
         if self._nonfinite >= self._max_nonfinite:
             raise DataError(
-                f"{self._nonfinite} steps in a row had no finite loss or gradient; the last saw "
-                f"samples {samples}. Lower the learning rate, or look at these samples. The last "
-                "checkpoint is whole."
+                f"{self._nonfinite} steps in a row left the weights alone: {problem}. The last "
+                f"saw samples {samples}. Lower the learning rate, or look at these samples. The "
+                "last checkpoint is whole."
             )
 
     def _on_signal(self, number: int, frame: object) -> None:

@@ -1,11 +1,11 @@
 """One process or many: everything that differs between them, in one place.
 
-The only user of ``torch.distributed``. With one process each method is the identity, so a recipe
+The only user of ``torch.distributed`` in training. With one process each method is the identity, so a recipe
 reads the same for a laptop and for a cluster.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from phi3_plugin.errors import ConfigError
+from phi3_plugin.train.device import pick_device
 
 T = TypeVar("T")
 RowsOf = Callable[[Tensor, Tensor, int, int, torch.device], Tensor]
@@ -31,24 +32,35 @@ RowsOf = Callable[[Tensor, Tensor, int, int, torch.device], Tensor]
 class World:
     """The processes of one run, and this one's place among them."""
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(self, device: str | None = None, replicas: int = 1) -> None:
         """Join the processes that torchrun started, or be alone.
 
         Args:
             device: ``cpu`` or ``cuda``; None takes what the machine has.
+            replicas: Whole copies of the model, each sharded over as many processes.
 
         Raises:
-            ConfigError: The device is not there, or there are more processes than devices.
+            ConfigError: The device is not there, there are more processes than devices, or they
+                cannot be divided into that many copies.
         """
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.mesh: DeviceMesh | None = None
+        self.shards, left = divmod(self.size, replicas)
+        if left or not self.shards:
+            raise ConfigError(
+                f"fsdp_replicas: {replicas} copies cannot be shared out evenly over {self.size} "
+                "processes. Use a divisor of their number."
+            )
         if self.size > 1:
             # Object gathering and barriers on the CPU, gradients on the GPU.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend)
-            self.mesh = init_device_mesh(self.device.type, (self.size,))
+        if self.shards > 1:
+            both = ((replicas, self.shards), ("replicate", "shard"))
+            shape, names = ((self.size,), ("shard",)) if replicas == 1 else both
+            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     @property
     def is_main(self) -> bool:
@@ -63,14 +75,22 @@ class World:
         offload: bool = False,
         reshard: bool = True,
     ) -> nn.Module:
-        """Build the model: on the device if alone, else without memory and ready to be sharded.
+        """Build the model: on the device, or without memory and ready to be sharded.
 
         Args:
             make: Returns the model, prepared for recompute and compilation.
             dtype: Of its parameters.
             offload: Keep shards in the CPU's memory.
             reshard: Free a layer's gathered weights after its forward pass.
+
+        Raises:
+            ConfigError: There is nothing to offload, because nothing is sharded.
         """
+        if offload and not self.mesh:
+            raise ConfigError(
+                "fsdp_cpu_offload: True needs a model that several processes share. Set it to "
+                "False, start more processes, or lower fsdp_replicas."
+            )
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -106,7 +126,8 @@ class World:
         state: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             local = getattr(parameter, "_local_tensor", parameter)
-            rows = rows_of(weights[name], local, self.rank, self.size, device)
+            place = self.rank % self.shards  # neighbours share a copy, so that it is on one node
+            rows = rows_of(weights[name], local, place, self.shards, device)
             state[name] = _as_shard(rows, parameter)
         model.load_state_dict(state, assign=True)
         for module in model.modules():
@@ -150,6 +171,21 @@ class World:
         torch.set_rng_state(states[self.rank][0])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(states[self.rank][1])
+
+    def before_backward(self, model: nn.Module, *, last: bool) -> None:
+        """Let sharded gradients travel with the last micro-batch of a step only."""
+        if self.mesh:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+    def average_gradients(self, trained: Iterable[Tensor]) -> None:
+        """Average over whole copies of the model, as FSDP has done over shards by now."""
+        if self.mesh or self.size == 1:
+            return
+        gradients = [p.grad for p in trained if p.grad is not None]
+        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            work.wait()
+        for gradient in gradients:
+            gradient /= self.size
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
@@ -198,22 +234,6 @@ class World:
         """Leave the group."""
         if self.size > 1:
             dist.destroy_process_group()
-
-
-def _device(name: str | None, local_rank: int) -> torch.device:
-    available = torch.cuda.device_count()
-    if name not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device: {name!r} must be 'cpu', 'cuda' or null for what is there.")
-    if name == "cuda" and not available:
-        raise ConfigError("device: 'cuda' was asked for, but torch sees no GPU. Use null or 'cpu'.")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    if local_rank >= available:
-        raise ConfigError(
-            f"--nproc_per_node: process {local_rank} has no GPU of its own, there are {available}."
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def _as_shard(rows: Tensor, parameter: Tensor) -> nn.Parameter:

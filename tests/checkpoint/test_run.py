@@ -141,6 +141,22 @@ def test_never_ignores_what_is_no_checkpoint(tmp_path):
     assert run.find(tmp_path, "never").folder is None
 
 
+def test_an_older_checkpoint_is_not_gone_on_from_beside_newer_ones(two, tmp_path):
+    older, newer = two / "step_000001", two / "step_000002"
+    with pytest.raises(OutputError, match=r"resume: .*step_000001 is older than step_000002"):
+        run.find(two, str(older))
+    assert run.find(two, str(newer)) == (newer, [])
+    assert run.find(tmp_path / "elsewhere", str(older)) == (older, [])
+    newer.rename(tmp_path / "moved away")
+    assert run.find(two, str(older)) == (older, [])
+
+
+def test_another_runs_checkpoint_is_not_gone_on_from_among_ones_own(two, tmp_path):
+    other = save(tmp_path / "other", "step_000009", 9)
+    with pytest.raises(OutputError, match=r"holds the checkpoints of another run \(step_000002"):
+        run.find(two, str(other))
+
+
 def test_prune_keeps_the_newest_steps_and_best_and_final(tmp_path):
     for step in (2, 10, 999999, 1000000):
         save(tmp_path, run.step_name(step), step)

@@ -168,16 +168,18 @@ def test_the_run_is_that_of_torchtunes_recipe(variant, cwd, monkeypatch):
     same_weights(load_adapter(out / "final"), load_adapter(cwd / "stock" / "epoch_4"))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_one_process_two_processes_and_accumulation_are_one_run(variant, cwd):
+@pytest.mark.parametrize(
+    ("variant", "replicas"), [*((variant, 1) for variant in VARIANTS), ("lora", 2), ("qdora", 2)]
+)
+def test_one_process_two_processes_and_accumulation_are_one_run(variant, replicas, cwd):
     settings = (*TINY, *VARIANTS[variant], "epochs=3")
     outputs = [
         finished(*settings, f"batch_size={size}", f"gradient_accumulation_steps={4 // size}",
                  f"output_dir=by_{size}", cwd=cwd)
         for size in (4, 1)
     ]  # fmt: skip
-    sizes = ("batch_size=1", "gradient_accumulation_steps=2", "output_dir=two")
-    done = own_run(*settings, *sizes, cwd=cwd, processes=2)
+    sizes = ("batch_size=1", "gradient_accumulation_steps=2", f"fsdp_replicas={replicas}")
+    done = own_run(*settings, *sizes, "output_dir=two", cwd=cwd, processes=2)
     assert done.returncode == 0, done.stderr
     assert len(losses(outputs[0])) == 9
     expected = load_adapter(outputs[0] / "final")

@@ -7,6 +7,7 @@ import pytest
 from phi3_plugin.checkpoint import run
 from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.errors import CheckpointError
+from phi3_plugin.train.history import History
 from tests.own import full_config, own_run, started, tiny_inputs
 from tests.resumed import RUN, assert_same_end, leave_until, lines, same, state, train
 
@@ -74,8 +75,9 @@ def test_a_run_that_stopped_improving_does_not_go_on(cwd):
         ("model.use_dora=True", "dtype=bf16", "lora_plus_ratio=4"),
         ("model._component_=phi3_plugin.models.qlora_phi3", "enable_activation_checkpointing=True"),
         ("optimizer={_component_: torch.optim.SGD, lr: 0.1, momentum: 0.9}", "lr_scheduler=null"),
+        ("save_in_background=True",),
     ],
-    ids=["dora", "nf4", "sgd"],
+    ids=["dora", "nf4", "sgd", "background"],
 )
 def test_every_kind_of_run_does(settings, cwd):
     train(cwd, *settings, "epochs=1")
@@ -97,10 +99,25 @@ def test_another_order_of_the_data_is_refused(setting, whole, cwd):
         pass
 
 
+def test_other_content_of_as_many_samples_is_refused(whole, cwd):
+    leave_until(2, whole, cwd / "out")
+    rows = (cwd / "rows.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (cwd / "rows.jsonl").unlink()
+    rows[5] = rows[5].replace("Add:", "plus")
+    (cwd / "rows.jsonl").write_text("".join(rows), "utf-8")
+    with (
+        pytest.raises(CheckpointError, match="resume: the order of the data would change from"),
+        started(*RUN, "resume=auto", cwd=cwd),
+    ):
+        pass
+
+
 def test_a_named_checkpoint_is_gone_on_from(whole, cwd):
-    leave_until(8, whole, cwd / "out")
+    leave_until(3, whole, cwd / "out")
     recipe = train(cwd, f"resume={cwd / 'out' / 'step_000003'}")
     assert recipe.found.folder == cwd / "out" / "step_000003"
+    resumed = [line for line in History.read(cwd / "out" / "metrics.jsonl") if "event" in line]
+    assert {"event": "resumed", "step": 3, "folder": "step_000003"} in resumed
     assert_same_end(cwd / "out", whole)
 
 

@@ -124,6 +124,7 @@ def test_a_step_without_any_label_moves_nothing(world):
     before = run.weights
     result = run.step([batch])
     assert (result.moved, result.tokens) == (False, 0)
+    assert result.problem == "no token has a label"
     assert all(torch.equal(value, before[name]) for name, value in run.weights.items())
 
 

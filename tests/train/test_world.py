@@ -120,6 +120,18 @@ def test_a_device_that_is_not_there_is_one_clear_line(gpus, device, place, messa
         World(device)
 
 
+@pytest.mark.parametrize(("size", "replicas"), [(1, 2), (3, 2), (2, 4)])
+def test_copies_that_cannot_be_shared_out_are_refused(size, replicas, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    with pytest.raises(ConfigError, match=f"fsdp_replicas: {replicas} copies .* over {size} proc"):
+        World("cpu", replicas)
+
+
+def test_there_is_nothing_to_offload_where_nothing_is_sharded():
+    with pytest.raises(ConfigError, match="fsdp_cpu_offload: True needs a model that several"):
+        World("cpu").build(made, torch.float32, offload=True)
+
+
 @pytest.mark.parametrize("device", ["cpu", None])
 def test_without_a_gpu_there_is_the_cpu(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -132,30 +144,35 @@ def test_more_processes_than_gpus_may_share_the_cpu(monkeypatch):
     assert World("cpu").device == torch.device("cpu")
 
 
-SIZE = 3
-"""Processes that share models whose dimensions are no multiples of it; A has two rows."""
+SIZES = [(3, 1), (2, 2), (4, 2)]
+"""Processes and the copies of the model they hold. No dimension is a multiple of 3, and A has two
+rows: less than one for each of them."""
 
 KINDS = {"lora": {"lora_rank": 2}, "dora": {"lora_rank": 2, "use_dora": True}, "full": {"lora": 0}}
 
 
 @pytest.mark.slow
-def test_three_processes_hold_and_train_the_weights_of_one():
+@pytest.mark.parametrize(("size", "replicas"), SIZES)
+def test_many_processes_hold_and_train_the_weights_of_one(size, replicas):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(one_of_three, (port,), nprocs=SIZE)
+    mp.spawn(one_of_many, (port, size, replicas), nprocs=size)
 
 
-def one_of_three(rank, port):
+def one_of_many(rank, port, size, replicas):
     torch.set_num_threads(1)
     alone = {kind: trained(World("cpu"), settings) for kind, settings in KINDS.items()}
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": SIZE, "RANK": rank}
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": size, "RANK": rank}
     os.environ.update({name: str(value) for name, value in place.items()})
-    world = World("cpu")
-    assert world.gather(rank) == [0, 1, 2]
-    assert world.sum(torch.tensor(rank)).item() == 3
+    world = World("cpu", replicas)
+    assert world.gather(rank) == list(range(size))
+    assert world.sum(torch.tensor(rank)).item() == sum(range(size))
     assert world.is_main == (rank == 0)
-    together = {kind: trained(world, KINDS[kind], offload=kind == "full") for kind in KINDS}
+    together = {
+        kind: trained(world, KINDS[kind], offload=kind == "full" and size > replicas)
+        for kind in KINDS
+    }
     for kind in KINDS if rank == 0 else ():
         compare(kind, *alone[kind], *together[kind])
     world.close()
