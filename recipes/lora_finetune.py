@@ -31,6 +31,7 @@ from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.train import settings as strict
 from phi3_plugin.train.losses import SummedCrossEntropy
 from phi3_plugin.train.monitor import Monitor
+from phi3_plugin.train.optimizer import check_shards
 from phi3_plugin.train.order import Order, hold_out, shares
 from phi3_plugin.train.prepare import DTYPES, is_adapted, parameter_groups, prepare
 from phi3_plugin.train.samples import answers
@@ -88,7 +89,7 @@ class Finetune:
             result = train_step(
                 self.world, self.model, self.optimizer, self.loss, batches, self.s.clip_grad_norm
             )
-            rate = self.optimizer.param_groups[0]["lr"]
+            rate = float(self.optimizer.param_groups[0]["lr"])
             if self.scheduler:
                 self.scheduler.step()
             epoch, self.step = self.step // self.order.steps_per_epoch, self.step + 1
@@ -164,8 +165,8 @@ class Finetune:
         s = self.s
         groups = parameter_groups(self.model, s.optimizer.get("lr"), s.lora_plus_ratio)
         self.optimizer = build(s.optimizer, groups)
-        total = self.total_steps
-        self.scheduler = build(s.lr_scheduler, self.optimizer, num_training_steps=total)
+        check_shards(self.optimizer, self.model.named_parameters(), self.world.shards)
+        self.scheduler = build(s.lr_scheduler, self.optimizer, num_training_steps=self.total_steps)
 
     def validate(self) -> None:
         """Measure the loss on held-out data; keep the best, and stop if it stays behind."""

@@ -9,7 +9,7 @@ from phi3_plugin.recipes.lora_finetune import Finetune
 from phi3_plugin.checkpoint import run
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.train.history import MEASURED, History
-from tests.own import TINY, started
+from tests.own import CONFIG, TINY, started
 
 RUN = (
     *TINY,
@@ -29,9 +29,9 @@ and decay of the rate, validation with its best loss. With 40 rows 3 epochs of 3
 of which has one micro-batch instead of two."""
 
 
-def train(cwd: Path, *settings: str) -> Finetune:
+def train(cwd: Path, *settings: str, config: Path = CONFIG) -> Finetune:
     """Train to the end, or until a signal, in ``cwd``."""
-    with started(*RUN, *settings, cwd=cwd) as recipe:
+    with started(*RUN, *settings, cwd=cwd, config=config) as recipe:
         recipe.train()
         recipe.finish()
     return recipe
@@ -53,6 +53,11 @@ def lines(out: Path) -> list[dict]:
 
 def same(one: object, other: object) -> bool:
     """Whether two states are equal to the last bit."""
+    if hasattr(one, "__tensor_flatten__"):  # made of others, and unknown to torch.equal
+        parts, rest = one.__tensor_flatten__()
+        return (parts, rest) == other.__tensor_flatten__() and all(
+            same(getattr(one, part), getattr(other, part)) for part in parts
+        )
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):

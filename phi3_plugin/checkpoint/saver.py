@@ -51,7 +51,9 @@ class Saver:
             self._write(name, step, write, state)
             self._saved(name, step)
             return
-        job = self._pool.submit(self._write, name, step, write, copy.deepcopy(state))
+        # That of the optimizer is a copy, and 8-bit ones hold tensors that deepcopy cannot copy.
+        own = {key: v if key == "optimizer" else copy.deepcopy(v) for key, v in state.items()}
+        job = self._pool.submit(self._write, name, step, write, own)
         self._writing = job, name, step
 
     def wait(self) -> None:

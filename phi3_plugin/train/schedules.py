@@ -1,6 +1,13 @@
-"""Learning-rate schedules that survive a resume under torchtune's recipes."""
+"""Learning-rate schedules that survive a resume under torchtune's recipes.
+
+Each rises from 0 over the warm-up; the step decides what follows. The stock recipes resume with
+``last_epoch=-1`` unless ``max_steps_per_epoch`` cuts the epoch short, and so would repeat the
+warm-up. The restored optimizer knows better.
+"""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -19,9 +26,6 @@ def cosine_with_warmup(
 ) -> LambdaLR:
     """Return torchtune's cosine schedule, set to the step that the optimizer has reached.
 
-    The stock recipes resume with ``last_epoch=-1`` unless ``max_steps_per_epoch`` cuts the epoch
-    short, and so would repeat the warm-up. The restored optimizer knows better.
-
     Args:
         optimizer: New, or restored from a checkpoint.
         num_training_steps: Steps of the whole run.
@@ -33,21 +37,64 @@ def cosine_with_warmup(
     Raises:
         ConfigError: The share is not between 0 and 1.
     """
-    if not 0 <= warmup_ratio <= 1:
-        raise ConfigError(f"lr_scheduler.warmup_ratio: {warmup_ratio!r} must be from 0 to 1.")
-    if num_warmup_steps is None:
-        share = math.ceil(num_training_steps * warmup_ratio)
-        num_warmup_steps = max(0, min(share, num_training_steps - 1))
-    done = max(last_epoch, _steps_made(optimizer) - 1)
     scheduler: LambdaLR = get_cosine_schedule_with_warmup(
         optimizer,
-        num_warmup_steps=num_warmup_steps,
+        num_warmup_steps=_warmup(num_training_steps, num_warmup_steps, warmup_ratio),
         num_training_steps=num_training_steps,
-        last_epoch=done,
+        last_epoch=_reached(optimizer, last_epoch),
     )
     return scheduler
 
 
-def _steps_made(optimizer: Optimizer) -> int:
+def linear_with_warmup(
+    optimizer: Optimizer,
+    num_training_steps: int,
+    num_warmup_steps: int | None = None,
+    warmup_ratio: float = 0.0,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """Return a schedule that falls to 0 in a line; see :func:`cosine_with_warmup`.
+
+    Source: transformers 5.23 ``get_linear_schedule_with_warmup``.
+    """
+    warmup = _warmup(num_training_steps, num_warmup_steps, warmup_ratio)
+
+    def left(step: int) -> float:
+        return max(0, num_training_steps - step) / max(1, num_training_steps - warmup)
+
+    return _schedule(optimizer, warmup, left, last_epoch)
+
+
+def constant_with_warmup(
+    optimizer: Optimizer,
+    num_training_steps: int,
+    num_warmup_steps: int | None = None,
+    warmup_ratio: float = 0.0,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """Return a schedule that stays where its warm-up ends; see :func:`cosine_with_warmup`."""
+    warmup = _warmup(num_training_steps, num_warmup_steps, warmup_ratio)
+    return _schedule(optimizer, warmup, lambda _: 1.0, last_epoch)
+
+
+def _schedule(
+    optimizer: Optimizer, warmup: int, after: Callable[[int], float], last_epoch: int
+) -> LambdaLR:
+    factor = partial(_factor, warmup, after)
+    return LambdaLR(optimizer, factor, _reached(optimizer, last_epoch))
+
+
+def _factor(warmup: int, after: Callable[[int], float], step: int) -> float:
+    return step / warmup if step < warmup else after(step)
+
+
+def _warmup(total: int, steps: int | None, ratio: float) -> int:
+    if not 0 <= ratio <= 1:
+        raise ConfigError(f"lr_scheduler.warmup_ratio: {ratio!r} must be from 0 to 1.")
+    return max(0, min(math.ceil(total * ratio), total - 1)) if steps is None else steps
+
+
+def _reached(optimizer: Optimizer, last_epoch: int) -> int:
     states: list[dict[str, Any]] = list(optimizer.state.values())
-    return max((int(state.get("step", 0)) for state in states), default=0)
+    made = max((int(state.get("step", 0)) for state in states), default=0)
+    return max(last_epoch, made - 1)

@@ -4,6 +4,7 @@ The YAML is that of torchtune's LoRA recipes with more keys; :mod:`phi3_plugin.t
 knows what to make of theirs.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -212,7 +213,20 @@ def _conflicts(given: Mapping[str, Any]) -> list[str]:
             for key in ("run_val_every_n_steps", "early_stop_patience")
             if given.get(key) is not None
         ]
+    return problems + _optimizer_conflicts(given)
+
+
+def _optimizer_conflicts(given: Mapping[str, Any]) -> list[str]:
     ratio, optimizer = given.get("lora_plus_ratio"), given.get("optimizer")
-    if ratio and isinstance(optimizer, dict) and "lr" not in optimizer:
+    problems = []
+    if not isinstance(optimizer, dict):
+        return []  # already said
+    if ratio and "lr" not in optimizer:
         problems.append(f"lora_plus_ratio: {shown(ratio)} multiplies optimizer.lr. Set that.")
+    component, processes = optimizer.get("_component_"), int(os.environ.get("WORLD_SIZE", 1))
+    if str(component).startswith("bitsandbytes.") and given.get("fsdp_replicas", 1) != processes:
+        problems.append(
+            f"optimizer._component_: {shown(component)} cannot update weights that processes "
+            f"share. Set fsdp_replicas={processes}, or use torchao.optim.AdamW8bit."
+        )
     return problems

@@ -1,7 +1,7 @@
 """One process or many: everything that differs between them, in one place.
 
-The only user of ``torch.distributed`` in training. With one process each method is the identity, so a recipe
-reads the same for a laptop and for a cluster.
+The only user of ``torch.distributed`` in training. With one process each method is the identity,
+so a recipe reads the same for a laptop and for a cluster.
 """
 
 import os
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.train.device import pick_device
+from phi3_plugin.train.optimizer import check_kind, copied, filled, kind, set_rates
 
 T = TypeVar("T")
 RowsOf = Callable[[Tensor, Tensor, int, int, torch.device], Tensor]
@@ -136,22 +136,30 @@ class World:
                 rope_init(self.device)
 
     def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the optimizer's whole state by parameter name, on the CPU of the main process."""
+        """Return a copy of the optimizer's whole state by parameter name, for the main process."""
         if not optimizer.state:  # torch would make a step to have something to return
-            return {"rates": [group["lr"] for group in optimizer.param_groups]}
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(model, optimizer, options=options)
+            return {"rates": [float(group["lr"]) for group in optimizer.param_groups]}
+        state = get_optimizer_state_dict(model, optimizer)
+        return {"kind": kind(optimizer), **copied(state, self.whole, keep=self.is_main)}
 
     def load_optimizer_state(
         self, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
     ) -> None:
         """Give every process its part of a whole state from :meth:`optimizer_state`."""
         if "rates" in state:
-            for group, rate in zip(optimizer.param_groups, state["rates"], strict=True):
-                group["lr"] = rate
-            return
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(model, optimizer, state, options=options)
+            return set_rates(optimizer, state["rates"])
+        check_kind(optimizer, state.get("kind"))
+        own = get_optimizer_state_dict(model, optimizer)["state"]
+        state = {**state, "state": filled(own, state["state"], self._fill)}
+        return set_optimizer_state_dict(model, optimizer, state)
+
+    def _fill(self, own: Any, saved: Any) -> Any:
+        if not isinstance(own, DTensor):
+            return saved
+        rows = -(-len(own) // self.shards)
+        first = self.rank % self.shards * rows
+        own.to_local().copy_(saved[first : first + rows])
+        return own
 
     def random_state(self) -> list[Tensor]:
         """Return this process's random number states: CPU, and GPU if it has one."""

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.train import cosine_with_warmup
+from phi3_plugin.train import constant_with_warmup, cosine_with_warmup, linear_with_warmup
+
+ALL = pytest.mark.parametrize(
+    "schedule", [constant_with_warmup, cosine_with_warmup, linear_with_warmup]
+)
 
 
 def optimizer_of(parameter):
@@ -21,23 +25,42 @@ def rates(optimizer, scheduler, parameter, steps):
     return seen
 
 
+@ALL
 @pytest.mark.parametrize("stop", [1, 3, 9])
-def test_resume_continues_the_schedule(stop):
+def test_resume_continues_the_schedule(stop, schedule):
     whole = torch.nn.Parameter(torch.ones(2))
     optimizer = optimizer_of(whole)
-    expected = rates(optimizer, cosine_with_warmup(optimizer, 12, 4), whole, 12)
+    expected = rates(optimizer, schedule(optimizer, 12, 4), whole, 12)
 
     first = torch.nn.Parameter(torch.ones(2))
     optimizer = optimizer_of(first)
-    seen = rates(optimizer, cosine_with_warmup(optimizer, 12, 4), first, stop)
+    seen = rates(optimizer, schedule(optimizer, 12, 4), first, stop)
     second = torch.nn.Parameter(first.detach().clone())
     resumed = optimizer_of(second)
     resumed.load_state_dict(optimizer.state_dict())
     # The stock recipe says -1 here.
-    seen += rates(resumed, cosine_with_warmup(resumed, 12, 4, last_epoch=-1), second, 12 - stop)
+    seen += rates(resumed, schedule(resumed, 12, 4, last_epoch=-1), second, 12 - stop)
 
     assert seen == pytest.approx(expected, abs=1e-12)
     assert torch.equal(second, whole)
+
+
+@pytest.mark.parametrize("warmup", [0, 4, 12])
+@pytest.mark.parametrize("kind", ["constant", "cosine", "linear"])
+def test_the_rates_are_those_of_transformers(kind, warmup):
+    from transformers import get_scheduler
+
+    schedule = {
+        "constant": constant_with_warmup,
+        "cosine": cosine_with_warmup,
+        "linear": linear_with_warmup,
+    }[kind]
+    name = "constant_with_warmup" if kind == "constant" else kind
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer, same = optimizer_of(parameter), optimizer_of(parameter)
+    theirs = get_scheduler(name, same, num_warmup_steps=warmup, num_training_steps=12)
+    seen = rates(optimizer, schedule(optimizer, 12, warmup), parameter, 12)
+    assert seen == pytest.approx(rates(same, theirs, parameter, 12), abs=1e-12)
 
 
 def test_a_recipe_that_knows_its_step_is_believed():
@@ -75,6 +98,7 @@ def test_the_share_is_that_of_transformers():
         assert ours.lr_lambdas[0](theirs - 1) < 1.0
 
 
-def test_a_share_above_one_is_refused():
+@ALL
+def test_a_share_above_one_is_refused(schedule):
     with pytest.raises(ConfigError, match=r"lr_scheduler\.warmup_ratio: 20"):
-        cosine_with_warmup(optimizer_of(torch.nn.Parameter(torch.ones(2))), 5, warmup_ratio=20)
+        schedule(optimizer_of(torch.nn.Parameter(torch.ones(2))), 5, warmup_ratio=20)
