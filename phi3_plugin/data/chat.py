@@ -1,9 +1,9 @@
 """The chat data set: rows in, tokens and labels out, ready for torchtune's collate functions."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +11,15 @@ from torch.utils.data import Dataset
 from torchtune.datasets import PackedDataset
 from torchtune.utils import log_rank_zero
 
+from phi3_plugin.data.encoder import Tokens
 from phi3_plugin.data.files import Row
 from phi3_plugin.data.formats import Format, pick_format
 from phi3_plugin.data.lessons import NOTHING, Lesson, make_lesson
 from phi3_plugin.data.options import check_switch
 from phi3_plugin.data.packing import pack
 from phi3_plugin.data.sources import read_rows
-from phi3_plugin.data.template import Turn
-from phi3_plugin.data.tokenizer import Phi3Tokenizer, Tokens
+from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
+from phi3_plugin.data.turns import Turn
 from phi3_plugin.errors import ConfigError, DataError
 
 IGNORED = -100
@@ -47,8 +48,8 @@ class ChatDataset(Dataset[dict[str, list[int]]]):
         """Return ``tokens`` and ``labels``, each [S].
 
         Labels stand at their own token's position (the recipe shifts them), and are -100 where
-        not trained. The first is always -100: a conversation starts with a header, so in a pack
-        nothing is predicted across the border of two conversations.
+        not trained. The first is always -100, so in a pack nothing is predicted across the
+        border of two conversations.
         """
         tokens, labels = self._samples[index]
         return {"tokens": tokens.tolist(), "labels": labels.tolist()}
@@ -80,9 +81,9 @@ def chat_dataset(
         system_prompt: Put in front of every conversation that has no system message; one that
             has any keeps its own. An empty text is an empty system message, which the template
             may leave out; None adds none.
-        train_on: "assistant": what the assistant says and the ``<|end|>`` after it. "last": the
-            last such turn only. "all": every token but the first, user text, roles and the
-            final ``<|endoftext|>`` among them; conversations need no assistant turn then.
+        train_on: "assistant": what the assistant says and the token that ends it. "last": the
+            last such turn only. "all": every token but the first, user text, roles and whatever
+            the template ends with among them; conversations need no assistant turn then.
         packed: Fill rows of ``tokenizer.max_seq_len`` tokens with several conversations.
 
     Raises:
@@ -100,7 +101,8 @@ def chat_dataset(
     lesson = make_lesson(train_on, system_prompt)
     rows = read_rows(source, split=split, subset=subset)
     chats = _read_chats(rows, _format(rows, source, format, columns), lesson)
-    dataset = ChatDataset(_tokenize(tokenizer, chats, lesson, source))
+    tokens = _tokenize(tokenizer, [row.where for row in rows], chats)
+    dataset = ChatDataset(_kept([lesson.mark(chat) for chat in tokens], lesson, limit, source))
     return pack(dataset, limit, tokenizer.pad_id) if packed and limit else dataset
 
 
@@ -144,18 +146,35 @@ def _raise_problems(problems: Sequence[str], total: int) -> None:
 
 
 def _tokenize(
-    tokenizer: Phi3Tokenizer, chats: Sequence[Sequence[Turn]], lesson: Lesson, source: Any
+    tokenizer: Phi3Tokenizer, places: Sequence[str], chats: Sequence[Sequence[Turn]]
 ) -> list[Tokens]:
-    batches = (chats[i : i + BATCH] for i in range(0, len(chats), BATCH))
-    tokenized = [lesson.mark(c) for batch in batches for c in tokenizer.tokenize_chats(batch)]
-    kept = [tokens for tokens in tokenized if tokens.trained.any()]
+    tokens, problems, dropped = list[Tokens](), list[str](), Counter[str]()
+    for start in range(0, len(chats), BATCH):
+        rendered = []
+        for i in range(start, min(start + BATCH, len(chats))):
+            try:
+                rendered.append(tokenizer.render(chats[i]))
+            except DataError as error:
+                problems.append(f"{places[i]}: {error}")
+        dropped.update(name for chat in rendered for name in chat.dropped)
+        if not problems:
+            tokens += tokenizer.encode_chats(rendered, tokenizer.max_seq_len)
+    _raise_problems(problems, len(chats))
+    warn_of_dropped(dropped)
+    return tokens
+
+
+def _kept(
+    chats: Sequence[Tokens], lesson: Lesson, limit: int | None, source: str | Path | None
+) -> list[Tokens]:
+    kept = [chat for chat in chats if chat.trained.any()]
     dropped = (
-        f"dropped {len(tokenized) - len(kept)} of {len(tokenized)} conversations: "
-        f"{NOTHING[lesson.train_on]} within tokenizer.max_seq_len: {tokenizer.max_seq_len}"
+        f"dropped {len(chats) - len(kept)} of {len(chats)} conversations: "
+        f"{NOTHING[lesson.train_on]} within tokenizer.max_seq_len: {limit}"
     )
     if not kept:
         raise DataError(f"dataset.source: {source}: {dropped}. Raise it.")
-    if len(kept) < len(tokenized):
+    if len(kept) < len(chats):
         log_rank_zero(logger, dropped, logging.WARNING)
     return kept
 

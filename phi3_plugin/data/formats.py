@@ -1,10 +1,11 @@
 """The shapes of data rows we know, each read into a conversation."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from phi3_plugin.data.template import ROLES, Turn, kind, make_turn
+from phi3_plugin.data.turns import ROLES, Turn, kind, make_turn
 from phi3_plugin.errors import ConfigError, DataError
 
 
@@ -24,13 +25,16 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class MessageList:
-    """A column that lists messages; ``role`` and ``content`` are the keys of each."""
+    """A column that lists messages; ``role`` and ``content`` name keys of each.
+
+    A message may have ``tools`` as well: text, or a list that is written as JSON.
+    """
 
     column: str
     role: str
     content: str
-    roles: Mapping[str, str]
-    """The file's name of each role to ours."""
+    roles: Mapping[str, str] | None = None
+    """The file's name of each role to ours; None takes every role as it is."""
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the column."""
@@ -48,10 +52,17 @@ class MessageList:
     def _turn(self, message: Any) -> Turn:
         if not isinstance(message, Mapping):
             raise DataError(f"a message is {kind(message)}, expected an object")
-        role = _column(message, self.role)
+        if message.get("tool_calls"):
+            raise DataError("a message has tool_calls, which nothing reads; write them as content")
+        role, content = _column(message, self.role), _column(message, self.content)
+        return make_turn(self._our(role), content, tools=_tools(message.get("tools")))
+
+    def _our(self, role: Any) -> Any:
+        if self.roles is None:
+            return role
         if not isinstance(role, str) or role not in self.roles:
             raise DataError(f"unknown role {role!r}, expected one of: {', '.join(self.roles)}")
-        return make_turn(self.roles[role], _column(message, self.content))
+        return self.roles[role]
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -122,7 +133,7 @@ OUTSIDE = ("system", "context", "input")
 
 
 FORMATS: dict[str, Format] = {
-    "messages": MessageList("messages", "role", "content", dict(zip(ROLES, ROLES, strict=True))),
+    "messages": MessageList("messages", "role", "content"),
     "sharegpt": MessageList(
         "conversations",
         "from",
@@ -202,6 +213,11 @@ def _known() -> str:
 
 def _without(names: Sequence[str]) -> str:
     return f", without {' or '.join(names)}" if names else ""
+
+
+def _tools(listed: Any) -> Any:
+    # As Phi-4-mini's model card writes them: the template puts text between <|tool|> and <|/tool|>
+    return json.dumps(listed) if isinstance(listed, list | dict) else listed
 
 
 def _column(row: Mapping[str, Any], name: str) -> Any:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phi3_plugin.data.encoder import Tokens
 from phi3_plugin.data.options import check_choice
-from phi3_plugin.data.template import Turn, make_turn
-from phi3_plugin.data.tokenizer import Tokens
+from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.errors import ConfigError, DataError
 
 TRAIN_ON = ("assistant", "last", "all")

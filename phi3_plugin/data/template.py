@@ -1,95 +1,50 @@
 r"""A checkpoint's chat template, split into text that is trained on and text that is not.
 
-The two supported revisions lay a conversation out as::
+The template in the checkpoint is the only truth. Those of the Phi-3 family differ::
 
-    <|system|>\n{content}<|end|>\n        3.5 leaves out a system message without content
-    <|user|>\n{content}<|end|>\n
-    <|assistant|>\n{content}<|end|>\n
-    <|endoftext|>                         or <|assistant|>\n, to ask for an answer
+    <s><|user|>\n{content}<|end|>\n<|assistant|>\n       launch, April 2024: no system message
+    <|user|>\n{content}<|end|>\n<|assistant|>\n          Phi-3-medium: the same without <s>
+    <|user|>\n{content}<|end|>\n … <|endoftext|>         mini since June 2024, Phi-3.5
+    <|user|>{content}<|end|> … <|endoftext|>             Phi-4-mini
+    <|im_start|>user<|im_sep|>{content}<|im_end|>        Phi-4
 
-A message is a header (``<|role|>\n``) and an output (``{content}<|end|>``); the output is what
-training on a message counts. The layout is written by hand, because a rendered text does not
-tell where an output starts, but the template has the last word: every conversation is
-rendered by both, and a difference is an error.
+So nothing about them is written here. A conversation is rendered and compared with its layout
+(see :mod:`phi3_plugin.data.layout`): other templates work if they keep to theirs. Training on a
+message counts what it says and the added token that follows, by which the model learns to stop.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
-from itertools import islice
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from phi3_plugin.data.added import token_pattern
+from phi3_plugin.data.layout import UNCLEAR, Layout, Marked, Piece, Slot, shape_of
+from phi3_plugin.data.sandbox import run_template
+from phi3_plugin.data.turns import ROLES, Turn, make_turn
 from phi3_plugin.errors import DataError, TokenizerError
 
-ROLES = ("system", "user", "assistant")
-END = "<|end|>"
-SURROGATE = re.compile("[\ud800-\udfff]")
+TOKEN = re.compile(r"<\|[^<>|]*\|>")
+"""What a special token of the family looks like."""
+
+USER, ASSISTANT = make_turn("user", " a <b> & {{ 1 }}\n"), make_turn("assistant", "\n'c' ", False)
+PROBES = (([USER], True), ([USER, ASSISTANT], False), ([USER, ASSISTANT] * 2, False))
+"""Conversations that every chat template can be expected to render, and what is asked for."""
 
 
-class Turn(NamedTuple):
-    """One checked message of a conversation."""
+class Rendered(NamedTuple):
+    """A conversation as the template writes it."""
 
-    role: str
-    content: str
-    trained: bool
-    """Whether the loss counts the content and its ``<|end|>``."""
-
-
-class Piece(NamedTuple):
-    """A stretch of rendered text that is trained on as a whole or not at all."""
-
-    text: str
-    trained: bool
-    said: bool = False
-    """Whether it is the content of a message; the rest is written by the template."""
+    pieces: list[Piece]
+    """Their texts, joined, are what the template renders."""
+    dropped: tuple[str, ...]
+    """What the template leaves out, in words."""
 
 
-def make_turn(role: object, content: object, trained: bool | None = None) -> Turn:
-    """Check one message.
-
-    Args:
-        role: Who speaks.
-        content: What is said.
-        trained: Whether the loss counts it; by default what the assistant says counts.
-
-    Raises:
-        DataError: The role is unknown, or the content is not text.
-    """
-    if role not in ROLES:
-        raise DataError(f"unknown role {role!r}, expected one of: {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise DataError(f"the {role} content is {kind(content)}, expected a string")
-    if SURROGATE.search(content):
-        raise DataError(f"the {role} content is not valid Unicode: it has half a surrogate pair")
-    return Turn(str(role), content, role == "assistant" if trained is None else trained)
-
-
-def kind(value: object) -> str:
-    """Name the type of a JSON value for an error message."""
-    return "null" if value is None else type(value).__name__
-
-
-PROBES = tuple(
-    [make_turn(role, content) for role, content in probe]
-    for probe in (
-        [("user", " a <b> & {{ 1 }}\n")],
-        [("system", " brief\n"), ("user", "a"), ("assistant", "\n b "), ("user", "")],
-        [("system", ""), ("user", "a"), ("assistant", "")],
-        [("user", "a"), ("user", "b"), ("system", "c"), ("assistant", "d"), ("assistant", "e")],
-    )
-)
-"""Conversations on which the known layouts, and those we refuse, come apart."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """A chat template whose layout is known."""
+    """A chat template, and the tokens it may write."""
 
     source: str
     """The Jinja text."""
@@ -97,104 +52,101 @@ class ChatTemplate:
     """Where it was read, for error messages."""
     special_tokens: Mapping[str, str]
     """``bos_token``, ``eos_token``, … as the template sees them."""
-    skips_empty_system: bool
+    added: frozenset[str]
+    """The added tokens of the tokenizer."""
 
-    @classmethod
-    def fit(cls, source: str, file: str, special_tokens: Mapping[str, str]) -> "ChatTemplate":
-        """Find the layout of a template by rendering a few conversations.
+    def check(self) -> None:
+        """Render a few conversations.
 
         Raises:
-            TokenizerError: The template fails, or renders unlike both supported revisions.
+            TokenizerError: The template fails, or its turns cannot be told apart.
         """
-        for skips_empty_system in (False, True):
-            template = cls(source, file, special_tokens, skips_empty_system)
-            if all(template._agrees(probe, ask) for probe in PROBES for ask in (False, True)):
-                return template
-        raise TokenizerError(
-            f"{file}: this chat template is not supported. Supported are those of "
-            "Phi-3-mini (4k and 128k, revisions since June 2024) and Phi-3.5-mini: "
-            "system, user and assistant messages as '<|role|>\\n{content}<|end|>\\n', then "
-            "'<|endoftext|>' or '<|assistant|>\\n'. Use a current revision of one of these."
-        )
+        for probe, ask in PROBES:
+            try:
+                dropped = self.render(probe, add_generation_prompt=ask).dropped
+            except DataError as error:
+                raise TokenizerError(f"{self.file}: {error}. {self._advice}") from error
+            if dropped:
+                raise TokenizerError(
+                    f"{self.file}: {UNCLEAR}: the chat template leaves out {dropped[0]}. "
+                    + self._advice
+                )
 
-    def pieces(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Piece]:
+    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Rendered:
         """Render a conversation.
 
         Args:
             turns: The messages, at least one.
-            add_generation_prompt: End with an open assistant header, to generate from.
-
-        Returns:
-            Pieces whose texts, joined, are what the template renders.
+            add_generation_prompt: Ask for an open assistant header, to generate from.
 
         Raises:
-            DataError: There is no message.
-            TokenizerError: The template renders something else, or fails.
+            DataError: There is no message, the template fails on this conversation, or changes
+                what it says.
+            TokenizerError: No token ends what is trained on.
         """
         if not turns:
             raise DataError("the conversation is empty, expected at least one message")
-        pieces = list(self._layout(turns, add_generation_prompt))
-        if _joined(pieces) != self._rendered(turns, add_generation_prompt):
+        layout = _layout(self, shape_of(turns), add_generation_prompt)
+        pieces = layout.fill(turns)
+        if "".join(piece.text for piece in pieces) != self._run(turns, add_generation_prompt):
+            raise DataError(f"{UNCLEAR}: the chat template changes what the messages say")
+        return Rendered(pieces, layout.dropped)
+
+    @cached_property
+    def turn_end(self) -> str | None:
+        """The added token after what the assistant says, if there is one."""
+        pieces = self.render([USER, ASSISTANT]).pieces
+        end = self._end.match("" if pieces[-1].said else pieces[-1].text)
+        return end[1] if end else None
+
+    @cached_property
+    def _tokens(self) -> re.Pattern[str]:
+        return token_pattern(self.added)
+
+    @cached_property
+    def _end(self) -> re.Pattern[str]:
+        return re.compile(rf"\s*({self._tokens.pattern})")
+
+    @property
+    def _advice(self) -> str:
+        return "Check that it is the template of this checkpoint's own revision."
+
+    def _run(self, turns: Sequence[Turn], ask: bool) -> str:
+        names = self.special_tokens
+        return run_template(self.source, turns, add_generation_prompt=ask, special_tokens=names)
+
+    def _check_written(self, text: str, role: str) -> None:
+        unknown = [token for token in TOKEN.findall(text) if token not in self.added]
+        if unknown:
+            raise DataError(
+                f"the chat template writes {', '.join(unknown)}, no added token of tokenizer.json"
+            )
+        # A template that takes any role would let a misspelt one pass
+        if role not in ROLES and not any(role in token for token in self._tokens.findall(text)):
+            raise DataError(f"unknown role {role!r}: the chat template has no special token for it")
+
+    def _split(self, text: str, before: Slot | None) -> list[Piece]:
+        if before is None or not before.trained:
+            return [Piece(text, False)]
+        end = self._end.match(text)
+        if end is None:
             raise TokenizerError(
-                f"{self.file}: the chat template renders a conversation unlike its own layout on "
-                f"others, so it cannot be followed exactly. The first message: {turns[0]}"
+                f"{self.file}: the chat template writes {text[:20]!r} after a message that is "
+                "trained on, and no added token of tokenizer.json: the model would never learn to "
+                "stop. " + self._advice
             )
-        return pieces
-
-    def _layout(self, turns: Sequence[Turn], add_generation_prompt: bool) -> Iterator[Piece]:
-        for turn in turns:
-            if self.skips_empty_system and turn.role == "system" and not turn.content:
-                continue
-            yield Piece(f"<|{turn.role}|>\n", False)
-            yield Piece(turn.content, turn.trained, said=True)
-            yield Piece(END, turn.trained)
-            yield Piece("\n", False)
-        last = "<|assistant|>\n" if add_generation_prompt else self.special_tokens["eos_token"]
-        yield Piece(last, False)
-
-    def _agrees(self, turns: Sequence[Turn], ask: bool) -> bool:
-        return _joined(self._layout(turns, ask)) == self._rendered(turns, ask)
-
-    def _rendered(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            chunks = _compile(self.source).generate(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-            # A known layout takes one chunk a message; the cap ends a template that never does.
-            return "".join(islice(chunks, 64 + 8 * len(turns)))
-        except Exception as error:
-            raise TokenizerError(f"{self.file}: the chat template failed: {error}") from error
+        return [Piece(end[0], True), Piece(text[end.end() :], False)]
 
 
-def _joined(pieces: Iterator[Piece] | list[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
-
-
-@lru_cache
-def _compile(source: str) -> jinja2.Template:
-    # Whitespace control and helpers as in transformers 5, utils/chat_template_utils.py. Jinja's
-    # own globals are left out: the layouts need none, and a hostile file finds less to reach.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals.clear()
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    return environment.from_string(source)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+@lru_cache(maxsize=4096)
+def _layout(template: ChatTemplate, shape: tuple[Turn, ...], ask: bool) -> Layout:
+    marked = Marked(shape, lambda turns: template._run(turns, ask))
+    dropped, parts = tuple(marked.dropped()), list[Piece | Slot]()
+    before = None
+    for text, slot in marked.cut():
+        header = slot is not None and slot.field == "content"
+        template._check_written(text, shape[slot.turn].role if slot and header else ROLES[0])
+        parts += [piece for piece in template._split(text, before) if piece.text]
+        parts += [slot] if slot else []
+        before = slot
+    return Layout(tuple(parts), dropped)

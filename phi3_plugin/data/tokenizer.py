@@ -1,25 +1,24 @@
 """Phi-3's tokenizer for torchtune, with the ids of Hugging Face."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from torchtune.utils import log_rank_zero
 
+from phi3_plugin.data.encoder import SPECIAL_IN_TEXT, Encoder, Tokens
 from phi3_plugin.data.options import check_choice, check_length
-from phi3_plugin.data.template import Piece, Turn, make_turn
-from phi3_plugin.data.vocabulary import Vocabulary, read_vocabulary, without_added_tokens
+from phi3_plugin.data.template import Rendered
+from phi3_plugin.data.turns import Turn, make_turn
+from phi3_plugin.data.vocabulary import Vocabulary, read_vocabulary
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
 
 PADS = ("model", "unk")
-SPECIAL_IN_TEXT = ("parse", "text")
+DROPPED = ("error", "warn")
 
-SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B))
-)
-"""What a special token swallows after it: Unicode's White_Space, unlike Python's own notion."""
+logger = logging.getLogger(__name__)
 
 
 class Message(Protocol):
@@ -30,21 +29,12 @@ class Message(Protocol):
     masked: bool
 
 
-class Tokens(NamedTuple):
-    """One tokenized conversation of S tokens."""
-
-    ids: NDArray[np.int32]
-    """[S]"""
-    trained: NDArray[np.bool_]
-    """[S]; True where the loss counts the prediction of this token."""
-
-
 class Phi3Tokenizer:
     """Satisfies torchtune's ``ModelTokenizer`` and ``Transform`` protocols.
 
     A conversation is rendered by the checkpoint's own chat template and encoded as one text.
-    Encoding message by message would give other ids: a special token swallows the newline
-    after it, and the text that follows gets a prefix space.
+    Encoding message by message would give other ids: a special token may swallow the newline
+    after it, and text may get a prefix space or merge with what the template writes.
     """
 
     def __init__(
@@ -54,10 +44,12 @@ class Phi3Tokenizer:
         *,
         pad: str = "model",
         special_in_text: str = "parse",
+        dropped: str = "error",
     ) -> None:
         """Wrap the files of a checkpoint; see :func:`phi3_tokenizer`."""
         check_choice("tokenizer.pad", pad, PADS)
         check_choice("tokenizer.special_in_text", special_in_text, SPECIAL_IN_TEXT)
+        check_choice("tokenizer.dropped", dropped, DROPPED)
         check_length("tokenizer.max_seq_len", max_seq_len)
         self.max_seq_len = max_seq_len
         self._backend = vocabulary.backend
@@ -65,13 +57,14 @@ class Phi3Tokenizer:
         self.stop_tokens = vocabulary.stop_tokens
         added = self._backend.get_added_tokens_decoder()
         self.special_tokens = {t.content: i for i, t in added.items() if t.special}
-        self._ids: dict[str, int] = self._backend.get_vocab()
-        self.vocab_size = len(self._ids)
-        named = {name: self._ids[text] for name, text in vocabulary.names.items()}
+        ids: dict[str, int] = self._backend.get_vocab()
+        self.vocab_size = len(ids)
+        named = {name: ids[text] for name, text in vocabulary.names.items()}
         self.bos_id, self.unk_id = named.get("bos_token"), named.get("unk_token")
         self.eos_id = named["eos_token"]
         self.pad_id = _pad_id(pad, named)
-        self._plain = without_added_tokens(self._backend) if special_in_text == "text" else None
+        self._encoder = Encoder(self._backend, special_in_text)
+        self._may_drop = dropped == "warn"
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Encode plain text; special tokens written in it become their ids, whatever messages do.
@@ -102,38 +95,33 @@ class Phi3Tokenizer:
                 Such prompts are not cut to ``max_seq_len``: that would cut the header off.
 
         Raises:
-            DataError: A conversation is empty.
+            DataError: A conversation is empty, or cannot be rendered.
             TokenizerError: The chat template cannot be followed.
         """
-        pieces = [
-            self._template.pieces(chat, add_generation_prompt=add_generation_prompt)
-            for chat in chats
-        ]
-        limit = None if add_generation_prompt else self.max_seq_len
-        if self._plain is not None:
-            return self._tokenize_apart(self._plain, pieces, limit)
-        texts = ["".join(piece.text for piece in chat) for chat in pieces]
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        return [_mark(*pair, limit) for pair in zip(encodings, pieces, strict=True)]
+        ask = add_generation_prompt
+        rendered = [self.render(chat, add_generation_prompt=ask) for chat in chats]
+        warn_of_dropped(Counter(name for chat in rendered for name in chat.dropped))
+        return self.encode_chats(rendered, None if ask else self.max_seq_len)
 
-    def _tokenize_apart(
-        self, plain: Tokenizer, chats: Sequence[Sequence[Piece]], limit: int | None
-    ) -> list[Tokens]:
-        # As in one text: a token before what is said swallows its leading whitespace, and the
-        # newlines of the template belong to the token before them.
-        said = [piece.text.lstrip(SPACE) for chat in chats for piece in chat if piece.said]
-        encoded = iter(plain.encode_batch(said, add_special_tokens=False))
-        tokenized = []
-        for chat in chats:
-            parts = [next(encoded).ids if p.said else self._written(p.text) for p in chat]
-            trained = np.repeat([piece.trained for piece in chat], [len(part) for part in parts])
-            ids = np.array([i for part in parts for i in part][:limit], dtype=np.int32)
-            tokenized.append(Tokens(ids, trained[:limit]))
-        return tokenized
+    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Rendered:
+        """Write a conversation as the chat template does.
 
-    def _written(self, text: str) -> list[int]:
-        token = text.rstrip("\n")
-        return [self._ids[token]] if token else []
+        Raises:
+            DataError: The template fails on it, changes what it says or, unless ``dropped``
+                is "warn", leaves a message out.
+            TokenizerError: The chat template cannot be followed.
+        """
+        rendered = self._template.render(turns, add_generation_prompt=add_generation_prompt)
+        if rendered.dropped and not self._may_drop:
+            raise DataError(
+                f"the chat template leaves out {', '.join(dict.fromkeys(rendered.dropped))}; to "
+                "go on without, set tokenizer.dropped to warn"
+            )
+        return rendered
+
+    def encode_chats(self, chats: Sequence[Rendered], limit: int | None) -> list[Tokens]:
+        """Encode rendered conversations, and cut each to ``limit`` tokens."""
+        return self._encoder.encode([chat.pieces for chat in chats], limit)
 
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False
@@ -175,6 +163,7 @@ def phi3_tokenizer(
     *,
     pad: str = "model",
     special_in_text: str = "parse",
+    dropped: str = "error",
 ) -> Phi3Tokenizer:
     """Build the tokenizer of a checkpoint.
 
@@ -187,14 +176,29 @@ def phi3_tokenizer(
             that token, as for Hugging Face. "text": the characters it is written in, so that
             data cannot end a turn or speak for another role; the ids of such messages differ
             from Hugging Face's, those of all others are the same.
+        dropped: What a message is that the template leaves out, as many do with the system
+            message. "error", or "warn": go on without, and log how many there were. An empty
+            message that is left out is neither.
 
     Raises:
         ConfigError: The path is not given, or an option has a value that it cannot have.
         MissingFileError: The folder or one of its files is not there.
-        TokenizerError: A file is broken, or of a generation that is not supported.
+        TokenizerError: A file is broken, or the chat template cannot be followed.
     """
-    vocabulary = read_vocabulary(path)
-    return Phi3Tokenizer(vocabulary, max_seq_len, pad=pad, special_in_text=special_in_text)
+    return Phi3Tokenizer(
+        read_vocabulary(path),
+        max_seq_len,
+        pad=pad,
+        special_in_text=special_in_text,
+        dropped=dropped,
+    )
+
+
+def warn_of_dropped(counted: Mapping[str, int]) -> None:
+    """Log one line about what the template left out, if it did."""
+    if counted:
+        listed = ", ".join(f"{name} ({count} times)" for name, count in counted.items())
+        log_rank_zero(logger, f"the chat template leaves out {listed}", logging.WARNING)
 
 
 def _pad_id(pad: str, named: Mapping[str, int]) -> int:
@@ -206,16 +210,6 @@ def _pad_id(pad: str, named: Mapping[str, int]) -> int:
             "'model'."
         )
     return named["unk_token"]
-
-
-def _mark(encoding: Encoding, pieces: Sequence[Piece], limit: int | None) -> Tokens:
-    # A token belongs to the piece it starts in. Only whitespace reaches into the next piece,
-    # swallowed by the special token before it.
-    starts = np.array([start for start, _ in encoding.offsets[:limit]], dtype=np.int64)
-    ends = np.cumsum([len(piece.text) for piece in pieces])
-    trained = np.array([piece.trained for piece in pieces])
-    ids = np.array(encoding.ids[:limit], dtype=np.int32)
-    return Tokens(ids, trained[np.searchsorted(ends, starts, side="right")])
 
 
 def _text(message: Message) -> str:

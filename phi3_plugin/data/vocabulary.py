@@ -1,7 +1,7 @@
 """Read the tokenizer files of a checkpoint folder, and refuse those we cannot follow exactly."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from phi3_plugin.config import checkpoint_folder
-from phi3_plugin.data.template import END, ROLES, ChatTemplate
+from phi3_plugin.data.template import ChatTemplate
 from phi3_plugin.errors import MissingFileError, TokenizerError
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -44,17 +44,15 @@ def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
     backend = _read_backend(folder)
     settings = _read_json(folder / "tokenizer_config.json")
     _check_size(backend, folder)
-    _check_special_tokens(backend, settings, folder)
+    _check_agreement(backend, settings, folder)
     names = {name: text for name in NAMES if (text := _text(settings.get(name))) is not None}
     _check_names(names, backend, folder)
-    template = ChatTemplate.fit(*_read_template(folder, settings), names)
-    return Vocabulary(backend, template, names, _read_stop_tokens(backend, names, folder))
-
-
-def without_added_tokens(backend: Tokenizer) -> Tokenizer:
-    """Return a copy that takes ``<|end|>`` and its like for the characters they are written in."""
-    content = json.loads(backend.to_str())
-    return Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+    # A named token is an added one for Hugging Face, whatever tokenizer.json says
+    backend.add_special_tokens(sorted(set(names.values()) - _added(backend).keys()))
+    template = ChatTemplate(*_read_template(folder, settings), names, frozenset(_added(backend)))
+    template.check()
+    stops = _read_stop_tokens(backend, (names["eos_token"], template.turn_end), folder)
+    return Vocabulary(backend, template, names, stops)
 
 
 def _read_backend(folder: Path) -> Tokenizer:
@@ -68,7 +66,13 @@ def _read_backend(folder: Path) -> Tokenizer:
     # A file may carry the settings of whoever saved it; Hugging Face resets them as well.
     backend.no_truncation()
     backend.no_padding()
+    # It adds no token to a chat, and may move the borders of tokens past the spaces in them
+    backend.post_processor = None
     return backend
+
+
+def _added(backend: Tokenizer) -> dict[str, AddedToken]:
+    return {token.content: token for token in backend.get_added_tokens_decoder().values()}
 
 
 def _existing(file: Path) -> Path:
@@ -132,31 +136,9 @@ def _check_size(backend: Tokenizer, folder: Path) -> None:
         )
 
 
-def _check_special_tokens(backend: Tokenizer, settings: Mapping[str, Any], folder: Path) -> None:
-    tokens = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    problems = []
-    for text in (*(f"<|{role}|>" for role in ROLES), END, "<|endoftext|>"):
-        # The newline after a role or <|end|> belongs to the token, that after the text's end not
-        expected = {**dict.fromkeys(FLAGS, False), "special": True}
-        expected["rstrip"] = text != "<|endoftext|>"
-        if text not in tokens:
-            problems.append(f"{text} is missing")
-        elif (flags := _flags(tokens[text])) != expected:
-            wrong = [f"{flag}={flags[flag]}" for flag in FLAGS if flags[flag] != expected[flag]]
-            problems.append(f"{text} has {', '.join(wrong)}")
-    if problems:
-        raise TokenizerError(
-            f"{folder / 'tokenizer.json'} is not a supported Phi-3 tokenizer: "
-            f"{'; '.join(problems)}. Expected special tokens with rstrip on roles and {END}, as "
-            "in every revision after the launch of April 2024. Download a current revision."
-        )
-    _check_agreement(tokens, settings, folder)
-
-
-def _check_agreement(
-    tokens: Mapping[str, AddedToken], settings: Mapping[str, Any], folder: Path
-) -> None:
+def _check_agreement(backend: Tokenizer, settings: Mapping[str, Any], folder: Path) -> None:
     # Where the two files differ, Hugging Face silently follows tokenizer_config.json
+    tokens = _added(backend)
     listed = settings.get("added_tokens_decoder") or {}
     differing = [
         entry["content"]
@@ -188,11 +170,11 @@ def _check_names(names: Mapping[str, str], backend: Tokenizer, folder: Path) -> 
         )
 
 
-def _read_stop_tokens(backend: Tokenizer, names: Mapping[str, str], folder: Path) -> list[int]:
+def _read_stop_tokens(backend: Tokenizer, ends: Sequence[str | None], folder: Path) -> list[int]:
     file, ids = folder / "generation_config.json", backend.get_vocab()
     listed = _read_json(file).get("eos_token_id") if file.is_file() else None
     if listed is None:
-        return [ids[text] for text in (names["eos_token"], "<|assistant|>", END)]
+        return [ids[text] for text in dict.fromkeys(ends) if text is not None]
     stops = listed if isinstance(listed, list) else [listed]
     known = set(ids.values())
     if not stops or not all(type(i) is int and i in known for i in stops):

@@ -27,8 +27,11 @@ ROWS = {
 }
 
 
+TOOLS = {"role": "system", "content": "s"}
+
+
 def read(row, name=None, columns=None):
-    return [tuple(turn) for turn in pick_format(name, columns, [row]).read(row)]
+    return [turn[:3] for turn in pick_format(name, columns, [row]).read(row)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -77,6 +80,26 @@ def test_a_column_of_the_prompt_is_not_dropped_silently(name, extra):
     with pytest.raises(DataError, match=rf"there is a '{extra}' too, .*dataset\.columns"):
         read(ROWS[name] | {extra: "x"}, name)
     assert read(ROWS[name] | {extra: ""}, name) == read(ROWS[name])
+
+
+@pytest.mark.parametrize(
+    ("tools", "text"),
+    [
+        ([{"name": "é"}], '[{"name": "\\u00e9"}]'),
+        ({"name": "f"}, '{"name": "f"}'),
+        ("f(x)", "f(x)"),
+        ("", ""),
+        (None, None),
+    ],
+)
+def test_tools_are_text_or_become_json(tools, text):
+    row = {"messages": [TOOLS | {"tools": tools, "tool_calls": None}]}
+    assert FORMATS["messages"].read(row)[0].tools == text
+
+
+def test_messages_take_every_role():
+    row = {"messages": [{"role": "tool", "content": "42"}]}
+    assert read(row) == [("tool", "42", False)]
 
 
 @pytest.mark.parametrize("theirs", ["user", "assistant", "chatgpt", "gpt", "human", "system"])
@@ -155,7 +178,9 @@ def test_rows_that_fit_twice():
         ({"messages": [{"role": "user"}]}, "there is no 'content'; the keys are: role"),
         ({"messages": [{"role": "user", "content": None}]}, "the user content is null"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "the user content is list"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool', expected one of"),
+        ({"messages": [{"role": "a b", "content": "x"}]}, "unknown role 'a b', expected a word"),
+        ({"messages": [TOOLS | {"tools": 3}]}, "tools of the system message is int, expected"),
+        ({"messages": [TOOLS | {"tool_calls": [{}]}]}, "a message has tool_calls"),
         ({"messages": [{"role": [], "content": "x"}]}, r"unknown role \[\]"),
         ({"conversations": [{"from": "bing", "value": "x"}]}, "'bing', expected one of: human, us"),
         ({"question": "x", "answer": None}, "the assistant content is null"),

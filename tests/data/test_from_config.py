@@ -29,7 +29,7 @@ dataset: {{_component_: phi3_plugin.data.chat_dataset, source: '{file}'}}
 
 def test_every_option(build):
     dataset = build(
-        tokenizer="pad: unk, special_in_text: text",
+        tokenizer="pad: unk, special_in_text: text, dropped: warn",
         dataset="columns: {user: answer, assistant: question}, packed: True, train_on: last, "
         "system_prompt: '', split: train, subset: null",
     )

@@ -1,72 +1,152 @@
 import pytest
 
-from phi3_plugin.data.template import ChatTemplate, Piece, make_turn
+from phi3_plugin.data.layout import Piece
+from phi3_plugin.data.template import ChatTemplate
+from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.errors import DataError, TokenizerError
-from tests.data.tiny import MEDIUM, MINI, PHI35
+from tests.data.tiny import MINI, PHI35
+from tests.data.variants import APRIL, MINI_TOKENS, MINI_TOOLS, PHI4_MINI, TRIMMING
 
 NAMES = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
+ADDED = frozenset([*NAMES.values(), *MINI_TOKENS, *MINI_TOOLS])
+ANYTHING = MINI.replace("== 'user'", "not in ['system', 'assistant']")
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-def fit(source):
-    return ChatTemplate.fit(source, "folder/tokenizer_config.json", NAMES)
+def fit(source, added=ADDED):
+    template = ChatTemplate(source, "folder/tokenizer_config.json", NAMES, added)
+    template.check()
+    return template
 
 
 def turns(*messages):
     return [make_turn(*message) for message in messages]
 
 
+def rendered(source, *messages, **options):
+    return fit(source).render(turns(*messages), **options)
+
+
+def text(chat):
+    return "".join(piece.text for piece in chat.pieces)
+
+
 def test_a_message_is_a_header_and_an_output():
-    pieces = fit(MINI).pieces(turns(("user", "Hello"), ("assistant", "Hi")))
-    assert pieces == [
+    assert rendered(MINI, ("user", "Hello"), ("assistant", "Hi")).pieces == [
         Piece("<|user|>\n", False),
         Piece("Hello", False, said=True),
-        Piece("<|end|>", False),
-        Piece("\n", False),
-        Piece("<|assistant|>\n", False),
+        Piece("<|end|>\n<|assistant|>\n", False),
         Piece("Hi", True, said=True),
         Piece("<|end|>", True),
-        Piece("\n", False),
-        Piece("<|endoftext|>", False),
+        Piece("\n<|endoftext|>", False),
     ]
 
 
 def test_a_prompt_ends_in_an_open_header():
-    pieces = fit(MINI).pieces(turns(("user", "Hello")), add_generation_prompt=True)
-    assert pieces[-1] == Piece("<|assistant|>\n", False)
+    chat = rendered(MINI, ("user", "Hello"), add_generation_prompt=True)
+    assert chat.pieces[-1] == Piece("<|end|>\n<|assistant|>\n", False)
 
 
-@pytest.mark.parametrize(("source", "skipped"), [(MINI, False), (PHI35, True)])
-def test_an_empty_system_message_is_skipped_by_one_revision(source, skipped):
-    text = "".join(p.text for p in fit(source).pieces(turns(("system", ""), ("user", "a"))))
-    assert text.startswith("<|user|>") is skipped
+@pytest.mark.parametrize(("source", "skipped"), [(MINI, False), (PHI35, True), (APRIL, True)])
+def test_an_empty_system_message_may_be_left_out(source, skipped):
+    chat = rendered(source, ("system", ""), ("user", ""), ("assistant", ""))
+    assert ("<|system|>" not in text(chat)) is skipped
+    assert [piece.text for piece in chat.pieces if piece.trained] == ["", "<|end|>"]
+    assert chat.dropped == ()
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t"])
+def test_a_blank_answer_that_is_left_out_is_told(blank):
+    source = MINI.replace("'assistant' %}", "'assistant' and message['content'] | trim %}")
+    chat = rendered(source, ("user", blank), ("assistant", blank), ("user", "b"))
+    assert chat.dropped == ("the assistant message",)
+    assert not any(piece.trained for piece in chat.pieces)
+
+
+def test_white_space_that_the_template_trims_is_not_said():
+    chat = rendered(TRIMMING, ("user", " a\n"), ("system", " \n"), ("assistant", " b "))
+    assert [piece.text for piece in chat.pieces if piece.said] == ["a", "b"]
+    assert [piece.text for piece in chat.pieces if piece.trained] == ["b", " <|endoftext|>"]
+    assert chat.dropped == ()
+
+
+def test_texts_may_come_in_another_order():
+    source = "{% for m in messages | reverse %}{{ m.content }}<|end|>{% endfor %}"
+    chat = rendered(source, ("user", "a"), ("assistant", "b"), ("user", "a"))
+    assert [(p.text, p.trained) for p in chat.pieces if p.said][1] == ("b", True)
+    assert text(chat) == "a<|end|>b<|end|>a<|end|>"
+
+
+def test_tools_are_a_part_of_their_message():
+    system = Turn("system", "s", False, "[f]")
+    pieces = fit(PHI4_MINI).render([system, *turns(("assistant", "b"))]).pieces
+    assert [piece.text for piece in pieces if piece.said] == ["s", "[f]", "b"]
+    assert pieces[2] == Piece("<|tool|>", False)
+
+
+def test_what_is_left_out_is_told():
+    assert rendered(APRIL, ("system", "s"), ("user", "a")).dropped == ("the system message",)
+    with_tools = [Turn("system", "s", False, "[f]"), *turns(("tool", "x"))]
+    assert fit(MINI).render(with_tools).dropped == (
+        "the tools of the system message",
+        "the tool message",
+    )
+
+
+def test_a_role_needs_a_special_token():
+    assert text(rendered(PHI4_MINI, ("tool", "x"))) == "<|tool|>x<|end|><|endoftext|>"
+    with pytest.raises(DataError, match=r"writes <\|asistant\|>, no added token of to"):
+        rendered(PHI4_MINI, ("asistant", "x"))
+    with pytest.raises(DataError, match="unknown role 'asistant': the chat template has no spec"):
+        rendered(ANYTHING, ("asistant", "x"))
+
+
+def test_a_template_needs_its_tokens():
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: .* writes <\|user\|>, no"):
+        fit(MINI, ADDED - {"<|user|>"})
+
+
+def test_an_answer_without_an_end_cannot_be_trained_on():
+    template = fit(PLAIN)
+    assert template.turn_end is None
+    assert text(template.render(turns(("user", "a")), add_generation_prompt=True)) == "user: a\n"
+    with pytest.raises(TokenizerError, match=r"writes '\\n' after .* never learn to stop"):
+        template.render(turns(("user", "a"), ("assistant", "b")))
+
+
+def test_the_end_of_a_turn():
+    assert (fit(MINI).turn_end, fit(TRIMMING).turn_end) == ("<|end|>", "<|endoftext|>")
+    assert fit("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}").turn_end is None
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "reason"),
     [
-        MEDIUM,
-        "{{ bos_token }}" + MINI,
-        MINI.replace("message['content']", "message['content'] | trim"),
-        MINI.replace("message['content']", "message['content'] | e"),
-        MINI.replace("'<|end|>\n'", "'<|end|>'"),
-        MINI.replace("{{ eos_token }}", ""),
-        "",
+        (MINI.replace("message['content']", "message['content'] | e"), "changes what the messages"),
+        (MINI.replace("message['content']", "message['content'] | upper"), "repeats the user mess"),
+        (MINI.replace("message['content']", "message['content'] * 2"), "repeats the user message"),
+        ("{{ '<|user|>' + messages[-1]['content'] }}", "leaves out the user message"),
+        (MINI.replace("== 'assistant'", "== 'model'"), "leaves out the assistant message"),
+        ("", "leaves out the user message"),
     ],
 )
-def test_other_templates_are_refused(source):
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: this .* not supported\. Su"):
+def test_templates_whose_turns_cannot_be_told_apart(source, reason):
+    says = rf"tokenizer_config\.json: turns cannot be told apart: the chat template .*{reason}"
+    with pytest.raises(TokenizerError, match=says):
         fit(source)
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ raise_exception('no system role') }}",
+        "{{ raise_exception('no user role') }}",
         "{% if",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{{ ''.__class__.__mro__ }}{{ ().__class__.__base__.__subclasses__() }}",
         "{% set _ = messages.append(1) %}",
+        "{% for a in messages * 99999 %}{% for b in messages * 99999 %}x{{ b }}{% endfor %}"
+        "{% endfor %}",
     ],
 )
 def test_a_template_that_fails_is_a_tokenizer_error(source):
@@ -74,41 +154,49 @@ def test_a_template_that_fails_is_a_tokenizer_error(source):
         fit(source)
 
 
-def test_a_template_that_never_ends_is_refused():
-    endless = "{% for a in messages * 99999 %}{% for b in messages * 99999 %}x{{ b }}{% endfor %}"
-    with pytest.raises(TokenizerError, match="not supported"):
-        fit(endless + "{% endfor %}")
-
-
 def test_transformers_helpers_are_there():
     fit("{% set unused = strftime_now('%Y') ~ ('<' | tojson) %}" + MINI)
     fit(MINI.replace("{% endfor %}", "{% continue %}{% endfor %}"))
+    fit(MINI.replace("{% for", "{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{% for"))
+
+
+def test_a_conversation_that_the_template_refuses():
+    strict = fit(
+        MINI.replace(
+            "{% for",
+            "{% if messages[0].role != 'user' %}{{ raise_exception("
+            "'the user speaks first') }}{% endif %}{% for",
+        )
+    )
+    with pytest.raises(DataError, match="chat template failed: the user speaks first"):
+        strict.render(turns(("assistant", "a")))
 
 
 def test_a_template_that_changes_after_the_probes_is_caught():
     sly = fit(
         MINI.replace("'<|user|>", "('!' if 'secret' in message['content'] else '') + '<|user|>")
     )
-    sly.pieces(turns(("user", "open")))
-    with pytest.raises(TokenizerError, match="unlike its own layout"):
-        sly.pieces(turns(("user", "secret")))
+    sly.render(turns(("user", "open")))
+    with pytest.raises(DataError, match=r"turns cannot be told apart: .* changes what the mess"):
+        sly.render(turns(("user", "secret")))
 
 
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        (("tool", "x"), "unknown role 'tool', expected one of: system, user, assistant"),
+        (("tool <|end|>", "x"), "unknown role 'tool <|end|>', expected a word such as system, us"),
         ((None, "x"), "unknown role None"),
         (("user", None), "the user content is null, expected a string"),
         (("assistant", 3), "the assistant content is int"),
         (("user", "\ud83d"), "not valid Unicode"),
+        (("system", "a", None, ["f"]), "tools of the system message is list"),
     ],
 )
 def test_bad_messages(message, says):
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=says.replace("|", r"\|")):
         make_turn(*message)
 
 
 def test_no_message():
     with pytest.raises(DataError, match="the conversation is empty"):
-        fit(MINI).pieces([])
+        fit(MINI).render([])

@@ -1,0 +1,33 @@
+"""The text of a template is that of transformers, whatever the template is made of."""
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from phi3_plugin.data.sandbox import run_template
+from phi3_plugin.data.turns import make_turn
+
+TURNS = [make_turn("system", "é <s>", tools="[f]"), make_turn("user", " a\n"), make_turn("x", "")]
+NAMES = {"bos_token": "<s>"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}\n  {% if m.content %}\n {{ m.role }}\n  {% endif %}\n{% endfor %}",
+        "{% for m in messages %}{{ m | tojson }}{{ m.tools is defined }}{% endfor %}\n",
+        "{% for m in messages %}{{ m | tojson(ensure_ascii=true, indent=1) }}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }}{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ bos_token }}{{ eos }}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+        "{{ strftime_now('%Y') }}{{ messages[0]['content'] | upper | trim }}",
+    ],
+)
+@pytest.mark.parametrize("ask", [True, False])
+def test_text_is_that_of_transformers(source, ask):
+    messages = [{"role": t.role, "content": t.content} for t in TURNS]
+    messages[0]["tools"] = "[f]"
+    options = {"chat_template": source, "add_generation_prompt": ask, **NAMES}
+    expected = render_jinja_template([messages], **options)[0]
+    text = run_template(source, TURNS, add_generation_prompt=ask, special_tokens=NAMES)
+    assert [text] == ([expected] if isinstance(expected, str) else expected)
