@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_plugin.errors import ConfigError, MissingFileError
+from phi3_plugin.positions import Rope, read_rope
 
 SIZES = (
     "hidden_size",
@@ -22,24 +23,32 @@ SIZES = (
 )
 """Positive whole numbers that every file must state."""
 
-USED = {*SIZES, "num_key_value_heads", "rms_norm_eps", "rope_theta", "sliding_window"}
+USED = {
+    *SIZES,
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+}
 
 REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "model_type": ("phi3",),
     "hidden_act": ("silu",),
-    "tie_word_embeddings": (False,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "lm_head_bias": (False,),
     "attention_dropout": (0.0,),
     "embd_pdrop": (0.0,),
     "resid_pdrop": (0.0,),
-    "partial_rotary_factor": (1.0,),
-    "rope_scaling": (None,),
     "full_attn_mod": (1,),
     "interpolate_factor": (1,),
 }
-"""Keys that may be absent, and the values we compute. ``rope_parameters`` is read apart."""
+"""Keys that may be absent, and the values we compute."""
 
 IRRELEVANT = {
     "_name_or_path",
@@ -49,7 +58,6 @@ IRRELEVANT = {
     "dtype",
     "eos_token_id",
     "initializer_range",
-    "original_max_position_embeddings",
     "pad_token_id",
     "torch_dtype",
     "transformers_version",
@@ -70,9 +78,11 @@ class Phi3Config:
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
     sliding_window: int | None
     """A query sees this many keys, itself included; None is plain causal attention."""
+    tie_word_embeddings: bool = False
+    """Whether the head computes with the embedding's weights and has none of its own."""
 
     @property
     def head_dim(self) -> int:
@@ -150,22 +160,24 @@ def parse_config(keys: dict[str, Any], source: str = "config.json") -> Phi3Confi
             f"{source}: model_type is {keys.get('model_type')!r}, expected 'phi3'. "
             "Only Phi-3 checkpoints can be used here."
         )
-    rope = keys.get("rope_parameters") or {}
-    problems = _unknown(keys) + _unsupported(keys) + _wrong_rope(rope)
     values = {
         **keys,
-        "rope_theta": keys.get("rope_theta", rope.get("rope_theta")),
         "num_key_value_heads": keys.get("num_key_value_heads") or keys.get("num_attention_heads"),
+        "tie_word_embeddings": keys.get("tie_word_embeddings", False),
     }
-    problems += _wrong_sizes(values)
-    if problems:
+    problems = _unknown(keys) + _unsupported(keys)
+    wrong = _wrong_sizes(values)
+    if not wrong:
+        head_dim = values["hidden_size"] // values["num_attention_heads"]
+        values["rope"], wrong = read_rope(keys, head_dim)
+    if problems := problems + wrong:
         raise ConfigError(f"{source} cannot be used:\n  " + "\n  ".join(problems))
     fields: dict[str, Any] = {name: values.get(name) for name in Phi3Config.__annotations__}
     return Phi3Config(**fields)
 
 
 def _unknown(keys: dict[str, Any]) -> list[str]:
-    known = USED | IRRELEVANT | REQUIRED_VALUES.keys() | {"rope_parameters"}
+    known = USED | IRRELEVANT | REQUIRED_VALUES.keys()
     return [
         f"{key}: {keys[key]!r} is an unknown key, so what it changes would be ignored. "
         "Remove it if it is harmless."
@@ -182,16 +194,6 @@ def _unsupported(keys: dict[str, Any]) -> list[str]:
     ]
 
 
-def _wrong_rope(rope: dict[str, Any]) -> list[str]:
-    expected = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-    return [
-        f"rope_parameters.{key}: {_short(value)} is not supported yet"
-        + (f"; only {expected[key]!r} is." if key in expected else ".")
-        for key, value in rope.items()
-        if key != "rope_theta" and value != expected.get(key)
-    ]
-
-
 def _wrong_sizes(values: dict[str, Any]) -> list[str]:
     whole = (*SIZES, "num_key_value_heads")
     problems = [
@@ -199,11 +201,11 @@ def _wrong_sizes(values: dict[str, Any]) -> list[str]:
         for key in whole
         if not _is_whole(values.get(key))
     ]
-    problems += [
-        f"{key}: {values.get(key)!r} must be a number above 0."
-        for key in ("rms_norm_eps", "rope_theta")
-        if not isinstance(values.get(key), int | float) or values[key] <= 0
-    ]
+    epsilon = values.get("rms_norm_eps")
+    if not isinstance(epsilon, int | float) or epsilon <= 0:
+        problems.append(f"rms_norm_eps: {epsilon!r} must be a number above 0.")
+    if type(values["tie_word_embeddings"]) is not bool:
+        problems.append(f"tie_word_embeddings: {values['tie_word_embeddings']!r} must be a bool.")
     window = values.get("sliding_window")
     if window is not None and not _is_whole(window):
         problems.append(f"sliding_window: {window!r} must be a whole number above 0, or null.")

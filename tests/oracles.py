@@ -63,7 +63,7 @@ TINY_GQA = {**TINY_MHA, "num_attention_heads": 8, "num_key_value_heads": 2}
 """Published ratio of query to key heads: 4."""
 
 
-def hf_model(published: dict, seed: int = 0, **sizes: object) -> Phi3ForCausalLM:
+def hf_model(published: dict, seed: int = 0, std: float = 0.06, **sizes: object) -> Phi3ForCausalLM:
     """Return transformers' fp32 model with random weights, from published values."""
     torch.manual_seed(seed)
     model = Phi3ForCausalLM(Phi3Config(**{**published, **sizes})).float().eval()
@@ -72,7 +72,7 @@ def hf_model(published: dict, seed: int = 0, **sizes: object) -> Phi3ForCausalLM
             if "norm" in name:  # ones would hide a norm that is not applied
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(std=0.06)
+                parameter.normal_(std=std)
     return model
 
 

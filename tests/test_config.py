@@ -6,8 +6,12 @@ import pytest
 
 from phi3_plugin.config import Phi3Config, parse_config, read_config
 from phi3_plugin.errors import ConfigError, MissingFileError
+from phi3_plugin.positions import LongRoPE, Rope
 from tests.assets import assets_dir
 from tests.oracles import MEDIUM_4K, MINI_4K
+
+LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+LONGER = {"max_position_embeddings": 131072}
 
 
 def test_mini_4k():
@@ -20,7 +24,7 @@ def test_mini_4k():
         vocab_size=32064,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
-        rope_theta=10000.0,
+        rope=Rope(theta=10000.0, rotary_dim=96),
         sliding_window=2047,
     )
     assert parse_config(MINI_4K).head_dim == 96
@@ -47,10 +51,26 @@ def test_rope_parameters_of_transformers_5():
         ({"model_type": "llama"}, "model_type is 'llama', expected 'phi3'"),
         ({"new_key": 3}, "new_key: 3 is an unknown key"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings: True is not supported"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: {'type': 'longrope'} is not"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type: 'longrope'"),
-        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor: 0.75 is not supported"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: 'yes' must be a bool"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.type: 'linear' is not supported"),
+        ({"rope_scaling": {**LONG, "beta": 1}}, r"rope_scaling.beta: 1 is an unknown key"),
+        ({"rope_scaling": {**LONG, "factor": -1}}, r"rope_scaling.factor: -1 must be a number"),
+        ({"rope_scaling": {"type": "su"}}, "rope_scaling.short_factor: None factors, expected 48"),
+        ({"rope_parameters": {**LONG, "long_factor": [1.0]}}, "long_factor: 1 factors, expected"),
+        (
+            {"rope_scaling": {**LONG, "long_factor": [0.0] * 48}},
+            "rope_scaling.long_factor: every factor must be a number above 0",
+        ),
+        (
+            {"rope_scaling": {**LONG, "original_max_position_embeddings": 2048}},
+            "original_max_position_embeddings: 2048 differs from 4096 at the top",
+        ),
+        (
+            {"rope_scaling": LONG, "original_max_position_embeddings": "4k"},
+            "original_max_position_embeddings: '4k' must be at least 2",
+        ),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: 1.5 must be above 0, at most 1"),
+        ({"partial_rotary_factor": 0.33}, "partial_rotary_factor: 0.33 of 96 is not an even"),
         ({"hidden_size": None}, "hidden_size: None must be a whole number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: 0 must be a whole number"),
         ({"hidden_size": 3073}, "hidden_size: 3073 must be a multiple of num_attention_heads"),
@@ -70,24 +90,42 @@ def test_all_problems_are_reported_at_once():
     assert len(str(caught.value).splitlines()) == 4
 
 
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+def test_longrope_goes_by_three_names(name):
+    scaling = parse_config(MINI_4K | LONGER | {"rope_scaling": LONG | {"type": name}}).rope.scaling
+    assert scaling == LongRoPE((1.0,) * 48, (2.0,) * 48, 4096, pytest.approx(1.190238, abs=1e-6))
+
+
+def test_longrope_of_older_and_newer_files_is_one():
+    older = {**MINI_4K, **LONGER, "rope_scaling": LONG, "partial_rotary_factor": 1.0}
+    newer = {k: v for k, v in older.items() if k not in ("rope_theta", "rope_scaling")}
+    newer["rope_parameters"] = {**LONG, "rope_type": "longrope", "rope_theta": 10000.0}
+    assert parse_config(newer) == parse_config(older)
+
+
+def test_an_attention_factor_that_is_given_is_taken():
+    keys = MINI_4K | LONGER
+    given = parse_config(keys | {"rope_scaling": LONG | {"attention_factor": 1.5}})
+    assert given.rope.scaling.attention_factor == 1.5
+    stretched = parse_config(keys | {"rope_scaling": LONG | {"factor": 1.0}})
+    assert stretched.rope.scaling.attention_factor == 1.0
+
+
 @pytest.mark.assets
 @pytest.mark.parametrize(
-    ("name", "refused"),
+    ("name", "rotary_dim", "long", "tied"),
     [
-        ("phi3-mini-4k-instruct", None),
-        ("phi3-medium-4k-instruct", None),
-        ("phi3-mini-128k-instruct", "rope_scaling"),
-        ("phi3.5-mini-instruct", "rope_scaling"),
-        ("phi4-mini-instruct", "partial_rotary_factor"),
+        ("phi3-mini-4k-instruct", 96, False, False),
+        ("phi3-medium-4k-instruct", 128, False, False),
+        ("phi3-mini-128k-instruct", 96, True, False),
+        ("phi3.5-mini-instruct", 96, True, False),
+        ("phi4-mini-instruct", 96, True, True),
     ],
 )
-def test_published_files(name, refused):
-    folder = assets_dir() / "models" / name
-    if refused is None:
-        assert read_config(folder).vocab_size == 32064
-    else:
-        with pytest.raises(ConfigError, match=rf"{refused}: "):
-            read_config(folder)
+def test_published_files(name, rotary_dim, long, tied):
+    config = read_config(assets_dir() / "models" / name)
+    assert (config.rope.theta, config.rope.rotary_dim) == (10000.0, rotary_dim)
+    assert (config.rope.scaling is not None, config.tie_word_embeddings) == (long, tied)
 
 
 def test_a_folder_without_config_or_no_folder(tmp_path):

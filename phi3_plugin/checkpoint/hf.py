@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phi3_plugin.checkpoint.names import expected_shapes, to_hf, to_ours
+from phi3_plugin.checkpoint.names import EMBEDDING, HEAD, expected_shapes, to_hf, to_ours
+from phi3_plugin.checkpoint.stored import StoredTensor, equal, stored_tensors
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import CheckpointError, MissingFileError
 
@@ -16,16 +17,31 @@ SINGLE = "model.safetensors"
 
 
 def load_base_weights(checkpoint_dir: str | Path | None) -> dict[str, Tensor]:
-    """Open every base weight of a checkpoint folder.
+    """Map every base weight of a checkpoint folder, for what needs a state dict.
 
-    The tensors are backed by the files and are paged in when they are copied into the model,
-    so the checkpoint is never in memory twice.
+    Pages are read when they are used, and count as this process's memory for as long as the
+    tensors live; :func:`open_weights` has no such cost.
+
+    Args:
+        checkpoint_dir: See :func:`open_weights`, as for what is raised.
+
+    Returns:
+        Our tensor names and their values, in the files' dtype.
+    """
+    stored = open_weights(checkpoint_dir)
+    files = sorted({tensor.file for tensor in stored.values()})
+    weights = {to_ours(name): value for file in files for name, value in _mapped(file).items()}
+    return {name: weights[name] for name in stored}
+
+
+def open_weights(checkpoint_dir: str | Path | None) -> dict[str, StoredTensor]:
+    """Find every base weight of a checkpoint folder; values are read when they are sliced.
 
     Args:
         checkpoint_dir: Folder with config.json and the shards.
 
     Returns:
-        Our tensor names and their values, in the files' dtype.
+        Our tensor names and where the values are, in the files' dtype.
 
     Raises:
         CheckpointError: Shards are damaged, or tensors are missing, unexpected or of the wrong
@@ -33,21 +49,19 @@ def load_base_weights(checkpoint_dir: str | Path | None) -> dict[str, Tensor]:
         MissingFileError: The folder, config.json, or shards that the index names are missing.
     """
     folder = checkpoint_folder(checkpoint_dir)
-    expected = expected_shapes(read_config(folder))
-    weight_map = _weight_map(folder)
-    found = {file: _header(folder / file) for file in sorted(set(weight_map.values()))}
-    problems = _differences(expected, found) + _misplaced(weight_map, found)
+    config = read_config(folder)
+    expected, weight_map = expected_shapes(config), _weight_map(folder)
+    found = {file: stored_tensors(folder / file) for file in sorted(set(weight_map.values()))}
+    stored = {name: tensor for file in found.values() for name, tensor in file.items()}
+    problems = _wrong_head(stored) if config.tie_word_embeddings else []
+    problems += _differences(expected, stored) + _misplaced(weight_map, found)
     if problems:
         raise CheckpointError(
             f"{folder} does not hold the weights that its config.json describes:\n  "
             + "\n  ".join(problems)
             + "\nDownload the checkpoint again, or correct config.json."
         )
-    return {
-        to_ours(name): tensor
-        for file in found
-        for name, tensor in _tensors(folder / file, expected).items()
-    }
+    return {to_ours(name): tensor for name, tensor in stored.items()}
 
 
 def save_weights(folder: Path, weights: dict[str, Tensor], shard_bytes: int = 4 << 30) -> None:
@@ -85,8 +99,7 @@ def row_norms(checkpoint_dir: Path, name: str) -> Tensor:
     """
     hf_name = to_hf(f"{name}.weight")
     file = checkpoint_dir / _weight_map(checkpoint_dir)[hf_name]
-    with safe_open(file, framework="pt") as shard:
-        norms: Tensor = shard.get_tensor(hf_name).float().norm(dim=1)
+    norms: Tensor = stored_tensors(file)[hf_name][:].float().norm(dim=1)
     return norms
 
 
@@ -96,7 +109,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not index.is_file():
         if not (folder / SINGLE).is_file():
             raise MissingFileError(_no_weights(folder))
-        return dict.fromkeys(_header(folder / SINGLE), SINGLE)
+        return dict.fromkeys(stored_tensors(folder / SINGLE), SINGLE)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = set(weight_map.values())
@@ -123,27 +136,15 @@ def _check_files(folder: Path, named: set[str]) -> None:
         )
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return tensor name -> shape of one shard; reads no weights."""
-    try:
-        with safe_open(file, framework="pt") as shard:
-            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} ({file.stat().st_size} bytes) is damaged or cut short: {error}. "
-            "Download it again."
-        ) from error
-
-
-def _tensors(file: Path, names: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _mapped(file: Path) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as shard:
-        return {name: shard.get_tensor(name) for name in shard.keys() if name in names}  # noqa: SIM118
+        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
 
 
 def _differences(
-    expected: dict[str, tuple[int, ...]], found: dict[str, dict[str, tuple[int, ...]]]
+    expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
 ) -> list[str]:
-    shapes = {name: shape for header in found.values() for name, shape in header.items()}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     return (
         [f"missing: {name} {list(expected[name])}" for name in expected if name not in shapes]
         + [f"unexpected: {name} {list(shapes[name])}" for name in shapes if name not in expected]
@@ -155,14 +156,21 @@ def _differences(
     )
 
 
-def _misplaced(
-    weight_map: dict[str, str], found: dict[str, dict[str, tuple[int, ...]]]
-) -> list[str]:
+def _misplaced(weight_map: dict[str, str], found: dict[str, dict[str, StoredTensor]]) -> list[str]:
     return [
         f"misplaced: {name} is not in {file}, where {INDEX} says it is"
         for name, file in weight_map.items()
         if name not in found[file] and any(name in header for header in found.values())
     ]
+
+
+def _wrong_head(stored: dict[str, StoredTensor]) -> list[str]:
+    """Take out the copy of a tied embedding that some files hold, and say if it is none."""
+    embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+    copy = stored.pop(head, None)
+    if copy is None or embedding not in stored or equal(copy, stored[embedding]):
+        return []
+    return [f"not tied: {head} differs from {embedding}, but tie_word_embeddings is true"]
 
 
 def _is_plain_name(name: object) -> bool:

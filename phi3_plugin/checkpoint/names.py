@@ -5,8 +5,10 @@ import re
 from phi3_plugin.config import Phi3Config
 from phi3_plugin.errors import CheckpointError
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
 NAMES = {
-    "model.embed_tokens": "tok_embeddings",
+    EMBEDDING: "tok_embeddings",
     "model.layers.{}.input_layernorm": "layers.{}.sa_norm",
     "model.layers.{}.self_attn.qkv_proj": "layers.{}.attn.qkv_proj",
     "model.layers.{}.self_attn.o_proj": "layers.{}.attn.o_proj",
@@ -14,7 +16,7 @@ NAMES = {
     "model.layers.{}.mlp.gate_up_proj": "layers.{}.mlp.gate_up_proj",
     "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
     "model.norm": "norm",
-    "lm_head": "output",
+    HEAD: "output",
 }
 """Module names; ``{}`` is the number of the layer."""
 
@@ -62,10 +64,13 @@ def from_peft(name: str) -> str:
 
 
 def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that a checkpoint of this size holds."""
+    """Return the name and shape of every tensor that a checkpoint of this size holds.
+
+    A head that is tied to the embedding has none of its own.
+    """
     d, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens": (vocab, d),
+        EMBEDDING: (vocab, d),
         "model.layers.{}.input_layernorm": (d,),
         "model.layers.{}.self_attn.qkv_proj": (config.qkv_size, d),
         "model.layers.{}.self_attn.o_proj": (d, d),
@@ -73,8 +78,10 @@ def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
         "model.layers.{}.mlp.gate_up_proj": (2 * inner, d),
         "model.layers.{}.mlp.down_proj": (d, inner),
         "model.norm": (d,),
-        "lm_head": (vocab, d),
+        HEAD: (vocab, d),
     }
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
     return {
         f"{module.format(layer)}.weight": shape
         for module, shape in shapes.items()

@@ -3,9 +3,19 @@
 Source: Dettmers et al. 2023, QLoRA, section 3.
 """
 
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4, to_nf4
+from torchao.dtypes.nf4tensor import (
+    NF4Tensor,
+    construct_nf4_args,
+    get_block_absmax,
+    linear_nf4,
+    to_nf4,
+)
 
 # torchtune teaches NF4 tensors to be cloned and filled in place, which load_state_dict needs.
 from torchtune.modules import low_precision as _low_precision  # noqa: F401
@@ -13,8 +23,28 @@ from torchtune.modules.common_utils import _register_reparametrize_state_dict_ho
 
 from phi3_plugin.errors import ConfigError
 
-BLOCK = 64 * 256
-"""Weights that share one scale of scales: torchao's block_size * scaler_block_size."""
+GROUP, GROUPS = 64, 256
+"""Weights that share a scale, and scales that share one of their own: torchao's defaults."""
+BLOCK = GROUP * GROUPS
+
+PIECE = 1 << 22
+"""Weights that are read and quantized at a time, about: small buffers are used again and again,
+new large ones cost as much time as reading, and quantizing needs several times its input."""
+
+
+class Rows(Protocol):
+    """A tensor ``[out, ...]``, or what reads rows of one when it is sliced."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the values are stored."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Return consecutive rows."""
 
 
 def nf4_zeros(out_dim: int, in_dim: int) -> nn.Parameter:
@@ -30,31 +60,109 @@ def nf4_zeros(out_dim: int, in_dim: int) -> nn.Parameter:
             f"quantize_base: a layer of {out_dim} x {in_dim} weights cannot be stored in NF4, "
             f"which needs a multiple of {BLOCK}. Set quantize_base to False for this model."
         )
-    return nn.Parameter(to_nf4(torch.zeros(out_dim, in_dim)), requires_grad=False)
+    # One block of zeros, as often as it takes: quantizing them all takes as long as a real weight.
+    block, count = to_nf4(torch.zeros(1, BLOCK)), out_dim * in_dim // BLOCK
+    zeros = {
+        "size": torch.Size((out_dim, in_dim)),
+        "stride": (in_dim, 1),
+        "n_blocks": block.n_blocks * count,
+        "quantized_scalers": block.quantized_scalers.repeat(count),
+        "quantization_factor": block.quantization_factor.repeat(count),
+        "quantized_data": block.quantized_data.repeat(count),
+    }
+    return nn.Parameter(NF4Tensor(*construct_nf4_args(block, zeros)), requires_grad=False)
 
 
-def rows_of(weight: Tensor, like: Tensor, rank: int, size: int, device: torch.device) -> Tensor:
-    """Cut out the rows that one process holds, as FSDP2 does: equal chunks, the last may be short.
+def rows_of(weight: Rows, like: Tensor, rank: int, size: int, device: torch.device) -> Tensor:
+    """Fill what holds the rows of one process, as FSDP2 cuts: equal chunks, the last may be short.
 
-    An NF4 weight is quantized whole and then cut: quantizing the rows alone gives other weights
-    than one process has.
+    NF4 rows are those of the weight quantized whole: they share the mean of all scales, so
+    quantizing them alone gives other weights than one process has.
 
     Args:
         weight: ``[out, ...]``, whole; of a plain one only the rows needed are read.
-        like: What holds the rows; gives dtype and storage.
+        like: What holds the rows, filled in place; from the meta device it is made anew.
         rank: The process.
         size: Number of processes.
         device: Where the rows go.
     """
-    if not is_nf4(like):
-        step = -(-weight.shape[0] // size)
-        return weight[rank * step : (rank + 1) * step].to(device, like.dtype)
-    # Copied into NF4 as load_state_dict does on one process: quantized from the file's dtype.
-    whole = to_nf4(torch.zeros(weight.shape, dtype=like.dtype, device=device))
-    whole.copy_(weight.to(device))
-    rows = torch.chunk(whole, size, dim=0)[rank]
-    shard: Tensor = whole.new_zeros(rows.size())
-    return shard.copy_(rows)
+    step = -(-weight.shape[0] // size)
+    rows = slice(rank * step, max(min((rank + 1) * step, weight.shape[0]), rank * step))
+    if is_nf4(like):
+        quantized = _quantized(weight, rows, like, device)
+        if not like.is_meta:
+            like.copy_(quantized)
+        return quantized if like.is_meta else like
+    if like.is_meta:
+        shape = rows.stop - rows.start, *weight.shape[1:]
+        like = torch.empty(shape, dtype=like.dtype, device=device)
+    for piece in _pieces(weight, rows):
+        like[piece.start - rows.start : piece.stop - rows.start] = weight[piece]
+    return like
+
+
+def _quantized(weight: Rows, rows: slice, like: Tensor, device: torch.device) -> Tensor:
+    """Return the rows that ``like.copy_(weight)`` gives, bit for bit, without its temporaries."""
+    # Quantized from the file's dtype, like there; the results then take the model's.
+    levels = to_nf4(torch.zeros(1, BLOCK, dtype=weight.dtype, device=device)).nf4
+    scalers, factor, mean = _scales(weight, device)
+    data = torch.cat(list(map(_coder(levels), _flat(weight, rows, device))))
+    width, count = weight.shape[1], 2 * len(data)
+    first, last = rows.start * width, rows.start * width + count
+    inner = {
+        "size": torch.Size((count // width, width)),
+        "device": device,
+        "quantized_scalers": scalers[first // GROUP : last // GROUP].clone(),
+        "quantization_factor": factor[first // BLOCK : last // BLOCK].to(like.dtype, copy=True),
+        "scaler_mean": mean.to(like.dtype),
+        "quantized_data": data,
+        "nf4": levels.to(like.dtype),
+    }
+    quantized: Tensor = NF4Tensor(*construct_nf4_args(like, inner))
+    return quantized
+
+
+def _scales(weight: Rows, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scales of the whole weight, quantized, their own scales, and their mean."""
+    pieces = _flat(weight, slice(0, weight.shape[0]), device)
+    largest = torch.cat([get_block_absmax(piece, GROUP) for piece in pieces])
+    # In groups of one weight each: the largest of such a group is the number itself.
+    scales: tuple[Tensor, Tensor, Tensor] = NF4Tensor.double_quantize_scalers(largest, 1, GROUPS)
+    return scales
+
+
+def _flat(weight: Rows, rows: slice, device: torch.device) -> Iterator[Tensor]:
+    return (weight[piece].to(device).flatten() for piece in _pieces(weight, rows))
+
+
+def _pieces(weight: Rows, rows: slice) -> Iterator[slice]:
+    """Cut rows into some that are small, and whole groups of weights if all of them are."""
+    step = max(PIECE // math.prod(weight.shape[1:]) // GROUP, 1) * GROUP
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
+def _coder(levels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what finds torchao's 4-bit codes for whole groups of values, two in a byte.
+
+    Args:
+        levels: The 16 of NF4, in the dtype of the values.
+    """
+    if levels.dtype.itemsize > 2:
+        search: Callable[..., Tensor] = NF4Tensor.convert_to_norm_float_weight
+        return lambda values: search(values, len(values) // GROUP, GROUP, levels)
+    # 16 bits have 65536 values, so torchao's search for the nearest level is made for each of
+    # those and not for each weight: many times as fast, and by construction the same.
+    every = torch.arange(1 << 16, device=levels.device).to(torch.int16).view(levels.dtype)
+    code_of = NF4Tensor.quantize_tensor_nearest(every, levels).to(torch.uint8)
+
+    def codes(values: Tensor) -> Tensor:
+        scaled = values.view(-1, GROUP) / get_block_absmax(values, GROUP).unsqueeze(-1)
+        bits = scaled.flatten().view(torch.int16).int() & 0xFFFF
+        found: Tensor = code_of.index_select(0, bits)
+        return found[::2] << 4 | found[1::2]
+
+    return codes
 
 
 def is_nf4(weight: Tensor) -> bool:

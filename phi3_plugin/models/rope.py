@@ -1,52 +1,104 @@
-"""Rotary position embedding, halves style, with fp32 angles."""
+"""Rotary position embedding, halves style, with fp32 angles and LongRoPE's two sets of them."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from phi3_plugin.errors import ConfigError
+from phi3_plugin.positions import Rope
 
-# Shapes: B batch, S sequence, H heads, F head dim, P positions
+FACTORS = ("auto", "short", "long")
+"""Which of LongRoPE's sets turns a batch: the longest position decides, or always the one."""
+
+
+# Shapes: B batch, S sequence, H heads, F head dim, R rotated dims, P positions
 class RotaryEmbedding(nn.Module):
     """Rotates queries and keys by their position.
 
     The tables are fp32 whatever the default dtype is: recipes build models under bf16,
     and a bf16 ``arange`` cannot tell position 257 from 256.
 
-    Source: Su et al. 2021, RoFormer, section 3.4; transformers 5.23 ``Phi3RotaryEmbedding``.
+    With LongRoPE a batch whose longest position is below the original length turns by the short
+    factors, any other by the long ones, all of its tokens alike.
+
+    Source: Su et al. 2021, RoFormer, section 3.4; Ding et al. 2024, LongRoPE, section 3;
+    transformers 5.23 ``Phi3RotaryEmbedding``.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, max_seq_len: int, theta: float) -> None:
+    def __init__(self, rope: Rope, max_seq_len: int, factors: str = "auto") -> None:
         """Build the tables on the current default device.
 
         Args:
-            head_dim: F, width of one head.
-            max_seq_len: P, number of positions in the tables.
-            theta: Base of the frequencies.
+            rope: Frequencies, and how many dimensions of a head rotate.
+            max_seq_len: P, number of positions.
+            factors: One of `FACTORS`; without LongRoPE there is nothing to choose.
+
+        Raises:
+            ConfigError: There is no such choice.
         """
         super().__init__()
-        self.head_dim, self.max_seq_len, self.theta = head_dim, max_seq_len, theta
+        if factors not in FACTORS or (factors != "auto" and not rope.scaling):
+            raise ConfigError(
+                f"rope_factors: {factors!r} must be auto"
+                + (", short or long." if rope.scaling else ": this checkpoint has no LongRoPE.")
+            )
+        self.rope, self.max_seq_len, self.factors = rope, max_seq_len, factors
+        both = rope.scaling is not None and factors == "auto"
+        self.switch = rope.scaling.original_max_position_embeddings if both else None  # type: ignore[union-attr]
         self.rope_init()
 
     def rope_init(self, device: torch.device | str | None = None) -> None:
-        """Compute the tables ``cos, sin [P, F]``; recipes call it after leaving the meta device."""
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
-        inv_freq = 1.0 / (self.theta ** (pairs / self.head_dim))
-        positions = torch.arange(self.max_seq_len, dtype=torch.float32, device=device)
-        angles = (positions[:, None] * inv_freq).repeat(1, 2)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        """Compute the tables ``cos, sin``; recipes call it after leaving the meta device.
+
+        They are ``[P, R / 2]``, or with both sets the rows up to the original length by the short
+        factors and then P rows by the long ones.
+        """
+        scaling, size = self.rope.scaling, self.max_seq_len
+        if scaling is None:
+            angles, scale = self._angles(None, size, device), 1.0
+        else:
+            sets = {
+                "short": (scaling.short_factor, self.switch or size),
+                "long": (scaling.long_factor, size),
+            }
+            chosen = sets.values() if self.factors == "auto" else [sets[self.factors]]
+            angles = torch.cat([self._angles(f, length, device) for f, length in chosen])
+            scale = scaling.attention_factor
+        self.register_buffer("cos", angles.cos() * scale, persistent=False)
+        self.register_buffer("sin", angles.sin() * scale, persistent=False)
+
+    def _angles(
+        self, factors: tuple[float, ...] | None, length: int, device: torch.device | str | None
+    ) -> Tensor:
+        exact: Any = {"dtype": torch.float32, "device": device}
+        share = torch.arange(0, self.rope.rotary_dim, 2, **exact) / self.rope.rotary_dim
+        stretch = torch.tensor(factors, **exact) if factors else 1.0
+        inv_freq = 1.0 / (stretch * self.rope.theta**share)
+        angles: Tensor = torch.arange(length, **exact)[:, None] * inv_freq
+        return angles
 
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
-        """Rotate ``x [B, S, H, F]``.
+        """Rotate the first R dimensions of every head.
 
         Args:
-            x: Queries or keys.
+            x: Queries or keys ``[B, S, H, F]``.
             input_pos: Position of each token ``[B, S]`` or ``[S]``; None counts from 0.
         """
-        rows = slice(x.shape[1]) if input_pos is None else input_pos
-        cos, sin = self.cos[rows].to(x.dtype), self.sin[rows].to(x.dtype)
-        low, high = x.chunk(2, dim=-1)
-        rotated = torch.cat((-high, low), dim=-1)
-        return x * cos.unsqueeze(-2) + rotated * sin.unsqueeze(-2)
+        rows = self._rows(x.shape[1], input_pos)
+        cos, sin = (table[rows].to(x.dtype).unsqueeze(-2) for table in (self.cos, self.sin))
+        turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+        low, high = turned.chunk(2, dim=-1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+
+    def _rows(self, length: int, input_pos: Tensor | None) -> slice | Tensor:
+        """Return the places in the tables; without asking the GPU for a number."""
+        if input_pos is None:
+            start = self.switch if self.switch is not None and length > self.switch else 0
+            return slice(start, start + length)
+        if self.switch is None:
+            return input_pos
+        return input_pos + self.switch * (input_pos.max() >= self.switch)

@@ -1,5 +1,6 @@
 """Decisions about a new model and its optimizer, before any weight is there."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+from phi3_plugin.errors import CheckpointError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -39,6 +42,24 @@ def prepare(
         if compiled:
             layer.compile()
     return model
+
+
+def refuse_other_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Check that weights are those of the model, before the first is read.
+
+    Args:
+        model: May be on the meta device, or sharded.
+        weights: Anything with a shape, by parameter name.
+
+    Raises:
+        CheckpointError: Names or shapes differ; all are listed.
+    """
+    ours = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if differing:
+        lines = [f"{n}: the model has {ours.get(n)}, given is {theirs.get(n)}" for n in differing]
+        raise CheckpointError("The weights do not fit the model:\n  " + "\n  ".join(lines))
 
 
 def parameter_groups(

@@ -109,7 +109,7 @@ def _checkpointer(section: Mapping[str, Any], given: Mapping[str, Any]) -> list[
     fixed |= {"layout": "fused", "should_load_recipe_state": False}
     # Wrong at the top is reported there, once
     fixed["save_adapter_weights_only"] = given.get("save_adapter_weights_only", True)
-    known = ["_component_", "card", "lora_dropout", "model_type", *fixed]
+    known = ["_component_", "card", "lora_attn_modules", "lora_dropout", "model_type", *fixed]
     problems = [
         f"checkpointer.{key}: {shown(section[key])} differs from {shown(value)}, which this "
         "recipe uses. Remove it."

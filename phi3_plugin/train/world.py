@@ -23,9 +23,10 @@ from torch.optim import Optimizer
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.train.device import pick_device
 from phi3_plugin.train.optimizer import check_kind, copied, filled, kind, set_rates
+from phi3_plugin.train.prepare import refuse_other_weights
 
 T = TypeVar("T")
-RowsOf = Callable[[Tensor, Tensor, int, int, torch.device], Tensor]
+RowsOf = Callable[[Any, Tensor, int, int, torch.device], Tensor]
 """(whole weight, what holds the rows, rank, size, device) -> the rows of this rank."""
 
 
@@ -109,31 +110,30 @@ class World:
         return model
 
     def load(
-        self, model: nn.Module, weights: Mapping[str, Tensor], rows_of: RowsOf, *, offload: bool
+        self, model: nn.Module, weights: Mapping[str, Any], rows_of: RowsOf, *, offload: bool
     ) -> None:
-        """Fill every parameter; a process keeps its own rows only.
+        """Fill one parameter after the other; a process reads and keeps its own rows only.
 
         Args:
             model: From :meth:`build`.
-            weights: One tensor for every parameter, whole and backed by a file.
-            rows_of: Cuts out this process's rows.
+            weights: For every parameter a whole tensor, or what reads rows when it is sliced.
+            rows_of: Fills what holds this process's rows.
             offload: As for :meth:`build`.
+
+        Raises:
+            CheckpointError: Names or shapes are not those of the model; all are listed.
         """
-        if self.mesh is None:
-            model.load_state_dict(weights)
-            return
+        refuse_other_weights(model, weights)
         device = torch.device("cpu") if offload else self.device
+        place = self.rank % self.shards  # neighbours share a copy, so that it is on one node
         state: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
-            local = getattr(parameter, "_local_tensor", parameter)
-            place = self.rank % self.shards  # neighbours share a copy, so that it is on one node
+            local = getattr(parameter, "_local_tensor", parameter).detach()
             rows = rows_of(weights[name], local, place, self.shards, device)
-            state[name] = _as_shard(rows, parameter)
-        model.load_state_dict(state, assign=True)
-        for module in model.modules():
-            rope_init: Any = getattr(module, "rope_init", None)
-            if rope_init is not None:
-                rope_init(self.device)
+            state |= {name: _as_shard(rows, parameter)} if self.mesh else {}
+        if self.mesh:
+            model.load_state_dict(state, assign=True)
+            model.apply(lambda module: getattr(module, "rope_init", lambda _: None)(self.device))
 
     def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Return a copy of the optimizer's whole state by parameter name, for the main process."""

@@ -23,6 +23,16 @@ def test_names_and_shapes_are_those_of_transformers(published, sizes):
     assert all(to_hf(to_ours(name)) == name for name in theirs)
 
 
+def test_a_tied_head_has_no_tensor_of_its_own():
+    sizes = {**TINY_MHA, "tie_word_embeddings": True}
+    theirs = {n: tuple(p.shape) for n, p in hf_model(MINI_4K, **sizes).named_parameters()}
+    config = parse_config({**MINI_4K, **sizes})
+    assert "lm_head.weight" not in theirs  # PyTorch names a shared tensor once
+    assert expected_shapes(config) == theirs
+    model = decoder(config, lambda _, i, o: Linear(i, o))
+    assert model.state_dict().keys() == {to_ours(name) for name in theirs}
+
+
 def test_the_number_of_parameters_of_mini():
     shapes = expected_shapes(parse_config(MINI_4K))
     count = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values())

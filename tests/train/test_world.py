@@ -1,12 +1,13 @@
 import os
+import re
 import socket
+import weakref
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from phi3_plugin.errors import ConfigError
-from phi3_plugin.models.lora import Linear
+from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.train.losses import SummedCrossEntropy
 from phi3_plugin.train.prepare import prepare
@@ -49,8 +50,32 @@ def test_a_model_that_cannot_be_built_leaves_the_default_dtype_alone():
 def test_weights_that_do_not_fit_are_refused():
     world, weights = World("cpu"), tiny_model().state_dict()
     del weights["norm.scale"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*norm\.scale"):
+    weights["output.weight"] = weights["output.weight"][:1]  # copying would repeat the row
+    weights["extra"] = torch.zeros(3)
+    with pytest.raises(CheckpointError) as caught:
         world.load(world.build(made, torch.float32), weights, rows_of, offload=False)
+    text = str(caught.value)
+    assert re.search(r"norm\.scale: the model has \(64,\), given is None", text)
+    assert re.search(r"output\.weight: the model has \(\d+, 64\), given is \(1, 64\)", text)
+    assert re.search(r"extra: the model has None, given is \(3,\)", text)
+
+
+def test_one_weight_at_a_time_is_in_memory():
+    class Stored:
+        def __init__(self, value):
+            self.value, self.shape, self.dtype = value, value.shape, value.dtype
+
+        def __getitem__(self, rows):
+            assert all(read() is None for read in alive)
+            value = self.value[rows].clone()
+            alive.append(weakref.ref(value))
+            return value
+
+    alive, weights, world = [], tiny_model().state_dict(), World("cpu")
+    model = world.build(made, torch.float32)
+    world.load(model, {n: Stored(v) for n, v in weights.items()}, rows_of, offload=False)
+    assert len(alive) >= len(weights)
+    assert all(torch.equal(v, weights[n]) for n, v in model.state_dict().items())
 
 
 def test_random_numbers_go_on_where_they_were():
@@ -74,25 +99,14 @@ def test_another_number_of_processes_draws_other_random_numbers():
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_rows_are_cut_into_equal_chunks_and_what_is_left(rows, size):
-    weight, like = torch.arange(rows * 2.0).reshape(rows, 2), torch.empty(0, dtype=torch.bfloat16)
+    like = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    weight = torch.arange(rows * 2.0).reshape(rows, 2)
     parts = [rows_of(weight, like, rank, size, torch.device("cpu")) for rank in range(size)]
     expected = list(weight.to(torch.bfloat16).chunk(size))
-    expected += [like.reshape(0, 2)] * (size - len(expected))
+    expected += [weight[:0].bfloat16()] * (size - len(expected))
     for part, other in zip(parts, expected, strict=True):
         assert part.dtype == torch.bfloat16
         assert torch.equal(part, other)
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_rows_are_those_that_one_process_has(dtype, stored):
-    weight = torch.randn(384, 256, generator=torch.Generator().manual_seed(0)).to(stored)
-    model = World("cpu").build(lambda: Linear(256, 384, quantize=True), dtype)
-    model.load_state_dict({"weight": weight})
-    expected = model.weight.get_original_weight()
-    parts = [rows_of(weight, model.weight.data, rank, 3, torch.device("cpu")) for rank in range(3)]
-    assert expected.dtype == dtype
-    assert torch.equal(torch.cat([part.get_original_weight() for part in parts]), expected)
 
 
 def test_an_optimizer_that_made_no_step_keeps_its_rates():

@@ -18,6 +18,7 @@ CONFIG = replace(
     num_attention_heads=4,
     num_key_value_heads=2,
     vocab_size=161,
+    rope=replace(MINI.rope, rotary_dim=16),
 )
 
 
