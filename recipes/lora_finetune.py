@@ -20,10 +20,10 @@ from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 
 from phi3_plugin.checkpoint import run
-from phi3_plugin.checkpoint.export import export_adapter, export_model
+from phi3_plugin.checkpoint.export import export_adapter, export_model, load_trained
 from phi3_plugin.checkpoint.folder import check_output
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.peft import check_trained, load_adapter
+from phi3_plugin.checkpoint.hf import open_weights
+from phi3_plugin.checkpoint.peft import check_trained
 from phi3_plugin.checkpoint.saver import Saver
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models.lora import initial_adapter
@@ -150,10 +150,10 @@ class Finetune:
             reshard=s.fsdp_reshard_after_forward,
         )
         self.is_lora = is_adapted(self.model)
-        resumed = folder if self.is_lora else None
-        adapter = load_adapter(resumed) if resumed else initial_adapter(self.model, s.seed)
         source = s.checkpoint_dir if self.is_lora else folder or s.checkpoint_dir
-        weights = {**load_base_weights(source), **adapter}
+        adapter = initial_adapter(self.model, s.seed)
+        adapter = load_trained(folder, source, adapter) if self.is_lora and folder else adapter
+        weights = {**open_weights(source), **adapter}
         self.world.load(self.model, weights, rows_of, offload=offload)
         for module in self.model.modules():
             if hasattr(module, "initialize_dora_magnitude"):

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def place(tmp_path_factory):
     """A folder as a reader has it: a checkpoint, 40 chats, a table of pairs, an adapter."""
     cwd = tmp_path_factory.mktemp("reader")
     tiny_checkpoint(cwd / "Phi-3-mini-4k", hidden_size=256, intermediate_size=512)
+    with_longrope(shutil.copytree(cwd / "Phi-3-mini-4k", cwd / "Phi-3.5-mini"))
     lines = (assets_dir() / "data" / "gsm8k_train.jsonl").read_text("utf-8").splitlines()[:40]
     pairs = [(row["question"], row["answer"]) for row in map(json.loads, lines)]
     with (cwd / "my_chats.jsonl").open("w", encoding="utf-8") as file:
@@ -68,6 +70,16 @@ def place(tmp_path_factory):
     (training,) = (code for code in blocks(PAGES[0], "bash") if "tune run" in code)
     shell(as_run_here(training), cwd)
     return cwd
+
+
+def with_longrope(folder):
+    """Make a checkpoint one of 3.5, as far as positions go."""
+    file = folder / "config.json"
+    keys = json.loads(file.read_text())
+    pairs = keys["hidden_size"] // keys["num_attention_heads"] // 2
+    factors = {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
+    longer = {"max_position_embeddings": 131072, "rope_scaling": {"type": "longrope", **factors}}
+    file.write_text(json.dumps({**keys, **longer}))
 
 
 def shell(code, cwd):
@@ -140,9 +152,18 @@ def test_commands_that_need_a_network_are_spelled_right(command):
 
 
 def test_configs_say_the_same_commands_as_the_readme():
-    for file in (ROOT / "configs").glob("phi3_mini_*.yaml"):
-        header, _, body = file.read_text().partition("checkpoint_dir: null")
-        ours = "resume: " in body
-        recipe = "phi3_lora_finetune" if ours else "lora_finetune_single_device"
-        assert f"{recipe} --config {file.stem} " in header
-        assert blocks(PAGES[0], "bash")[2].splitlines()[0] in header
+    for file in set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "phi3_demo.yaml"}:
+        header = file.read_text().partition("checkpoint_dir: null")[0]
+        assert f"--config {file.stem} " in header
+        if "Phi-3-mini-4k" in header:
+            assert blocks(PAGES[0], "bash")[2].splitlines()[0] in header
+
+
+def test_each_member_of_the_family_has_its_configs():
+    page = (ROOT / "docs" / "family.md").read_text()
+    listed = re.findall(r"`(phi\w+_lora)`, `(\w+)`", page)
+    assert len(listed) == 7
+    for one, other in listed:
+        assert other == one.replace("_lora", "_qlora")
+        headers = [(ROOT / "configs" / f"{name}.yaml").read_text() for name in (one, other)]
+        assert len({re.search(r"microsoft/\S+", header).group() for header in headers}) == 1

@@ -102,7 +102,7 @@ def test_packed_documents_train_like_documents_one_by_one(run, tmp_path):
         ("checkpoint_dir=null", "ConfigError: checkpoint_dir is not set"),
         ("dataset.source=null", "dataset.source is not set"),
         ("dataset.source=two.jsonl", "no optimizer step"),
-        ("model.lora_attn_modules=[q_proj]", "'q_proj' is not a layer of Phi-3"),
+        ("model.lora_attn_modules=[w1]", "'w1' is called 'gate_proj' here"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(setting, message, run):

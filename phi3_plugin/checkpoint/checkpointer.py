@@ -1,19 +1,18 @@
 """The checkpointer that torchtune's LoRA recipes talk to."""
 
 import logging
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from phi3_plugin.checkpoint.export import export_adapter
+from phi3_plugin.checkpoint.export import export_adapter, load_trained
 from phi3_plugin.checkpoint.folder import check_output, whole_folder
-from phi3_plugin.checkpoint.hf import load_base_weights, row_norms
-from phi3_plugin.checkpoint.peft import check_trained, load_adapter, load_origin
+from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.peft import check_trained, load_origin, targets_of
 from phi3_plugin.checkpoint.resume import latest_epoch, load_state, refuse_other_run, save_state
-from phi3_plugin.checkpoint.split import fuse_adapter, parts_of, split_weights, unfuse_adapter
+from phi3_plugin.checkpoint.split import split_weights
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import CheckpointError, ConfigError
 
@@ -34,6 +33,7 @@ class Phi3Checkpointer:
         output_dir: str | Path | None,
         *,
         layout: str = "fused",
+        lora_attn_modules: Sequence[str] | None = None,
         lora_dropout: float = 0.0,
         card: Mapping[str, Any] | None = None,
         save_adapter_weights_only: bool = True,
@@ -47,6 +47,8 @@ class Phi3Checkpointer:
             output_dir: Where the epoch folders go.
             layout: ``fused`` for the models of this package, ``split`` for torchtune's own
                 Phi-3 with q_proj, k_proj, v_proj, w1, w2, w3. Adapters are always saved fused.
+            lora_attn_modules: Those of the model. A resume with others than were saved is then
+                refused here, and not by an assertion of the recipe's that names none of them.
             lora_dropout: Recorded in adapter_config.json.
             card: Rows of the model card's table: what the adapter was trained on and how. The
                 recipes tell a checkpointer nothing of it, so the YAML does.
@@ -71,6 +73,7 @@ class Phi3Checkpointer:
         self._checkpoint_dir = checkpoint_folder(checkpoint_dir)
         self._config = read_config(self._checkpoint_dir)
         self._output_dir = _output_folder(output_dir, self._checkpoint_dir)
+        self._targets = lora_attn_modules
         self._dropout, self._resume = lora_dropout, should_load_recipe_state
         self._card = {str(key): value for key, value in (card or {}).items()}
         if not should_load_recipe_state:
@@ -129,10 +132,6 @@ class Phi3Checkpointer:
     def _save_adapter(
         self, folder: Path, adapter: dict[str, Tensor], settings: dict[str, Any], epoch: int
     ) -> None:
-        origin: dict[str, Any] = {"layout": self._layout}
-        if self._layout == "split":
-            origin["parts"] = parts_of(adapter)
-            adapter = fuse_adapter(adapter, self._config, partial(row_norms, self._checkpoint_dir))
         export_adapter(
             folder,
             adapter,
@@ -140,7 +139,7 @@ class Phi3Checkpointer:
             rank=settings["r"],
             alpha=settings["lora_alpha"],
             dropout=self._dropout,
-            origin=origin,
+            origin={"layout": self._layout},
             card={**self._card, "epochs trained": epoch + 1},
         )
 
@@ -151,9 +150,14 @@ class Phi3Checkpointer:
                 f"checkpointer.layout: {self._layout!r}, but {folder} was saved from a model with "
                 f"layout {origin.get('layout')!r}. Resume with the model it was started with."
             )
-        adapter = load_adapter(folder)
-        if self._layout == "split":
-            return unfuse_adapter(adapter, origin["parts"], origin["rank"], self._config)
+        adapter = load_trained(folder, self._checkpoint_dir)
+        # The head and torchtune's MLP have switches of their own.
+        saved = [t for t in targets_of(adapter) if t not in ("output", "w1", "w2", "w3")]
+        if self._targets is not None and saved != sorted(set(self._targets)):
+            raise CheckpointError(
+                f"lora_attn_modules: {list(self._targets)}, but {folder} was saved from a model "
+                f"with {saved}. Resume with the model it was started with."
+            )
         return adapter
 
 

@@ -1,7 +1,7 @@
 """Adapters in the layout of Hugging Face PEFT, written so that every runtime reads them alike."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phi3_plugin.checkpoint.names import from_peft, to_peft
-from phi3_plugin.errors import AdapterError, MissingFileError
+from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -133,6 +133,37 @@ def load_origin(folder: Path) -> dict[str, Any]:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         origin: dict[str, Any] = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
     return origin
+
+
+def targets_of(adapter: Iterable[str]) -> list[str]:
+    """Return the modules that carry an adapter, told by our tensor names, without their place."""
+    modules = (name.partition(".lora_")[0].removesuffix(".magnitude") for name in adapter)
+    return sorted({module.rpartition(".")[2] for module in modules})
+
+
+def check_same(folder: Path, saved: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    """Refuse to go on with an adapter that is not the model's.
+
+    Args:
+        folder: Where it was saved.
+        saved: What is there, our names.
+        model: What the model has.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    shapes = [{name: value.shape for name, value in one.items()} for one in (saved, model)]
+    if shapes[0] != shapes[1]:
+        raise CheckpointError(
+            f"resume: {folder} holds {_summary(saved)}, but the model has {_summary(model)}. "
+            "Resume with the model settings the run was started with, or set another output_dir."
+        )
+
+
+def _summary(adapter: Mapping[str, Tensor]) -> str:
+    kind = "DoRA" if any(name.endswith(".magnitude") for name in adapter) else "LoRA"
+    ranks = {str(value.shape[0]) for name, value in adapter.items() if name.endswith(A)}
+    return f"{kind} of rank {', '.join(sorted(ranks))} on {', '.join(targets_of(adapter))}"
 
 
 def check_trained(adapter: dict[str, Tensor], *, may_be_identity: bool = False) -> None:

@@ -1,6 +1,7 @@
-"""torchtune's own split Phi-3 (q, k, v, w1, w2, w3), to and from the fused layout.
+"""Adapters on parts of a fused layer, to and from the one adapter that PEFT has for the whole.
 
-A fused layer stacks its parts' rows, so adapters on parts are one adapter on the whole::
+The parts are layers in torchtune's own split Phi-3 (q, k, v, w1, w2, w3), and rows of one layer in
+our model. A fused layer stacks its parts' rows, so adapters on parts are one adapter on the whole::
 
     parts  q: B_q A_q    v: B_v A_v          (k has none)
     fused  A = [A_q]     B = [B_q   0 ]      rank 2 r, the same scale
@@ -23,6 +24,15 @@ PARTS = {
     "mlp.down_proj": ("mlp.w2",),
 }
 """Fused module and its parts in the order of their rows; w1 is the gate, w3 up, w2 down."""
+
+INNER = {
+    "attn.qkv_proj.q_proj": "attn.q_proj",
+    "attn.qkv_proj.k_proj": "attn.k_proj",
+    "attn.qkv_proj.v_proj": "attn.v_proj",
+    "mlp.gate_up_proj.gate_proj": "mlp.w1",
+    "mlp.gate_up_proj.up_proj": "mlp.w3",
+}
+"""A part within our fused module, and the same part in the split model."""
 
 _FUSED_OF = {part: fused for fused, parts in PARTS.items() for part in parts}
 
@@ -71,8 +81,8 @@ def fuse_adapter(
     """Turn adapters on parts into the one adapter on each fused layer that computes the same.
 
     Args:
-        adapter: Names of the split model; ``lora_a [R, in]``, ``lora_b [rows, R]``, and for
-            DoRA ``magnitude [rows]``.
+        adapter: Names of the split model or of parts within ours; ``lora_a [R, in]``,
+            ``lora_b [rows, R]``, and for DoRA ``magnitude [rows]``.
         config: Sizes of the model.
         row_norms: Gives the norms of the rows of a fused base weight, told its name. Rows of a
             part without DoRA keep them as their magnitude.
@@ -80,6 +90,7 @@ def fuse_adapter(
     Returns:
         Fused names, ``lora_a [P R, in]``, ``lora_b [all rows, P R]``.
     """
+    adapter = {_as_split(name): value for name, value in adapter.items()}
     out: Adapter = {}
     for name, value in adapter.items():
         layer, module, parameter = _module(name)
@@ -97,18 +108,18 @@ def unfuse_adapter(adapter: Adapter, parts: list[str], rank: int, config: Phi3Co
 
     Args:
         adapter: Fused names, possibly padded with zeros to a larger rank.
-        parts: The parts that had an adapter.
+        parts: The parts that had an adapter, from :func:`parts_of`.
         rank: R, their rank.
         config: Sizes of the model.
     """
+    named = {INNER.get(part, part): part for part in parts}
     out: Adapter = {}
     for name, value in adapter.items():
         layer, fused, parameter = _module(name)
-        if fused not in PARTS:
+        present = [part for part in PARTS.get(fused, ()) if part in named]
+        if not present:  # adapted as a whole
             out[name] = value[:rank] if parameter == "lora_a.weight" else value
             out[name] = value[:, :rank] if parameter == "lora_b.weight" else out[name]
-            continue
-        present = [part for part in PARTS[fused] if part in parts]
         for i, part in enumerate(present):
             columns, rows = slice(i * rank, (i + 1) * rank), part_rows(fused, config)[part]
             cut = {
@@ -116,13 +127,14 @@ def unfuse_adapter(adapter: Adapter, parts: list[str], rank: int, config: Phi3Co
                 "lora_b.weight": value[rows, columns] if value.ndim > 1 else value,
                 "magnitude": value[rows],
             }
-            out[f"{layer}{part}.{parameter}"] = cut[parameter].clone()
+            out[f"{layer}{named[part]}.{parameter}"] = cut[parameter].clone()
     return out
 
 
-def parts_of(adapter: Adapter) -> list[str]:
+def parts_of(adapter: Iterable[str]) -> list[str]:
     """Return the parts that carry an adapter, as they are named within a layer."""
-    return sorted({_module(name)[1] for name in adapter} & _FUSED_OF.keys())
+    known = _FUSED_OF.keys() | INNER.keys()
+    return sorted({_module(name)[1] for name in adapter} & known)
 
 
 def _fuse_layer(
@@ -153,6 +165,11 @@ def _of(adapter: Adapter, layer: str, parts: list[str], key: str) -> list[Tensor
         return [adapter[f"{layer}{part}.{key}"] for part in parts]
     except KeyError as error:
         raise CheckpointError(f"The adapter is incomplete: {error} is missing.") from error
+
+
+def _as_split(name: str) -> str:
+    layer, module, parameter = _module(name)
+    return f"{layer}{INNER[module]}.{parameter}" if module in INNER else name
 
 
 def _module(name: str) -> tuple[str, str, str]:

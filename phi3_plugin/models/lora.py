@@ -36,14 +36,53 @@ class Linear(nn.Module):
         return linear(x, self.weight)
 
 
-class LoRALinear(TorchtuneLoRALinear):  # type: ignore[misc]
-    """``W x + (alpha / rank) B A dropout(x)`` with W frozen, B zero and A Kaiming at the start.
+class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
+    """An adapter alone: ``(alpha / rank) B A dropout(x)``, B zero and A Kaiming at the start.
 
-    A subclass of torchtune's, because its recipes initialize nothing else; the base weight
-    starts at zero as in `Linear`.
+    A subclass of torchtune's, because its recipes initialize nothing else.
 
     Source: Hu et al. 2021, LoRA, section 4.1.
     """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float = 0.0
+    ) -> None:
+        """Allocate A ``[rank, in_dim]`` and B ``[out_dim, rank]``.
+
+        Args:
+            in_dim: Width of the input.
+            out_dim: Width of the output.
+            rank: Inner width.
+            alpha: Numerator of the scale.
+            dropout: Probability with which an input is zeroed in training.
+        """
+        nn.Module.__init__(self)  # torchtune's own draws random base weights
+        self.in_dim, self.out_dim, self.rank, self.alpha = in_dim, out_dim, rank, alpha
+        self.scaling = alpha / rank
+        self.use_bias = self.disabled = self.merged = False
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.lora_a = nn.Linear(in_dim, rank, bias=False)
+        self.lora_b = nn.Linear(rank, out_dim, bias=False)
+        self.initialize_parameters()
+
+    def initialize_parameters(self) -> None:
+        """Draw A and zero B: the adapter starts as the identity."""
+        nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
+        return self.low_rank(x)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds for ``x [..., in_dim]``."""
+        # fp32 adapters over a bf16 base compute, and are added, in fp32, as in PEFT.
+        low: Tensor = self.lora_b(self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype))))
+        return low * self.scaling
+
+
+class LoRALinear(LowRank):
+    """``W x + (alpha / rank) B A dropout(x)`` with W frozen; it starts at zero as in `Linear`."""
 
     def __init__(
         self,
@@ -64,33 +103,15 @@ class LoRALinear(TorchtuneLoRALinear):  # type: ignore[misc]
             dropout: Probability with which an input of the adapter is zeroed in training.
             quantize_base: Store the base weight in NF4.
         """
-        nn.Module.__init__(self)  # torchtune's own draws random base weights
-        self.in_dim, self.out_dim, self.rank, self.alpha = in_dim, out_dim, rank, alpha
-        self.scaling = alpha / rank
-        self.use_bias = self.disabled = self.merged = False
+        super().__init__(in_dim, out_dim, rank, alpha, dropout)
         self._quantize_base = quantize_base
         self.weight = zeros(out_dim, in_dim, quantize_base)
         self.register_parameter("bias", None)
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.lora_a = nn.Linear(in_dim, rank, bias=False)
-        self.lora_b = nn.Linear(rank, out_dim, bias=False)
-        self.initialize_parameters()
-
-    def initialize_parameters(self) -> None:
-        """Draw A and zero B: the adapter starts as the identity."""
-        nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_b.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
         out = linear(x, self.weight)
         return out if self.disabled else (out + self.low_rank(x)).to(out.dtype)
-
-    def low_rank(self, x: Tensor) -> Tensor:
-        """Return what the adapter adds for ``x [..., in_dim]``."""
-        # fp32 adapters over a bf16 base compute, and are added, in fp32, as in PEFT.
-        low: Tensor = self.lora_b(self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype))))
-        return low * self.scaling
 
 
 class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]

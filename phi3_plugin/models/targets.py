@@ -7,21 +7,27 @@ from torch import nn
 
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models.lora import DoRALinear, Linear, LoRALinear
+from phi3_plugin.models.merged import MergedLoRALinear
 
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """The linear layers of one Phi-3 block, under Hugging Face's names."""
+
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What the fused ones hold, in the order of their rows, under the names of HF's Llama."""
+
+FUSED = {part: fused for fused, parts in PARTS.items() for part in parts}
 
 MLP_TARGETS = TARGETS[2:]
 
 HEAD = "lm_head"
 
-SPLIT_NAMES = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+SYNONYMS = {
     **dict.fromkeys(("output_proj", "out_proj"), "o_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj"),
+    "w1": "gate_proj",
     "w2": "down_proj",
+    "w3": "up_proj",
 }
-"""Names people know from other models, and the fused layer that holds them here."""
+"""Names people know from other models, and ours."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,9 @@ class LoRASettings:
     """
 
     lora_attn_modules: Sequence[str]
-    """Any of `TARGETS`."""
+    """Any of `TARGETS`, or of their `PARTS`: an adapter on a part leaves the other rows alone."""
     apply_lora_to_mlp: bool
-    """Must say whether the list holds one of `MLP_TARGETS`."""
+    """Must say whether the list holds one of `MLP_TARGETS` or a part of one."""
     apply_lora_to_output: bool
     """An adapter on the head as well."""
     lora_rank: int
@@ -50,25 +56,48 @@ class LoRASettings:
             raise AdapterError("\n".join(problems))
 
     def make(self, name: str, in_dim: int, out_dim: int) -> nn.Module:
-        """Return the layer of this name, with an adapter if it is a target."""
+        """Return the layer of this name, with an adapter if it or a part of it is a target."""
         quantize = self.quantize_base and name != HEAD
+        adapter = self.lora_rank, int(self.lora_alpha), self.lora_dropout, quantize
         if name in self.lora_attn_modules or (name == HEAD and self.apply_lora_to_output):
             kind = DoRALinear if self.use_dora else LoRALinear
-            scale = self.lora_rank, int(self.lora_alpha)
-            return kind(in_dim, out_dim, *scale, self.lora_dropout, quantize)
+            return kind(in_dim, out_dim, *adapter)
+        if any(part in self.lora_attn_modules for part in PARTS.get(name, ())):
+            rows = _part_rows(name, in_dim, out_dim)
+            return MergedLoRALinear(in_dim, rows, self.lora_attn_modules, *adapter)
         return Linear(in_dim, out_dim, quantize)
 
     def _wrong_targets(self) -> list[str]:
         targets = list(self.lora_attn_modules)
-        problems = [_unknown_target(name) for name in targets if name not in TARGETS]
+        problems = [_unknown_target(n) for n in targets if n not in TARGETS and n not in FUSED]
+        problems += self._wrong_parts()
         if not targets and not self.apply_lora_to_output:
             problems.append(f"lora_attn_modules: empty, so nothing is trained. {_available()}")
-        in_mlp = any(name in MLP_TARGETS for name in targets)
+        mlp = [name for name in targets if FUSED.get(name, name) in MLP_TARGETS]
+        in_mlp = bool(mlp)
         if not problems and in_mlp != bool(self.apply_lora_to_mlp):
             problems.append(
                 f"apply_lora_to_mlp: {self.apply_lora_to_mlp} disagrees with lora_attn_modules "
                 f"{targets}. Set it to {in_mlp}, or {'drop' if in_mlp else 'add'} "
-                f"{' and '.join(MLP_TARGETS)}."
+                f"{' and '.join(mlp or MLP_TARGETS)}."
+            )
+        return problems
+
+    def _wrong_parts(self) -> list[str]:
+        given = [part for part in FUSED if part in self.lora_attn_modules]
+        problems = []
+        for fused in PARTS:
+            parts = [repr(part) for part in given if FUSED[part] == fused]
+            if parts and fused in self.lora_attn_modules:
+                problems.append(
+                    f"lora_attn_modules: {fused!r} and its part{'s' * (len(parts) > 1)} "
+                    f"{', '.join(parts)} would be adapted twice. Keep either."
+                )
+        if given and self.use_dora:
+            whole = ", ".join(repr(fused) for fused in dict.fromkeys(map(FUSED.get, given)))
+            problems.append(
+                "use_dora: True needs whole layers, but lora_attn_modules has "
+                f"{', '.join(map(repr, given))}. Use {whole}, or set use_dora to False."
             )
         return problems
 
@@ -87,17 +116,21 @@ class LoRASettings:
         return problems
 
 
+def _part_rows(fused: str, in_dim: int, out_dim: int) -> dict[str, int]:
+    """Return how many rows each part has; all query heads together are as wide as the model."""
+    first = in_dim if fused == "qkv_proj" else out_dim // 2
+    others = PARTS[fused][1:]
+    return {PARTS[fused][0]: first, **dict.fromkeys(others, (out_dim - first) // len(others))}
+
+
 def _unknown_target(name: str) -> str:
-    if name in SPLIT_NAMES:
-        return (
-            f"lora_attn_modules: {name!r} is not a layer of Phi-3, which fuses it into "
-            f"{SPLIT_NAMES[name]!r}. Use that. {_available()}"
-        )
+    if name in SYNONYMS:
+        return f"lora_attn_modules: {name!r} is called {SYNONYMS[name]!r} here. {_available()}"
     return f"lora_attn_modules: {name!r} matches no linear layer of a block. {_available()}"
 
 
 def _available() -> str:
-    return f"Available: {', '.join(TARGETS)}."
+    return f"Available: {', '.join(TARGETS)}, and the parts {', '.join(FUSED)}."
 
 
 def _is_whole(value: object) -> bool:

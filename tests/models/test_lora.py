@@ -105,7 +105,7 @@ def test_dropout_acts_in_training_only(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_attn_modules": ["q_proj"]}, "'q_proj' is not a layer.*'qkv_proj'.*Available: qkv"),
+        ({"lora_attn_modules": ["w2"]}, "'w2' is called 'down_proj' here.*Available: qkv"),
         ({"lora_attn_modules": ["foo"]}, "'foo' matches no linear layer.*Available: qkv_proj"),
         ({"lora_attn_modules": []}, "lora_attn_modules: empty"),
         ({"apply_lora_to_mlp": True}, r"apply_lora_to_mlp: True disagrees.*add gate_up_proj"),
@@ -122,7 +122,35 @@ def test_wrong_settings_are_refused(settings, message, tmp_path):
         lora_phi3(tmp_path, **{"lora_attn_modules": ["o_proj"], **settings})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"lora_attn_modules": ["v_proj", "qkv_proj", "q_proj"]},
+            r"lora_attn_modules: 'qkv_proj' and its parts 'q_proj', 'v_proj' .*Keep either",
+        ),
+        (
+            {"lora_attn_modules": ["up_proj", "gate_up_proj"], "apply_lora_to_mlp": True},
+            r"'gate_up_proj' and its part 'up_proj' .*Keep either",
+        ),
+        (
+            {"lora_attn_modules": ["o_proj", "k_proj"], "use_dora": True},
+            r"use_dora: True needs whole layers, but lora_attn_modules has 'k_proj'.*'qkv_proj'",
+        ),
+        ({"lora_attn_modules": ["up_proj"]}, "apply_lora_to_mlp: False disagrees.*Set it to True"),
+        ({"apply_lora_to_mlp": True}, "apply_lora_to_mlp: True disagrees"),
+        ({"lora_attn_modules": ["w1"]}, "'w1' is called 'gate_proj' here.*Available: qkv_proj"),
+        ({"lora_attn_modules": ["w3"]}, "'w3' is called 'up_proj' here"),
+        ({"lora_attn_modules": ["output_proj"]}, "'output_proj' is called 'o_proj' here"),
+    ],
+)
+def test_wrong_parts_of_layers_are_one_line_each(settings, message, tmp_path):
+    with pytest.raises(AdapterError, match=message) as caught:
+        lora_phi3(tmp_path, **{"lora_attn_modules": ["q_proj"], **settings})
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_all_wrong_settings_are_reported_at_once(tmp_path):
     with pytest.raises(AdapterError) as caught:
-        lora_phi3(tmp_path, ["q_proj", "foo"], lora_rank=0, lora_alpha=-1, lora_dropout=2)
+        lora_phi3(tmp_path, ["w1", "foo"], lora_rank=0, lora_alpha=-1, lora_dropout=2)
     assert len(str(caught.value).splitlines()) == 5

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
 
 import pytest
 import torch
@@ -19,12 +18,10 @@ from torch import Tensor
 from torchtune._recipe_registry import get_all_recipes
 from transformers import get_cosine_schedule_with_warmup
 
-from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
-from phi3_plugin.checkpoint.export import export_model
+from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.names import to_hf, to_peft
 from phi3_plugin.checkpoint.peft import load_adapter
-from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.targets import TARGETS
 from tests.own import (
     CONFIG,
@@ -32,20 +29,13 @@ from tests.own import (
     finished,
     full_config,
     merged,
-    metrics,
     own_run,
     started,
     tiny_inputs,
 )
+from tests.parity import VARIANTS, losses, peft_agrees, same_losses, same_weights
 
 pytestmark = pytest.mark.slow
-
-VARIANTS = {
-    "lora": (),
-    "dora": ("model.use_dora=True",),
-    "qlora": ("model.quantize_base=True",),
-    "qdora": ("model.quantize_base=True", "model.use_dora=True"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +51,6 @@ def cwd(inputs, tmp_path):
     for path in inputs.iterdir():
         (tmp_path / path.name).symlink_to(path)
     return tmp_path
-
-
-def same_losses(ours: Iterable[float], theirs: Iterable[float], rtol: float = 1e-6) -> None:
-    for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        assert one == pytest.approx(other, rel=rtol), f"step {step}"
-
-
-def same_weights(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """Compare norms: where B started at zero, single elements differ by AdamW's noise."""
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert (value - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
-
-
-def losses(folder) -> list[float]:
-    return [line["loss"] for line in metrics(folder)]
 
 
 def trained(model) -> dict[str, Tensor]:
@@ -187,22 +161,6 @@ def test_one_process_two_processes_and_accumulation_are_one_run(variant, replica
         same_losses(losses(other), losses(outputs[0]))
         same_weights(load_adapter(other / "final"), expected)
     peft_agrees(cwd, cwd / "two" / "final", "dora" in variant, "q" in variant)
-
-
-def peft_agrees(cwd, folder, dora, quantized):
-    """Compare logits over our base weights, which are dequantized where ours are NF4."""
-    keys = {"lora_rank": 16, "lora_alpha": 32, "use_dora": dora, "quantize_base": quantized}
-    ours = lora_phi3(cwd / "base", list(TARGETS), True, **keys).eval()
-    weights = load_base_weights(cwd / "base")
-    ours.load_state_dict({**weights, **load_adapter(folder)})
-    (cwd / "as_computed").mkdir()
-    state = ours.state_dict()
-    export_model(cwd / "as_computed", {name: state[name] for name in weights}, cwd / "base")
-    peft = load_with_peft(cwd / "as_computed", folder)
-    batch = torch.randint(0, 400, (2, 30))
-    with torch.no_grad():
-        theirs = peft(input_ids=batch).logits
-        torch.testing.assert_close(ours(batch), theirs, rtol=0, atol=1e-5)
 
 
 def test_full_fine_tuning_ends_in_a_folder_that_transformers_loads(cwd):

@@ -1,0 +1,117 @@
+"""Adapters on parts of the fused layers, trained by our recipe and by torchtune's."""
+
+import shutil
+
+import pytest
+import torch
+
+from phi3_plugin.checkpoint.check import load_with_peft
+from phi3_plugin.checkpoint.export import export_model, load_trained
+from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.peft import load_adapter
+from phi3_plugin.errors import CheckpointError
+from phi3_plugin.models import lora_phi3
+from tests.own import TINY, finished, own_run, started, tiny_inputs
+from tests.parity import losses, same_losses, same_weights
+from tests.resumed import RUN, assert_same_end, leave_until, train
+from tests.stock import tune_run
+
+pytestmark = pytest.mark.slow
+
+PARTS = ["q_proj", "v_proj", "o_proj", "up_proj"]
+# torchtune's recipes look for these names in those of the parameters; `v_proj` and `up_proj` are
+# found in `qkv_proj` and `gate_up_proj` by accident, these are not.
+OTHERS = ["q_proj", "k_proj", "gate_proj"]
+
+
+def modules(names):
+    return f"model.lora_attn_modules=[{','.join(names)}]"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
+
+
+@pytest.fixture
+def cwd(inputs, tmp_path):
+    for name in ("base", "rows.jsonl"):
+        (tmp_path / name).symlink_to(inputs / name)
+    return tmp_path
+
+
+def peft_agrees(cwd, folder, names, quantized=False):
+    """Compare logits over our base weights, which are dequantized where ours are NF4."""
+    keys = {"lora_rank": 16, "lora_alpha": 32, "quantize_base": quantized}
+    ours = lora_phi3(cwd / "base", names, True, **keys).eval()
+    weights = load_base_weights(cwd / "base")
+    ours.load_state_dict({**weights, **load_trained(folder, cwd / "base")})
+    (cwd / "as_computed").mkdir()
+    state = ours.state_dict()
+    export_model(cwd / "as_computed", {name: state[name] for name in weights}, cwd / "base")
+    peft = load_with_peft(cwd / "as_computed", folder)
+    batch = torch.randint(0, 400, (2, 30))
+    with torch.no_grad():
+        theirs = peft(input_ids=batch).logits
+        torch.testing.assert_close(ours(batch), theirs, rtol=0, atol=1e-5)
+        with peft.disable_adapter():
+            assert (peft(input_ids=batch).logits - theirs).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+def test_one_process_and_two_are_one_run_that_peft_computes(quantized, cwd):
+    settings = (*TINY, modules(PARTS), f"model.quantize_base={quantized}", "batch_size=1")
+    settings += ("max_steps=8", "optimizer.lr=5e-3")
+    one = finished(*settings, "gradient_accumulation_steps=4", "output_dir=one", cwd=cwd)
+    two = ("gradient_accumulation_steps=2", "output_dir=two")
+    done = own_run(*settings, *two, cwd=cwd, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(one)) == 8
+    same_losses(losses(cwd / "two"), losses(one))
+    same_weights(load_adapter(cwd / "two" / "final"), load_adapter(one / "final"))
+    peft_agrees(cwd, cwd / "two" / "final", PARTS, quantized)
+
+
+@pytest.mark.parametrize("more", [(), ("dtype=bf16", "lora_plus_ratio=4")], ids=["fp32", "bf16"])
+def test_a_stopped_run_ends_in_the_same_bits(more, cwd):
+    settings = (modules(PARTS), "epochs=1", *more)
+    train(cwd, *settings)
+    (cwd / "again").mkdir()
+    for name in ("base", "rows.jsonl"):
+        (cwd / "again" / name).symlink_to(cwd / name)
+    leave_until(1, cwd / "out", cwd / "again" / "out")
+    recipe = train(cwd / "again", *settings, "resume=auto")
+    assert recipe.found.folder.name == "step_000001"
+    assert_same_end(cwd / "again" / "out", cwd / "out")
+
+
+def test_a_resume_with_other_parts_is_one_clear_error(cwd):
+    train(cwd, modules(PARTS), "epochs=1")
+    message = "rank 16 on o_proj, q_proj, up_proj, v_proj, but the model has LoRA of rank 16 on g"
+    other = modules(["q_proj", "gate_up_proj"])
+    with (
+        pytest.raises(CheckpointError, match=message),
+        started(*RUN, other, "resume=auto", cwd=cwd),
+    ):
+        pass
+
+
+def test_torchtunes_recipe_trains_saves_and_resumes(cwd):
+    settings = ("--config", "phi3_mini_lora", *TINY, modules(OTHERS), "epochs=2", "batch_size=2")
+    settings += ("gradient_accumulation_steps=2", "optimizer.lr=5e-3", "output_dir=out")
+    done = tune_run(*settings, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    peft_agrees(cwd, cwd / "out" / "epoch_1", OTHERS)
+    expected = load_adapter(cwd / "out" / "epoch_1")
+    shutil.rmtree(cwd / "out" / "epoch_1")
+
+    told = ("checkpointer.lora_attn_modules=${model.lora_attn_modules}", modules(["up_proj"]))
+    done = tune_run(*settings, "resume_from_checkpoint=True", *told, cwd=cwd)
+    assert done.returncode != 0
+    assert "lora_attn_modules: ['up_proj'], but out/epoch_0 was saved from a" in done.stderr
+    assert "Traceback" not in done.stderr
+
+    done = tune_run(*settings, "resume_from_checkpoint=True", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    again = load_adapter(cwd / "out" / "epoch_1")
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
