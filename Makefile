@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: setup demo demo-distributed test check
+.PHONY: setup demo demo-distributed test test-all check
 
 setup: $(STAMP)
 
@@ -22,11 +22,16 @@ demo-distributed: setup
 	$(BIN)/python -m phi3_plugin.recipes.phi3_demo --processes 2
 
 # Two tests at a time, one thread each: most of them wait for a process of their own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not exhaustive"
+
+test-all: setup
+	$(PYTEST)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"

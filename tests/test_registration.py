@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.chosen import some
+
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NAMES = [file.stem for file in CONFIGS]
 RECIPE, DISTRIBUTED = "lora_finetune_single_device", "lora_finetune_distributed"
@@ -181,7 +183,7 @@ def test_a_slash_path_runs_our_recipe_from_any_folder(tmp_path, torchrun):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("file", some(CONFIGS, quick={"phi3_mini_lora", "phi3_mini_full_8gpu"}))
 def test_run_reaches_the_recipe_and_shows_our_error_as_one_line(file, tmp_path):
     recipe = recipes_of(file)[0]
     keys = ("checkpoint_dir=absent", "output_dir=out", "dataset.source=chats.jsonl")

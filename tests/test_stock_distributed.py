@@ -10,6 +10,7 @@ from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.targets import TARGETS
+from tests.chosen import some
 from tests.stock import gsm8k, tiny_checkpoint, torchrun_stock
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow]
@@ -56,7 +57,7 @@ def run(inputs, cwd, *settings):
     return cwd / "out"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", some(VARIANTS, quick={"lora", "qdora"}))
 def test_two_processes_resume_and_peft(variant, inputs, tmp_path):
     settings = VARIANTS[variant]
     out = run(inputs, tmp_path / "whole", *settings)

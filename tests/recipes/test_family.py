@@ -8,6 +8,7 @@ import torch
 from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.peft import load_adapter
+from tests.chosen import some
 from tests.oracles import hf_model
 from tests.own import TINY, finished, full_config, own_run, tiny_inputs
 from tests.parity import VARIANTS, losses, peft_agrees, same_losses, same_weights
@@ -24,7 +25,7 @@ LIKE = {
 }
 
 
-@pytest.fixture(scope="module", params=LIKE)
+@pytest.fixture(scope="module", params=some(LIKE, quick={"phi-4-mini"}))
 def inputs(request, tmp_path_factory):
     folder = tiny_inputs(tmp_path_factory.mktemp("inputs"), rows=11)
     full_config(folder)
@@ -65,7 +66,7 @@ def both(cwd, settings, **config):
     return alone, cwd / "two"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", some(VARIANTS, quick={"lora", "qdora"}))
 def test_adapters_train_alike_on_one_process_and_two_and_peft_agrees(variant, cwd):
     recompute = f"enable_activation_checkpointing={variant == 'qlora'}"
     one, two = both(cwd, (*TINY, *VARIANTS[variant], recompute, "epochs=2"))

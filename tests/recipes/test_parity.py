@@ -23,6 +23,7 @@ from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.names import to_hf, to_peft
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.models.targets import TARGETS
+from tests.chosen import some
 from tests.own import (
     CONFIG,
     TINY,
@@ -143,7 +144,11 @@ def test_the_run_is_that_of_torchtunes_recipe(variant, cwd, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variant", "replicas"), [*((variant, 1) for variant in VARIANTS), ("lora", 2), ("qdora", 2)]
+    ("variant", "replicas"),
+    some(
+        [*((variant, 1) for variant in VARIANTS), ("lora", 2), ("qdora", 2)],
+        quick={("lora", 1), ("qdora", 1), ("lora", 2)},
+    ),
 )
 def test_one_process_two_processes_and_accumulation_are_one_run(variant, replicas, cwd):
     settings = (*TINY, *VARIANTS[variant], "epochs=3")
@@ -186,9 +191,10 @@ def test_full_fine_tuning_ends_in_a_folder_that_transformers_loads(cwd):
 
 
 BF16 = [(variant, adapters) for variant in VARIANTS for adapters in ("null", "fp32")]
+BF16_QUICK = {("lora", "null"), ("dora", "fp32"), ("qlora", "fp32")}
 
 
-@pytest.mark.parametrize(("variant", "adapters"), BF16)
+@pytest.mark.parametrize(("variant", "adapters"), some(BF16, quick=BF16_QUICK))
 def test_bf16_learns_with_adapters_in_either_precision(variant, adapters, cwd):
     settings = (*TINY, *VARIANTS[variant], "dtype=bf16", f"adapter_dtype={adapters}")
     settings += ("epochs=3", "optimizer.lr=0.01", "batch_size=1")
@@ -197,7 +203,7 @@ def test_bf16_learns_with_adapters_in_either_precision(variant, adapters, cwd):
     assert seen[-1] < seen[0] / 2
     kinds = {value.dtype for value in load_adapter(cwd / "one" / "final").values()}
     assert kinds == {torch.float32 if adapters == "fp32" else torch.bfloat16}
-    if (variant, adapters) in (("lora", "null"), ("dora", "fp32"), ("qlora", "fp32")):
+    if (variant, adapters) in BF16_QUICK:
         two = ("gradient_accumulation_steps=2", "output_dir=two")
         done = own_run(*settings, *two, cwd=cwd, processes=2)
         assert done.returncode == 0, done.stderr
