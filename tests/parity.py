@@ -1,15 +1,15 @@
 """Whether two runs are the same, and whether PEFT computes what was trained."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from phi3_plugin.checkpoint.check import load_with_peft
-from phi3_plugin.checkpoint.export import export_model
+from phi3_plugin.checkpoint.export import export_model, load_trained
 from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.targets import TARGETS
 from tests.own import metrics
@@ -38,12 +38,22 @@ def losses(folder) -> list[float]:
     return [line["loss"] for line in metrics(folder)]
 
 
-def peft_agrees(cwd, folder, dora, quantized):
-    """Compare logits over our base weights, which are dequantized where ours are NF4."""
+def peft_agrees(
+    cwd: Path,
+    folder: Path,
+    names: Sequence[str] = TARGETS,
+    *,
+    dora: bool = False,
+    quantized: bool = False,
+) -> float:
+    """Compare logits over our base weights, which are dequantized where ours are NF4.
+
+    Returns how far the adapter moves them from the base's.
+    """
     keys = {"lora_rank": 16, "lora_alpha": 32, "use_dora": dora, "quantize_base": quantized}
-    ours = lora_phi3(cwd / "base", list(TARGETS), True, **keys).eval()
+    ours = lora_phi3(cwd / "base", list(names), True, **keys).eval()
     weights = load_base_weights(cwd / "base")
-    ours.load_state_dict({**weights, **load_adapter(folder)})
+    ours.load_state_dict({**weights, **load_trained(folder, cwd / "base")})
     (cwd / "as_computed").mkdir()
     state = ours.state_dict()
     export_model(cwd / "as_computed", {name: state[name] for name in weights}, cwd / "base")
@@ -52,3 +62,5 @@ def peft_agrees(cwd, folder, dora, quantized):
     with torch.no_grad():
         theirs = peft(input_ids=batch).logits
         torch.testing.assert_close(ours(batch), theirs, rtol=0, atol=1e-5)
+        with peft.disable_adapter():
+            return (peft(input_ids=batch).logits - theirs).abs().max().item()

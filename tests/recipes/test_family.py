@@ -71,7 +71,7 @@ def test_adapters_train_alike_on_one_process_and_two_and_peft_agrees(variant, cw
     recompute = f"enable_activation_checkpointing={variant == 'qlora'}"
     one, two = both(cwd, (*TINY, *VARIANTS[variant], recompute, "epochs=2"))
     same_weights(load_adapter(two / "final"), load_adapter(one / "final"))
-    peft_agrees(cwd, two / "final", "dora" in variant, "q" in variant)
+    peft_agrees(cwd, two / "final", dora="dora" in variant, quantized="q" in variant)
 
 
 def test_all_weights_do_too(cwd):

@@ -165,7 +165,7 @@ def test_one_process_two_processes_and_accumulation_are_one_run(variant, replica
     for other in (outputs[1], cwd / "two"):
         same_losses(losses(other), losses(outputs[0]))
         same_weights(load_adapter(other / "final"), expected)
-    peft_agrees(cwd, cwd / "two" / "final", "dora" in variant, "q" in variant)
+    peft_agrees(cwd, cwd / "two" / "final", dora="dora" in variant, quantized="q" in variant)
 
 
 def test_full_fine_tuning_ends_in_a_folder_that_transformers_loads(cwd):
