@@ -132,9 +132,9 @@ def count(outcomes: Outcomes, *kinds: str) -> int:
     return sum(kind in kinds for kind, _ in outcomes.values())
 
 
-def setting() -> str:
-    """Return a line on what all environments share."""
-    found = versions(Path(sys.executable), "torch", "torchtune")
+def setting(*packages: str) -> str:
+    """Return a line on what all environments share: Python, torch, torchtune and these packages."""
+    found = versions(Path(sys.executable), "torch", "torchtune", *packages)
     shared = [f"{name} {version}" for name, version in found.items()]
     python = ".".join(map(str, sys.version_info[:3]))
     return f"{time.strftime('%Y-%m-%d')}: Python {python}, {', '.join(shared)}"

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType, TracebackType
 
-# The torchtune recipes that list a config of ours; "*" stands for every config not named here.
+# The recipes that list a config of ours, beside those that take every one; "*" stands for every
+# config not named here.
 _RECIPES_OF = {
     "*": ("lora_finetune_single_device", "lora_finetune_distributed", "phi3_lora_finetune"),
     "phi3_demo": ("lora_finetune_single_device", "phi3_lora_finetune"),
@@ -42,7 +43,12 @@ _RECIPES_OF = {
 }
 
 # Our own recipes: the name for `tune run`, and the module it runs.
-_OUR_RECIPES = {"phi3_lora_finetune": "lora_finetune"}
+_OUR_RECIPES = {
+    "phi3_lora_finetune": "lora_finetune",
+    "phi3_inspect_data": "phi3_inspect_data",
+}
+_TAKE_EVERY_CONFIG = ("phi3_inspect_data",)
+_ONE_PROCESS = ("phi3_inspect_data",)
 
 _NF4_OLD = "torchao.dtypes.nf4tensor"
 _NF4_NEW = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
@@ -175,12 +181,12 @@ def _register(registry: ModuleType) -> None:
     """Append our recipes, and our configs to the recipes that run them, as absolute paths."""
     registered = registry.get_all_recipes()
     registered.extend(
-        registry.Recipe(name=name, file_path=str(file), configs=[], supports_distributed=True)
+        registry.Recipe(name, str(file), configs=[], supports_distributed=name not in _ONE_PROCESS)
         for name, file in _recipe_files().items()
     )
     recipes = {recipe.name: recipe for recipe in registered}
     for name, file in _config_files().items():
-        for recipe in _RECIPES_OF.get(name, _RECIPES_OF["*"]):
+        for recipe in (*_RECIPES_OF.get(name, _RECIPES_OF["*"]), *_TAKE_EVERY_CONFIG):
             recipes[recipe].configs.append(registry.Config(name=name, file_path=str(file)))
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
-from torchtune.config._utils import _get_component_from_path
 
 from phi3_plugin.checkpoint import run
 from phi3_plugin.checkpoint.export import export_adapter, export_model, load_trained
@@ -29,20 +28,16 @@ from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models.lora import initial_adapter
 from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.train import settings as strict
+from phi3_plugin.train.feed import build, make_feed
 from phi3_plugin.train.losses import SummedCrossEntropy
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import check_shards
-from phi3_plugin.train.order import Order, hold_out, shares
+from phi3_plugin.train.order import shares
 from phi3_plugin.train.prepare import DTYPES, is_adapted, parameter_groups, prepare
 from phi3_plugin.train.samples import answers
 from phi3_plugin.train.step import train_step, validate
 from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
-
-
-def build(section: dict[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """Instantiate a section of the YAML; None stays None."""
-    return section and config.instantiate(OmegaConf.create(section), *args, **kwargs)
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -70,7 +65,7 @@ class Finetune:
         self.setup_model()
         self.setup_optimizer()
         asked = s.sample_prompts, self.world.device
-        self.answer = partial(answers, self.model, self.tokenizer, *asked)
+        self.answer = partial(answers, self.model, self.feed.tokenizer, *asked)
         self.before = self.answer()
         torch.manual_seed(s.seed + self.world.rank)
         self.world.same("dataset", self.order.identity)
@@ -106,7 +101,7 @@ class Finetune:
     def finish(self) -> None:
         """Save once more: the result, or a step that an interrupted run goes on from."""
         interrupted = self.stop.interrupted and self.step < self.total_steps
-        if self.order_val and self.validated < self.step == self.total_steps:
+        if self.feed.order_val and self.validated < self.step == self.total_steps:
             self.validate()
         folder = self.save(run.step_name(self.step) if interrupted else run.FINAL)
         self.saver.wait()
@@ -120,20 +115,8 @@ class Finetune:
 
     def setup_data(self) -> None:
         """Tokenize, split and order the samples."""
-        s = self.s
-        self.tokenizer = tokenizer = build(s.tokenizer)
-        dataset, held_out = hold_out(build(s.dataset, tokenizer), s.val_fraction, s.seed)
-        held_out = held_out or build(s.dataset_val, tokenizer)
-        packed = s.dataset.get("packed", False)
-        name = "torchtune.data.padded_collate_packed" if packed else s.collate_fn
-        padding = {} if packed else {"padding_idx": tokenizer.pad_id}
-        self.collate = partial(_get_component_from_path(name), **padding)
-        sizes = {"batch_size": s.batch_size, "processes": self.world.size, "seed": s.seed}
-        times = s.gradient_accumulation_steps
-        self.order = Order(dataset, accumulation=times, shuffle=s.shuffle, **sizes)
-        self.order_val = held_out and Order(held_out, accumulation=1, shuffle=False, **sizes)
-        steps = s.epochs * self.order.steps_per_epoch
-        self.total_steps = min(steps, s.max_steps or steps)
+        self.feed = feed = make_feed(self.s, self.world.size)
+        self.order, self.collate, self.total_steps = feed.order, feed.collate, feed.total_steps
 
     def setup_model(self) -> None:
         """Build, shard and fill the model."""
@@ -170,7 +153,7 @@ class Finetune:
 
     def validate(self) -> None:
         """Measure the loss on held-out data; keep the best, and stop if it stays behind."""
-        batches = shares(self.order_val, self.world.rank, self.collate)
+        batches = shares(self.feed.order_val, self.world.rank, self.feed.collate_val)
         loss, tokens = validate(self.world, self.model, self.loss, batches)
         self.monitor.validation(self.step, loss, tokens)
         self.validated = self.step

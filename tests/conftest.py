@@ -11,6 +11,12 @@ from tests.assets import assets_dir
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants the network is a mistake
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Keep the user's cache of tokenized data out of the tests, and the tests out of it."""
+    os.environ["PHI3_PLUGIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def fresh_python(tmp_path):
     """Run code in a new interpreter, in an empty folder, and return what it printed."""

@@ -3,6 +3,8 @@
 The only module that imports transformers and peft; both come with ``phi3-plugin[hf]``.
 """
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,43 @@ def load_with_peft(
             f"unexpected {sorted(stored - places)}."
         )
     return model.eval()
+
+
+def hf_ids(
+    checkpoint_dir: str | Path, conversations: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[tuple[list[int], list[bool]]]:
+    """Return what ``transformers`` makes of conversations: ids, and which of them are trained on.
+
+    It has no mask for templates such as Phi-3's, so that is worked out from its own texts: what a
+    message says stands behind the text of those before it with an open header, and counts with
+    the added token that follows.
+
+    Args:
+        checkpoint_dir: Folder with the tokenizer and its template.
+        conversations: Messages with ``role`` and ``content``; ``trained`` where they are to count.
+    """
+    tokenizer = hf_tokenizer(checkpoint_dir)
+    return [_hf_tokens(tokenizer, messages) for messages in conversations]
+
+
+def _hf_tokens(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]]
+) -> tuple[list[int], list[bool]]:
+    plain = [{k: v for k, v in message.items() if k != "trained"} for message in messages]
+    text = tokenizer.apply_chat_template(plain, tokenize=False)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
+    ends = re.compile(rf"\s*({'|'.join(map(re.escape, added))})")
+    spans = list[tuple[int, int]]()
+    for i, message in enumerate(messages):
+        if message.get("trained"):
+            asked = tokenizer.apply_chat_template(
+                plain[:i], tokenize=False, add_generation_prompt=True
+            )
+            said = len(asked) + len(message["content"])
+            end = ends.match(text, said)
+            spans.append((len(asked), end.end() if end else said))
+    starts = [start for start, _ in tokens["offset_mapping"]]
+    trained = [any(first <= start < last for first, last in spans) for start in starts]
+    ids = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+    return list(ids), trained

@@ -1,48 +1,42 @@
 """The chat data set: rows in, tokens and labels out, ready for torchtune's collate functions."""
 
-import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from torchtune.datasets import PackedDataset
-from torchtune.utils import log_rank_zero
 
-from phi3_plugin.data.encoder import Tokens
-from phi3_plugin.data.files import Row
-from phi3_plugin.data.formats import Format, pick_format
-from phi3_plugin.data.lessons import NOTHING, Lesson, make_lesson
-from phi3_plugin.data.options import check_switch
-from phi3_plugin.data.packing import pack
-from phi3_plugin.data.sources import read_rows
-from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
-from phi3_plugin.data.turns import Turn
-from phi3_plugin.errors import ConfigError, DataError
+from phi3_plugin.data.cache import cached
+from phi3_plugin.data.findings import Findings
+from phi3_plugin.data.options import check_choice, check_share, check_switch
+from phi3_plugin.data.packing import Packs
+from phi3_plugin.data.reading import Reading, judge, make_reading
+from phi3_plugin.data.selection import held_out as held_out_of
+from phi3_plugin.data.selection import repeats
+from phi3_plugin.data.store import Store
+from phi3_plugin.data.tokenizer import Phi3Tokenizer
+from phi3_plugin.errors import ConfigError
 
 IGNORED = -100
 """Label of a token that the loss does not count."""
 
-BATCH = 1024
-"""Conversations tokenized at once: enough to keep all cores busy, little to hold in memory."""
-
-LISTED = 10
-"""How many broken rows an error lists, and how many first rows tell the format."""
-
-logger = logging.getLogger(__name__)
+PARTS = ("train", "held_out")
+BAD_ROWS = ("error", "drop")
 
 
 class ChatDataset(Dataset[dict[str, list[int]]]):
-    """Tokenized conversations, held as one int32 array of ids and one of labels each."""
+    """Tokenized conversations, read from a store one by one."""
 
-    def __init__(self, chats: Sequence[Tokens]) -> None:
-        """Keep the conversations; see :func:`chat_dataset`."""
-        self._samples = [(chat.ids, _labels(chat)) for chat in chats]
+    def __init__(self, store: Store, chosen: NDArray[np.int64]) -> None:
+        """Choose samples of a store, [N]; see :func:`chat_dataset`."""
+        self.store, self.chosen = store, chosen
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.chosen)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         """Return ``tokens`` and ``labels``, each [S].
@@ -51,133 +45,198 @@ class ChatDataset(Dataset[dict[str, list[int]]]):
         not trained. The first is always -100, so in a pack nothing is predicted across the
         border of two conversations.
         """
-        tokens, labels = self._samples[index]
+        tokens, labels = self.arrays(index)
         return {"tokens": tokens.tolist(), "labels": labels.tolist()}
+
+    def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return tokens and labels as arrays, each [S]."""
+        tokens = self.store.read(int(self.chosen[index]))
+        return tokens.ids, np.where(tokens.trained, tokens.ids, np.int32(IGNORED))
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each sample, [N]."""
+        return self._column("length")
+
+    @property
+    def labelled(self) -> NDArray[np.int32]:
+        """Tokens of each sample that are trained on, [N]."""
+        return self._column("labelled")
+
+    @property
+    def full(self) -> NDArray[np.int32]:
+        """Tokens of each sample before it was cut, [N]."""
+        return self._column("full")
+
+    @property
+    def groups(self) -> NDArray[np.uint64]:
+        """Samples of equal value must not be split between training and validation, [N]."""
+        return self._column("group")
+
+    @property
+    def lost(self) -> NDArray[np.int32]:
+        """Tokens of each conversation that was dropped because of its length."""
+        return self.store.lost
+
+    @property
+    def findings(self) -> Findings:
+        """What was noticed about the rows, also about those that gave no sample."""
+        return self.store.findings
+
+    @property
+    def rows(self) -> int:
+        """Rows that were read."""
+        return self.store.rows
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all tokens and labels in their order."""
+        digest = hashlib.sha256(self.store.digest.encode())
+        digest.update(self.chosen.tobytes())
+        return str(digest.hexdigest()[:16])
+
+    def places(self, index: int) -> str:
+        """Return where a sample was read, as in ``chats.jsonl:7``."""
+        return self.store.places[int(self.chosen[index])]
+
+    def select(self, indices: NDArray[np.int64]) -> "ChatDataset":
+        """Return the data set of some of the samples, in the given order."""
+        return ChatDataset(self.store, self.chosen[indices])
+
+    def hold_out(self, share: float, seed: int) -> tuple["ChatDataset", "ChatDataset"]:
+        """Split into what is trained on and what is held out, groups whole.
+
+        Args:
+            share: Of the samples that is held out.
+            seed: Decides which.
+
+        Raises:
+            DataError: Nothing would be left to train on.
+        """
+        held = held_out_of(self.groups, share, seed)
+        return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
+
+    def _column(self, name: str) -> NDArray[Any]:
+        values: NDArray[Any] = self.store.samples[name][self.chosen]
+        return values
 
 
 def chat_dataset(
     tokenizer: Phi3Tokenizer,
-    source: str | Path | None = None,
+    source: Any = None,
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     split: str = "train",
     subset: str | None = None,
+    streaming: bool = False,
+    filter: str | None = None,
+    max_samples: int | None = None,
+    tool_calls: str | None = None,
     system_prompt: str | None = None,
     train_on: str = "assistant",
+    truncate: str = "right",
+    add_eos: bool = False,
+    bad_rows: str = "error",
+    group_by: str | None = None,
+    held_out: float = 0.0,
+    part: str = "train",
+    seed: int = 0,
     packed: bool = False,
-) -> ChatDataset | PackedDataset:
+    split_documents: bool = False,
+    cache_dir: str | Path | None = None,
+) -> ChatDataset | Packs:
     """Read, check and tokenize conversations.
 
     Args:
         tokenizer: Tokenizer of the checkpoint.
-        source: A .json, .jsonl, .csv (each also as .gz) or .parquet file, a folder of them, a
-            glob, or a name on the hub.
+        source: A .json, .jsonl, .csv (each also as .gz), .parquet or .arrow file, a folder of
+            them, a glob, or a name on the hub; or a list of these, or of dictionaries with the
+            keys of :class:`phi3_plugin.data.sources.Source`.
         format: How rows are read, see :data:`phi3_plugin.data.formats.FORMATS`; by default
             recognized from the first rows.
         columns: Role to column name, for rows that no format fits.
         split: Which part of a hub data set.
         subset: The configuration of a hub data set that has several.
+        streaming: Read a hub data set without downloading it first.
+        filter: Expression over a row's columns; rows for which it is not true are left out.
+        max_samples: Take the first so many rows.
+        tool_calls: How a message's ``tool_calls`` are written: a text with one ``{}`` for them.
         system_prompt: Put in front of every conversation that has no system message; one that
             has any keeps its own. An empty text is an empty system message, which the template
             may leave out; None adds none.
-        train_on: "assistant": what the assistant says and the token that ends it. "last": the
-            last such turn only. "all": every token but the first, user text, roles and whatever
-            the template ends with among them; conversations need no assistant turn then.
+        train_on: "assistant": what the assistant says and the token that ends it, unless the
+            message has a weight of 0 or ``train: false``. "last": the last such turn only.
+            "marked": the messages with a weight of 1 or ``train: true``. "all": every token but
+            the first, user text, roles and whatever the template ends with among them;
+            conversations need no assistant turn then.
+        truncate: What becomes of conversations longer than ``tokenizer.max_seq_len``, see
+            :mod:`phi3_plugin.data.truncation`.
+        add_eos: Put the end-of-text token at the end of conversations whose template does not.
+            It is trained on as the template's own is: only with ``train_on: all``.
+        bad_rows: "error": rows that cannot be used stop the run. "drop": they are counted.
+        group_by: A column; rows with the same value stay together when data is held out. By
+            default rows do whose conversations start alike.
+        held_out: Share of the samples that is held out.
+        part: "train", or "held_out" for the other part.
+        seed: Decides what is held out, what weights take, and the packs.
         packed: Fill rows of ``tokenizer.max_seq_len`` tokens with several conversations.
+        split_documents: Cut conversations where a pack is full, instead of keeping them whole.
+        cache_dir: Where tokenized data is kept, see :func:`phi3_plugin.data.cache.cached`.
 
     Raises:
         ConfigError: An option is missing or does not fit the others.
         MissingFileError: A local source is not there.
         DataError: Rows are broken (all are counted, the first ones listed), their format is
             not known, or nothing is left to train on.
+        OutputError: The tokenized data cannot be written.
     """
-    check_switch("dataset.packed", packed)
-    limit = tokenizer.max_seq_len
-    if packed and limit is None:
+    _check(locals())
+    common: dict[str, Any] = {"format": format, "columns": columns, "split": split}
+    common |= {"subset": subset, "streaming": streaming}
+    common |= {"filter": filter, "max_samples": max_samples}
+    reading = make_reading(
+        tokenizer,
+        source,
+        common,
+        tool_calls=tool_calls,
+        group_by=group_by,
+        lesson=(train_on, system_prompt, add_eos),
+        truncate=truncate,
+    )
+    store = cached(cache_dir, reading.settings, reading.write)
+    judge(store, reading, drop=bad_rows == "drop")
+    dataset = ChatDataset(store, _weighted(store, reading, seed))
+    if held_out:
+        dataset = dataset.hold_out(held_out, seed)[PARTS.index(part)]
+    if not packed or tokenizer.max_seq_len is None:
+        return dataset
+    size, pad = tokenizer.max_seq_len, tokenizer.pad_id
+    return Packs(dataset, size, pad, seed=seed, split_documents=split_documents)
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    for name in ("packed", "split_documents", "streaming"):
+        check_switch(f"dataset.{name}", given[name])
+    check_choice("dataset.bad_rows", given["bad_rows"], BAD_ROWS)
+    check_choice("dataset.part", given["part"], PARTS)
+    check_share("dataset.held_out", given["held_out"])
+    if type(given["seed"]) is not int or given["seed"] < 0:
+        raise ConfigError(f"dataset.seed: {given['seed']!r} must be a whole number from 0.")
+    if given["packed"] and given["tokenizer"].max_seq_len is None:
         raise ConfigError(
             "dataset.packed: True needs the length of a pack. Set tokenizer.max_seq_len."
         )
-    lesson = make_lesson(train_on, system_prompt)
-    rows = read_rows(source, split=split, subset=subset)
-    chats = _read_chats(rows, _format(rows, source, format, columns), lesson)
-    tokens = _tokenize(tokenizer, [row.where for row in rows], chats)
-    dataset = ChatDataset(_kept([lesson.mark(chat) for chat in tokens], lesson, limit, source))
-    return pack(dataset, limit, tokenizer.pad_id) if packed and limit else dataset
+    if given["part"] == "held_out" and not given["held_out"]:
+        raise ConfigError("dataset.part: held_out needs dataset.held_out, a share above 0.")
+    if given["split_documents"] and not given["packed"]:
+        raise ConfigError("dataset.split_documents: True needs dataset.packed=True.")
 
 
-def _format(
-    rows: Sequence[Row],
-    source: str | Path | None,
-    name: str | None,
-    columns: Mapping[str, str] | None,
-) -> Format:
-    readable = [row.value for row in rows if not isinstance(row.value, DataError)]
-    if not readable:
-        _raise_problems([f"{where}: {error}" for where, error in rows], len(rows))
-    try:
-        return pick_format(name, columns, readable[:LISTED])
-    except DataError as error:
-        raise DataError(f"dataset.source: {source}: {error}") from error
-
-
-def _read_chats(rows: Sequence[Row], format: Format, lesson: Lesson) -> list[list[Turn]]:
-    chats, problems = [], []
-    for where, value in rows:
-        try:
-            if isinstance(value, DataError):
-                raise value
-            chats.append(lesson.prepare(format.read(value)))
-        except DataError as error:
-            problems.append(f"{where}: {error}")
-    _raise_problems(problems, len(rows))
-    return chats
-
-
-def _raise_problems(problems: Sequence[str], total: int) -> None:
-    if not problems:
-        return
-    more = len(problems) - LISTED
-    listed = [*problems[:LISTED], *([f"and {more} more"] if more > 0 else [])]
-    raise DataError(
-        f"dataset.source: {len(problems)} of {total} rows cannot be used. Correct or remove "
-        "them:\n  " + "\n  ".join(listed)
-    )
-
-
-def _tokenize(
-    tokenizer: Phi3Tokenizer, places: Sequence[str], chats: Sequence[Sequence[Turn]]
-) -> list[Tokens]:
-    tokens, problems, dropped = list[Tokens](), list[str](), Counter[str]()
-    for start in range(0, len(chats), BATCH):
-        rendered = []
-        for i in range(start, min(start + BATCH, len(chats))):
-            try:
-                rendered.append(tokenizer.render(chats[i]))
-            except DataError as error:
-                problems.append(f"{places[i]}: {error}")
-        dropped.update(name for chat in rendered for name in chat.dropped)
-        if not problems:
-            tokens += tokenizer.encode_chats(rendered, tokenizer.max_seq_len)
-    _raise_problems(problems, len(chats))
-    warn_of_dropped(dropped)
-    return tokens
-
-
-def _kept(
-    chats: Sequence[Tokens], lesson: Lesson, limit: int | None, source: str | Path | None
-) -> list[Tokens]:
-    kept = [chat for chat in chats if chat.trained.any()]
-    dropped = (
-        f"dropped {len(chats) - len(kept)} of {len(chats)} conversations: "
-        f"{NOTHING[lesson.train_on]} within tokenizer.max_seq_len: {limit}"
-    )
-    if not kept:
-        raise DataError(f"dataset.source: {source}: {dropped}. Raise it.")
-    if len(kept) < len(chats):
-        log_rank_zero(logger, dropped, logging.WARNING)
-    return kept
-
-
-def _labels(chat: Tokens) -> NDArray[np.int32]:
-    return np.where(chat.trained, chat.ids, np.int32(IGNORED)).astype(np.int32)
+def _weighted(store: Store, reading: Reading, seed: int) -> NDArray[np.int64]:
+    counts = np.ones(len(store.samples), dtype=np.int64)
+    for number, source in enumerate(reading.sources):
+        if source.weight != 1:
+            mine = np.flatnonzero(store.samples["source"] == number)
+            counts[mine] = repeats(source.weight, store.samples["row"][mine], seed + number)
+    return np.repeat(np.arange(len(counts)), counts)

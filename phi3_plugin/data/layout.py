@@ -7,6 +7,8 @@ own. The layout depends only on the shape of a conversation: who speaks, what is
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from phi3_plugin.data.turns import Turn
@@ -42,40 +44,86 @@ class Slot(NamedTuple):
     tail: bool = True
     """Whether white space after the text is kept."""
 
-    def fill(self, text: str) -> Piece:
-        """Put a text in."""
+    def fill(self, turns: Sequence[Turn]) -> Piece:
+        """Put the conversation's text in."""
+        return Piece(self.said(turns), self.trained, said=True)
+
+    def said(self, turns: Sequence[Turn]) -> str:
+        """Return the conversation's text as it is written here."""
+        turn = turns[self.turn]
+        text = turn.content if self.field == "content" else turn.tools or ""
+        return text if self.lead and self.tail else self.trim(text)
+
+    def trim(self, text: str) -> str:
+        """Take the white space off that is not kept."""
         text = text if self.lead else text.lstrip()
-        return Piece(text if self.tail else text.rstrip(), self.trained, said=True)
+        return text if self.tail else text.rstrip()
 
 
-class Layout(NamedTuple):
-    """How a template lays out all conversations of one shape."""
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a template lays out all conversations of one shape; or one that was rendered before."""
 
     parts: tuple[Piece | Slot, ...]
-    dropped: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
     """What the template leaves out, in words."""
 
-    def fill(self, turns: Sequence[Turn]) -> list[Piece]:
+    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
         """Lay out a conversation."""
-        return [
-            part if isinstance(part, Piece) else part.fill(getattr(turns[part.turn], part.field))
-            for part in self.parts
-        ]
+        return [part if isinstance(part, Piece) else part.fill(turns) for part in self.parts]
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """Return the pieces' texts, joined."""
+        return "".join([p.text if isinstance(p, Piece) else p.said(turns) for p in self.parts])
+
+    def ended(self, token: str, *, trained: bool) -> "Layout":
+        """Return the layout with the token at its end, if it does not end in it."""
+        if trained not in self._ended:
+            last = self.parts[-1] if self.parts else None
+            has_it = isinstance(last, Piece) and last.text.rstrip().endswith(token)
+            end = () if has_it else (Piece(token, trained),)
+            self._ended[trained] = Layout((*self.parts, *end), self.dropped) if end else self
+        return self._ended[trained]
+
+    @cached_property
+    def _ended(self) -> dict[bool, "Layout"]:
+        return {}
+
+
+class Rendered(NamedTuple):
+    """A conversation as the template writes it."""
+
+    layout: Layout
+    turns: Sequence[Turn] = ()
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Their texts, joined, are what the template renders."""
+        return self.layout.pieces(self.turns)
+
+    @property
+    def text(self) -> str:
+        """What the template renders."""
+        return self.layout.text(self.turns)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """What the template leaves out, in words."""
+        return self.layout.dropped
 
 
 def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """Return the conversation with ``x`` for every text, and blank ones at most a space long."""
     return tuple(
-        turn._replace(
-            content=_outline(turn.content),
-            tools=None if turn.tools is None else _outline(turn.tools),
-        )
-        for turn in turns
+        [
+            Turn(role, _outline(content), trained, tools if tools is None else _outline(tools))
+            for role, content, trained, tools, _ in turns
+        ]
     )
 
 
 def _outline(text: str) -> str:
-    return "x" if text.strip() else text[:1] and " "
+    return "x" if text and not text.isspace() else text[:1] and " "
 
 
 class Marked:
@@ -131,7 +179,7 @@ class Marked:
 
     def _try_blank(self, n: int, slot: Slot) -> None:
         def fill(mark: re.Match[str]) -> str:
-            return self._found(mark).fill(blank).text if int(mark[2]) == n else mark[0]
+            return self._found(mark).trim(blank) if int(mark[2]) == n else mark[0]
 
         blank = self._said(slot)
         text = self._rendered(self._with(n, blank))

@@ -27,3 +27,9 @@ def check_length(key: str, value: object) -> None:
     """Raise a ConfigError unless the value is None or a positive whole number."""
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigError(f"{key}: {value!r} must be a whole number above 0, or null for no limit.")
+
+
+def check_share(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is a number from 0 up to, but not including, 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"{key}: {value!r} must be a number from 0 up to, but without, 1.")

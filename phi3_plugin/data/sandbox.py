@@ -1,7 +1,10 @@
-"""Runs a chat template as transformers does, out of reach of everything but the conversation."""
+"""Runs a chat template as transformers does, out of reach of everything but the conversation.
+
+The filters of rows run here too, out of reach of everything but the row.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import islice
@@ -15,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from phi3_plugin.data.turns import Turn
-from phi3_plugin.errors import DataError
+from phi3_plugin.errors import ConfigError, DataError
 
 CHUNKS = 1000, 100
 """A template may write this many pieces, and so many a message; published ones write a few."""
@@ -58,6 +61,41 @@ def run_template(
     return "".join(written)
 
 
+def compile_filter(
+    expression: str, key: str = "dataset.filter"
+) -> Callable[[Mapping[str, Any]], bool]:
+    """Read an expression over the columns of a row, such as ``lang == 'en' and rating >= 4``.
+
+    Args:
+        expression: Jinja, without braces; ``row`` is the whole row, for columns whose names are
+            no words.
+        key: Where it stands, for error messages.
+
+    Returns:
+        Whether it is true of a row; raises a DataError where it cannot be said.
+
+    Raises:
+        ConfigError: It is no expression.
+    """
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment.globals.clear()
+    try:
+        compiled = environment.compile_expression(expression, undefined_to_none=False)
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: {expression!r} is no expression: {error}. Expected one over the columns of a "
+            "row, as in lang == 'en' and rating >= 4."
+        ) from error
+
+    def passes(row: Mapping[str, Any]) -> bool:
+        try:
+            return bool(compiled({"row": row, **row}))
+        except Exception as error:
+            raise DataError(f"{key} {expression!r} failed: {error}") from error
+
+    return passes
+
+
 def _message(turn: Turn) -> dict[str, str]:
     message = {"role": turn.role, "content": turn.content}
     return message if turn.tools is None else {**message, "tools": turn.tools}
@@ -76,6 +114,12 @@ class _Generation(Extension):
 
 @lru_cache
 def _compile(source: str) -> jinja2.Template:
+    return template_environment().from_string(source)
+
+
+@lru_cache
+def template_environment() -> ImmutableSandboxedEnvironment:
+    """Return what chat templates are read and run in."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -85,7 +129,7 @@ def _compile(source: str) -> jinja2.Template:
     environment.globals.update(
         namespace=Namespace, raise_exception=_raise_exception, strftime_now=_strftime_now
     )
-    return environment.from_string(source)
+    return environment
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

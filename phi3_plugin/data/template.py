@@ -17,12 +17,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
 
 from phi3_plugin.data.added import token_pattern
-from phi3_plugin.data.layout import UNCLEAR, Layout, Marked, Piece, Slot, shape_of
+from phi3_plugin.data.layout import UNCLEAR, Layout, Marked, Piece, Rendered, Slot, shape_of
+from phi3_plugin.data.plain import is_plain
 from phi3_plugin.data.sandbox import run_template
-from phi3_plugin.data.turns import ROLES, Turn, make_turn
+from phi3_plugin.data.turns import ROLES, Turn, Written, make_turn
 from phi3_plugin.errors import DataError, TokenizerError
 
 TOKEN = re.compile(r"<\|[^<>|]*\|>")
@@ -31,15 +31,6 @@ TOKEN = re.compile(r"<\|[^<>|]*\|>")
 USER, ASSISTANT = make_turn("user", " a <b> & {{ 1 }}\n"), make_turn("assistant", "\n'c' ", False)
 PROBES = (([USER], True), ([USER, ASSISTANT], False), ([USER, ASSISTANT] * 2, False))
 """Conversations that every chat template can be expected to render, and what is asked for."""
-
-
-class Rendered(NamedTuple):
-    """A conversation as the template writes it."""
-
-    pieces: list[Piece]
-    """Their texts, joined, are what the template renders."""
-    dropped: tuple[str, ...]
-    """What the template leaves out, in words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +77,34 @@ class ChatTemplate:
         """
         if not turns:
             raise DataError("the conversation is empty, expected at least one message")
-        layout = _layout(self, shape_of(turns), add_generation_prompt)
-        pieces = layout.fill(turns)
-        if "".join(piece.text for piece in pieces) != self._run(turns, add_generation_prompt):
+        rendered = Rendered(_layout(self, shape_of(turns), add_generation_prompt), turns)
+        if not self._is_plain and rendered.text != self._run(turns, add_generation_prompt):
             raise DataError(f"{UNCLEAR}: the chat template changes what the messages say")
-        return Rendered(pieces, layout.dropped)
+        return rendered
+
+    def split(self, written: Written) -> Written:
+        """Find what the assistant says in a text that was written by this template.
+
+        Raises:
+            DataError: No assistant message is found.
+        """
+        said = [found.span(1) for found in self._said.finditer(written.text)]
+        if not said:
+            raise DataError(
+                f"the text has no assistant message, which would start with {self._header!r}"
+            )
+        return written._replace(said=tuple(said))
+
+    def follow(self, written: Written, trained: Sequence[tuple[int, int]]) -> Rendered:
+        """Lay out a text, given where what is trained on stands in it."""
+        text, parts, at = written.text, list[Piece](), 0
+        for start, stop in trained:
+            end = self._end.match(text, stop)
+            parts += [Piece(text[at:start], False), Piece(text[start:stop], True, said=True)]
+            at = end.end() if end else stop
+            parts += [Piece(text[stop:at], True)]
+        rest = Piece(text[at:], False)
+        return Rendered(Layout(tuple(part for part in (*parts, rest) if part.text)))
 
     @cached_property
     def turn_end(self) -> str | None:
@@ -98,6 +112,23 @@ class ChatTemplate:
         pieces = self.render([USER, ASSISTANT]).pieces
         end = self._end.match("" if pieces[-1].said else pieces[-1].text)
         return end[1] if end else None
+
+    @cached_property
+    def _header(self) -> str:
+        """What the template writes before what the assistant says, and after what ends a turn."""
+        pieces = self.render([USER, ASSISTANT]).pieces
+        before = pieces[-2] if pieces[-1].said else pieces[-3]
+        return re.sub(rf"^\s*{re.escape(self.turn_end or '')}\s*", "", before.text)
+
+    @cached_property
+    def _said(self) -> re.Pattern[str]:
+        header, end = self._header.rstrip(), re.escape(self.turn_end or "")
+        space = re.escape(self._header[len(header) :])
+        return re.compile(rf"{re.escape(header)}(?:{space})?(.*?)(?=\s*{end}|\Z)", re.DOTALL)
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        return is_plain(self.source)
 
     @cached_property
     def _tokens(self) -> re.Pattern[str]:

@@ -1,17 +1,20 @@
 """Phi-3's tokenizer for torchtune, with the ids of Hugging Face."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 from torchtune.utils import log_rank_zero
 
-from phi3_plugin.data.encoder import SPECIAL_IN_TEXT, Encoder, Tokens
+from phi3_plugin.data.encoder import SPECIAL_IN_TEXT, Batch, Encoder, Tokens
+from phi3_plugin.data.layout import Rendered
 from phi3_plugin.data.options import check_choice, check_length
-from phi3_plugin.data.template import Rendered
-from phi3_plugin.data.turns import Turn, make_turn
+from phi3_plugin.data.turns import Turn, Written, make_turn
 from phi3_plugin.data.vocabulary import Vocabulary, read_vocabulary
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
 
@@ -61,10 +64,10 @@ class Phi3Tokenizer:
         self.vocab_size = len(ids)
         named = {name: ids[text] for name, text in vocabulary.names.items()}
         self.bos_id, self.unk_id = named.get("bos_token"), named.get("unk_token")
-        self.eos_id = named["eos_token"]
+        self.eos_id, self._eos = named["eos_token"], vocabulary.names["eos_token"]
         self.pad_id = _pad_id(pad, named)
         self._encoder = Encoder(self._backend, special_in_text)
-        self._may_drop = dropped == "warn"
+        self._may_drop, self._options = dropped == "warn", (dropped, special_in_text)
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Encode plain text; special tokens written in it become their ids, whatever messages do.
@@ -81,8 +84,7 @@ class Phi3Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Turn ids back into text."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def tokenize_chats(
         self, chats: Iterable[Sequence[Turn]], *, add_generation_prompt: bool = False
@@ -101,7 +103,8 @@ class Phi3Tokenizer:
         ask = add_generation_prompt
         rendered = [self.render(chat, add_generation_prompt=ask) for chat in chats]
         warn_of_dropped(Counter(name for chat in rendered for name in chat.dropped))
-        return self.encode_chats(rendered, None if ask else self.max_seq_len)
+        tokens, limit = self.encode_chats(rendered).split(), None if ask else self.max_seq_len
+        return [chat.first(limit) for chat in tokens]
 
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Rendered:
         """Write a conversation as the chat template does.
@@ -119,9 +122,37 @@ class Phi3Tokenizer:
             )
         return rendered
 
-    def encode_chats(self, chats: Sequence[Rendered], limit: int | None) -> list[Tokens]:
-        """Encode rendered conversations, and cut each to ``limit`` tokens."""
-        return self._encoder.encode([chat.pieces for chat in chats], limit)
+    def split(self, written: Written) -> Written:
+        """Find what the assistant says in a text that this template wrote.
+
+        Raises:
+            DataError: No assistant message is found.
+        """
+        return self._template.split(written)
+
+    def follow(self, written: Written, trained: Sequence[tuple[int, int]]) -> Rendered:
+        """Lay out a text as it is, given where what is trained on stands in it."""
+        return self._template.follow(written, trained)
+
+    def closed(self, written: Written) -> Written:
+        """Put the end-of-text token at the end of a text that does not end in it."""
+        has_it = written.text.rstrip().endswith(self._eos)
+        return written if has_it else written._replace(text=written.text + self._eos)
+
+    def ended(self, chat: Rendered, *, trained: bool) -> Rendered:
+        """Put the end-of-text token at the end of a conversation that does not end in it."""
+        return chat._replace(layout=chat.layout.ended(self._eos, trained=trained))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which tokens a conversation becomes."""
+        template = self._template
+        parts = [self._backend.to_str(), template.source, dict(template.special_tokens)]
+        return sha256(json.dumps([*parts, self._options], sort_keys=True).encode()).hexdigest()
+
+    def encode_chats(self, chats: Sequence[Rendered]) -> Batch:
+        """Encode rendered conversations, each whole."""
+        return self._encoder.encode(chats)
 
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False

@@ -3,6 +3,12 @@
 epoch 0      3 0 4 1 5 2 6         shuffled by seed and epoch
 step 0       [3 0][4 1]            micro-batches of 2; with 2 processes the first takes [3 0]
 step 1       [5 2][6]              the last step of an epoch takes what is left
+
+Grouped by length, a step sees samples of similar length, longest first. Here sample n has n tokens:
+
+epoch 0      3 0 4 1 5 2 6         shuffled by seed and epoch
+stretch      [5 4][3 2][1 0] 6     sorted, all but the last step's, which takes what is left
+epoch 0      3 2 5 4 1 0 6         its steps shuffled
 """
 
 import hashlib
@@ -12,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -20,6 +27,12 @@ from phi3_plugin.train.losses import IGNORED
 
 Sample = dict[str, Any]
 Collate = Callable[[list[Sample]], dict[str, Tensor]]
+
+STRETCH = 50
+"""Steps within which samples are sorted, or a quarter of an epoch if that is less.
+
+Sorting more at once would save little, and put the same samples together in every epoch.
+"""
 
 
 class Order:
@@ -34,6 +47,7 @@ class Order:
         processes: int,
         seed: int,
         shuffle: bool,
+        group_by_length: bool = False,
     ) -> None:
         """Keep the sizes; nothing is drawn yet.
 
@@ -44,10 +58,14 @@ class Order:
             processes: Number of processes.
             seed: With the epoch, decides the order.
             shuffle: False keeps the order of the data set.
+            group_by_length: Shuffle such that a step sees samples of similar length, which
+                spares padding. The longest sample of all comes in the first step of the run, so
+                that a device with too little memory shows at once.
         """
         self.dataset, self.batch_size, self.processes = dataset, batch_size, processes
         self.per_step = batch_size * accumulation * processes
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.group_by_length = seed, shuffle, group_by_length
+        self._drawn: tuple[int, list[int]] = (-1, [])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,15 +76,21 @@ class Order:
     def identity(self) -> dict[str, int | bool | str]:
         """What decides what each step sees; equal orders of equal samples are equal here.
 
-        The first time, all samples are read.
+        A data set without a ``fingerprint`` is read as a whole, the first time.
         """
         return {
             "samples": len(self.dataset),
-            "content": _content(self.dataset),
+            "content": getattr(self.dataset, "fingerprint", None) or _content(self.dataset),
             "samples per step": self.per_step,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "grouped by length": self.group_by_length,
         }
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each sample; a data set that does not offer them is read as a whole."""
+        return _lengths(self.dataset)
 
     def indices(self, step: int) -> list[int]:
         """Return the samples of a step, counted from the start of the run."""
@@ -96,8 +120,16 @@ class Order:
     def _epoch(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(len(self.dataset)))
+        if self._drawn[0] != epoch:
+            self._drawn = (epoch, self._draw(epoch))
+        return self._drawn[1]
+
+    def _draw(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(len(self.dataset), generator=generator).tolist()
+        order = torch.randperm(len(self.dataset), generator=generator).numpy()
+        if self.group_by_length:
+            order = _grouped(order, self.lengths, self.per_step, generator, first=epoch == 0)
+        return list(order.tolist())
 
     def _collated(self, indices: list[int], collate: Collate) -> dict[str, Tensor]:
         return collate([self.dataset[i] for i in indices])
@@ -105,6 +137,38 @@ class Order:
     def _unlabelled(self, index: int, collate: Collate) -> dict[str, Tensor]:
         batch = self._collated([index], collate)
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def _grouped(
+    order: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    per_step: int,
+    generator: torch.Generator,
+    *,
+    first: bool,
+) -> NDArray[np.int64]:
+    if first:
+        longest = int(lengths[order].argmax())
+        order[[0, longest]] = order[[longest, 0]]
+    # What is left for a short last step is of any length: drawn, not the shortest of all
+    full = len(order) - len(order) % per_step
+    stretch = max(1, min(STRETCH, full // per_step // 4)) * per_step
+    cuts = [*range(stretch, full, stretch), full]
+    parts = [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(order, cuts)]
+    steps = np.concatenate(parts[:-1]).reshape(-1, per_step)
+    steps = steps[torch.randperm(len(steps), generator=generator).numpy()]
+    if first and full:
+        longest = int(lengths[steps[:, 0]].argmax())
+        steps[[0, longest]] = steps[[longest, 0]]
+    return np.concatenate([steps.ravel(), parts[-1]])
+
+
+def _lengths(dataset: Any) -> NDArray[np.int32]:
+    if isinstance(dataset, Subset):
+        return _lengths(dataset.dataset)[np.array(dataset.indices, dtype=np.int64)]
+    if hasattr(dataset, "lengths"):
+        return np.asarray(dataset.lengths, dtype=np.int32)
+    return np.array([len(dataset[i]["tokens"]) for i in range(len(dataset))], dtype=np.int32)
 
 
 def _content(dataset: Sequence[Sample]) -> str:
@@ -127,18 +191,21 @@ def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
     """Split a data set into what is trained on and what is held out for validation.
 
     Args:
-        dataset: Tokenized samples.
+        dataset: Tokenized samples. One that has a ``hold_out`` of its own is split by that.
         share: Of the samples that are held out; at least one if it is not 0.
         seed: Decides which.
 
     Returns:
-        Both parts in their old order; the second is None if nothing is held out.
+        Both parts, here in their old order; the second is None if nothing is held out.
 
     Raises:
         DataError: Nothing is left to train on.
     """
     if not share:
         return dataset, None
+    if hasattr(dataset, "hold_out"):
+        kept, held = dataset.hold_out(share, seed)
+        return kept, held
     count = max(1, round(len(dataset) * share))
     if count >= len(dataset):
         raise DataError(f"val_fraction: {share} of {len(dataset)} samples leaves none to train on.")

@@ -65,6 +65,8 @@ class Settings:
     gradient_accumulation_steps: Count = 1
     collate_fn: Text = "phi3_plugin.data.collate.pad_right"
     shuffle: Switch = True
+    group_by_length: Switch = False
+    """Steps of samples of similar length: less padding, where dataset.packed is not wanted."""
     seed: Seed = 0
     """null is 0."""
 
@@ -213,7 +215,21 @@ def _conflicts(given: Mapping[str, Any]) -> list[str]:
             for key in ("run_val_every_n_steps", "early_stop_patience")
             if given.get(key) is not None
         ]
-    return problems + _optimizer_conflicts(given)
+    return problems + _order_conflicts(given) + _optimizer_conflicts(given)
+
+
+def _order_conflicts(given: Mapping[str, Any]) -> list[str]:
+    if given.get("group_by_length") is not True:
+        return []
+    problems, dataset = [], given.get("dataset")
+    if isinstance(dataset, dict) and dataset.get("packed"):
+        problems.append(
+            f"group_by_length: True conflicts with dataset.packed: {shown(dataset['packed'])}, "
+            "whose packs are of one length. Keep one."
+        )
+    if given.get("shuffle") is False:
+        problems.append("group_by_length: True conflicts with shuffle: False. Keep one.")
+    return problems
 
 
 def _optimizer_conflicts(given: Mapping[str, Any]) -> list[str]:

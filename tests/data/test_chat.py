@@ -119,14 +119,18 @@ def test_samples_cut_before_the_answer_are_dropped(folder, pairs, caplog):
         cut = chat_dataset(phi3_tokenizer(folder, max_seq_len=limit), pairs)
     assert len(cut) == 5
     assert [sample["tokens"] for sample in cut] == [whole[i]["tokens"][:limit] for i in range(5)]
+    first_long = len(whole[5]["tokens"])
     assert caplog.messages == [
-        "dropped 3 of 8 conversations: no assistant turn starts within "
-        f"tokenizer.max_seq_len: {limit}"
+        "3 of 8 rows have nothing to train on within max_seq_len. The first: "
+        f"{pairs}:6: {first_long} tokens",
+        f"5 of 8 rows are cut at max_seq_len. The first: {pairs}:1: "
+        f"{len(whole[0]['tokens'])} tokens",
     ]
 
 
 def test_nothing_left(folder, pairs):
-    with pytest.raises(DataError, match=r"dropped 8 of 8 .* tokenizer\.max_seq_len: 3\. Raise it"):
+    says = r"no sample is left of 8 rows: 8 have nothing .* Raise tokenizer\.max_seq_len: no "
+    with pytest.raises(DataError, match=says):
         chat_dataset(phi3_tokenizer(folder, max_seq_len=3), pairs)
 
 
@@ -162,30 +166,41 @@ def test_no_readable_row(tokenizer, tmp_path):
 
 
 def test_unknown_format_names_the_source(tokenizer, tmp_path):
-    file = write_lines(tmp_path / "text.jsonl", [{"text": "a"}])
+    file = write_lines(tmp_path / "text.jsonl", [{"body": "a"}])
     with pytest.raises(DataError, match=r"dataset\.source: .*text\.jsonl: the format of the rows"):
         chat_dataset(tokenizer, file)
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", FILES)
-def test_real_files(name, tmp_path):
+def test_every_row_of_the_real_files(name):
+    """Ids against the chat template of transformers, and what is trained against the answers."""
     if assets_dir() is None:
         pytest.skip("the real data is not here: set PHI3_ASSETS")
     folder = assets_dir() / "models" / "phi3.5-mini-instruct"
     tokenizer, theirs = phi3_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     file = assets_dir() / "data" / name
     dataset = chat_dataset(tokenizer, file)
-    assert len(dataset) == FILES[name]
+    assert len(dataset) == dataset.rows == FILES[name] and not dataset.findings.dropped
     text = file.read_text()
     rows = json.loads(text) if name.endswith(".json") else list(map(json.loads, text.splitlines()))
-    for i in range(0, len(rows), len(rows) // 60):
-        messages = as_messages(rows[i])
-        expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
-        assert dataset[i]["tokens"] == expected
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        text = said(tokenizer, dataset[i]).replace("<|end|> ", "<|end|>")
-        assert text == "".join(answer.lstrip() + "<|end|>" for answer in answers)
+    chats = [as_messages(row) for row in rows]
+    expected = theirs.apply_chat_template(chats, tokenize=True, return_dict=False)
+    end = tokenizer.special_tokens["<|end|>"]
+    for chat, ids, sample in zip(chats, expected, dataset, strict=True):
+        assert sample["tokens"] == ids
+        assert sample["labels"] == labels(ids, [m["role"] for m in chat], tokenizer, end)
+
+
+def labels(ids, roles, tokenizer, end):
+    """Mark what stands between the token of a role and the one that ends the turn."""
+    marked, speaks = [], None
+    heads = {tokenizer.special_tokens[f"<|{role}|>"]: role for role in ("user", "assistant")}
+    for token in ids:
+        marked.append(token if speaks == "assistant" and token not in heads else -100)
+        speaks = None if token == end else heads.get(token, speaks)
+    assert marked.count(end) == roles.count("assistant")
+    return marked
 
 
 def as_messages(row):

@@ -48,7 +48,10 @@ def test_warn_counts(medium, tmp_path, caplog):
     file = write(tmp_path, TALK, [SYSTEM, *TALK], [SYSTEM, SYSTEM, *TALK])
     with caplog.at_level(logging.WARNING):
         dataset = chat_dataset(phi3_tokenizer(medium, dropped="warn"), file)
-    assert caplog.messages == ["the chat template leaves out the system message (3 times)"]
+    assert caplog.messages == [
+        "2 of 3 rows have a message that the chat template leaves out. The first: "
+        f"{file}[1]: the system message"
+    ]
     assert dataset[0] == dataset[1] == dataset[2]
 
 

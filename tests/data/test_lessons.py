@@ -93,14 +93,16 @@ def test_a_conversation_without_an_answer_trains_nothing(tokenizer, make, train_
 @pytest.mark.parametrize(
     ("train_on", "limit", "says"),
     [
-        ("assistant", 3, "no assistant turn starts within tokenizer.max_seq_len: 3"),
-        ("last", 7, "the last assistant turn does not start within tokenizer.max_seq_len: 7"),
-        ("all", 1, "there is no second token within tokenizer.max_seq_len: 1"),
+        ("assistant", 3, "no assistant turn that is trained on starts within 3 tokens"),
+        ("last", 7, "the last assistant turn does not start within 7 tokens"),
+        ("all", 1, "there is no second token within 1 tokens"),
     ],
 )
 def test_nothing_left_within_the_limit(folder, make, train_on, limit, says):
     tokenizer = phi3_tokenizer(folder, max_seq_len=limit)
-    with pytest.raises(DataError, match=f"dropped 1 of 1 conversations: {says}. Raise it"):
+    with pytest.raises(
+        DataError, match=f"is left of 1 rows: .* Raise tokenizer.max_seq_len: {says}"
+    ):
         make(tokenizer, "long", train_on=train_on)
 
 
@@ -111,4 +113,4 @@ def test_bad_train_on(tokenizer, make, value):
 
 
 def test_the_ways_are_these():
-    assert TRAIN_ON == ("assistant", "last", "all")
+    assert TRAIN_ON == ("assistant", "last", "marked", "all")

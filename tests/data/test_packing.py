@@ -1,6 +1,7 @@
 """Packs against the conversations they are made of, as the stock recipe sees them."""
 
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torchtune.datasets import ConcatDataset, PackedDataset
 from torchtune.modules import attention_utils
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
+from phi3_plugin.data.packing import Packs
 from phi3_plugin.errors import ConfigError
+from tests.assets import assets_dir
 from tests.data.tiny import model
 
 LENGTH = 64
@@ -39,15 +42,29 @@ def documents(pack):
     return list(zip(*parts, pack["input_pos"].split(pack["seq_lens"].tolist()), strict=True))
 
 
-def test_every_token_once_and_in_order(both):
+def test_every_conversation_whole_and_once(both):
     alone, packs = both
     assert 1 < len(packs) < len(alone) == len(PAIRS)
     found = [(t.tolist(), y.tolist()) for pack in packs for t, y, _ in documents(pack)]
-    assert [document for document in found if any(y != -100 for y in document[1])] == [
+    assert sorted(document for document in found if any(y != -100 for y in document[1])) == sorted(
         (sample["tokens"], sample["labels"]) for sample in alone
-    ]
+    )
     filled = sum(len(tokens) for tokens, labels in found if any(y != -100 for y in labels))
-    assert filled == sum(len(sample["tokens"]) for sample in alone)
+    assert filled == sum(len(sample["tokens"]) for sample in alone) == sum(packs.lengths)
+    assert packs.waste == pytest.approx(1 - filled / (len(packs) * LENGTH))
+
+
+def test_a_pack_tells_its_documents(both):
+    alone, packs = both
+    for i, pack in enumerate(packs):
+        assert int(pack["labels"].ne(-100).sum()) == packs.labelled[i]
+        said = packs.documents(i)
+        lengths = [length for _, _, length in said]
+        assert sum(lengths) == packs.lengths[i]
+        assert pack["seq_lens"].tolist()[: len(said)] == lengths
+        for (document, start, _), (tokens, _, _) in zip(said, documents(pack), strict=False):
+            assert start == 0
+            assert tokens.tolist() == alone[document]["tokens"]
 
 
 def test_lengths_add_up_and_positions_restart(both):
@@ -105,7 +122,8 @@ def test_a_pack_computes_what_its_conversations_do_alone(both):
 
 def test_padding_is_the_tokenizers(folder, source):
     tokenizer = phi3_tokenizer(folder, max_seq_len=LENGTH, pad="unk")
-    last = chat_dataset(tokenizer, source, packed=True)[-1]
+    packs = chat_dataset(tokenizer, source, packed=True)
+    last = packs[int(packs.lengths.argmin()) - len(packs)]  # from the end, as a list
     assert last["tokens"][-int(last["seq_lens"][-1]) :].eq(tokenizer.unk_id).all()
 
 
@@ -123,3 +141,18 @@ def test_packed_needs_a_length(tokenizer, source):
 def test_bad_packed(tokenizer, source, value):
     with pytest.raises(ConfigError, match=r"dataset\.packed: .* must be True or False"):
         chat_dataset(tokenizer, source, packed=value)
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("file", ["gsm8k_train.jsonl", "oasst_en_100_messages.jsonl"])
+def test_real_conversations_leave_little_padding(file):
+    folder = assets_dir()
+    tokenizer = phi3_tokenizer(folder / "models" / "phi3-mini-4k-instruct", max_seq_len=2048)
+    alone = chat_dataset(tokenizer, folder / "data" / file)
+    packs = Packs(alone, 2048, tokenizer.pad_id)
+    assert packs.waste < 0.02
+    found = chain.from_iterable(packs.documents(i) for i in range(len(packs)))
+    assert sorted(found) == [(i, 0, n) for i, n in enumerate(packs.ds.lengths)]
+    document, _, length = packs.documents(0)[-1]
+    end = packs.lengths[0]
+    assert packs[0]["tokens"][end - length : end].tolist() == alone[document]["tokens"]

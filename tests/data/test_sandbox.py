@@ -3,8 +3,9 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from phi3_plugin.data.sandbox import run_template
+from phi3_plugin.data.sandbox import compile_filter, run_template
 from phi3_plugin.data.turns import make_turn
+from phi3_plugin.errors import ConfigError, DataError
 
 TURNS = [make_turn("system", "é <s>", tools="[f]"), make_turn("user", " a\n"), make_turn("x", "")]
 NAMES = {"bos_token": "<s>"}
@@ -31,3 +32,50 @@ def test_text_is_that_of_transformers(source, ask):
     expected = render_jinja_template([messages], **options)[0]
     text = run_template(source, TURNS, add_generation_prompt=ask, special_tokens=NAMES)
     assert [text] == ([expected] if isinstance(expected, str) else expected)
+
+
+@pytest.mark.parametrize(
+    ("expression", "row", "passes"),
+    [
+        ("lang == 'en' and rating >= 4", {"lang": "en", "rating": 4}, True),
+        ("lang == 'en' and rating >= 4", {"lang": "de", "rating": 4}, False),
+        ("text | length > 2", {"text": "abc"}, True),
+        ("lang in ['en', 'de']", {"lang": "fr"}, False),
+        ("rating is defined and rating", {}, False),
+        ("messages[-1].role == 'assistant'", {"messages": [{"role": "assistant"}]}, True),
+        ("row['a b'] is none", {"a b": None}, True),
+        ("result > 1", {"result": 2}, True),
+        ("row > 1", {"row": 2}, True),
+        ("text", {"text": ""}, False),
+    ],
+)
+def test_filters(expression, row, passes):
+    assert compile_filter(expression)(row) is passes
+
+
+@pytest.mark.parametrize("expression", ["", "a b", "a >", "{{ a }}", "a | nothing", "(" * 2000])
+def test_no_filter(expression):
+    with pytest.raises(ConfigError, match=r"dataset\.filter: .* is no expression: "):
+        compile_filter(expression)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "missing",
+        "missing > 1",
+        "text > 1",
+        "text.__class__.__mro__",
+        "row.clear()",
+        "messages.append(1)",
+        "range(3)",
+        "lipsum()",
+        "''.join(1)",
+        "1 // 0",
+    ],
+)
+def test_a_filter_that_fails(expression):
+    row = {"text": "a", "messages": []}
+    with pytest.raises(DataError, match=r"dataset\.filter .* failed: "):
+        compile_filter(expression)(row)
+    assert row == {"text": "a", "messages": []}

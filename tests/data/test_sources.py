@@ -1,21 +1,21 @@
+"""Rows of sources: filtered, cut short, and from the hub."""
+
+import gzip
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from phi3_plugin.data.sources import read_rows
-from phi3_plugin.errors import ConfigError, DataError, MissingFileError
+from phi3_plugin.data.sources import Source, read_rows, read_sources
+from phi3_plugin.errors import DataError
 
 A, B = {"n": 1, "text": "a\u2028b\x85"}, {"n": 2}
 
 
 def rows(source, **options):
     return read_rows(source, **({"split": "train", "subset": None} | options))
-
-
-def values(source):
-    return [row.value for row in rows(source)]
 
 
 @pytest.fixture
@@ -30,111 +30,51 @@ def data(tmp_path, monkeypatch):
     return folder
 
 
-def test_lines(data):
-    found = rows(data / "b.jsonl")
-    assert [row.value for row in found] == [A, B]
-    assert [row.where for row in found] == [f"{data}/b.jsonl:1", f"{data}/b.jsonl:2"]
+def streamed(source, **options):
+    return [row for found in read_sources(source, **options) for row in found.rows()]
 
 
-def test_list(data):
-    assert rows(data / "a.json") == [(f"{data}/a.json[0]", B)]
+def ids(source, **options):
+    return [row.value["n"] for row in streamed(source, **options)]
 
 
-def test_lines_in_a_json_file(data):
-    assert values((data / "b.jsonl").rename(data / "b.json")) == [A, B]
+@pytest.fixture
+def rated(tmp_path):
+    file = tmp_path / "rated.jsonl"
+    lines = [json.dumps({"n": n, "rating": n % 3, "la ng": "en"}) for n in range(9)]
+    file.write_text("\n".join([*lines[:4], "{", *lines[4:]]))
+    return file
 
 
-def test_folder_and_glob_are_read_in_order(data):
-    assert values("data") == values("data/") == values("data/*.json*") == [B, A, B]
-    assert values("data/[b]*") == [A, B]
-    assert values("**/a.json") == [B]
+def test_filter(rated):
+    left_out = []
+    (source,) = read_sources(rated, filter="rating >= 1 and row['la ng'] in ['en', 'de']")
+    rows = list(source.rows(left_out.append))
+    assert [row.value["n"] for row in rows if isinstance(row.value, dict)] == [1, 2, 4, 5, 7, 8]
+    assert [row.where.rsplit(":")[-1] for row in rows if not isinstance(row.value, dict)] == ["5"]
+    assert [where.rsplit(":")[-1] for where in left_out] == ["1", "4", "8"]
+    assert [row.where for row in source.rows()] == [row.where for row in rows]
 
 
-def test_a_local_folder_wins_over_the_hub(data):
-    assert len(values(data.name)) == 3
+def test_a_filter_that_fails_on_a_row_is_that_rows_error(rated):
+    rows = streamed(rated, filter="n < 3 or rating.size > 0 or missing")
+    errors = [row for row in rows if isinstance(row.value, DataError)]
+    assert [row.where.rsplit(":")[-1] for row in errors] == ["4", "5", *"6789", "10"]
+    assert "dataset.filter 'n < 3 or rating.size > 0 or missing' failed" in str(errors[0].value)
 
 
-def test_a_path_may_hold_glob_characters(data):
-    (data / "b.jsonl").rename(data / "b[1].jsonl")
-    assert values("data/b[1].jsonl") == [A, B]
+def test_a_filter_that_nothing_passes(rated):
+    rated.write_text(rated.read_text().replace("{\n", ""))
+    with pytest.raises(DataError, match=r"no row of .*rated\.jsonl passes the filter 'n > 99'"):
+        streamed(rated, filter="n > 99")
 
 
-def test_home_is_expanded(data, monkeypatch):
-    monkeypatch.setenv("HOME", str(data))
-    assert values("~/a.json") == [B]
-
-
-@pytest.mark.parametrize("source", [None, ""])
-def test_not_set(source):
-    with pytest.raises(ConfigError, match=r"^dataset\.source is not set\. Give a \.json"):
-        rows(source)
-
-
-def test_not_a_string():
-    with pytest.raises(ConfigError, match=r"dataset\.source: \['a'\] must be a string"):
-        rows(["a"])
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "./x",
-        "x.jsonl",
-        "org/x.json",
-        "x.csv",
-        "x.jsonl.gz",
-        "a/x.parquet",
-        "/a/b",
-        "~/x",
-        "a/b/c",
-        "data/train",
-        "..\\x",
-    ],
-)
-def test_no_such_path(data, source):
-    with pytest.raises(MissingFileError, match="there is no file or folder"):
-        rows(source)
-
-
-def test_glob_and_folder_without_files(data):
-    (data / "empty").mkdir()
-    for source in ("data/*.jsonlines", "data/empty"):
-        with pytest.raises(MissingFileError, match=r"holds no file that ends in .*\.parquet\."):
-            rows(source)
-
-
-def test_broken_line_and_other_values_keep_their_place(data):
-    (data / "b.jsonl").write_text('{"n": 1}\n{"n": \n[1]\nnull\n')
-    found = rows(data / "b.jsonl")
-    assert [row.where.rsplit(":")[-1] for row in found] == ["1", "2", "3", "4"]
-    assert [str(row.value) for row in found[2:]] == [
-        "the row is list, expected an object",
-        "the row is null, expected an object",
-    ]
-    assert "broken JSON: Expecting value" in str(found[1].value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("a.json", b"[1, 2", r"a\.json is broken JSON: .* Expected one list"),
-        ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8 text"),
-        ("a.tsv", b"a,b", r"a\.tsv must end in \.json, .* or \.parquet"),
-        ("a.jsonl", b"\n", r"a\.jsonl has no rows"),
-        ("a.json", b"[]", r"a\.json has no rows"),
-    ],
-)
-def test_unreadable_files(tmp_path, name, content, says):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=says):
-        rows(tmp_path / name)
-
-
-def test_old_line_ends(tmp_path):
-    for end in ("\r\n", "\r"):
-        (tmp_path / "a.jsonl").write_bytes(end.join(map(json.dumps, [A, B])).encode())
-        assert [row.where[-1] for row in rows(tmp_path / "a.jsonl")] == ["1", "2"]
-        assert values(tmp_path / "a.jsonl") == [A, B]
+def test_max_samples_counts_what_passes(rated):
+    rows = streamed(rated, filter="rating == 0", max_samples=2)
+    assert [getattr(row.value, "get", lambda _: None)("n") for row in rows] == [0, 3]
+    rows = streamed(rated, max_samples=5)
+    assert [row.where.rsplit(":")[-1] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert len(streamed(rated, max_samples=99)) == 10
 
 
 @pytest.fixture
@@ -142,11 +82,18 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     calls = []
 
+    class Rows(list):
+        _fingerprint = "abc"
+
+    def lost():
+        yield A
+        raise ConnectionError("cut off")
+
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
         if args[0] == "gone":
             raise ConnectionError("no network")
-        return [A, B]
+        return lost() if args[0] == "lost" else Rows([A, B])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     return calls
@@ -161,3 +108,48 @@ def test_hub(hub):
 def test_hub_failure(hub):
     with pytest.raises(DataError, match=r"'gone' is no local file and could not .*: no network"):
         rows("gone")
+
+
+def test_hub_is_loaded_once(hub):
+    (source,) = read_sources("org/set")
+    assert source.fingerprint() == source.fingerprint()
+    assert [row.value for row in source.rows()] == [row.value for row in source.rows()] == [A, B]
+    assert len(hub) == 1
+    (other,) = read_sources("org/set", subset="b")
+    assert other.fingerprint() != source.fingerprint()
+
+
+def test_hub_as_a_stream(hub):
+    (source,) = read_sources("org/set", streaming=True, max_samples=1)
+    assert source.fingerprint() is None
+    assert not hub
+    assert [row.value for row in source.rows()] == [A]
+    assert hub == [(("org/set", None), {"split": "train", "streaming": True})]
+
+
+def test_hub_that_breaks_off(hub):
+    (source,) = read_sources("lost", streaming=True)
+    rows = source.rows()
+    assert next(rows).value == A
+    with pytest.raises(DataError, match=r"'lost' .* could not be read to its end .*: cut off"):
+        next(rows)
+
+
+def test_a_hub_set_of_no_known_print():
+    source = Source("x")
+    source.__dict__["_hub"] = [A]
+    assert source.fingerprint() is None
+
+
+def test_files_that_were_there_when_checked(data):
+    (source,) = read_sources("data/b.jsonl")
+    Path("data/b.jsonl").unlink()
+    for use in (lambda: list(source.rows()), source.fingerprint):
+        with pytest.raises(DataError, match=r"b\.jsonl cannot be read: "):
+            use()
+
+
+def test_only_what_is_needed_is_read(tmp_path):
+    packed = gzip.compress(f"{json.dumps(B)}\n".encode() * 10**5, mtime=0)
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[:-9])
+    assert ids(tmp_path / "a.jsonl.gz", max_samples=3) == [2, 2, 2]

@@ -1,7 +1,10 @@
 from itertools import chain
+from random import Random
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from phi3_plugin.data.collate import pad_right
 from phi3_plugin.errors import DataError
@@ -15,9 +18,11 @@ def samples(rows=ROWS):
     return [{"tokens": [n] * (n % 3 + 1), "labels": [n] * (n % 3 + 1)} for n in range(rows)]
 
 
-def order(processes=1, *, batch_size=2, accumulation=6, seed=0, shuffle=True, rows=ROWS):
+def order(processes=1, *, batch_size=2, accumulation=6, rows=ROWS, data=None, **choices):
     sizes = {"batch_size": batch_size, "accumulation": accumulation // processes}
-    return Order(samples(rows), processes=processes, seed=seed, shuffle=shuffle, **sizes)
+    choices = {"seed": 0, "shuffle": True, **choices}
+    data = samples(rows) if data is None else data
+    return Order(data, processes=processes, **choices, **sizes)
 
 
 def seen(batch):
@@ -95,6 +100,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
 def test_equal_orders_are_told_by_their_identity():
     assert order(1).identity == order(2).identity == order(3).identity
     others = (order(seed=1), order(shuffle=False), order(rows=22), order(accumulation=12))
+    others += (order(group_by_length=True),)
     assert all(other.identity != order().identity for other in others)
 
 
@@ -128,3 +134,99 @@ def test_nothing_is_held_out_by_default():
 def test_a_share_that_leaves_nothing_to_train_on_is_refused(rows, share):
     with pytest.raises(DataError, match=f"val_fraction: {share} of {rows} samples leaves none"):
         hold_out(samples(rows), share, seed=0)
+
+
+class Offering:
+    """A data set that tells what others must be read for; reading it is an error."""
+
+    def __init__(self, rows=1000):
+        self.lengths = np.array([Random(n).randint(1, 500) for n in range(rows)], np.int32)
+        self.fingerprint = "told"
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        raise AssertionError("was read")
+
+    def hold_out(self, share, seed):
+        return f"all but {share}", f"{share} by {seed}"
+
+
+def grouped(processes=1, **choices):
+    return order(processes, **{"data": Offering(), "group_by_length": True, **choices})
+
+
+@pytest.mark.parametrize("rows", [1, 11, 12, 13, 999, 1200, 1213])
+def test_grouped_an_epoch_sees_every_sample_once(rows):
+    cut = grouped(data=Offering(rows))
+    epochs = []
+    for epoch in range(3):
+        start = epoch * cut.steps_per_epoch
+        steps = [cut.indices(start + step) for step in range(cut.steps_per_epoch)]
+        assert {len(step) for step in steps[:-1]} <= {12}
+        assert sorted(chain(*steps)) == list(range(rows))
+        epochs.append(steps)
+    assert rows <= 12 or epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 2), (3, 2), (2, 1), (3, 4), (1, 12)])
+def test_grouped_a_step_sees_the_same_samples_however_it_is_cut(processes, batch_size):
+    accumulation = 12 // batch_size
+    many = grouped(processes, batch_size=batch_size, accumulation=accumulation)
+    one = grouped()
+    for step in (0, 1, 82, 83, 84, 200):
+        assert many.indices(step) == one.indices(step)
+
+
+def test_grouped_a_step_has_samples_of_similar_length_and_they_come_longest_first():
+    cut = grouped(data=Offering(6000))
+    padding = total = 0
+    for step in range(cut.steps_per_epoch):
+        found = cut.lengths[cut.indices(step)]
+        assert found.tolist() == sorted(found, reverse=True)
+        # As much as if all processes and turns of a step were one batch
+        padding += found[0] * len(found) - found.sum()
+        total += found.sum()
+    assert padding < 0.04 * total
+
+
+def test_grouped_steps_come_in_no_order_of_length():
+    cut = grouped(data=Offering(6000))
+    longest = [cut.lengths[cut.indices(step)].max() for step in range(cut.steps_per_epoch)]
+    halves = longest[: len(longest) // 2], longest[len(longest) // 2 :]
+    assert abs(np.mean(halves[0]) - np.mean(halves[1])) < 50
+    assert np.abs(np.diff(longest)).mean() > 100
+
+
+def test_grouped_few_samples_meet_others_in_each_epoch():
+    cut = grouped(data=Offering(96))
+    met = [{frozenset(cut.indices(8 * epoch + step)) for step in range(8)} for epoch in range(3)]
+    assert len(set.union(*met)) > 20
+
+
+@pytest.mark.parametrize("rows", [5, 12, 13, 700])
+@pytest.mark.parametrize("seed", range(4))
+def test_grouped_the_longest_sample_of_all_comes_first(rows, seed):
+    cut = grouped(data=Offering(rows), seed=seed)
+    assert cut.lengths[cut.indices(0)[0]] == cut.lengths.max()
+
+
+def test_grouped_lengths_are_those_of_the_samples():
+    told = Offering()
+    assert order(data=told).lengths.tolist() == told.lengths.tolist()
+    assert order(data=Subset(told, [5, 3])).lengths.tolist() == told.lengths[[5, 3]].tolist()
+    assert order().lengths.tolist() == [n % 3 + 1 for n in range(ROWS)]
+    assert order(data=Subset(samples(), [5, 4])).lengths.tolist() == [3, 2]
+
+
+def test_a_fingerprint_spares_reading_all_samples():
+    assert order(data=Offering()).identity["content"] == "told"
+    part = Subset(samples(), range(ROWS))  # of what it is a part does not tell what is in it
+    assert order(data=part).identity == order().identity
+
+
+def test_a_data_set_that_can_be_split_does_it_itself():
+    assert hold_out(Offering(), 0.1, seed=7) == ("all but 0.1", "0.1 by 7")
+    told = Offering()
+    assert hold_out(told, 0.0, seed=7) == (told, None)

@@ -10,6 +10,7 @@ from phi3_plugin.errors import ConfigError
 from phi3_plugin.train.settings import Settings, read
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+VAL = "dataset_val={_component_: phi3_plugin.data.chat_dataset, source: v.jsonl}"
 
 
 @pytest.fixture
@@ -58,11 +59,8 @@ def test_every_config_is_accepted_once_its_paths_are_set(file, paths):
 def test_every_config_says_which_paths_to_set(file):
     with pytest.raises(ConfigError) as caught:
         read(OmegaConf.load(file))
-    assert [line.split(" is not set. ")[0] for line in str(caught.value).splitlines()] == [
-        "checkpoint_dir",
-        "output_dir",
-        "dataset.source",
-    ]
+    unset = [line.split(" is not set. ")[0] for line in str(caught.value).splitlines()]
+    assert unset == ["checkpoint_dir", "output_dir", "dataset.source"]
 
 
 def test_values_arrive_resolved(settings, tmp_path):
@@ -88,10 +86,8 @@ def test_defaults(tmp_path):
     }
     read_back = read(OmegaConf.create(needed))
     defaults = {field.name: field.default for field in fields(Settings)}
-    assert {name for name, value in defaults.items() if value is MISSING} == {
-        *needed,
-        "sample_prompts",
-    }
+    missing = {name for name, value in defaults.items() if value is MISSING}
+    assert missing == {*needed, "sample_prompts"}
     assert read_back.sample_prompts == []
     assert (read_back.seed, read_back.epochs, read_back.resume) == (0, 1, "never")
     assert (read_back.keep_best, read_back.max_nonfinite_steps) == (True, 3)
@@ -166,10 +162,7 @@ def test_what_resembles_nothing_is_just_refused(problems):
         ("enable_activation_checkpointing=0", "0 must be True or False or a whole number above 0."),
         ("adapter_dtype=fp16", "'fp16' must be fp32 or bf16 or null."),
         ("device='cuda:1'", "'cuda:1' must be cpu or cuda or null. Choose a card with"),
-        (
-            "dtype=fp16",
-            "'fp16' must be bf16 or fp32. Where a card has no bf16, use dtype=fp32 over",
-        ),
+        ("dtype=fp16", "'fp16' must be bf16 or fp32. Where a card has no bf16, use dtype=fp32"),
         ("output_dir=2024", "2024 must be text; put quotes around a number."),
         ("sample_prompts=Hello", "'Hello' must be a list of texts, as in ['one', 'two']."),
         ("sample_prompts=[1]", "[1] must be a list of texts, as in ['one', 'two']."),
@@ -190,11 +183,11 @@ def test_each_kind_of_value(problems, typed, expected):
     [
         ["enable_activation_checkpointing=2", "clip_grad_norm=1", "lora_plus_ratio=16"],
         ["val_fraction=0.1", "run_val_every_n_steps=5", "early_stop_patience=2"],
-        ["dataset_val={_component_: phi3_plugin.data.chat_dataset, source: v.jsonl}"],
-        ["adapter_dtype=fp32", "device=cpu", "resume=auto", "metric_logger=null"],
+        [VAL, "adapter_dtype=fp32", "device=cpu", "resume=auto", "metric_logger=null"],
         ["fsdp_cpu_offload=True", "fsdp_reshard_after_forward=False", "save_total_limit=1"],
         ["collate_fn=torchtune.data.padded_collate_sft", "lr_scheduler=null"],
         ["loss={_component_: torch.nn.CrossEntropyLoss, ignore_index: -100}"],
+        ["group_by_length=True", "dataset.packed=False"],
     ],
 )
 def test_what_is_accepted(settings, typed):
@@ -238,10 +231,17 @@ def test_a_ratio_of_rates_needs_a_rate(problems):
     assert line == "lora_plus_ratio: 16 multiplies optimizer.lr. Set that."
 
 
-def test_validation_data_comes_from_one_place(problems):
-    both = "dataset_val={_component_: phi3_plugin.data.chat_dataset, source: v.jsonl}"
-    (line,) = problems(both, "val_fraction=0.1")
-    assert line.startswith("val_fraction: 0.1 conflicts with dataset_val. Keep one.")
+@pytest.mark.parametrize(
+    ("one", "other", "more"),
+    [
+        ("val_fraction=0.1", "dataset_val", VAL),
+        ("group_by_length=True", "dataset.packed: True", "dataset.packed=True"),
+        ("group_by_length=True", "shuffle: False", "shuffle=False"),
+    ],
+)
+def test_conflicts(problems, one, other, more):
+    (line,) = problems(one, more)
+    assert line.startswith(f"{one.replace('=', ': ')} conflicts with {other}")
 
 
 @pytest.mark.parametrize("key", ["run_val_every_n_steps", "early_stop_patience"])

@@ -1,0 +1,72 @@
+"""What a run is fed: the YAML's data sections, built, split, ordered and ready to be collated.
+
+It needs no model, so an inspection sees exactly what a training run would.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from omegaconf import OmegaConf
+from torchtune import config
+from torchtune.config._utils import _get_component_from_path
+
+from phi3_plugin.train.order import Collate, Order, hold_out
+from phi3_plugin.train.settings import Settings
+
+PACKED_COLLATE = "torchtune.data.padded_collate_packed"
+
+
+@dataclass(frozen=True)
+class Feed:
+    """All batches of a run, in their order."""
+
+    tokenizer: Any
+    order: Order
+    collate: Collate
+    order_val: Order | None
+    """None where nothing is held out."""
+    collate_val: Collate
+    total_steps: int
+    """Optimizer steps of the whole run."""
+
+
+def make_feed(settings: Settings, processes: int) -> Feed:
+    """Tokenize, split and order the samples.
+
+    Args:
+        settings: Of the run.
+        processes: Number of processes that share a step.
+    """
+    s = settings
+    tokenizer = build(s.tokenizer)
+    dataset, held_out = hold_out(build(s.dataset, tokenizer), s.val_fraction, s.seed)
+    if held_out is None:
+        held_out = build(s.dataset_val, tokenizer)
+    cut = partial(Order, batch_size=s.batch_size, processes=processes, seed=s.seed)
+    order = cut(
+        dataset,
+        accumulation=s.gradient_accumulation_steps,
+        shuffle=s.shuffle,
+        group_by_length=s.group_by_length,
+    )
+    order_val = None if held_out is None else cut(held_out, accumulation=1, shuffle=False)
+    steps = s.epochs * order.steps_per_epoch
+    sections = s.dataset, s.dataset_val or s.dataset
+    collate, collate_val = (_collate(part, s.collate_fn, tokenizer.pad_id) for part in sections)
+    return Feed(tokenizer, order, collate, order_val, collate_val, min(steps, s.max_steps or steps))
+
+
+def build(section: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate a section of the YAML; None stays None."""
+    if section is None:
+        return None
+    return config.instantiate(OmegaConf.create(dict(section)), *args, **kwargs)
+
+
+def _collate(section: Mapping[str, Any], collate_fn: str, padding_idx: int) -> Collate:
+    """Return what a data set's section asks for: validation data may be packed alone."""
+    if section.get("packed", False):
+        return partial(_get_component_from_path(PACKED_COLLATE))
+    return partial(_get_component_from_path(collate_fn), padding_idx=padding_idx)

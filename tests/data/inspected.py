@@ -1,0 +1,54 @@
+"""Numbers of a made-up data set, for what shows them."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from phi3_plugin.data.findings import Findings
+from phi3_plugin.data.shown import Shown, Unit
+from phi3_plugin.data.statistics import PACKED, PLAIN, Batching, Cut, Lengths, Statistics, histogram
+from phi3_plugin.data.survey import Alike
+
+FULL = np.array([10] * 50 + [40] * 40 + [200] * 10)
+FOUND = Statistics(
+    options={"_component_": "phi3_plugin.data.chat_dataset", "source": "chats.jsonl"},
+    options_val=None,
+    special_in_text="parse",
+    rows=100,
+    findings=Findings(),
+    samples=100,
+    tokens=4100,
+    labelled=2050,
+    lengths=Lengths(25.0, 200.0, 200, histogram(FULL)),
+    longest=200,
+    limit=256,
+    positions=4096,
+    batchings=[Batching(PLAIN, 0.1, 25, True), Batching(PACKED, 0.01, 5, False)],
+    per_step="4 samples",
+    steps=75,
+    cuts=[Cut(256, 0.0, 0.0, "yours"), Cut(512, 0.0, 0.0, ""), Cut(4096, 0.0, 0.0, "")],
+    alike=Alike(0, [], 0),
+    endless=0,
+    endless_uncut=0,
+)
+"""A data set without a problem."""
+
+
+def numbers(**changes: Any) -> Statistics:
+    return replace(FOUND, **changes)
+
+
+def findings(*noticed: tuple[str, str, str]) -> Findings:
+    found = Findings()
+    for kind, where, detail in noticed:
+        found.add(kind, where, detail)
+    return found
+
+
+def sample(*units: tuple[str, bool], where: str = "chats.jsonl:1", lost: int = 0) -> Shown:
+    """Return a sample of ordinary tokens, each a text and whether it is trained on."""
+    listed = [
+        Unit(text, (n,), trained, text.startswith("<|")) for n, (text, trained) in enumerate(units)
+    ]
+    return Shown(where, listed, sum(unit.trained for unit in listed), lost)

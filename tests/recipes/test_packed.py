@@ -1,0 +1,64 @@
+"""Packed runs and runs grouped by length: the same for two processes, and when resumed.
+
+tests/recipes/test_resume.py stops the packed run after every step, and goes on with one process
+where two stopped.
+"""
+
+import pytest
+
+from phi3_plugin.checkpoint.peft import load_adapter
+from tests.chosen import some
+from tests.own import TINY, finished, metrics, own_run, tiny_inputs
+from tests.parity import losses, same_losses, same_weights
+from tests.resumed import assert_same_end, leave_until, train
+
+pytestmark = pytest.mark.slow
+
+KINDS = {
+    "packed": ("dataset.packed=True",),
+    "split": ("dataset.packed=True", "dataset.split_documents=True"),
+    "grouped": ("group_by_length=True", "dataset.packed=False"),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
+
+
+@pytest.fixture
+def cwd(inputs, tmp_path):
+    for name in ("base", "rows.jsonl"):
+        (tmp_path / name).symlink_to(inputs / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", some(KINDS, quick={"grouped"}))
+def test_two_processes_see_what_one_does(kind, cwd):
+    settings = (*TINY, *KINDS[kind], "batch_size=1", "epochs=6", "max_steps=6")
+    settings += ("val_fraction=0.2", "run_val_every_n_steps=3")
+    one = finished(*settings, "gradient_accumulation_steps=4", "output_dir=one", cwd=cwd)
+    two = ("gradient_accumulation_steps=2", "output_dir=two")
+    done = own_run(*settings, *two, cwd=cwd, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(one)) == 6
+    same_losses(losses(cwd / "two"), losses(one))
+    same_weights(load_adapter(cwd / "two" / "final"), load_adapter(one / "final"))
+    tokens = [[step["tokens"] for step in metrics(cwd / name)] for name in ("one", "two")]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulation"), some([("grouped", 8), ("split", 2)], quick={("grouped", 8)})
+)
+def test_a_stopped_run_ends_in_the_same_bits(kind, accumulation, cwd):
+    settings = (*KINDS[kind], f"gradient_accumulation_steps={accumulation}", "epochs=2")
+    whole = train(cwd, *settings)
+    assert whole.total_steps > 5
+    (cwd / "again").mkdir()
+    for name in ("base", "rows.jsonl"):
+        (cwd / "again" / name).symlink_to(cwd / name)
+    leave_until(3, cwd / "out", cwd / "again" / "out")
+    recipe = train(cwd / "again", *settings, "resume=auto")
+    assert recipe.found.folder.name == "step_000003"
+    assert_same_end(cwd / "again" / "out", cwd / "out")

@@ -1,0 +1,240 @@
+"""The inspection tells what a run would see, and whether it would start."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from phi3_plugin.recipes import phi3_inspect_data as recipe
+
+from phi3_plugin.errors import ConfigError, DataError
+from phi3_plugin.train import settings as strict
+from phi3_plugin.train.feed import make_feed
+from tests.assets import assets_dir
+from tests.own import CONFIG, TINY, chat, merged, tiny_inputs
+from tests.stock import TUNE, _run
+
+CONFIGS = sorted(CONFIG.parent.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint without weights, and 20 rows."""
+    folder = tiny_inputs(tmp_path_factory.mktemp("inputs"), rows=20)
+    for file in (folder / "base").glob("*.safetensors*"):
+        file.unlink()
+    return folder
+
+
+@pytest.fixture
+def inspect(folder, tmp_path, capsys):
+    """Run the recipe in this process; return its exit code, what it printed, and the page."""
+
+    def run(*settings, config=CONFIG):
+        tiny = [key for key in TINY if "lora_dropout" not in key]  # not in all configs
+        cfg = merged(*tiny, f"output_dir={tmp_path}", *settings, cwd=folder, config=config)
+        code = recipe.main.__wrapped__(cfg)
+        return code, capsys.readouterr().out, (tmp_path / "data.html").read_text("utf-8")
+
+    return run
+
+
+def rows_file(tmp_path, *rows):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return f"dataset.source={file}"
+
+
+def lines(*rows):
+    return [json.dumps(row) + "\n" for row in rows]
+
+
+def test_from_the_command_line(folder, tmp_path):
+    output = tmp_path / "out"
+    (output / "final").mkdir(parents=True)  # that of an earlier run does not matter
+    settings = (*TINY, f"output_dir={output}", "dtype=bf16", "device=cuda")
+    command = ("run", "phi3_inspect_data", "--config", "phi3_mini_lora", *settings)
+    done = _run(TUNE, *command, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Training data: rows.jsonl")
+    assert done.stdout.splitlines()[-1] == f"All of it: {output / 'data.html'}"
+    assert "\x1b" not in done.stdout and "Traceback" not in done.stderr
+    assert {file.name for file in output.iterdir()} == {"final", "data.html"}
+
+
+def test_our_own_verb_is_the_run_of_the_recipe(monkeypatch):
+    from phi3_plugin import cli
+
+    monkeypatch.setattr(sys, "argv", ["phi3-tune", "inspect-data", "--config", "x", "samples=3"])
+    cli._run_recipes()
+    words = ["phi3-tune", "run", "phi3_inspect_data", "--config", "x", "samples=3"]
+    assert sys.argv == words
+    cli._run_recipes()
+    assert sys.argv == words
+
+
+def test_the_numbers_are_those_of_the_samples(inspect, folder):
+    code, out, page = inspect("samples=2")
+    feed = make_feed(strict.read(merged(*TINY, "output_dir=out", cwd=folder)), 1)
+    dataset = feed.order.dataset
+    said = out.splitlines()
+    share = f"{100 * dataset.labelled.sum() / dataset.lengths.sum():.0f} %"
+    assert code == 0
+    assert "Rows                    20 read" in said
+    assert f"Tokens an epoch         {dataset.lengths.sum():,}" in said
+    assert f"Trained on              {dataset.labelled.sum():,} ({share})" in said
+    assert f"Training                {feed.total_steps} steps of 16 samples" in said
+    assert page.count("<summary>rows.jsonl:") == 2
+    start = said.index("1. rows.jsonl:1: 8 tokens, 2 trained")
+    assert said[start + 1 : start + 5] == [
+        "| <|user|>·Add:·one<|end|><|assistant|>",
+        "+ ·one<|end|>",
+        "| <|endoftext|>",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ([], "plain"),
+        (["shuffle=False"], "plain"),
+        (["group_by_length=True"], "grouped by length"),
+        (["dataset.packed=True"], "packed"),
+        (["dataset.packed=True", "dataset.split_documents=True", "val_fraction=0.2"], "packed"),
+    ],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_steps_and_padding_are_those_of_the_run(folder, settings, chosen, processes):
+    settings = [*TINY, "output_dir=out", "epochs=3", "gradient_accumulation_steps=1", *settings]
+    s = strict.read(merged(*settings, cwd=folder))
+    found = recipe.Inspection(s, recipe.Options(processes=processes)).statistics()
+    feed = make_feed(s, processes)
+    total = padding = 0
+    for step in range(feed.order.steps_per_epoch):
+        places = feed.order.indices(step)
+        for start in range(0, len(places), s.batch_size):
+            samples = [feed.order.dataset[i] for i in places[start : start + s.batch_size]]
+            tokens = feed.collate(samples)["tokens"]
+            total += tokens.numel()
+            padding += tokens.numel() - sum(map(real_tokens, samples))
+    assert found.batching.name == chosen and found.steps == feed.total_steps
+    assert found.batching.padding == pytest.approx(padding / total)
+    assert found.batching.steps == feed.order.steps_per_epoch
+
+
+def real_tokens(sample):
+    if "input_pos" not in sample:
+        return len(sample["tokens"])
+    lengths = torch.as_tensor(sample["seq_lens"]).tolist()
+    last = lengths.pop()  # the padding, if all its positions are 0
+    end = sum(lengths)
+    return end if last > 1 and not sample["input_pos"][end:].any() else end + last
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_is_taken_as_it_is(inspect, config):
+    code, out, _ = inspect("dtype=bf16", config=config)
+    assert code == 0 and "Rows                    20 read" in out
+
+
+def test_bad_rows_are_shown_and_end_with_1(inspect, tmp_path):
+    source = rows_file(tmp_path, *lines(chat(1), {"messages": []}), "{broken\n", *lines(chat(2)))
+    code, out, page = inspect(source)
+    assert code == 1
+    assert "x dataset: 2 rows cannot be read or used: training would stop" in out
+    for text in (out, page):
+        assert "rows.jsonl:2: messages is empty" in text and "rows.jsonl:3: broken JSON" in text
+    code, out, _ = inspect(source, "dataset.bad_rows=drop")
+    assert code == 0 and "! dataset: 2 rows cannot be read or used; dataset.bad_rows=drop" in out
+
+
+def test_validation_data_of_its_own(inspect, tmp_path):
+    source = rows_file(tmp_path, *lines(chat(1), chat(99)), "{broken\n")
+    val = [source.replace("dataset", "dataset_val", 1)]
+    code, out, _ = inspect(*val, "dataset_val._component_=phi3_plugin.data.chat_dataset")
+    assert code == 1 and "dataset_val: 1 row cannot be read or used" in out
+    assert "Validation              2 samples" in out
+    assert "1 of 2 validation samples (50 %) can be found in the training data" in " ".join(
+        out.split()
+    )
+
+
+def test_nothing_left_is_an_error(inspect, tmp_path):
+    with pytest.raises(DataError, match="is left"):
+        inspect(rows_file(tmp_path, "{broken\n"))
+
+
+def test_its_own_keys_are_checked_together(inspect):
+    with pytest.raises(ConfigError) as error:
+        inspect("samples=-1", "processes=0", "compare=maybe")
+    assert str(error.value).splitlines() == [
+        "samples: -1 must be a whole number from 0.",
+        "processes: 0 must be a whole number from 1.",
+        "compare: 'maybe' must be True or False.",
+    ]
+
+
+def test_other_keys_are_those_of_a_run(inspect):
+    with pytest.raises(ConfigError, match="smaples: 3 is given, but this recipe has no such key"):
+        inspect("smaples=3")
+
+
+@pytest.mark.parametrize(("variable", "colored"), [("", True), ("1", False)])
+def test_no_color(inspect, monkeypatch, variable, colored):
+    monkeypatch.setenv("NO_COLOR", variable)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
+    assert ("\x1b[" in inspect()[1]) == colored
+
+
+def test_a_data_set_of_the_users_own(inspect, tmp_path, monkeypatch):
+    (tmp_path / "my_own_rows.py").write_text(
+        "def rows(tokenizer, source=None):\n"
+        "    return [{'tokens': [5, 6, 7], 'labels': [-100, 6, 7]}] * 9\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = inspect("dataset._component_=my_own_rows.rows", "compare=True")
+    assert code == 0 and "Samples                 9" in out
+    assert "compare: only samples of phi3_plugin.data.chat_dataset can be compared." in out
+
+
+@pytest.mark.parametrize("settings", [[], ["dataset.train_on=all", "tokenizer.max_seq_len=20"]])
+def test_compared_with_transformers(inspect, settings):
+    _, out, _ = inspect("compare=True", *settings)
+    assert "Beside transformers     20 samples, all equal" in out
+
+
+def test_a_difference_is_reported(inspect, tmp_path):
+    row = chat(1)
+    row["messages"][0]["content"] += "<|end|>"
+    source = rows_file(tmp_path, *lines(chat(2), row))
+    code, out, _ = inspect(source, "compare=True", "tokenizer.special_in_text=text")
+    assert code == 0 and "Beside transformers     2 samples, of which 1 differ" in out
+    assert "rows.jsonl:2: token " in out
+    assert "! 1 of 2 samples differ from what transformers makes of them." in out
+
+
+def test_without_transformers(inspect, monkeypatch):
+    def absent(*_):
+        raise ImportError
+
+    monkeypatch.setattr(recipe, "hf_ids", absent)
+    code, out, _ = inspect("compare=True")
+    assert code == 0 and "compare: transformers is not installed." in out
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    "model", ["phi3-mini-4k-instruct", "phi3.5-mini-instruct", "phi3-medium-4k-instruct"]
+)
+def test_gsm8k_is_tokenized_as_by_transformers(tmp_path, model):
+    assets = assets_dir()
+    shutil.copytree(assets / "models" / model, tmp_path / "base")
+    cfg = OmegaConf.load(CONFIG)
+    settings = ["checkpoint_dir=base", "output_dir=out", "dataset.max_samples=200"]
+    cfg = merged(*settings, "dataset.source=x", cwd=tmp_path)
+    cfg.dataset.source = str(assets / "data" / "gsm8k_train.jsonl")
+    found = recipe.Inspection(strict.read(cfg), recipe.Options(compare=True)).statistics()
+    assert found.compared == recipe.Compared(200, 0, [])

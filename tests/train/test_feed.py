@@ -1,0 +1,131 @@
+"""What a run is fed: the same samples for any number of processes, packed or padded."""
+
+import json
+from itertools import chain
+
+import pytest
+from omegaconf import OmegaConf
+
+from phi3_plugin.train.feed import make_feed
+from phi3_plugin.train.order import shares
+from phi3_plugin.train.settings import read
+from tests.data.tiny import write_checkpoint
+from tests.own import chat
+
+ROWS = 30
+KINDS = {
+    "padded": {},
+    "grouped": {"group_by_length": True},
+    "packed": {"dataset": {"packed": True}},
+    "split": {"dataset": {"packed": True, "split_documents": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("feed")
+    write_checkpoint(folder / "base")
+    for name, rows in (("rows.jsonl", range(ROWS)), ("val.jsonl", range(ROWS, ROWS + 5))):
+        text = "".join(json.dumps(chat(number)) + "\n" for number in rows)
+        (folder / name).write_text(text, "utf-8")
+    return folder
+
+
+@pytest.fixture
+def feed(folder):
+    """Make what a run is fed with six micro-batches a step, shared out to the processes."""
+
+    def make(processes=1, **changed):
+        keys = {
+            "checkpoint_dir": str(folder / "base"),
+            "output_dir": str(folder / "out"),
+            "model": {"_component_": "phi3_plugin.models.phi3", "checkpoint_dir": "base"},
+            "tokenizer": {
+                "_component_": "phi3_plugin.data.phi3_tokenizer",
+                "path": str(folder / "base"),
+                "max_seq_len": 96,
+            },
+            "dataset": section(folder / "rows.jsonl"),
+            "optimizer": {"_component_": "torch.optim.AdamW"},
+            "gradient_accumulation_steps": 6 // processes,
+            "batch_size": 1,
+            "dtype": "fp32",
+        }
+        return make_feed(read(OmegaConf.merge(keys, changed)), processes)
+
+    return make
+
+
+def section(file, **keys):
+    return {"_component_": "phi3_plugin.data.chat_dataset", "source": str(file), **keys}
+
+
+def trained(batches):
+    """Return what is trained on in batches of one, in an order that does not depend on theirs."""
+    return sorted(b["labels"][b["labels"] != -100].tolist() for b in batches)
+
+
+def step_of(feed, step, processes=1):
+    batches = [feed.order.batches(step, rank, feed.collate) for rank in range(processes)]
+    return [labels for labels in trained(chain(*batches)) if labels]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_for_any_number_of_processes_and_from_any_step_on(kind, feed):
+    one = feed(epochs=2, val_fraction=0.2, **KINDS[kind])
+    steps = [step_of(one, step) for step in range(one.total_steps)]
+    assert len(steps) == 2 * one.order.steps_per_epoch > 3
+    half = len(steps) // 2
+    assert sorted(chain(*steps[:half])) == sorted(chain(*steps[half:]))
+    for processes in (2, 3):
+        many = feed(processes, epochs=2, val_fraction=0.2, **KINDS[kind])
+        assert many.order.identity == one.order.identity
+        assert many.total_steps == one.total_steps
+        # Backwards: a resumed run asks for any step first
+        backwards = [step_of(many, step, processes) for step in reversed(range(len(steps)))]
+        assert backwards[::-1] == steps
+        shared = (shares(many.order_val, rank, many.collate_val) for rank in range(processes))
+        expected = trained(shares(one.order_val, 0, one.collate_val))
+        assert [labels for labels in trained(chain(*shared)) if labels] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_held_out_is_not_trained_on(kind, feed):
+    fed = feed(val_fraction=0.2, **KINDS[kind])
+    kept, held = (set(documents(order.dataset)) for order in (fed.order, fed.order_val))
+    assert len(held) > 3
+    assert not kept & held
+
+
+def documents(dataset):
+    inner = getattr(dataset, "ds", dataset)  # what is packed
+    return [tuple(inner[i]["tokens"]) for i in range(len(inner))]
+
+
+def test_without_validation_data_there_is_no_order_of_it(feed):
+    assert feed().order_val is None
+
+
+def test_max_steps_ends_a_run_early(feed):
+    assert feed(epochs=3).total_steps == 15
+    assert feed(epochs=3, max_steps=4).total_steps == 4
+    assert feed(epochs=1, max_steps=40).total_steps == 5
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_validation_data_is_packed_if_its_own_section_says_so(packed, feed, folder):
+    fed = feed(
+        dataset={"packed": packed}, dataset_val=section(folder / "val.jsonl", packed=not packed)
+    )
+    batch = fed.order.batches(0, 0, fed.collate)[0]
+    batch_val = next(shares(fed.order_val, 0, fed.collate_val))
+    assert ("mask" in batch, "mask" in batch_val) == (packed, not packed)
+
+
+def test_padding_is_the_tokenizers(feed):
+    fed = feed(tokenizer={"pad": "unk"}, batch_size=6, gradient_accumulation_steps=1)
+    (batch,) = fed.order.batches(0, 0, fed.collate)
+    lengths = [len(fed.order.dataset[i]["tokens"]) for i in fed.order.indices(0)]
+    assert len(set(lengths)) > 1
+    for row, length in zip(batch["tokens"], lengths, strict=True):
+        assert row[length:].eq(fed.tokenizer.unk_id).all()
