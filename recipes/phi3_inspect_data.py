@@ -24,14 +24,20 @@ from torchtune import config
 
 from phi3_plugin.checkpoint.check import hf_ids
 from phi3_plugin.config import read_config
-from phi3_plugin.data import statistics as st
-from phi3_plugin.data.advice import problems
-from phi3_plugin.data.compared import Compared, as_trained, compare, conversations, marked
+from phi3_plugin.data.inspection import statistics as st
+from phi3_plugin.data.inspection.advice import problems
+from phi3_plugin.data.inspection.compared import (
+    Compared,
+    as_trained,
+    compare,
+    conversations,
+    marked,
+)
+from phi3_plugin.data.inspection.page import write_page
+from phi3_plugin.data.inspection.shown import Shown, Speller, show
+from phi3_plugin.data.inspection.survey import Samples, alike, survey
+from phi3_plugin.data.inspection.terminal import Terminal, for_stdout
 from phi3_plugin.data.packing import Packs
-from phi3_plugin.data.page import write_page
-from phi3_plugin.data.shown import Shown, Speller, show
-from phi3_plugin.data.survey import Samples, alike, survey
-from phi3_plugin.data.terminal import Terminal
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.train import settings as strict
 from phi3_plugin.train.feed import Feed, make_feed
@@ -223,12 +229,6 @@ def batches(order: Order) -> Iterator[list[int]]:
         yield from (
             chosen[i : i + order.batch_size] for i in range(0, len(chosen), order.batch_size)
         )
-
-
-def for_stdout(text: str) -> str:
-    """Return a text that the terminal's encoding can hold."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
 
 
 @config.parse

@@ -13,6 +13,7 @@ from tests.test_registration import BIN, NAMES, READ_REGISTRY, RECIPE, command
 SWITCHES = ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
 OFF = dict.fromkeys(SWITCHES, "0")
 VERBS = ["download", "ls", "cp", "run", "validate", "cat"]
+OURS = ["inspect-data"]
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def phi3_tune_process(*words: str, cwd: Path, **environment: str) -> subprocess.
 
 def test_help_names_itself_and_lists_the_verbs_of_tune(phi3_tune):
     code, out = phi3_tune("--help")
-    assert code == 0 and out.startswith("usage: phi3-tune [-h] {" + ",".join(VERBS) + "}")
+    assert code == 0 and out.startswith("usage: phi3-tune [-h] {" + ",".join(VERBS + OURS) + "}")
     assert phi3_tune() == (0, out)
 
 
@@ -84,6 +85,20 @@ def test_one_process_runs_as_under_tune(phi3_tune, monkeypatch):
     assert path.endswith(f"/recipes/{RECIPE}.py") and argv[0] == path
     assert argv[1] == "--config" and argv[2].endswith("/phi3_mini_lora.yaml")
     assert argv[3:] == ["seed=1"]
+
+
+def test_a_verb_of_ours_runs_its_recipe(phi3_tune, monkeypatch):
+    seen = []
+    monkeypatch.setattr("runpy.run_path", lambda path, run_name: seen.append((path, sys.argv)))
+    phi3_tune("inspect-data", "--config", "phi3_mini_lora", "samples=3")
+    ((path, argv),) = seen
+    assert path.endswith("/recipes/phi3_inspect_data.py")
+    assert argv[2].endswith("/phi3_mini_lora.yaml") and argv[3:] == ["samples=3"]
+
+
+def test_the_inspection_refuses_workers(phi3_tune, torchrun):
+    code, out = phi3_tune("run", "--nproc_per_node", "2", "phi3_inspect_data", "--config", "x")
+    assert code == 2 and "does not support distributed training" in out and not torchrun
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has the stderr

@@ -12,7 +12,7 @@ from tests.chosen import some
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NAMES = [file.stem for file in CONFIGS]
 RECIPE, DISTRIBUTED = "lora_finetune_single_device", "lora_finetune_distributed"
-OURS = "phi3_lora_finetune"
+OURS, INSPECT = "phi3_lora_finetune", "phi3_inspect_data"
 BY_PATH = "phi3_plugin/recipes/lora_finetune.py"
 BIN = Path(sys.executable).parent
 
@@ -20,8 +20,9 @@ BIN = Path(sys.executable).parent
 def recipes_of(file: Path) -> tuple[str, ...]:
     """Which recipes must list a config: keys that only ours knows keep it from torchtune's."""
     if "\nresume: " in file.read_text():
-        return (OURS,)
-    return (RECIPE, OURS) if file.stem == "phi3_demo" else (RECIPE, DISTRIBUTED, OURS)
+        return (OURS, INSPECT)
+    stock = (RECIPE,) if file.stem == "phi3_demo" else (RECIPE, DISTRIBUTED)
+    return (*stock, OURS, INSPECT)
 
 
 STOCK = [file.stem for file in CONFIGS if RECIPE in recipes_of(file)]
@@ -82,7 +83,7 @@ def test_every_config_is_registered_once_per_recipe_under_its_stem():
     ]
     assert ours == [
         (recipe, file.stem, str(file))
-        for recipe in (RECIPE, DISTRIBUTED, OURS)
+        for recipe in (RECIPE, DISTRIBUTED, OURS, INSPECT)
         for file in CONFIGS
         if recipe in recipes_of(file)
     ]
@@ -99,7 +100,7 @@ def test_ls_lists_our_configs_at_the_end_of_each_recipe(tune, capsys):
     tune("ls")
     lines = capsys.readouterr().out.splitlines()
     columns = [(line[:40].strip(), line[41:].strip()) for line in lines]
-    for recipe in (RECIPE, DISTRIBUTED, OURS):
+    for recipe in (RECIPE, DISTRIBUTED, OURS, INSPECT):
         names = [file.stem for file in CONFIGS if recipe in recipes_of(file)]
         start = next(i for i, (name, _) in enumerate(columns) if name == recipe)
         end = next((i for i in range(start + 1, len(columns)) if columns[i][0]), len(columns))

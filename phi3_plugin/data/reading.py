@@ -46,10 +46,11 @@ class Reading:
 
     def write(self, writer: StoreWriter) -> None:
         """Read all sources, and tokenize them into a store."""
-        rows = chain.from_iterable(self._rows(n, source) for n, source in enumerate(self.sources))
+        rows = chain.from_iterable(self.rows(n, source) for n, source in enumerate(self.sources))
         self.preparation.write(rows, writer)
 
-    def _rows(self, number: int, source: Source) -> Iterator[Read | tuple[str, str, str]]:
+    def rows(self, number: int, source: Source) -> Iterator[Read | tuple[str, str, str]]:
+        """Yield the rows of one source, or kind, place and reason of those that are none."""
         filtered = list[str]()
         rows = source.rows(filtered.append)
         first = list(islice(rows, LISTED))

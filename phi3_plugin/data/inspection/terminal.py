@@ -1,13 +1,14 @@
 """The numbers and first samples of a data set, for a terminal."""
 
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from phi3_plugin.data.advice import count, percent, problems
-from phi3_plugin.data.overview import facts, short, span, title_of
-from phi3_plugin.data.shown import Shown, Unit, harmless
-from phi3_plugin.data.statistics import Bin, Statistics
+from phi3_plugin.data.inspection.advice import count, percent, problems
+from phi3_plugin.data.inspection.overview import facts, short, span, title_of
+from phi3_plugin.data.inspection.shown import Shown, Unit, harmless
+from phi3_plugin.data.inspection.statistics import Bin, Statistics
 
 PLAIN, BOLD, DIM, UNDERLINED, TURNED = "0", "1", "2", "4", "7"
 RED, GREEN, YELLOW, BLUE, MAGENTA = "31", "32", "33", "34", "35"
@@ -226,3 +227,9 @@ def _codes(unit: Unit, number: int) -> tuple[str, ...]:
 
 def _left(text: str, room: int) -> str:
     return text + " " * max(1, room - columns(text))
+
+
+def for_stdout(text: str) -> str:
+    """Return a text that the terminal's encoding can hold."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phi3_plugin.data.advice import count, percent, problems
-from phi3_plugin.data.overview import facts, short, span, title_of
-from phi3_plugin.data.shown import Shown, Unit, harmless
-from phi3_plugin.data.statistics import Statistics
+from phi3_plugin.data.inspection.advice import count, percent, problems
+from phi3_plugin.data.inspection.overview import facts, short, span, title_of
+from phi3_plugin.data.inspection.shown import Shown, Unit, harmless
+from phi3_plugin.data.inspection.statistics import Statistics
 from phi3_plugin.errors import OutputError
 
 NAME = "data.html"

@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as draw
+from tests.data.inspection.test_survey import STOP, Rows, survey
 
 from phi3_plugin.data.findings import Findings
-from phi3_plugin.data.statistics import Bin, Cut, cuts, histogram, lengths_of, padding, part
-from tests.data.test_survey import STOP, Rows, survey
+from phi3_plugin.data.inspection.statistics import (
+    Bin,
+    Cut,
+    cuts,
+    histogram,
+    lengths_of,
+    padding,
+    part,
+)
 
 
 def test_lengths_in_short():

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phi3_plugin.data.advice import count, percent
 from phi3_plugin.data.findings import DROPPED, NOTICED, Findings
-from phi3_plugin.data.statistics import Bin, Part, Statistics
-from phi3_plugin.data.survey import FIRST, Alike
+from phi3_plugin.data.inspection.advice import count, percent
+from phi3_plugin.data.inspection.statistics import Bin, Part, Statistics
+from phi3_plugin.data.inspection.survey import FIRST, Alike
 
 
 class Fact(NamedTuple):

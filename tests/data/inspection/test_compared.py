@@ -5,7 +5,7 @@ import json
 import pytest
 
 from phi3_plugin.data import chat_dataset
-from phi3_plugin.data.compared import (
+from phi3_plugin.data.inspection.compared import (
     Compared,
     as_trained,
     compare,

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from phi3_plugin.data.compared import Compared
 from phi3_plugin.data.findings import Findings
-from phi3_plugin.data.survey import Alike, Numbers, Samples
+from phi3_plugin.data.inspection.compared import Compared
+from phi3_plugin.data.inspection.survey import Alike, Numbers, Samples
 
 # Shapes: N samples, S tokens of one of them
 

@@ -13,7 +13,7 @@ from phi3_plugin.data.findings import (
     UNUSABLE,
     Findings,
 )
-from phi3_plugin.data.statistics import GROUPED, PACKED, Batching, Cut, Statistics
+from phi3_plugin.data.inspection.statistics import GROUPED, PACKED, Batching, Cut, Statistics
 
 CUT, LOST = 0.01, 0.01
 """Cut samples, and lost tokens, that are worth a word; and what a better length may lose."""

@@ -6,9 +6,17 @@ from typing import Any
 import numpy as np
 
 from phi3_plugin.data.findings import Findings
-from phi3_plugin.data.shown import Shown, Unit
-from phi3_plugin.data.statistics import PACKED, PLAIN, Batching, Cut, Lengths, Statistics, histogram
-from phi3_plugin.data.survey import Alike
+from phi3_plugin.data.inspection.shown import Shown, Unit
+from phi3_plugin.data.inspection.statistics import (
+    PACKED,
+    PLAIN,
+    Batching,
+    Cut,
+    Lengths,
+    Statistics,
+    histogram,
+)
+from phi3_plugin.data.inspection.survey import Alike
 
 FULL = np.array([10] * 50 + [40] * 40 + [200] * 10)
 FOUND = Statistics(

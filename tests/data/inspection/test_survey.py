@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from phi3_plugin.data.survey import Alike, alike, survey
+from phi3_plugin.data.inspection.survey import Alike, alike, survey
 from phi3_plugin.errors import DataError
 
 STOP = 9

@@ -5,12 +5,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from phi3_plugin.data.advice import problems
 from phi3_plugin.data.findings import BROKEN, UNUSABLE
-from phi3_plugin.data.page import HEAD, TAIL, render, write_page
-from phi3_plugin.data.shown import Unit
+from phi3_plugin.data.inspection.advice import problems
+from phi3_plugin.data.inspection.page import HEAD, TAIL, render, write_page
+from phi3_plugin.data.inspection.shown import Unit
 from phi3_plugin.errors import OutputError
-from tests.data.inspected import findings, numbers, sample
+from tests.data.inspection.inspected import findings, numbers, sample
 
 MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}{% if %}"
 EVIL = f"{MARKUP}\x1b[2J\u202e\ud800"

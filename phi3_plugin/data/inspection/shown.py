@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi3_plugin.data.chat import IGNORED
-from phi3_plugin.data.survey import arrays, place
+from phi3_plugin.data.inspection.survey import arrays, place
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from phi3_plugin.data.findings import UNUSABLE
-from phi3_plugin.data.shown import Unit
-from phi3_plugin.data.terminal import TAIL, Terminal, columns, seen
-from tests.data.inspected import findings, numbers, sample
+from phi3_plugin.data.inspection.shown import Unit
+from phi3_plugin.data.inspection.terminal import TAIL, Terminal, columns, seen
+from tests.data.inspection.inspected import findings, numbers, sample
 
 EVIL = "\x1b]0;title\x07\x1b[2J\r\u202e中文" * 20
 

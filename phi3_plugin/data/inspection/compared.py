@@ -5,9 +5,9 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 from phi3_plugin.data.chat import IGNORED, chat_dataset
+from phi3_plugin.data.inspection.survey import FIRST, arrays
 from phi3_plugin.data.preparation import Read
 from phi3_plugin.data.reading import make_reading
-from phi3_plugin.data.survey import FIRST, arrays
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.data.turns import Turn, Written
 from phi3_plugin.errors import DataError
@@ -52,7 +52,7 @@ def conversations(
         truncate=given["truncate"],
     )
     for number, source in enumerate(reading.sources):
-        for row in reading._rows(number, source):
+        for row in reading.rows(number, source):
             if not isinstance(row, Read) or isinstance(row.chat, Written):
                 continue
             try:

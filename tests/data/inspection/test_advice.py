@@ -3,11 +3,11 @@
 import pytest
 
 from phi3_plugin.data import findings as f
-from phi3_plugin.data.advice import count, percent, problems
-from phi3_plugin.data.compared import Compared
-from phi3_plugin.data.statistics import GROUPED, PACKED, PLAIN, Batching, Cut, Part
-from phi3_plugin.data.survey import Alike
-from tests.data.inspected import FOUND, findings, numbers
+from phi3_plugin.data.inspection.advice import count, percent, problems
+from phi3_plugin.data.inspection.compared import Compared
+from phi3_plugin.data.inspection.statistics import GROUPED, PACKED, PLAIN, Batching, Cut, Part
+from phi3_plugin.data.inspection.survey import Alike
+from tests.data.inspection.inspected import FOUND, findings, numbers
 
 CHAT = FOUND.options
 
