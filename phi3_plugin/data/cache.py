@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,11 @@ def _private(write: Write) -> Store:
 
 def _remove_old(folder: Path) -> None:
     oldest = time.time() - KEPT_DAYS * 24 * 3600
-    for entry in folder.iterdir():
-        if entry.stat().st_mtime < oldest and (entry / "meta.json").is_file():
-            shutil.rmtree(entry, ignore_errors=True)
-            entry.with_name(f"{entry.name}.lock").unlink(missing_ok=True)
+    for whole in folder.glob("*/meta.json"):
+        with suppress(OSError):  # Another process may be removing it too
+            if whole.parent.stat().st_mtime < oldest:
+                shutil.rmtree(whole.parent, ignore_errors=True)
+                folder.joinpath(f"{whole.parent.name}.lock").unlink(missing_ok=True)
 
 
 def _code() -> str:

@@ -11,6 +11,7 @@ from tokenizers import Encoding, Tokenizer
 from phi3_plugin.data.added import Disguise
 from phi3_plugin.data.layout import Piece, Rendered
 from phi3_plugin.data.marks import Marker, Marks
+from phi3_plugin.data.spaces import Script, without_normalizer
 
 SPECIAL_IN_TEXT = ("parse", "text")
 """What a special token is that somebody wrote into a message."""
@@ -57,7 +58,7 @@ class Encoder:
         """Take one of :data:`SPECIAL_IN_TEXT`."""
         self._disguise = Disguise(backend) if special_in_text == "text" else None
         self._backend = backend if self._disguise is None else self._disguise.backend
-        self._marker = Marker(backend)
+        self._marker, self._bare = Marker(backend), without_normalizer(backend)
         added = list(backend.get_added_tokens_decoder())
         self._is_added = np.zeros(max(backend.get_vocab().values()) + 1, dtype=np.bool_)
         self._is_added[added] = True
@@ -79,10 +80,7 @@ class Encoder:
 
     def _encode_quickly(self, chats: Sequence[Rendered], marks: Sequence[Marks]) -> Batch:
         """Encode, and mark by added tokens; wrong where a message holds some of its own."""
-        texts = [chat.text for chat in chats]
-        # Without the places of the tokens, and so quicker than encode_batch
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        lists = [encoding.ids for encoding in encodings]
+        lists = self._ids(chats, [mark.script for mark in marks])
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         ids = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
         if not chats:
@@ -97,6 +95,17 @@ class Encoder:
         trained = np.where(added, token, after)
         trained[(ends - lengths)[lengths > 0]] = False  # nothing comes before it
         return Batch(ids, trained, lengths, own)
+
+    def _ids(self, chats: Sequence[Rendered], scripts: Sequence[Script | None]) -> list[list[int]]:
+        backend, known = self._backend, [script for script in scripts if script is not None]
+        if self._bare is not None and len(known) == len(chats):
+            backend = self._bare
+            texts = [script.write(chat.turns) for script, chat in zip(known, chats, strict=True)]
+        else:
+            texts = [chat.text for chat in chats]
+        # Without the places of the tokens, and so quicker than encode_batch
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def _encode_asking(self, chats: Sequence[Rendered]) -> list[Tokens]:
         """Encode, and mark by where each token starts in the text."""

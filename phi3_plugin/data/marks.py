@@ -11,7 +11,7 @@ added tokens of its own, the tokenizer has to be asked; see :mod:`phi3_plugin.da
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
 from phi3_plugin.data.added import token_pattern
-from phi3_plugin.data.layout import Layout, Piece, Slot
+from phi3_plugin.data.layout import Layout, Slot
+from phi3_plugin.data.spaces import Script, script
+
+Part = tuple[str | Slot | None, bool]
+"""Text of the template, a slot, or None for a text that is said; and whether it is trained on."""
 
 
 class Marks(NamedTuple):
@@ -31,6 +35,8 @@ class Marks(NamedTuple):
     """[K + 1]; what comes before the first added token, and after each."""
     tell: bool
     """Whether these tell; if not, some are trained only in part."""
+    script: Script | None
+    """How such a conversation is written with its normalizer done, if that is known."""
 
 
 class Marker:
@@ -52,33 +58,42 @@ class Marker:
         return self._known[layout]
 
     def _read(self, layout: Layout) -> Marks:
-        tokens, after = [False], list[bool | None]()
-        before, between = None, list[tuple[str | None, bool]]()
-        for text, trained in self._cut(layout):
-            token = self._added.get(text) if text else None
-            if token is None:
-                between.append((text, trained))
-                continue
-            after.append(_agreed(between, before, token))
-            tokens.append(trained)
-            before, between = token, []
-        after.append(_agreed(between, before, None))
+        tokens, trained = list[AddedToken](), [False]
+        between: list[list[Part]] = [[]]
+        for part, counts in self._cut(layout):
+            if isinstance(part, str) and part in self._added:
+                tokens.append(self._added[part])
+                trained.append(counts)
+                between.append([])
+            else:
+                between[-1].append((part, counts))
+        beside = [None, *tokens, None]
+        after = [_agreed(b, *beside[i : i + 2]) for i, b in enumerate(between)]
         tell = self._simple and None not in after
-        return Marks(np.array(tokens, dtype=np.bool_), np.array(after, dtype=np.bool_), tell)
+        parts = [[part for part, _ in listed if part is not None] for listed in between]
+        whole = sum(map(len, parts)) == sum(map(len, between))
+        written = script(parts, tokens) if tell and whole else None
+        return Marks(
+            np.array(trained, dtype=np.bool_), np.array(after, dtype=np.bool_), tell, written
+        )
 
-    def _cut(self, layout: Layout) -> Iterator[tuple[str | None, bool]]:
-        """Yield the template's added tokens and what stands between them; None is any text."""
+    def _cut(self, layout: Layout) -> Iterator[Part]:
+        """Yield the template's added tokens, and what stands between."""
         for part in layout.parts:
-            if isinstance(part, Piece) and not part.said:
+            if isinstance(part, Slot):
+                yield part, part.trained
+            elif part.said:
+                yield None, part.trained
+            else:
                 for text in re.split(f"({self._pattern.pattern})", part.text):
                     if text:
                         yield text, part.trained
-            else:
-                yield None, part.trained
 
 
 def _agreed(
-    between: list[tuple[str | None, bool]], before: AddedToken | None, after: AddedToken | None
+    between: Sequence[tuple[str | Slot | None, bool]],
+    before: AddedToken | None,
+    after: AddedToken | None,
 ) -> bool | None:
     """Return whether all tokens between two added ones are trained; None if only some are."""
     kept = list(between)
@@ -90,5 +105,5 @@ def _agreed(
     return None if len(found) > 1 else found == {True}
 
 
-def _blank(entry: tuple[str | None, bool]) -> bool:
-    return entry[0] is not None and not entry[0].strip()
+def _blank(entry: Part) -> bool:
+    return isinstance(entry[0], str) and not entry[0].strip()

@@ -49,6 +49,14 @@ def test_most_templates_need_not_ask(supported, supported_tokenizer):
     assert tells == (supported.name not in launch)
 
 
+def test_which_conversations_are_written_normalized(supported, supported_tokenizer):
+    encoder = supported_tokenizer._encoder
+    chat = supported_tokenizer.render([make_turn("user", "a"), make_turn("assistant", "b")])
+    known = encoder._bare is not None and encoder._marker.marks(chat.layout).script is not None
+    sentencepiece = "phi4" not in supported.name and "invented" not in supported.name
+    assert known == (sentencepiece and "launch" not in supported.name)
+
+
 def test_special_tokens_of_a_message_are_noticed(supported_tokenizer):
     texts = ["a", "<|end|><|endoftext|><|im_end|>", "b"]
     chats = [

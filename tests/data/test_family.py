@@ -62,7 +62,8 @@ def test_trained_text_is_what_the_assistant_says(both, end, turns):
     tokens = tokenize(ours, [("user", "a"), *turns])
     text = ours.decode(tokens.ids[tokens.trained].tolist(), skip_special_tokens=False)
     said = "".join(content + end for role, content in turns if role == "assistant")
-    assert "".join(text.split()) == "".join(said.split())
+    # SentencePiece's own mark of a space comes back as a space
+    assert "".join(text.split()) == "".join(said.replace("▁", " ").split())
 
 
 @given(turns=TURNS, ask=st.booleans())

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as draw
-from tests.data.inspection.test_survey import STOP, Rows, survey
 
 from phi3_plugin.data.findings import Findings
 from phi3_plugin.data.inspection.statistics import (
@@ -16,6 +15,7 @@ from phi3_plugin.data.inspection.statistics import (
     padding,
     part,
 )
+from tests.data.inspection.test_survey import STOP, Rows, survey
 
 
 def test_lengths_in_short():
