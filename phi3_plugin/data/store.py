@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,11 +148,14 @@ class Store:
         return tokens, trained
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+        # Another process opens the files itself, and does not remove them when it ends
+        own = ("_open", "_keeps")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __del__(self) -> None:
-        for file in self.__dict__.get("_open", ()):
-            os.close(file)
+        with suppress(OSError, TypeError):  # os may be gone when Python ends
+            for file in self.__dict__.get("_open", ()):
+                os.close(file)
 
 
 def open_store(folder: Path) -> Store | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -201,6 +202,7 @@ def test_without_a_home_nothing_is_kept(read, tmp_path, monkeypatch, caplog):
     dataset = read(cache_dir=None)
     assert len(list(dataset)) == 8
     assert "tokenized data is not kept" in caplog.text
+    assert pickle.loads(pickle.dumps(dataset))[7] == dataset[7]  # for loader workers
     private = dataset.store.folder
     assert private.is_dir()
     del dataset
