@@ -67,7 +67,7 @@ def place(tmp_path_factory):
     with (cwd / "my_pairs.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("ask", "reply"), *pairs])
     (cwd / "tiny_split.py").write_text(TINY_SPLIT)
-    (training,) = (code for code in blocks(PAGES[0], "bash") if "tune run" in code)
+    (training,) = (code for code in blocks(PAGES[0], "bash") if "tune download" in code)
     shell(as_run_here(training), cwd)
     return cwd
 
