@@ -33,6 +33,7 @@ from phi3_plugin.data.inspection.compared import (
     conversations,
     marked,
 )
+from phi3_plugin.data.inspection.limits import cuts
 from phi3_plugin.data.inspection.page import write_page
 from phi3_plugin.data.inspection.shown import Shown, Speller, show
 from phi3_plugin.data.inspection.survey import Samples, alike, survey
@@ -99,15 +100,17 @@ class Inspection:
         """Read and tokenize: all rows, also where a run would stop at the first broken ones."""
         self.s, self.options = settings, options
         self.feed: Feed = make_feed(all_rows(settings), options.processes)
-        self.dataset = unpacked(self.feed.order.dataset)
+        self.dataset = st.unpacked(self.feed.order.dataset)
         self.limit: int | None = getattr(self.feed.tokenizer, "max_seq_len", None)
         self.is_chat = settings.dataset["_component_"] in CHAT_DATASETS
+        self.truncate = settings.dataset.get("truncate", "right") if self.is_chat else "right"
         self.samples: Samples = survey(self.dataset, self.feed.tokenizer.stop_tokens)
 
     def statistics(self) -> st.Statistics:
         """Count everything."""
         s, dataset, samples = self.s, self.dataset, self.samples
-        full = np.concatenate([samples.full, getattr(dataset, "lost", samples.full[:0])])
+        lost = getattr(dataset, "lost", samples.full[:0])
+        tokens, labelled = st.epoch(self.feed.order.dataset, samples)
         positions = read_config(s.checkpoint_dir).max_position_embeddings
         named = {positions: "model's most"} | ({self.limit: "yours"} if self.limit else {})
         things = "packs" if isinstance(self.feed.order.dataset, Packs) else "samples"
@@ -118,16 +121,17 @@ class Inspection:
             rows=getattr(dataset, "rows", len(dataset)),
             findings=getattr(dataset, "findings", st.Findings()),
             samples=len(samples.lengths),
-            tokens=int(samples.lengths.sum()),
-            labelled=int(samples.labelled.sum()),
-            lengths=st.lengths_of(full),
+            tokens=tokens,
+            labelled=labelled,
+            lengths=st.lengths_of(np.concatenate([samples.full, lost])),
             longest=int(samples.lengths.max()),
             limit=self.limit,
+            truncate=self.truncate,
             positions=positions,
             batchings=list(self.batchings()),
             per_step=f"{self.feed.order.per_step:,} {things}",
             steps=self.feed.total_steps,
-            cuts=st.cuts(full, named),
+            cuts=cuts(samples, lost, named, limit=self.limit, truncate=self.truncate),
             alike=alike(samples),
             endless=int((~samples.stops).sum()),
             endless_uncut=int((~samples.stops & (samples.full <= samples.lengths)).sum()),
@@ -168,8 +172,8 @@ class Inspection:
         """Look at the validation data, if there is any."""
         if self.feed.order_val is None:
             return None
-        dataset = unpacked(self.feed.order_val.dataset)
-        seen = survey(dataset, self.feed.tokenizer.stop_tokens)
+        dataset = self.feed.order_val.dataset
+        seen = survey(st.unpacked(dataset), self.feed.tokenizer.stop_tokens)
         return st.part(dataset, seen, self.samples)
 
     def compared(self) -> Compared | None:
@@ -192,7 +196,7 @@ class Inspection:
 
     def conversations(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """Yield samples and the messages they were made of, but for shortened ones."""
-        samples, left = self.samples, self.s.dataset.get("truncate") == "left"
+        samples, left = self.samples, self.truncate == "left"
         numbers = {where: i for i, where in reversed(list(enumerate(samples.places)))}
         for where, messages in conversations(self.feed.tokenizer, self.s.dataset):
             i = numbers.get(where)
@@ -202,8 +206,8 @@ class Inspection:
     def shown(self) -> list[Shown]:
         """Return the first samples, token by token."""
         first = range(min(self.options.samples, len(self.dataset)))
-        left = self.s.dataset.get("truncate") == "left"
-        return show(self.dataset, first, Speller(self.feed.tokenizer), from_start=left)
+        left, speller = self.truncate == "left", Speller(self.feed.tokenizer)
+        return show(self.dataset, first, speller, from_start=left)
 
 
 def all_rows(settings: Settings) -> Settings:
@@ -215,11 +219,6 @@ def all_rows(settings: Settings) -> Settings:
         if section and section["_component_"] in CHAT_DATASETS
     }
     return replace(settings, **changed)
-
-
-def unpacked(dataset: Any) -> Any:
-    """Return the samples of a data set, whether it is packed or not."""
-    return dataset.ds if isinstance(dataset, Packs) else dataset
 
 
 def batches(order: Order) -> Iterator[list[int]]:

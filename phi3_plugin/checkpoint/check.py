@@ -4,13 +4,78 @@ The only module that imports transformers and peft; both come with ``phi3-plugin
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from phi3_plugin.errors import AdapterError
+
+# Shapes: B batch, S sequence, V vocabulary
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an adapter computes in PEFT and in another model."""
+
+    difference: float
+    """The largest distance of two logits."""
+    effect: float
+    """How far the adapter moves a logit at most, in PEFT."""
+    largest: float
+    """The largest logit."""
+
+
+def prove(
+    checkpoint_dir: str | Path,
+    adapter_dir: str | Path,
+    ours: Callable[[Tensor], Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, int] = (2, 17),
+    seed: int = 0,
+) -> Proof:
+    """Load base and adapter in transformers + PEFT, and compare its logits with another model's.
+
+    One model after the other is in memory, if ``ours`` makes its own when it is called.
+
+    Args:
+        checkpoint_dir: Folder of the base model.
+        adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
+        ours: Maps tokens ``[B, S]`` to logits ``[B, S, V]``.
+        dtype: What PEFT computes in.
+        shape: B and S of the random tokens.
+        seed: Of the tokens.
+
+    Raises:
+        AdapterError: PEFT does not find a place for every tensor.
+    """
+    theirs, base, tokens = _peft_logits(checkpoint_dir, adapter_dir, dtype, shape, seed)
+    with torch.no_grad():
+        difference = (ours(tokens).float() - theirs).abs().max()
+    effect = (theirs - base).abs().max()
+    return Proof(float(difference), float(effect), float(theirs.abs().max()))
+
+
+def _peft_logits(
+    checkpoint_dir: str | Path,
+    adapter_dir: str | Path,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits with and without the adapter, and the tokens; the model is let go of."""
+    model = load_with_peft(checkpoint_dir, adapter_dir, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        with model.disable_adapter():
+            base = model(input_ids=tokens, use_cache=False).logits.float()
+    return theirs, base, tokens
 
 
 def load_base_with_hf(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -50,8 +115,10 @@ def load_with_peft(
 
     base = load_base_with_hf(checkpoint_dir, dtype)
     model = PeftModel.from_pretrained(base, str(adapter_dir))
-    places = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    stored = load_peft_weights(str(adapter_dir), device="cpu").keys()
+    places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    names = load_peft_weights(str(adapter_dir), device="cpu")
+    # Beside an adapter of the embedding or the head PEFT also keeps the base's own weight.
+    stored = {name for name in names if not name.endswith(".base_layer.weight")}
     if places != stored:
         raise AdapterError(
             f"PEFT does not load {adapter_dir} completely: missing {sorted(places - stored)}, "
@@ -65,9 +132,9 @@ def hf_ids(
 ) -> list[tuple[list[int], list[bool]]]:
     """Return what ``transformers`` makes of conversations: ids, and which of them are trained on.
 
-    It has no mask for templates such as Phi-3's, so that is worked out from its own texts: what a
-    message says stands behind the text of those before it with an open header, and counts with
-    the added token that follows.
+    It has no mask for templates such as Phi-3's, so that is worked out from its own texts: rendered
+    once more with another text in its place, a conversation differs only where the message speaks.
+    What stands there counts with the added token that follows.
 
     Args:
         checkpoint_dir: Folder with the tokenizer and its template.
@@ -86,15 +153,27 @@ def _hf_tokens(
     added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
     ends = re.compile(rf"\s*({'|'.join(map(re.escape, added))})")
     spans = list[tuple[int, int]]()
-    for i, message in enumerate(messages):
-        if message.get("trained"):
-            asked = tokenizer.apply_chat_template(
-                plain[:i], tokenize=False, add_generation_prompt=True
-            )
-            said = len(asked) + len(message["content"])
+    for i in (i for i, message in enumerate(messages) if message.get("trained")):
+        for first, said in _said(tokenizer, plain, i, text):
             end = ends.match(text, said)
-            spans.append((len(asked), end.end() if end else said))
+            spans.append((first, end.end() if end else said))
     starts = [start for start, _ in tokens["offset_mapping"]]
     trained = [any(first <= start < last for first, last in spans) for start in starts]
     ids = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
     return list(ids), trained
+
+
+def _said(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], i: int, text: str
+) -> Iterator[tuple[int, int]]:
+    """Yield where a message's texts stand in the rendered text; nothing for one left out."""
+    mark = "Qz"
+    while mark in text:
+        mark += "z"
+    for field in {"content", "tools"} & messages[i].keys():
+        changed = [*messages[:i], {**messages[i], field: mark}, *messages[i + 1 :]]
+        rendered = tokenizer.apply_chat_template(changed, tokenize=False)
+        before, found, after = rendered.partition(mark)
+        first, last = len(before), len(text) - len(after)
+        if found and first <= last and text.startswith(before) and text.endswith(after):
+            yield first, last

@@ -13,10 +13,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import tokenizers
 from filelock import FileLock
 from torchtune.utils import log_rank_zero
@@ -50,12 +51,10 @@ def cached(cache_dir: str | Path | None, settings: Mapping[str, Any] | None, wri
         DataError: The data cannot be used; nothing is kept.
         OutputError: The store cannot be written.
     """
-    if settings is None:
-        return _private(write)
     key = hashlib.sha256(json.dumps([_code(), settings], sort_keys=True).encode()).hexdigest()[:32]
+    folder: str | Path | None = tempfile.gettempdir()
     try:
-        folder = _writable(cache_dir)
-        if folder is None:
+        if settings is None or (folder := _writable(cache_dir)) is None:
             return _private(write)
         with FileLock(folder / f"{key}.lock"):
             return _open(folder / key) or _written(folder / key, write)
@@ -63,7 +62,7 @@ def cached(cache_dir: str | Path | None, settings: Mapping[str, Any] | None, wri
         raise
     except OSError as error:
         raise OutputError(
-            f"The tokenized data cannot be written to {error.filename or cache_dir}: "
+            f"The tokenized data cannot be written to {error.filename or folder}: "
             f"{error.strerror or error}. Make room, or name another folder with dataset.cache_dir "
             f"or the environment variable {FOLDER}."
         ) from error
@@ -97,10 +96,8 @@ def _open(folder: Path) -> Store | None:
 
 
 def _written(folder: Path, write: Write) -> Store:
-    # Who holds the lock of a key is the only one that writes it
-    for left in folder.parent.glob(f"{folder.name}.*-unfinished"):
-        shutil.rmtree(left, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)  # broken, or it would have been opened
+    _remove_unfinished(folder)
     _remove_old(folder.parent)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}-unfinished")
     unfinished.mkdir()
@@ -128,18 +125,30 @@ def _private(write: Write) -> Store:
     return store
 
 
+def _remove_unfinished(mine: Path) -> None:
+    """Remove what killed runs left: who holds the lock of a key is the only one that writes it."""
+    for left in mine.parent.glob("*-unfinished"):
+        key = left.name.partition(".")[0]
+        lock = FileLock(mine.with_name(f"{key}.lock"), timeout=0)
+        with suppress(OSError), nullcontext() if key == mine.name else lock:  # Timeout is OSError
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _remove_old(folder: Path) -> None:
     oldest = time.time() - KEPT_DAYS * 24 * 3600
-    for whole in folder.glob("*/meta.json"):
+    for entry in folder.glob(f"{'[0-9a-f]' * 32}*"):
         with suppress(OSError):  # Another process may be removing it too
-            if whole.parent.stat().st_mtime < oldest:
-                shutil.rmtree(whole.parent, ignore_errors=True)
-                folder.joinpath(f"{whole.parent.name}.lock").unlink(missing_ok=True)
+            if entry.stat().st_mtime >= oldest:
+                continue
+            if (entry / "meta.json").is_file():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.suffix == ".lock" and not entry.with_suffix("").exists():
+                entry.unlink()
 
 
 def _code() -> str:
     """Return a hash of the program that makes the data."""
-    digest = hashlib.sha256(tokenizers.__version__.encode())
+    digest = hashlib.sha256(f"{tokenizers.__version__} {jinja2.__version__}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

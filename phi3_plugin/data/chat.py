@@ -1,124 +1,26 @@
 """The chat data set: rows in, tokens and labels out, ready for torchtune's collate functions."""
 
-import hashlib
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from phi3_plugin.data.cache import cached
-from phi3_plugin.data.findings import Findings
+from phi3_plugin.data.dataset import ChatDataset
 from phi3_plugin.data.options import check_choice, check_share, check_switch
 from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.reading import Reading, judge, make_reading
-from phi3_plugin.data.selection import held_out as held_out_of
 from phi3_plugin.data.selection import repeats
 from phi3_plugin.data.store import Store
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
-from phi3_plugin.errors import ConfigError
-
-IGNORED = -100
-"""Label of a token that the loss does not count."""
+from phi3_plugin.errors import ConfigError, DataError
 
 PARTS = ("train", "held_out")
 BAD_ROWS = ("error", "drop")
-
-
-class ChatDataset(Dataset[dict[str, list[int]]]):
-    """Tokenized conversations, read from a store one by one."""
-
-    def __init__(self, store: Store, chosen: NDArray[np.int64]) -> None:
-        """Choose samples of a store, [N]; see :func:`chat_dataset`."""
-        self.store, self.chosen = store, chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """Return ``tokens`` and ``labels``, each [S].
-
-        Labels stand at their own token's position (the recipe shifts them), and are -100 where
-        not trained. The first is always -100, so in a pack nothing is predicted across the
-        border of two conversations.
-        """
-        tokens, labels = self.arrays(index)
-        return {"tokens": tokens.tolist(), "labels": labels.tolist()}
-
-    def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return tokens and labels as arrays, each [S]."""
-        tokens = self.store.read(int(self.chosen[index]))
-        return tokens.ids, np.where(tokens.trained, tokens.ids, np.int32(IGNORED))
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Tokens of each sample, [N]."""
-        return self._column("length")
-
-    @property
-    def labelled(self) -> NDArray[np.int32]:
-        """Tokens of each sample that are trained on, [N]."""
-        return self._column("labelled")
-
-    @property
-    def full(self) -> NDArray[np.int32]:
-        """Tokens of each sample before it was cut, [N]."""
-        return self._column("full")
-
-    @property
-    def groups(self) -> NDArray[np.uint64]:
-        """Samples of equal value must not be split between training and validation, [N]."""
-        return self._column("group")
-
-    @property
-    def lost(self) -> NDArray[np.int32]:
-        """Tokens of each conversation that was dropped because of its length."""
-        return self.store.lost
-
-    @property
-    def findings(self) -> Findings:
-        """What was noticed about the rows, also about those that gave no sample."""
-        return self.store.findings
-
-    @property
-    def rows(self) -> int:
-        """Rows that were read."""
-        return self.store.rows
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of all tokens and labels in their order."""
-        digest = hashlib.sha256(self.store.digest.encode())
-        digest.update(self.chosen.tobytes())
-        return str(digest.hexdigest()[:16])
-
-    def places(self, index: int) -> str:
-        """Return where a sample was read, as in ``chats.jsonl:7``."""
-        return self.store.places[int(self.chosen[index])]
-
-    def select(self, indices: NDArray[np.int64]) -> "ChatDataset":
-        """Return the data set of some of the samples, in the given order."""
-        return ChatDataset(self.store, self.chosen[indices])
-
-    def hold_out(self, share: float, seed: int) -> tuple["ChatDataset", "ChatDataset"]:
-        """Split into what is trained on and what is held out, groups whole.
-
-        Args:
-            share: Of the samples that is held out.
-            seed: Decides which.
-
-        Raises:
-            DataError: Nothing would be left to train on.
-        """
-        held = held_out_of(self.groups, share, seed)
-        return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
-
-    def _column(self, name: str) -> NDArray[Any]:
-        values: NDArray[Any] = self.store.samples[name][self.chosen]
-        return values
+COMMON = ("format", "columns", "split", "subset", "streaming", "filter", "max_samples")
+"""Options of every source, which one in a list may have for itself."""
 
 
 def chat_dataset(
@@ -156,7 +58,7 @@ def chat_dataset(
         format: How rows are read, see :data:`phi3_plugin.data.formats.FORMATS`; by default
             recognized from the first rows.
         columns: Role to column name, for rows that no format fits.
-        split: Which part of a hub data set.
+        split: Which part of a hub data set, or of one that ``datasets`` saved.
         subset: The configuration of a hub data set that has several.
         streaming: Read a hub data set without downloading it first.
         filter: Expression over a row's columns; rows for which it is not true are left out.
@@ -191,10 +93,9 @@ def chat_dataset(
             not known, or nothing is left to train on.
         OutputError: The tokenized data cannot be written.
     """
-    _check(locals())
-    common: dict[str, Any] = {"format": format, "columns": columns, "split": split}
-    common |= {"subset": subset, "streaming": streaming}
-    common |= {"filter": filter, "max_samples": max_samples}
+    given = locals()
+    _check(given)
+    common = {name: given[name] for name in COMMON}
     reading = make_reading(
         tokenizer,
         source,
@@ -221,6 +122,13 @@ def _check(given: Mapping[str, Any]) -> None:
     check_choice("dataset.bad_rows", given["bad_rows"], BAD_ROWS)
     check_choice("dataset.part", given["part"], PARTS)
     check_share("dataset.held_out", given["held_out"])
+    if given["cache_dir"] is not None and not isinstance(given["cache_dir"], str | Path):
+        raise ConfigError(f"dataset.cache_dir: {given['cache_dir']!r} must be a folder.")
+    if given["tool_calls"] is not None and given["tokenizer"].special_in_text == "text":
+        raise ConfigError(
+            "dataset.tool_calls: special tokens that it writes into messages would become text "
+            "with tokenizer.special_in_text=text. Set that to parse."
+        )
     if type(given["seed"]) is not int or given["seed"] < 0:
         raise ConfigError(f"dataset.seed: {given['seed']!r} must be a whole number from 0.")
     if given["packed"] and given["tokenizer"].max_seq_len is None:
@@ -239,4 +147,6 @@ def _weighted(store: Store, reading: Reading, seed: int) -> NDArray[np.int64]:
         if source.weight != 1:
             mine = np.flatnonzero(store.samples["source"] == number)
             counts[mine] = repeats(source.weight, store.samples["row"][mine], seed + number)
+    if not counts.any():
+        raise DataError("dataset.source: the weights leave no sample. Raise them.")
     return np.repeat(np.arange(len(counts)), counts)

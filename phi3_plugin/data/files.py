@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from phi3_plugin.data.json_files import BLOCK, elements, is_list, lines
-from phi3_plugin.data.tables import arrow_rows, csv_rows, parquet_rows
+from phi3_plugin.data.json_files import BLOCK, elements, is_list, is_spread, lines
+from phi3_plugin.data.tables import arrow_rows, csv_rows, parquet_rows, without_added
 from phi3_plugin.data.turns import kind
 from phi3_plugin.errors import DataError
 
@@ -17,7 +17,7 @@ SUFFIXES = (
     *(".json.gz", ".jsonl.gz", ".csv.gz"),
     *(".arrow", ".parquet"),
 )
-"""How a file's name tells what it holds."""
+"""How a file's name tells what it holds, in upper or lower case."""
 
 KINDS = " or ".join([", ".join(SUFFIXES[:-1]), SUFFIXES[-1]])
 
@@ -31,6 +31,12 @@ class Row(NamedTuple):
     """The row, or why it cannot be read."""
 
 
+def suffix_of(name: str) -> str:
+    """Return which of :data:`SUFFIXES` a name ends in, in whatever case; empty if in none."""
+    lower = name.lower()
+    return next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), "")
+
+
 def file_rows(file: Path) -> Iterator[Row]:
     """Read the rows of a file; one that is broken by itself becomes an error in its place.
 
@@ -39,13 +45,14 @@ def file_rows(file: Path) -> Iterator[Row]:
     Raises:
         DataError: The file cannot be read at all, or not from some place on.
     """
-    if not file.name.endswith(SUFFIXES):
+    suffix = suffix_of(file.name)
+    if not suffix:
         raise DataError(f"dataset.source: {file} must end in {KINDS}.")
-    if file.suffix == ".parquet":
-        return _indexed(file, parquet_rows(file))
-    if file.suffix == ".arrow":
-        return _indexed(file, arrow_rows(file))
-    if file.name.removesuffix(".gz").endswith(".csv"):
+    if suffix == ".parquet":
+        return _indexed(file, map(without_added, parquet_rows(file)))
+    if suffix == ".arrow":
+        return _indexed(file, map(without_added, arrow_rows(file)))
+    if suffix.startswith(".csv"):
         return _csv(file)
     return _json(file)
 
@@ -71,10 +78,22 @@ def _json(file: Path) -> Iterator[Row]:
     # A list is told from lines by its bracket: many .json files are JSON lines
     with _opened(file) as stream:
         listed = is_list(stream)
+    yield from _listed(file) if listed else _lines(file)
+
+
+def _listed(file: Path) -> Iterator[Row]:
     with _opened(file) as stream:
-        if listed:
-            yield from _indexed(file, elements(stream, file))
-            return
+        yield from _indexed(file, elements(stream, file))
+
+
+def _lines(file: Path) -> Iterator[Row]:
+    with _opened(file) as stream:
+        if is_spread(stream, file):
+            raise DataError(
+                f"dataset.source: {file}: an object is written over several lines. Expected one "
+                "list of objects, or one object a line."
+            )
+    with _opened(file) as stream:
         name = str(file)
         for line, value in lines(stream):
             yield Row(f"{name}:{line}", as_row(value))
@@ -84,7 +103,7 @@ def _json(file: Path) -> Iterator[Row]:
 def _opened(
     file: Path, newline: str | None = None, encoding: str = "utf-8-sig"
 ) -> Iterator[IO[str]]:
-    opened = gzip.open if file.suffix == ".gz" else open
+    opened = gzip.open if _is_packed(file) else open
     try:
         with opened(file, "rt", encoding=encoding, newline=newline) as stream:
             yield stream
@@ -98,8 +117,12 @@ def _opened(
         raise DataError(f"dataset.source: {file} cannot be read: {error}.") from error
 
 
+def _is_packed(file: Path) -> bool:
+    return suffix_of(file.name).endswith(".gz")
+
+
 def _not_text(file: Path, error: UnicodeDecodeError) -> DataError:
-    if file.suffix == ".gz":
+    if _is_packed(file):
         # Damage shows only at the end, and may have made the bytes that are no text
         with _opened(file, encoding="latin-1") as stream:
             while stream.read(BLOCK):

@@ -14,9 +14,13 @@ DROPPED = (BROKEN, UNUSABLE, FILTERED, CUT_AWAY, TOO_LONG)
 TRUNCATED = "are cut at max_seq_len"
 DROPPED_MESSAGE = "have a message that the chat template leaves out"
 NO_FINAL_ANSWER = "do not end with an assistant turn"
+BLANK_ANSWER = "have an answer that says nothing, and would be trained on"
 SPECIAL_IN_TEXT = "have special tokens written in a message"
 PASSED_OVER = "have weight or train fields that dataset.train_on passes over"
-NOTICED = (TRUNCATED, DROPPED_MESSAGE, NO_FINAL_ANSWER, SPECIAL_IN_TEXT, PASSED_OVER)
+NOTICED = (
+    *(TRUNCATED, DROPPED_MESSAGE, NO_FINAL_ANSWER),
+    *(BLANK_ANSWER, SPECIAL_IN_TEXT, PASSED_OVER),
+)
 """What was noticed about rows that do."""
 
 LISTED = 1000

@@ -25,6 +25,18 @@ def is_list(stream: IO[str]) -> bool:
     return False
 
 
+def is_spread(stream: IO[str], file: Path) -> bool:
+    """Whether the first value is written over several lines, as by a pretty-printer."""
+    reader = _Reader(stream, file)
+    reader.peek()
+    first = reader.line()
+    try:
+        reader.value()
+    except DataError:
+        return False
+    return reader.line() > first
+
+
 def lines(stream: Iterable[str]) -> Iterator[tuple[int, Any]]:
     """Return each line that is not blank: its number, and its value or why there is none."""
     # The stream breaks lines at \n, \r\n and \r. str.splitlines would break at U+2028 and the
@@ -112,11 +124,14 @@ class _Reader:
 
     def fail(self, problem: str, at: int | None = None) -> NoReturn:
         """Say what is broken, and in which line."""
-        line = self._line + self._text.count("\n", 0, self._at if at is None else at)
         raise DataError(
-            f"dataset.source: {self._file} is broken JSON: {problem} (line {line}). Expected one "
-            "list of objects, or one object a line."
+            f"dataset.source: {self._file} is broken JSON: {problem} (line {self.line(at)}). "
+            "Expected one list of objects, or one object a line."
         )
+
+    def line(self, at: int | None = None) -> int:
+        """Return the line of a place in the text; by default of what is read next."""
+        return self._line + self._text.count("\n", 0, self._at if at is None else at)
 
     def _decode(self) -> tuple[Any, int]:
         try:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from phi3_plugin.data.turns import Turn
 from phi3_plugin.errors import DataError
@@ -84,6 +84,11 @@ class Layout:
             end = () if has_it else (Piece(token, trained),)
             self._ended[trained] = Layout((*self.parts, *end), self.dropped) if end else self
         return self._ended[trained]
+
+    @cached_property
+    def notes(self) -> dict[object, Any]:
+        """What others found out about the layout."""
+        return {}
 
     @cached_property
     def _ended(self) -> dict[bool, "Layout"]:

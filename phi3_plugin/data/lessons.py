@@ -44,6 +44,10 @@ class Lesson:
             DataError: There is nothing to train on, or the conversation cannot be rendered.
         """
         if isinstance(chat, Written):
+            if self.system is not None:
+                raise DataError(
+                    "dataset.system_prompt cannot be put in front of a text that is written already"
+                )
             ends = self.add_eos or chat.eos
             return self._follow(tokenizer.closed(chat) if ends else chat, tokenizer)
         return self.write(self.prepare(chat), tokenizer)
@@ -67,7 +71,7 @@ class Lesson:
         chosen = self._chosen(turns)
         if self.train_on != "all" and not any(chosen):
             raise DataError(_nothing(self.train_on, turns))
-        if [turn.trained and turn.wanted is None for turn in turns] != chosen:
+        if [turn.trained for turn in turns] != chosen:
             turns = [
                 Turn(turn.role, turn.content, trained, turn.tools)
                 for turn, trained in zip(turns, chosen, strict=True)
@@ -104,13 +108,13 @@ class Lesson:
 
     def _follow(self, chat: Written, tokenizer: Phi3Tokenizer) -> Rendered:
         if self.train_on == "all":
-            return tokenizer.follow(chat, ())
+            return tokenizer.template.follow(chat, ())
         if self.train_on == "marked":
             raise DataError("a text has no messages that could ask to be trained on")
-        said = chat.said if chat.said is not None else tokenizer.split(chat).said or ()
+        said = chat.said if chat.said is not None else tokenizer.template.split(chat).said or ()
         if not said:
             raise DataError(_nothing(self.train_on, ()))
-        return tokenizer.follow(chat, said[-1:] if self.train_on == "last" else said)
+        return tokenizer.template.follow(chat, said[-1:] if self.train_on == "last" else said)
 
 
 def make_lesson(train_on: str, system_prompt: str | None, add_eos: bool = False) -> Lesson:

@@ -46,16 +46,15 @@ class Marker:
         """Read the added tokens."""
         self._added = {t.content: t for t in backend.get_added_tokens_decoder().values()}
         self._pattern = token_pattern(self._added)
-        self._known: dict[Layout, Marks] = {}
         self._simple = not any(t.single_word or t.normalized for t in self._added.values())
 
     def marks(self, layout: Layout) -> Marks:
         """Return the marks of a layout."""
-        if not any(isinstance(part, Slot) for part in layout.parts):
-            return self._read(layout)  # Of one conversation alone, so not worth keeping
-        if layout not in self._known:
-            self._known[layout] = self._read(layout)
-        return self._known[layout]
+        # With the layout, which the template forgets: there may be any number of shapes
+        if self not in layout.notes:
+            layout.notes[self] = self._read(layout)
+        found: Marks = layout.notes[self]
+        return found
 
     def _read(self, layout: Layout) -> Marks:
         tokens, trained = list[AddedToken](), [False]

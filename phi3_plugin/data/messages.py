@@ -13,7 +13,7 @@ from phi3_plugin.data.fields import (
     wanted,
     with_calls,
 )
-from phi3_plugin.data.shapes import UNSEEN, column
+from phi3_plugin.data.shapes import BESIDE, NONE, UNSEEN, column
 from phi3_plugin.data.turns import Turn, kind, make_turn
 from phi3_plugin.errors import DataError
 
@@ -33,9 +33,6 @@ KEYS = {"role": "content", "from": "value"}
 """The field that holds who speaks, and the one that holds what is said."""
 
 SYSTEMS = ("system", "system_prompt")
-
-BESIDE = frozenset({*SYSTEMS, "tools", *UNSEEN})
-"""Columns beside the list that are a part of the conversation."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def with_rest(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
     Raises:
         DataError: They are there twice, or a column shows what no format here reads.
     """
-    if BESIDE.isdisjoint(row):
+    if row.keys().isdisjoint(BESIDE):
         return list(turns)
     for name in UNSEEN:
         if row.get(name):
@@ -146,7 +143,7 @@ def _with_system(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
 
 
 def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
-    if not tools or tools in ("[]", "{}", "null"):
+    if not tools or tools in NONE:
         return turns
     systems = [i for i, turn in enumerate(turns) if turn.role == "system"]
     if not systems:

@@ -122,7 +122,7 @@ def _name(node: nodes.Name, names: Names) -> str:
 def _field(node: nodes.Getattr | nodes.Getitem, names: Names) -> str:
     of = _kind(node.node, names)
     if isinstance(node, nodes.Getitem) and of == MESSAGES:
-        return _element(node.arg)
+        return _element(node.arg, names)
     key = node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)
     if of == LOOP and key in LOOP_FIELDS:
         return SAFE
@@ -131,10 +131,12 @@ def _field(node: nodes.Getattr | nodes.Getitem, names: Names) -> str:
     return FIELDS[key]
 
 
-def _element(place: nodes.Node) -> str:
+def _element(place: nodes.Node, names: Names) -> str:
     if isinstance(place, nodes.Slice):
+        _all_safe(place, names)
         return MESSAGES
-    if isinstance(place, nodes.Const | nodes.Neg):
+    number = place.node if isinstance(place, nodes.Neg) else place
+    if isinstance(number, nodes.Const):
         return MESSAGE
     raise _Unclear
 
@@ -182,7 +184,7 @@ def _chosen(node: nodes.CondExpr, names: Names) -> str:
     return TEXT if TEXT in [_need(end, names, SAFE, TEXT) for end in ends] else SAFE
 
 
-def _all_safe(node: nodes.Expr, names: Names) -> str:
+def _all_safe(node: nodes.Node, names: Names) -> str:
     for child in node.iter_child_nodes():
         _need(child, names, SAFE)
     return SAFE

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi3_plugin.data.messages import MessageList, with_rest
-from phi3_plugin.data.shapes import key_names
+from phi3_plugin.data.shapes import NAME_COLUMNS, key_names, refuse_filled
 from phi3_plugin.data.turns import Turn, kind, make_turn
 from phi3_plugin.errors import DataError
 
 PROMPTS = ("prompt", "question", "instruction", "input")
 """Columns that may hold what the answers are given to; a row has one of them."""
+
+DROPPED = ("context", "history")
+"""Columns that may be a part of the prompt too, and that this format does not read."""
 
 SPEAKER = re.compile(r"\n\nHuman:|\n\nAssistant:")
 HUMAN = "\n\nHuman:"
@@ -30,6 +33,7 @@ class Preference:
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the prompt and the chosen answer; the rejected one is not looked at."""
+        refuse_filled(row, DROPPED, NAME_COLUMNS)
         chosen = row.get("chosen")
         if isinstance(chosen, str):
             return with_rest(self._answer(chosen, row), row)

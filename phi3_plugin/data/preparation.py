@@ -57,6 +57,8 @@ class Preparation:
     lesson: Lesson
     truncate: str
     """One of :data:`phi3_plugin.data.truncation.TRUNCATE`."""
+    writes_calls: bool = False
+    """Whether special tokens in messages may be those of ``dataset.tool_calls``."""
 
     def write(self, rows: Iterable[Read | tuple[str, str, str]], writer: StoreWriter) -> None:
         """Tokenize rows into a store.
@@ -111,12 +113,14 @@ class Preparation:
             findings.add(f.DROPPED_MESSAGE, row.where, ", ".join(rendered.dropped))
         if not isinstance(row.chat, Written) and row.chat[-1].role != "assistant":
             findings.add(f.NO_FINAL_ANSWER, row.where, f"the last turn is {row.chat[-1].role}'s")
+        if any(turn.trained and not turn.content.strip() for turn in rendered.turns):
+            findings.add(f.BLANK_ANSWER, row.where)
         if self.lesson.passes_over(row.chat):
             findings.add(f.PASSED_OVER, row.where)
         return _Chat(row, rendered)
 
     def _append(self, chats: Sequence[_Chat], batch: Batch, writer: StoreWriter) -> None:
-        for n in np.flatnonzero(batch.special).tolist():
+        for n in np.flatnonzero(batch.special & (not self.writes_calls)).tolist():
             writer.findings.add(f.SPECIAL_IN_TEXT, chats[n].read.where)
         full, batch = batch.lengths, self._fitted(self.lesson.mark(batch), chats)
         counts, ends = np.concatenate([[0], np.cumsum(batch.trained)]), np.cumsum(batch.lengths)
@@ -158,7 +162,10 @@ class Preparation:
         def render(turns: Sequence[Turn]) -> Rendered:
             return self.lesson.write(turns, self.tokenizer)
 
-        return keep_end(chat, limit, render, encode)
+        try:
+            return keep_end(chat, limit, render, encode)
+        except DataError:  # The template fails on what is left; nothing of it is trained
+            return encode([chat]).split()[0].first(0)
 
     def _notice(self, where: str, full: int, kept: bool, writer: StoreWriter) -> None:
         limit = self.tokenizer.max_seq_len

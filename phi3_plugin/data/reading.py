@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 from torchtune.utils import log_rank_zero
@@ -16,6 +16,7 @@ from phi3_plugin.data.formats import Format, pick_format
 from phi3_plugin.data.lessons import NOTHING, make_lesson
 from phi3_plugin.data.options import check_choice
 from phi3_plugin.data.preparation import Preparation, Read
+from phi3_plugin.data.sandbox import FilterFailed
 from phi3_plugin.data.selection import group_of
 from phi3_plugin.data.sources import Source, read_sources
 from phi3_plugin.data.store import Store, StoreWriter
@@ -48,14 +49,23 @@ class Reading:
         """Read all sources, and tokenize them into a store."""
         rows = chain.from_iterable(self.rows(n, source) for n, source in enumerate(self.sources))
         self.preparation.write(rows, writer)
+        if self.settings and self.settings["content"] != [s.fingerprint() for s in self.sources]:
+            raise DataError(
+                "dataset.source: files were changed while they were read. Run the command again."
+            )
 
     def rows(self, number: int, source: Source) -> Iterator[Read | tuple[str, str, str]]:
         """Yield the rows of one source, or kind, place and reason of those that are none."""
         filtered = list[str]()
-        rows = source.rows(filtered.append)
-        first = list(islice(rows, LISTED))
-        format = _format(first, source, self.tool_calls)
-        for index, row in enumerate(chain(first, rows)):
+        rows = enumerate(source.rows(filtered.append))
+        first = list[tuple[int, Row]]()
+        while len(first) < LISTED and (found := next(rows, None)) is not None:
+            if isinstance(found[1].value, DataError):
+                yield _unread(found[1].where, found[1].value)
+            else:
+                first.append(found)
+        format = _format([row for _, row in first], source, self.tool_calls)
+        for index, row in chain(first, rows):
             yield from ((f.FILTERED, where, "") for where in filtered)
             filtered.clear()
             yield self._read(number, index, row, format)
@@ -65,9 +75,8 @@ class Reading:
         self, number: int, index: int, row: Row, format: Format | None
     ) -> Read | tuple[str, str, str]:
         if isinstance(row.value, DataError):
-            return f.BROKEN, row.where, str(row.value)
-        if format is None:
-            return f.UNUSABLE, row.where, "no row before it could be read"
+            return _unread(row.where, row.value)
+        assert format is not None  # There is one as soon as a row could be read
         try:
             chat = self._split(format.read(row.value))
             group = group_of(row.value, chat, self.group_by)
@@ -79,7 +88,7 @@ class Reading:
         """Find what the assistant says in a text, as far as it can be found."""
         if isinstance(chat, Written) and chat.said is None:
             with suppress(DataError):
-                return self.preparation.tokenizer.split(chat)
+                return self.preparation.tokenizer.template.split(chat)
         return chat
 
 
@@ -105,7 +114,8 @@ def make_reading(
     sources = read_sources(source, **common)
     prints = [source.fingerprint() for source in sources]
     settings = {
-        "sources": [[p, source.settings()] for p, source in zip(prints, sources, strict=True)],
+        "content": prints,
+        "sources": [[*map(str, s.files or ()), s.settings()] for s in sources],
         "tokenizer": tokenizer.fingerprint,
         "max_seq_len": tokenizer.max_seq_len,
         "lesson": lesson,
@@ -114,7 +124,8 @@ def make_reading(
         "tool_calls": tool_calls,
     }
     known = None if None in prints else settings
-    return Reading(sources, group_by, tool_calls, Preparation(tokenizer, taught, truncate), known)
+    preparation = Preparation(tokenizer, taught, truncate, writes_calls=tool_calls is not None)
+    return Reading(sources, group_by, tool_calls, preparation, known)
 
 
 def judge(store: Store, reading: Reading, *, drop: bool) -> None:
@@ -141,6 +152,11 @@ def judge(store: Store, reading: Reading, *, drop: bool) -> None:
             first = f"{where}: {detail}" if detail else where
             said = f"{counts[kind]} of {store.rows} rows {kind}. The first: {first}"
             log_rank_zero(logger, said, logging.WARNING)
+
+
+def _unread(where: str, problem: DataError) -> tuple[str, str, str]:
+    kind = f.UNUSABLE if isinstance(problem, FilterFailed) else f.BROKEN
+    return kind, where, str(problem)
 
 
 def _format(first: Sequence[Row], source: Source, tool_calls: str | None) -> Format | None:

@@ -4,7 +4,7 @@ The filters of rows run here too, out of reach of everything but the row.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import islice
@@ -13,12 +13,16 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from phi3_plugin.data.turns import Turn
 from phi3_plugin.errors import ConfigError, DataError
+
+NOW = datetime.now()
+"""What templates are told is the time."""
 
 CHUNKS = 1000, 100
 """A template may write this many pieces, and so many a message; published ones write a few."""
@@ -61,6 +65,10 @@ def run_template(
     return "".join(written)
 
 
+class FilterFailed(DataError):
+    """It cannot be said whether a row passes a filter."""
+
+
 def compile_filter(
     expression: str, key: str = "dataset.filter"
 ) -> Callable[[Mapping[str, Any]], bool]:
@@ -68,16 +76,18 @@ def compile_filter(
 
     Args:
         expression: Jinja, without braces; ``row`` is the whole row, for columns whose names are
-            no words.
+            no words or are ``row``.
         key: Where it stands, for error messages.
 
     Returns:
-        Whether it is true of a row; raises a DataError where it cannot be said.
+        Whether it is true of a row; raises :class:`FilterFailed` where it cannot be said.
 
     Raises:
         ConfigError: It is no expression.
     """
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, extensions=[_Self]
+    )
     environment.globals.clear()
     try:
         compiled = environment.compile_expression(expression, undefined_to_none=False)
@@ -89,9 +99,9 @@ def compile_filter(
 
     def passes(row: Mapping[str, Any]) -> bool:
         try:
-            return bool(compiled({"row": row, **row}))
+            return bool(compiled({**row, "row": row}))
         except Exception as error:
-            raise DataError(f"{key} {expression!r} failed: {error}") from error
+            raise FilterFailed(f"{key} {expression!r} failed: {error}") from error
 
     return passes
 
@@ -110,6 +120,20 @@ class _Generation(Extension):
         next(parser.stream)
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body)
+
+
+class _Self(Extension):
+    """Reads ``self`` as a column; by itself Jinja takes it for the template that is run."""
+
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+        after = ""
+        for token in stream:
+            if token.type == "name" and token.value == "self" and after != "dot":
+                parts = (("name", "row"), ("dot", "."), ("name", "self"))
+                yield from (Token(token.lineno, *part) for part in parts)
+            else:
+                yield token
+            after = token.type
 
 
 @lru_cache
@@ -141,4 +165,5 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+    # One time for all conversations, since layouts are kept
+    return NOW.strftime(format)

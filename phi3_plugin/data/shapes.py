@@ -10,8 +10,14 @@ from phi3_plugin.errors import DataError
 UNSEEN = ("functions", "image", "images", "audio", "audios", "video", "videos")
 """Columns of what was shown or offered to the assistant, which no format here reads."""
 
+BESIDE = ("system", "system_prompt", "tools", *UNSEEN)
+"""Columns that are a part of a conversation that is whole but for them."""
+
 OUTSIDE = ("system", "system_prompt", "context", "input", "history", "tools", *UNSEEN)
 """Columns that some data sets keep a part of the prompt in."""
+
+NONE = ("[]", "{}", "null")
+"""How some data sets write that there is nothing, beside null and the empty text."""
 
 LISTED = 20
 """An error names no more keys than this."""
@@ -39,6 +45,17 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def refuse_filled(row: Mapping[str, Any], names: Iterable[str], advice: str) -> None:
+    """Raise a DataError if one of the columns is filled, which the format would drop."""
+    for name in names:
+        if row.get(name) and row[name] not in NONE:
+            raise DataError(f"there is a {name!r} too, which this format would drop; {advice}")
+
+
+NAME_COLUMNS = "name the columns to read with dataset.columns"
+"""What to do about rows that keep a part of the prompt in a column of its own."""
+
+
 @dataclass(frozen=True)
 class Columns:
     """One column a message; a conversation has one message of each role named."""
@@ -55,18 +72,10 @@ class Columns:
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read system, user and assistant message, in this order."""
         if not self.unless.isdisjoint(row):
-            self._refuse_rest(row)
+            refuse_filled(row, [name for name in row if name in self.unless], NAME_COLUMNS)
         return [
             make_turn(role, column(row, self.names[role])) for role in ROLES if role in self.names
         ]
-
-    def _refuse_rest(self, row: Mapping[str, Any]) -> None:
-        for name in row:
-            if name in self.unless and row[name]:
-                raise DataError(
-                    f"there is a {name!r} too, which this format would drop; name the columns to "
-                    "read with dataset.columns"
-                )
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -122,11 +131,18 @@ class Text:
     def read(self, row: Mapping[str, Any]) -> Written:
         """Read the text; the marks in it tell later who says what."""
         # A turn's content is checked, and so is this
-        return Written(make_turn(self.name, column(row, self.name)).content, None)
+        text = make_turn(self.name, column(row, self.name)).content
+        lost = [name for name in BESIDE if name in row and not _holds(text, name, row[name])]
+        refuse_filled(row, lost, "write it in the text, or remove the column")
+        return Written(text, None)
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
         return f"{self.name}, written as the chat template writes it"
+
+
+def _holds(text: str, name: str, value: Any) -> bool:
+    return name not in UNSEEN and isinstance(value, str) and value.strip() in text
 
 
 def _text(name: str, value: Any) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from phi3_plugin.data.files import Row, as_row, file_rows
-from phi3_plugin.data.local_files import content_hash, local_files
-from phi3_plugin.data.sandbox import compile_filter
+from phi3_plugin.data.local_files import TRAIN, content_hash, local_files
+from phi3_plugin.data.sandbox import FilterFailed, compile_filter
 from phi3_plugin.data.source_options import UNSET, wrong_options, wrong_source
+from phi3_plugin.data.tables import without_added
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError
 
 
@@ -30,8 +31,8 @@ class Source:
     format: str | None = None
     columns: Mapping[str, str] | None = None
     """As :func:`phi3_plugin.data.formats.pick_format` takes them."""
-    split: str = "train"
-    """Which part of a hub data set; local files have no parts."""
+    split: str = TRAIN
+    """Which part of a hub data set, or of one that ``datasets`` saved; local files have none."""
     subset: str | None = None
     """The configuration of a hub data set that has several."""
     streaming: bool = False
@@ -90,7 +91,7 @@ class Source:
                 return
             except Exception as error:
                 raise DataError(self._no_hub("read to its end", error)) from error
-            yield Row(f"{self.name}[{i}]", as_row(row))
+            yield Row(f"{self.name}[{i}]", as_row(without_added(row)))
 
     @cached_property
     def _hub(self) -> Any:
@@ -115,7 +116,7 @@ class Source:
         for row in rows:
             try:
                 passed = isinstance(row.value, DataError) or passes(row.value)
-            except DataError as error:
+            except FilterFailed as error:
                 row, passed = Row(row.where, error), True
             if passed:
                 kept += 1
@@ -135,8 +136,9 @@ def read_sources(source: object, **common: Any) -> list[Source]:
 
     Raises:
         ConfigError: No source is given, or options have values that they cannot have: all are
-            named.
+            named; or local sources do not have the split.
         MissingFileError: Sources are local paths and there is nothing.
+        DataError: The notes of a saved data set are damaged.
     """
     listed = isinstance(source, Sequence) and not isinstance(source, str) and len(source) > 0
     entries: Sequence[Any] = source if listed else [source]  # type: ignore[assignment]
@@ -182,13 +184,17 @@ def _options(entry: Any, common: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _found(described: Sequence[dict[str, Any]]) -> list[Source]:
-    sources, missing = list[Source](), list[str]()
+    sources, wrong, missing = list[Source](), list[str](), list[str]()
     for options in described:
         name = str(options.pop("source"))
         try:
-            sources.append(Source(name, local_files(name), **options))
+            sources.append(Source(name, local_files(name, options.get("split", TRAIN)), **options))
         except MissingFileError as error:
             missing.append(f"dataset.source: {error}")
+        except ConfigError as error:
+            wrong.append(f"dataset.source: {error}")
+    if wrong:
+        raise ConfigError("\n".join([*wrong, *missing]))
     if missing:
         raise MissingFileError("\n".join(missing))
     return sources

@@ -11,8 +11,8 @@ meta.json             what was noticed, and a hash of all tokens; written last
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from phi3_plugin.data.encoder import Batch, Tokens
 from phi3_plugin.data.findings import Findings
+from phi3_plugin.errors import OutputError
 
 SAMPLE = np.dtype(
     [
@@ -115,6 +116,8 @@ class Store:
     digest: str
     """Hash of all tokens and labels in their order."""
     findings: Findings
+    lost: NDArray[np.int32]
+    """Tokens of each conversation that was dropped for its length."""
 
     def read(self, index: int) -> Tokens:
         """Read one sample."""
@@ -127,14 +130,9 @@ class Store:
     @cached_property
     def places(self) -> list[str]:
         """Where each sample was read."""
-        places: list[str] = json.loads((self.folder / "places.json").read_text("utf-8"))
-        return places
-
-    @cached_property
-    def lost(self) -> NDArray[np.int32]:
-        """Tokens of each conversation that was dropped for its length."""
-        lost: NDArray[np.int32] = np.load(self.folder / "lost.npy", allow_pickle=False)
-        return lost
+        with self._present():
+            places: list[str] = json.loads((self.folder / "places.json").read_text("utf-8"))
+            return places
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
@@ -144,8 +142,18 @@ class Store:
 
     @cached_property
     def _open(self) -> tuple[int, int]:
-        tokens, trained = (os.open(self.folder / name, os.O_RDONLY) for name in FILES[:2])
-        return tokens, trained
+        with self._present():
+            tokens, trained = (os.open(self.folder / name, os.O_RDONLY) for name in FILES[:2])
+            return tokens, trained
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise OutputError(
+                f"{self.folder} was removed while it was used. Run the command again."
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens the files itself, and does not remove them when it ends
@@ -165,10 +173,13 @@ def open_store(folder: Path) -> Store | None:
         samples = np.load(folder / "samples.npy", allow_pickle=False)
         sizes = [(folder / name).stat().st_size for name in FILES[:2]]
         findings = Findings.from_json(meta["findings"])
+        lost = np.load(folder / "lost.npy", allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if samples.dtype != SAMPLE or sizes != [4 * meta["tokens"], meta["tokens"]]:
         return None
     if int(samples["length"].sum(dtype=np.int64)) != meta["tokens"]:
         return None
-    return Store(folder, samples, meta["rows"], meta["digest"], findings)
+    store = Store(folder, samples, meta["rows"], meta["digest"], findings, lost)
+    _ = store._open  # Opened files stay readable if the folder is removed
+    return store

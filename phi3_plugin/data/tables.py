@@ -19,15 +19,23 @@ ARROW = b"ARROW1"
 """How the file form of Arrow begins; the stream form, which ``datasets`` writes, does not."""
 
 
+OTHERS = {";": "';'", "\t": "tabs", "|": "'|'"}
+"""What some programs put between cells instead of commas, and how to call it."""
+
+LOOSE = frozenset({"tools", "tool_calls", "arguments"})
+"""Fields within which each row has keys of its own."""
+
+
 def csv_rows(stream: IO[str], file: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Return each row that is not blank, and the line it starts in.
 
     Raises:
-        DataError: The header or the quotes are broken.
+        DataError: The header or the quotes are broken, or no commas are between cells.
     """
     rows = _csv_cells(stream, file)
     _, header = next(rows, (1, []))
     _check_header(header, file)
+    _check_commas(header, file)
     return ((line, _csv_row(header, cells)) for line, cells in rows)
 
 
@@ -66,6 +74,28 @@ def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield from _slices(batch)
 
 
+def without_added(row: Any) -> Any:
+    """Return a row without the nulls that Arrow puts into calls and descriptions of tools.
+
+    In a table the structs of all rows have the same keys: ``{"a": 1}`` becomes
+    ``{"a": 1, "b": None}`` where another row has a ``b``. Nulls that were there before cannot be
+    told from those.
+    """
+    if isinstance(row, list):
+        return [without_added(value) for value in row]
+    if not isinstance(row, dict):
+        return row
+    return {k: _filled(v) if k in LOOSE else without_added(v) for k, v in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_filled(element) for element in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _filled(found) for key, found in value.items() if found is not None}
+
+
 def _slices(batch: Any) -> Iterator[dict[str, Any]]:
     # What a damaged file says about its own lengths would be believed
     batch.validate(full=True)
@@ -93,6 +123,15 @@ def _check_header(names: Sequence[str], file: Path) -> None:
         raise DataError(
             f"dataset.source: {file}: the header names {', '.join(twice)} more than once. Rename "
             "the columns."
+        )
+
+
+def _check_commas(names: Sequence[str], file: Path) -> None:
+    found = [OTHERS[mark] for mark in OTHERS if len(names) == 1 and mark in names[0]]
+    if found:
+        raise DataError(
+            f"dataset.source: {file}: cells must be separated by commas, not by {found[0]}. Write "
+            "it again with commas."
         )
 
 

@@ -88,12 +88,21 @@ class ChatTemplate:
         Raises:
             DataError: No assistant message is found.
         """
-        said = [found.span(1) for found in self._said.finditer(written.text)]
-        if not said:
+        found = list(self._said.finditer(written.text))
+        if not found:
             raise DataError(
                 f"the text has no assistant message, which would start with {self._header!r}"
             )
-        return written._replace(said=tuple(said))
+        for said in found:
+            self._check_ended(written.text[said.end() :])
+        return written._replace(said=tuple(said.span(1) for said in found))
+
+    def _check_ended(self, rest: str) -> None:
+        if (next_turn := self._heads.match(rest.lstrip())) is not None:
+            raise DataError(
+                f"an assistant message goes on into {next_turn[0]!r}, expected {self.turn_end!r} "
+                "before it"
+            )
 
     def follow(self, written: Written, trained: Sequence[tuple[int, int]]) -> Rendered:
         """Lay out a text, given where what is trained on stands in it."""
@@ -123,8 +132,15 @@ class ChatTemplate:
     @cached_property
     def _said(self) -> re.Pattern[str]:
         header, end = self._header.rstrip(), re.escape(self.turn_end or "")
-        space = re.escape(self._header[len(header) :])
-        return re.compile(rf"{re.escape(header)}(?:{space})?(.*?)(?=\s*{end}|\Z)", re.DOTALL)
+        space, heads = re.escape(self._header[len(header) :]), self._heads.pattern
+        stop = rf"(?=\s*{end}|\s*(?:{heads})|\Z)"
+        return re.compile(rf"{re.escape(header)}(?:{space})?(.*?){stop}", re.DOTALL)
+
+    @cached_property
+    def _heads(self) -> re.Pattern[str]:
+        """The added tokens that a turn begins with."""
+        asks = [text for text in self.added if any(role in text for role in ROLES)]
+        return token_pattern([*asks, *self._tokens.findall(self._header)[:1]])
 
     @cached_property
     def _is_plain(self) -> bool:
@@ -153,8 +169,12 @@ class ChatTemplate:
                 f"the chat template writes {', '.join(unknown)}, no added token of tokenizer.json"
             )
         # A template that takes any role would let a misspelt one pass
-        if role not in ROLES and not any(role in token for token in self._tokens.findall(text)):
+        if role not in ROLES and not any(role in token for token in self._speakers(text)):
             raise DataError(f"unknown role {role!r}: the chat template has no special token for it")
+
+    def _speakers(self, text: str) -> set[str]:
+        """Return the added tokens of a text that may say who speaks."""
+        return {*self._tokens.findall(text)} - {*self.special_tokens.values(), self.turn_end}
 
     def _split(self, text: str, before: Slot | None) -> list[Piece]:
         if before is None or not before.trained:

@@ -14,6 +14,8 @@ from torchtune.utils import log_rank_zero
 from phi3_plugin.data.encoder import SPECIAL_IN_TEXT, Batch, Encoder, Tokens
 from phi3_plugin.data.layout import Rendered
 from phi3_plugin.data.options import check_choice, check_length
+from phi3_plugin.data.sandbox import NOW
+from phi3_plugin.data.template import ChatTemplate
 from phi3_plugin.data.turns import Turn, Written, make_turn
 from phi3_plugin.data.vocabulary import Vocabulary, read_vocabulary
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
@@ -67,7 +69,7 @@ class Phi3Tokenizer:
         self.eos_id, self._eos = named["eos_token"], vocabulary.names["eos_token"]
         self.pad_id = _pad_id(pad, named)
         self._encoder = Encoder(self._backend, special_in_text)
-        self._may_drop, self._options = dropped == "warn", (dropped, special_in_text)
+        self._may_drop, self.special_in_text = dropped == "warn", special_in_text
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Encode plain text; special tokens written in it become their ids, whatever messages do.
@@ -122,17 +124,10 @@ class Phi3Tokenizer:
             )
         return rendered
 
-    def split(self, written: Written) -> Written:
-        """Find what the assistant says in a text that this template wrote.
-
-        Raises:
-            DataError: No assistant message is found.
-        """
-        return self._template.split(written)
-
-    def follow(self, written: Written, trained: Sequence[tuple[int, int]]) -> Rendered:
-        """Lay out a text as it is, given where what is trained on stands in it."""
-        return self._template.follow(written, trained)
+    @property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's chat template."""
+        return self._template
 
     def closed(self, written: Written) -> Written:
         """Put the end-of-text token at the end of a text that does not end in it."""
@@ -147,8 +142,10 @@ class Phi3Tokenizer:
     def fingerprint(self) -> str:
         """A hash of all that decides which tokens a conversation becomes."""
         template = self._template
-        parts = [self._backend.to_str(), template.source, dict(template.special_tokens)]
-        return sha256(json.dumps([*parts, self._options], sort_keys=True).encode()).hexdigest()
+        parts: list[Any] = [self._backend.to_str(), template.source, dict(template.special_tokens)]
+        parts += [str(NOW)] if "strftime_now" in template.source else []
+        parts += [self._may_drop, self.special_in_text]
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode_chats(self, chats: Sequence[Rendered]) -> Batch:
         """Encode rendered conversations, each whole."""

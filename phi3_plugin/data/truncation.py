@@ -1,17 +1,19 @@
 """What becomes of conversations that are longer than ``max_seq_len``.
 
 right   the end is cut off
-left    the oldest exchanges go, whole; the system prompt stays. Where the last one alone is
-still too long, tokens after the system prompt go
+left    the oldest exchanges go, whole, and the system prompt stays. Where the last exchange alone
+        is still too long, its question loses its start; where the answer is, its end is cut off
 drop    the conversation goes
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import numpy as np
 
 from phi3_plugin.data.encoder import Batch, Tokens
-from phi3_plugin.data.layout import Layout, Piece, Rendered, Slot
+from phi3_plugin.data.layout import Rendered
 from phi3_plugin.data.turns import Turn
 
 TRUNCATE = ("right", "left", "drop")
@@ -38,40 +40,73 @@ def keep_end(chat: Rendered, limit: int, render: Render, encode: Encode) -> Toke
         limit: Tokens that may be left.
         render: Writes turns as the template does; they carry what is trained on.
         encode: Encodes rendered conversations.
+
+    Raises:
+        DataError: The template fails on what is left.
     """
-    last = chat
-    for turns in _shorter(chat.turns):
-        last = render(turns)
-        tokens = encode([last]).split()[0]
-        if len(tokens.ids) <= limit:
-            return tokens
-    tokens = encode([last]).split()[0]
-    kept = min(_system_tokens(last.layout, last.turns, tokens, encode), limit)
-    ids, trained = (
-        np.concatenate([values[:kept], values[len(values) - (limit - kept) :]]) for values in tokens
-    )
+
+    def tokens_of(turns: Sequence[Turn]) -> Tokens:
+        return encode([render(turns)]).split()[0]
+
+    if not chat.turns:
+        return _tail(encode([chat]).split()[0], limit)
+    shorter = _without_oldest(chat.turns) or [list(chat.turns)]
+    if (found := _first_fit(shorter, tokens_of, limit)) is not None:
+        return found
+    last = shorter[-1]
+    if (found := _first_fit(_WithoutStart(last), tokens_of, limit)) is not None:
+        return found
+    return tokens_of(last).first(limit)
+
+
+def _first_fit(
+    candidates: Sequence[Sequence[Turn]], tokens_of: Callable[[Sequence[Turn]], Tokens], limit: int
+) -> Tokens | None:
+    """Return the first that is short enough, of conversations that get shorter."""
+    known = dict[int, Tokens]()
+
+    def fits(index: int) -> bool:
+        known[index] = tokens_of(candidates[index])
+        return len(known[index].ids) <= limit
+
+    at = bisect_left(range(len(candidates)), True, key=fits)
+    return known[at] if at in known and len(known[at].ids) <= limit else None
+
+
+def _without_oldest(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Return the conversation without its oldest exchanges: one less each time, the last alone."""
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > len(system)]
+    return [[*system, *turns[start:]] for start in starts]
+
+
+class _WithoutStart(Sequence[Sequence[Turn]]):
+    """A conversation whose question lacks its first character, its first two, … and all of it."""
+
+    def __init__(self, turns: Sequence[Turn]) -> None:
+        self._turns = turns
+        users = [i for i, turn in enumerate(turns) if turn.role == "user" and not turn.trained]
+        self._user = users[0] if users else None
+
+    def __len__(self) -> int:
+        return 0 if self._user is None else len(self._turns[self._user].content)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[Turn]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[Turn]]: ...
+    def __getitem__(self, index: int | slice) -> Sequence[Any]:
+        assert isinstance(index, int) and self._user is not None
+        turns = list(self._turns)
+        content = turns[self._user].content[index + 1 :]
+        turns[self._user] = turns[self._user]._replace(content=content)
+        return turns
+
+
+def _tail(tokens: Tokens, limit: int) -> Tokens:
+    """Keep the end of a text, but do not train the rest of an answer whose start is cut off."""
+    ids, trained = tokens.ids[-limit:], tokens.trained[-limit:].copy()
+    if not tokens.trained[1:].all():
+        trained[: int(np.argmin(trained)) if not trained.all() else len(trained)] = False
     trained[:1] = False  # Nothing comes before it, from which it could be predicted
     return Tokens(ids, trained)
-
-
-def _shorter(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
-    """Yield the conversation without its oldest exchanges: one less each time, the last alone."""
-    system = [turn for turn in turns[:1] if turn.role == "system"]
-    starts = [i for i, turn in enumerate(turns) if turn.role == "user"]
-    for start in starts[1:]:
-        yield [*system, *turns[start:]]
-
-
-def _system_tokens(layout: Layout, turns: Sequence[Turn], tokens: Tokens, encode: Encode) -> int:
-    """Return how many tokens the system prompt takes, with what the template puts around it."""
-    if not turns or turns[0].role != "system":
-        return 0
-    said = [i for i, part in enumerate(layout.parts) if isinstance(part, Slot) and part.turn > 0]
-    if not said:
-        return 0
-    # What is equal when something else follows is not of what follows
-    head = Layout((*layout.parts[: said[0]], Piece("x", False)))
-    other = encode([Rendered(head, turns)]).split()[0].ids[:-1]
-    size = min(len(other), len(tokens.ids))
-    differ = np.flatnonzero(other[:size] != tokens.ids[:size])
-    return int(differ[0]) if len(differ) else size

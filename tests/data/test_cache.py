@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from phi3_plugin.data import cache, chat_dataset, phi3_tokenizer
-from phi3_plugin.errors import DataError, OutputError
+from phi3_plugin.errors import ConfigError, DataError, OutputError
 from tests.data.tiny import MEDIUM, edit_json, write_checkpoint
 
 PAIRS = [{"question": "the " * n, "answer": f"other {n}"} for n in range(1, 9)]
@@ -178,6 +179,35 @@ def test_of_several_processes_one_writes(folder, source, stores):
     said = [run.communicate()[0].split() for run in runs]
     assert sorted(words[0] == "wrote" for words in said) == [False, False, True]
     assert len({words[-1] for words in said}) == 1
+
+
+def test_what_was_killed_before_goes_with_the_next_store(read, folder, source, stores):
+    code = KILLED.format(method="append")
+    subprocess.run([sys.executable, "-c", code, folder, source, stores.folder])
+    source.write_text(source.read_text() + "\n" + json.dumps(PAIRS[0]))
+    read()
+    assert [name.endswith("-unfinished") for name in stores()] == [False]
+
+
+def test_a_store_that_is_removed_while_it_is_used(read, stores):
+    dataset = read()
+    shutil.rmtree(stores.folder)
+    assert len(list(dataset)) == 8
+    with pytest.raises(OutputError, match="was removed while it was used"):
+        dataset.places(0)
+    with pytest.raises(OutputError, match="was removed while it was used"):
+        pickle.loads(pickle.dumps(dataset))[0]
+
+
+def test_another_place_of_the_same_file(read, source, stores):
+    read(source=str(source.parent / "*.jsonl"))
+    source.rename(source.with_name("other.jsonl"))
+    assert read(source=str(source.parent / "*.jsonl")).places(0).endswith("other.jsonl:1")
+
+
+def test_a_folder_that_is_none(read):
+    with pytest.raises(ConfigError, match=r"dataset\.cache_dir: 3 must be a folder"):
+        read(cache_dir=3)
 
 
 def test_old_stores_go_when_a_new_one_is_written(read, stores):

@@ -159,6 +159,28 @@ def test_long_lists_of_bad_rows_are_cut(tokenizer, tmp_path):
     assert lines[-1] == "  and 15 more"
 
 
+@pytest.mark.parametrize("options", [{}, {"format": "question_answer"}])
+def test_many_broken_rows_at_the_start(tokenizer, tmp_path, options):
+    file = write_lines(tmp_path / "bad.jsonl", ["{"] * 12 + PAIRS)
+    dataset = chat_dataset(tokenizer, file, bad_rows="drop", **options)
+    assert len(dataset) == len(PAIRS) and dataset.findings.dropped == 12
+    assert dataset.places(0).endswith(":13")
+
+
+def test_weights_count_for_training_alone(tokenizer, pairs):
+    source = [{"source": str(pairs), "weight": 2.5}]
+    whole = chat_dataset(tokenizer, source)
+    train, held = (
+        chat_dataset(tokenizer, source, held_out=0.3, part=part) for part in ("train", "held_out")
+    )
+    assert len(set(held.chosen)) == len(held) == 3
+    assert sorted([*train.chosen, *(i for i in whole.chosen if i in held.chosen)]) == sorted(
+        whole.chosen
+    )
+    with pytest.raises(DataError, match="the weights leave no sample"):
+        chat_dataset(tokenizer, [{"source": str(pairs), "weight": 1e-9}])
+
+
 def test_no_readable_row(tokenizer, tmp_path):
     file = write_lines(tmp_path / "bad.jsonl", ["{", "3"])
     with pytest.raises(DataError, match=r"2 of 2 rows cannot be used"):

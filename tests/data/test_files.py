@@ -92,10 +92,11 @@ def test_both_forms_of_arrow(tmp_path):
     assert [row.value for row in found(file)] == [A, B] * 200
 
 
-def test_what_datasets_saves(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_list([A, B]).save_to_disk(tmp_path / "saved")
-    assert [row.value for row in read(tmp_path / "saved")] == [A, B]
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_names_in_upper_case(tmp_path, suffix):
+    file = write(tmp_path / f"rows{suffix}", [A, B]).rename(tmp_path / f"ROWS{suffix.upper()}")
+    assert [row.value for row in found(file)] == [A, B]
+    assert [row.value for row in read(tmp_path)] == [A, B]
 
 
 def test_csv_as_spreadsheets_write_it(tmp_path):
@@ -129,6 +130,10 @@ def test_csv_row_of_another_length(tmp_path):
         ("a.csv", b'q,a\nx,"y"z\n', r"a\.csv:2 is broken CSV: .* expected after"),
         ("a.csv", b"q,a,q\n1,2,3\n", r"a\.csv: the header names q more than once"),
         ("a.csv", b"\xff\xfe", r"a\.csv is not UTF-8 text"),
+        ("a.csv", b"q;a\n1;2\n", r"a\.csv: .* not by ';'\. Write it again with commas"),
+        ("a.csv", b"q\ta\n1\t2\n", r"a\.csv: .* not by tabs\. Write it again with commas"),
+        ("a.json", b'{\n"a": 1\n}\n', r"a\.json: .* over several lines\. Expected one list"),
+        ("a.JSONL", b"[1, 2", r"a\.JSONL is broken JSON"),
         ("a.csv", b"q,a\n", r"a\.csv has no rows"),
         ("a.csv", b"", r"a\.csv has no rows"),
         ("a.parquet", b"", r"a\.parquet cannot be read as Parquet: .*\. Write it again"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3_plugin.data import json_files
-from phi3_plugin.data.json_files import elements, is_list, lines
+from phi3_plugin.data.json_files import elements, is_list, is_spread, lines
 from phi3_plugin.errors import DataError
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -127,3 +127,24 @@ def test_lines_are_those_of_the_stream():
 )
 def test_a_list_is_told_by_its_bracket(text, expected):
     assert is_list(io.StringIO(text)) is expected
+
+
+@pytest.mark.parametrize("block", [1, 1 << 16])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('\n{\n "a": 1\n}\n', True),
+        ('{\n "a": 1\n}\n{\n "a": 1\n}', True),
+        ('{"a": {\n}, "a": 1}', True),
+        ('{"a": 1}\n{\n}\n', False),
+        ('\n\n{"a": "\\n"}', False),
+        ('{"a": \n[1]\nnull', False),
+        ("{\n", False),
+        ("{", False),
+        ("", False),
+        ("{" + f'"a":\n{DEEP}' + "}", False),
+    ],
+)
+def test_a_value_over_several_lines(monkeypatch, block, text, expected):
+    monkeypatch.setattr(json_files, "BLOCK", block)
+    assert is_spread(io.StringIO(text), Path("a.json")) is expected

@@ -103,6 +103,16 @@ def test_glob_and_folder_without_files(data):
             rows(source)
 
 
+def test_a_folder_named_as_a_file_is_passed_over(data):
+    (data / "x.json").mkdir()
+    assert values("data") == [B, A, B]
+
+
+def test_no_hub_name_in_upper_case():
+    with pytest.raises(MissingFileError, match="there is no file or folder"):
+        rows("org/x.JSON")
+
+
 def test_broken_line_and_other_values_keep_their_place(data):
     (data / "b.jsonl").write_text('{"n": 1}\n{"n": \n[1]\nnull\n')
     found = rows(data / "b.jsonl")

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.findings import NO_FINAL_ANSWER, PASSED_OVER
+from phi3_plugin.data.findings import BLANK_ANSWER, NO_FINAL_ANSWER, PASSED_OVER
 from phi3_plugin.errors import ConfigError, DataError
 from tests.data.tiny import MEDIUM, write_checkpoint
 from tests.data.variants import BUILT
@@ -90,6 +90,22 @@ def test_a_question_at_the_end_is_noticed(read):
     ]
 
 
+@pytest.mark.parametrize("field", [{"weight": 0}, {"train": False}])
+def test_an_answer_that_asks_not_to_be_trained_on(read, tokenizer, field):
+    chat = [
+        *(message("user", "a"), message("assistant", "bad", **field)),
+        *(message("user", "c"), message("assistant", "good")),
+    ]
+    assert said(tokenizer, read(chat)[0]) == "good<|end|>"
+    assert said(tokenizer, read([*chat[2:], *chat[:2]], train_on="last")[0]) == "bad<|end|>"
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_a_blank_answer_is_noticed(read, content):
+    dataset = read([message("user", "a"), message("assistant", content)])
+    assert dataset.findings.counts[BLANK_ANSWER] == 1
+
+
 TALK = [message("system", "s"), *(message(m["role"], m["content"]) for m in MIXED)]
 
 
@@ -120,6 +136,18 @@ def test_texts_of_another_kind(tokenizer, tmp_path):
     (sample,) = chat_dataset(tokenizer, file, train_on="all", add_eos=True)
     assert sample["tokens"] == tokenizer.encode("the other", add_eos=True)
     assert sample["labels"] == [-100, *sample["tokens"][1:]]
+
+
+def test_a_text_whose_answer_goes_on_into_the_next_turn(tokenizer, tmp_path):
+    text = "<|user|>\na<|end|>\n<|assistant|>\nb\n<|user|>\nc<|end|>\n<|assistant|>\nd<|end|>"
+    with pytest.raises(DataError, match=r"goes on into '<\|user\|>', expected '<\|end\|>'"):
+        chat_dataset(tokenizer, write(tmp_path / "t.jsonl", [{"text": text}]))
+
+
+def test_no_system_prompt_for_texts(tokenizer, tmp_path):
+    file = write(tmp_path / "t.jsonl", [{"text": "<|user|>\na<|end|>\n<|assistant|>\nb<|end|>"}])
+    with pytest.raises(DataError, match="system_prompt cannot be put in front of a text"):
+        chat_dataset(tokenizer, file, system_prompt="s")
 
 
 def test_a_text_that_ends_within_an_answer(tokenizer, tmp_path):

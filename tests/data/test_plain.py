@@ -41,6 +41,11 @@ NOT_PLAIN = {
     "inline if": FOR + "{{ m.content if m.content != 'x' else 'y' }}{% endfor %}",
     "test of text": FOR + "{% if m.content is in ['x'] %}x{% endif %}{{ m.content }}{% endfor %}",
     "clock": "{{ strftime_now('%H') }}" + FOR + "{{ m.content }}{% endfor %}",
+    "slice by text": "{% for m in messages[:(messages[0].content|length)] %}{{ m.content }}"
+    "{% endfor %}",
+    "slice by a named text": "{% for m in messages[:messages[0].content] %}{{ m.content }}"
+    "{% endfor %}",
+    "index by text": "{{ messages[-(messages[0].content|length)].content }}",
     "broken": "{% for %}",
 }
 

@@ -31,6 +31,7 @@ def read(**row):
         ({"prompt": PROMPT, "chosen": " a"}, PAIR * 2),
         ({"prompt": PROMPT, "chosen": f"{PROMPT} a"}, PAIR * 2),
         ({"prompt": "\n\nHuman: u", "chosen": "a"}, PAIR),
+        ({"prompt": "u", "chosen": "a", "context": "", "history": []}, PAIR),
     ],
 )
 def test_shapes(row, turns):
@@ -49,6 +50,8 @@ def test_shapes(row, turns):
         ({"chosen": "a", "prompt": {"a": 1}}, "the user content is dict"),
         ({"prompt": "u"}, "chosen is null"),
         ({"prompt": "u", "chosen": "a", "image": "x.png"}, "there is a column 'image'"),
+        ({"prompt": "u", "chosen": "a", "context": "c"}, "there is a 'context' too, which this"),
+        ({"prompt": "u", "chosen": MORE, "history": ["h"]}, "there is a 'history' too, .*columns"),
     ],
 )
 def test_bad_rows(row, says):

@@ -3,9 +3,9 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from phi3_plugin.data.sandbox import compile_filter, run_template
+from phi3_plugin.data.sandbox import FilterFailed, compile_filter, run_template
 from phi3_plugin.data.turns import make_turn
-from phi3_plugin.errors import ConfigError, DataError
+from phi3_plugin.errors import ConfigError
 
 TURNS = [make_turn("system", "é <s>", tools="[f]"), make_turn("user", " a\n"), make_turn("x", "")]
 NAMES = {"bos_token": "<s>"}
@@ -45,7 +45,11 @@ def test_text_is_that_of_transformers(source, ask):
         ("messages[-1].role == 'assistant'", {"messages": [{"role": "assistant"}]}, True),
         ("row['a b'] is none", {"a b": None}, True),
         ("result > 1", {"result": 2}, True),
-        ("row > 1", {"row": 2}, True),
+        ("row['row'] > 1 and row['a b']", {"row": 2, "a b": 3}, True),
+        ("self > 1 and x.self > 2", {"self": 2, "x": {"self": 3}}, True),
+        ("self == 1", {"self": 2}, False),
+        ("self is defined", {}, False),
+        ("lang is eq('en') and rating is ge(4)", {"lang": "en", "rating": 4}, True),
         ("text", {"text": ""}, False),
     ],
 )
@@ -64,6 +68,7 @@ def test_no_filter(expression):
     [
         "missing",
         "missing > 1",
+        "self",
         "text > 1",
         "text.__class__.__mro__",
         "row.clear()",
@@ -76,6 +81,6 @@ def test_no_filter(expression):
 )
 def test_a_filter_that_fails(expression):
     row = {"text": "a", "messages": []}
-    with pytest.raises(DataError, match=r"dataset\.filter .* failed: "):
+    with pytest.raises(FilterFailed, match=r"dataset\.filter .* failed: "):
         compile_filter(expression)(row)
     assert row == {"text": "a", "messages": []}

@@ -72,6 +72,24 @@ def test_text():
         Text("text").read({"text": "\ud800"})
 
 
+@pytest.mark.parametrize("name", ["system", "system_prompt", "tools"])
+def test_text_beside_a_part_of_the_prompt(name):
+    row = {"text": "<|system|>s<|user|>u"}
+    for held in ("", None, [], "[]", "s", " s\n"):
+        assert Text("text").read(row | {name: held}).text == row["text"]
+    for lost in ("other", ["s"]):
+        with pytest.raises(DataError, match=f"there is a '{name}' too, .* write it in the text"):
+            Text("text").read(row | {name: lost})
+    assert Text("text").read(row | {"input": "i", "context": "c"}).text == row["text"]
+    with pytest.raises(DataError, match="there is a 'image' too"):
+        Text("text").read(row | {"image": "s"})
+
+
+def test_no_tools_written_as_json():
+    row = {"question": "x", "answer": "y", "tools": "[]"}
+    assert len(FORMATS["question_answer"].read(row)) == 2
+
+
 def test_keys_can_always_be_shown():
     assert key_names({"a": 1, "\ud800": 2}) == "a, \\ud800"
     assert key_names(map(str, range(99))).count(",") == LISTED

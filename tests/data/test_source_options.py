@@ -43,10 +43,10 @@ def test_several_sources(data):
 
 def test_a_sources_own_options_go_first(data):
     own = {"source": "data/b.jsonl", "columns": {"user": "q", "assistant": "a"}, "max_samples": 1}
-    first, second = read_sources([own, "data/a.json"], format="alpaca", split="test", max_samples=9)
+    first, second = read_sources([own, "data/a.json"], format="alpaca", filter="n", max_samples=9)
     assert (first.format, first.columns, first.max_samples) == (None, own["columns"], 1)
     assert (second.format, second.columns, second.max_samples) == ("alpaca", None, 9)
-    assert first.split == second.split == "test"
+    assert first.filter == second.filter == "n"
     assert json.loads(json.dumps(first.settings()))["columns"] == own["columns"]
 
 
@@ -102,6 +102,20 @@ def test_every_missing_file_is_named(data):
         "dataset.source: there is no file or folder data/x."
     )
     assert "data/*.csv holds no file" in str(error.value).splitlines()[1]
+
+
+def test_a_split_is_not_passed_over(data):
+    listed = ["data", {"source": "data/a.json", "split": "train"}, "data/x", "org/set"]
+    with pytest.raises(ConfigError) as error:
+        read_sources([*listed, {"source": "data/*.json", "split": "dev"}], split="test")
+    assert str(error.value).splitlines() == [
+        "dataset.source: data is local and has no split 'test'. Remove split, or set it for the "
+        "sources of the hub alone, as in {source: gsm8k, split: test}.",
+        "dataset.source: data/*.json is local and has no split 'dev'. Remove split, or set it for "
+        "the sources of the hub alone, as in {source: gsm8k, split: dev}.",
+        "dataset.source: there is no file or folder data/x.",
+    ]
+    assert read_sources("org/set", split="test")[0].split == "test"
 
 
 @pytest.mark.parametrize("source", [[], {}, {"weight": 1}])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from phi3_plugin.data.sandbox import FilterFailed
 from phi3_plugin.data.sources import Source, read_rows, read_sources
 from phi3_plugin.errors import DataError
 
@@ -60,6 +61,8 @@ def test_a_filter_that_fails_on_a_row_is_that_rows_error(rated):
     rows = streamed(rated, filter="n < 3 or rating.size > 0 or missing")
     errors = [row for row in rows if isinstance(row.value, DataError)]
     assert [row.where.rsplit(":")[-1] for row in errors] == ["4", "5", *"6789", "10"]
+    unread = [row for row in errors if not isinstance(row.value, FilterFailed)]
+    assert [row.where.rsplit(":")[-1] for row in unread] == ["5"]
     assert "dataset.filter 'n < 3 or rating.size > 0 or missing' failed" in str(errors[0].value)
 
 
@@ -103,6 +106,12 @@ def test_hub(hub):
     assert rows("org/set", split="test", subset="main") == [("org/set[0]", A), ("org/set[1]", B)]
     assert hub == [(("org/set", "main"), {"split": "test"})]
     assert rows("gsm8k")[0].where == "gsm8k[0]"
+
+
+def test_nulls_that_the_hub_adds_to_tools(hub):
+    source = Source("x")
+    source.__dict__["_hub"] = [{"tools": [{"name": "f", "b": None}], "n": None}]
+    assert [row.value for row in source.rows()] == [{"tools": [{"name": "f"}], "n": None}]
 
 
 def test_hub_failure(hub):

@@ -99,6 +99,9 @@ def test_a_role_needs_a_special_token():
         rendered(PHI4_MINI, ("asistant", "x"))
     with pytest.raises(DataError, match="unknown role 'asistant': the chat template has no spec"):
         rendered(ANYTHING, ("asistant", "x"))
+    for role in ("endoftext", "end"):  # What ends a text or a turn is nobody
+        with pytest.raises(DataError, match=f"unknown role '{role}'"):
+            rendered(PHI4_MINI, (role, "x"))
 
 
 def test_a_template_needs_its_tokens():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
+from phi3_plugin.data.encoder import Encoder
 from phi3_plugin.data.findings import CUT_AWAY, TOO_LONG, TRUNCATED
 from phi3_plugin.errors import ConfigError, DataError
 
@@ -56,16 +57,34 @@ def test_left_drops_the_oldest_exchanges_and_keeps_the_system_prompt(make, left_
 
 @pytest.mark.parametrize("system", [[], [SYSTEM]])
 def test_left_cuts_the_question_where_one_exchange_is_too_long(make, system):
-    whole = make([*system, *LONG])[0]
-    prompt = make([SYSTEM, ("user", "x"), ("assistant", "y")])[0]["tokens"] if system else []
-    kept = next((i for i, pair in enumerate(zip(prompt, whole["tokens"], strict=False))
-                 if pair[0] != pair[1]), 0) - bool(system)  # fmt: skip
     cut = make([*system, *TALK, *LONG], limit=30, truncate="left")[0]
-    assert len(cut["tokens"]) == 30
-    for key in ("tokens", "labels"):
-        assert cut[key][kept + 1 :] == whole[key][len(whole[key]) - 29 + kept :]
-    assert cut["tokens"][: kept + 1] == whole["tokens"][: kept + 1] or not system
-    assert cut["labels"][0] == -100
+    whole = [make([*system, ("user", "the " * n), LONG[1]]) for n in range(31)]
+    fitting = [dataset[0] for dataset in whole if length(dataset) <= 30]
+    # Parts of a word may take more tokens than the word
+    assert len(fitting[-1]["tokens"]) - 3 <= len(cut["tokens"]) <= 30
+    question, answer = LONG
+    ends = [make([*system, (question[0], question[1][-n:]), answer])[0] for n in range(1, 121)]
+    assert cut in ends
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]])
+def test_left_cuts_the_end_of_an_answer_that_is_too_long(make, system):
+    chat = [*system, ("user", "a"), ("assistant", "the " * 60)]
+    assert make(chat, limit=30, truncate="left")[0] == make(chat, limit=30)[0]
+
+
+def test_left_drops_a_greeting_first(make):
+    greeted = [("assistant", "the " * 40), *TALK[:2]]
+    expected = make(TALK[:2])
+    assert make(greeted, limit=length(expected), truncate="left")[0] == expected[0]
+
+
+def test_left_is_quick_where_many_exchanges_go(make, monkeypatch):
+    encoded = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, c: encoded.append(c) or encode(self, c))
+    make(TALK * 100, limit=30, truncate="left")
+    assert len(encoded) < 12
 
 
 def test_left_keeps_the_end_of_a_text(make, tmp_path, folder):

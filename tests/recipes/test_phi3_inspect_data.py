@@ -16,7 +16,8 @@ from tests.assets import assets_dir
 from tests.own import CONFIG, TINY, chat, merged, tiny_inputs
 from tests.stock import TUNE, _run
 
-CONFIGS = sorted(CONFIG.parent.glob("*.yaml"))
+RUNS = [f for f in sorted(CONFIG.parent.glob("*.yaml")) if "dataset" in OmegaConf.load(f)]
+SPLIT = ["dataset.packed=True", "dataset.split_documents=True", "tokenizer.max_seq_len=32"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_the_numbers_are_those_of_the_samples(inspect, folder):
         (["shuffle=False"], "plain"),
         (["group_by_length=True"], "grouped by length"),
         (["dataset.packed=True"], "packed"),
-        (["dataset.packed=True", "dataset.split_documents=True", "val_fraction=0.2"], "packed"),
+        ([*SPLIT, "val_fraction=0.2"], "packed"),
     ],
 )
 @pytest.mark.parametrize("processes", [1, 2])
@@ -123,6 +124,15 @@ def test_steps_and_padding_are_those_of_the_run(folder, settings, chosen, proces
     assert found.batching.name == chosen and found.steps == feed.total_steps
     assert found.batching.padding == pytest.approx(padding / total)
     assert found.batching.steps == feed.order.steps_per_epoch
+    assert (found.tokens, found.labelled) == counted(feed.order.dataset)
+    if feed.order_val:
+        assert found.held_out[2:4] == counted(feed.order_val.dataset)
+
+
+def counted(dataset):
+    rows = [dataset[i] for i in range(len(dataset))]
+    labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
+    return sum(map(real_tokens, rows)), int((labels != -100).sum())
 
 
 def real_tokens(sample):
@@ -134,7 +144,7 @@ def real_tokens(sample):
     return end if last > 1 and not sample["input_pos"][end:].any() else end + last
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("config", RUNS, ids=lambda file: file.stem)
 def test_every_config_is_taken_as_it_is(inspect, config):
     code, out, _ = inspect("dtype=bf16", config=config)
     assert code == 0 and "Rows                    20 read" in out

@@ -13,7 +13,8 @@ from phi3_plugin.data.findings import (
     UNUSABLE,
     Findings,
 )
-from phi3_plugin.data.inspection.statistics import GROUPED, PACKED, Batching, Cut, Statistics
+from phi3_plugin.data.inspection.limits import Cut
+from phi3_plugin.data.inspection.statistics import GROUPED, PACKED, Batching, Statistics
 
 CUT, LOST = 0.01, 0.01
 """Cut samples, and lost tokens, that are worth a word; and what a better length may lose."""
@@ -68,6 +69,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.{0 if 0.0995 <= share < 0.995 else 1}f} %"
 
 
+def loss(cut: Cut) -> str:
+    """Write which share of the tokens a limit loses."""
+    share = percent(cut.tokens)
+    if not cut.least:
+        return share
+    return ">0 %" if share.startswith("<") else f"≥ {share}"
+
+
 def count(number: int, one: str) -> str:
     """Write how many there are of something."""
     return f"{number:,} {one if number == 1 else one + 's'}"
@@ -108,7 +117,7 @@ def _length(found: Statistics) -> Iterator[Problem]:
         )
     if found.cut.samples >= CUT or found.cut.tokens >= LOST:
         yield Problem(
-            f"{percent(found.cut.samples)} of the samples are cut at {limit:,}: "
+            f"{percent(found.cut.samples)} of the samples are {_cut(found)}: "
             f"{percent(found.cut.tokens)} of all tokens are lost.",
             _longer(found),
         )
@@ -120,6 +129,12 @@ def _length(found: Statistics) -> Iterator[Problem]:
         )
 
 
+def _cut(found: Statistics) -> str:
+    if found.truncate == "drop":
+        return f"longer than {found.limit:,} and dropped"
+    return f"cut at {found.limit:,}"
+
+
 def _longer(found: Statistics) -> str:
     better = [cut for cut in found.cuts if (found.limit or 0) < cut.limit <= found.positions]
     if not better:
@@ -129,7 +144,8 @@ def _longer(found: Statistics) -> str:
 
 
 def _little(cut: Cut) -> str:
-    return percent(cut.tokens) if cut.tokens else "nothing"
+    words = loss(cut).replace("≥", "at least").replace(">0", "more than 0")
+    return words if cut.tokens else "nothing"
 
 
 def _labelled(found: Statistics) -> Iterator[Problem]:

@@ -4,16 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
-from phi3_plugin.data.chat import IGNORED, chat_dataset
+from phi3_plugin.data.chat import COMMON, chat_dataset
+from phi3_plugin.data.dataset import IGNORED
 from phi3_plugin.data.inspection.survey import FIRST, arrays
 from phi3_plugin.data.preparation import Read
 from phi3_plugin.data.reading import make_reading
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.data.turns import Turn, Written
 from phi3_plugin.errors import DataError
-
-COMMON = ("format", "columns", "split", "subset", "streaming", "filter", "max_samples")
-"""Options of a data set that hold for each of its sources."""
 
 Marked = tuple[Sequence[int], Sequence[bool]]
 """The ids of a conversation, and which are trained on."""

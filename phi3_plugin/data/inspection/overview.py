@@ -37,6 +37,11 @@ def span(bin: Bin) -> str:
     return f"{bin.low:,}" if bin.low == bin.high else f"{bin.low:,}–{bin.high:,}"
 
 
+def limits_title(found: Statistics) -> str:
+    """Return what stands over the table of limits."""
+    return f"If samples are {'dropped above' if found.truncate == 'drop' else 'cut at'}"
+
+
 def facts(found: Statistics) -> Iterator[Fact]:
     """Yield what is told of a data set, but for its tables."""
     yield Fact("Rows", f"{found.rows:,} read", [])

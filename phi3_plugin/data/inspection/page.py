@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phi3_plugin.data.inspection.advice import count, percent, problems
-from phi3_plugin.data.inspection.overview import facts, short, span, title_of
+from phi3_plugin.data.inspection.advice import count, loss, percent, problems
+from phi3_plugin.data.inspection.overview import facts, limits_title, short, span, title_of
 from phi3_plugin.data.inspection.shown import Shown, Unit, harmless
 from phi3_plugin.data.inspection.statistics import Statistics
 from phi3_plugin.errors import OutputError
@@ -79,7 +79,9 @@ def render(found: Statistics, samples: Sequence[Shown]) -> str:
         most=max(bin.samples for bin in found.lengths.bins),
         samples=samples,
         percent=percent,
+        loss=loss,
         count=count,
+        limits_title=limits_title(found),
         short=short,
         span=span,
         tokens=tokens,
@@ -110,7 +112,7 @@ def _tiles(found: Statistics) -> Iterator[tuple[str, str]]:
     yield "Tokens an epoch", f"{found.tokens:,}"
     yield "Trained on", percent(found.labelled / found.tokens)
     yield "Padding", percent(found.batching.padding)
-    yield "Tokens lost by cutting", percent(found.cut.tokens)
+    yield "Tokens lost", percent(found.cut.tokens)
     yield "Steps", f"{found.steps:,}"
 
 

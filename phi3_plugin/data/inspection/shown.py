@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_plugin.data.chat import IGNORED
+from phi3_plugin.data.dataset import IGNORED
 from phi3_plugin.data.inspection.survey import arrays, place
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 

@@ -8,12 +8,11 @@ import numpy as np
 
 from phi3_plugin.data.findings import Findings
 from phi3_plugin.data.inspection.compared import Compared
+from phi3_plugin.data.inspection.limits import Cut
 from phi3_plugin.data.inspection.survey import Alike, Numbers, Samples
+from phi3_plugin.data.packing import Packs
 
 # Shapes: N samples, S tokens of one of them
-
-USUAL = (512, 1024, 2048, 4096)
-"""Lengths at which it is always told what a cut would cost."""
 
 BINS = 12
 """Bars of a histogram, at most."""
@@ -48,18 +47,6 @@ class Batching(NamedTuple):
     steps: int
     """Optimizer steps of an epoch."""
     chosen: bool
-
-
-class Cut(NamedTuple):
-    """What a limit of the length costs."""
-
-    limit: int
-    samples: float
-    """Share of the samples that are cut."""
-    tokens: float
-    """Share of the tokens that are lost."""
-    name: str
-    """What this limit is, if it is not just a round number."""
 
 
 class Part(NamedTuple):
@@ -98,6 +85,8 @@ class Statistics:
     """Tokens of the longest sample, after the cut."""
     limit: int | None
     """Where samples are cut."""
+    truncate: str = "right"
+    """What becomes of longer ones, see :mod:`phi3_plugin.data.truncation`."""
     positions: int
     """How many the model was made for."""
     batchings: list[Batching]
@@ -119,6 +108,11 @@ class Statistics:
     def batching(self) -> Batching:
         """The one that was chosen."""
         return next(batching for batching in self.batchings if batching.chosen)
+
+    @property
+    def fate(self) -> str:
+        """What is done to longer samples, in a word."""
+        return "dropped" if self.truncate == "drop" else "cut"
 
     @property
     def cut(self) -> Cut:
@@ -166,38 +160,36 @@ def padding(lengths: Numbers, batches: Iterable[Sequence[int]]) -> float:
     return 1 - real / total if total else 0.0
 
 
-def cuts(full: Numbers, named: Mapping[int, str]) -> list[Cut]:
-    """Return what cutting would cost at the usual lengths and at others.
+def unpacked(dataset: Any) -> Any:
+    """Return the samples of a data set, whether it is packed or not."""
+    return dataset.ds if isinstance(dataset, Packs) else dataset
+
+
+def epoch(dataset: Any, samples: Samples) -> tuple[int, int]:
+    """Return the tokens of an epoch without padding, and those of them that are trained on.
 
     Args:
-        full: [N] tokens before anything was cut.
-        named: More lengths, and what each of them is.
+        dataset: May be packed: a cut takes from what is trained on.
+        samples: The same, surveyed.
     """
-    total = int(full.sum())
-    return [
-        Cut(
-            limit,
-            float((full > limit).mean()),
-            float(np.maximum(full - limit, 0).sum() / total),
-            named.get(limit, ""),
-        )
-        for limit in sorted({*USUAL, *named})
-    ]
+    counted = dataset if isinstance(dataset, Packs) else samples
+    return int(counted.lengths.sum()), int(counted.labelled.sum())
 
 
 def part(dataset: Any, samples: Samples, training: Samples) -> Part:
     """Return what validation sees.
 
     Args:
-        dataset: The validation data.
+        dataset: The validation data, packed or not.
         samples: The same, surveyed.
         training: What is trained on.
     """
+    rows, (tokens, labelled) = unpacked(dataset), epoch(dataset, samples)
     return Part(
-        rows=getattr(dataset, "rows", len(samples.lengths)),
+        rows=getattr(rows, "rows", len(samples.lengths)),
         samples=len(samples.lengths),
-        tokens=int(samples.lengths.sum()),
-        labelled=int(samples.labelled.sum()),
+        tokens=tokens,
+        labelled=labelled,
         seen=int(np.isin(samples.content, training.content).sum()),
-        findings=getattr(dataset, "findings", Findings()),
+        findings=getattr(rows, "findings", Findings()),
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_plugin.data.chat import IGNORED
+from phi3_plugin.data.dataset import IGNORED
 from phi3_plugin.errors import DataError
 
 # Shapes: N samples, S tokens of one of them
@@ -29,6 +29,8 @@ class Samples:
     """[N] tokens before they were cut"""
     labelled: Numbers
     """[N] tokens that are trained on"""
+    first: Numbers
+    """[N] tokens before the first trained one"""
     content: NDArray[np.uint64]
     """[N]; equal where all tokens are"""
     prompt: NDArray[np.uint64]
@@ -63,12 +65,13 @@ def survey(dataset: Any, stop_tokens: Sequence[int]) -> Samples:
     if not len(dataset):
         raise DataError("dataset: there is no sample in it. Give it rows to train on.")
     stops = np.array(stop_tokens)
-    digests, starts, ends, sizes, trained = [], [], [], [], []
+    digests, starts, ends, sizes, trained, firsts = [], [], [], [], [], []
     for i in range(len(dataset)):
         ids, labels = arrays(dataset, i)
         places = np.flatnonzero(labels != IGNORED)
         digests.append(_digest(ids))
-        starts.append(_digest(ids[: places[0]] if len(places) else ids))
+        firsts.append(int(places[0]) if len(places) else len(ids))
+        starts.append(_digest(ids[: firsts[-1]]))
         ends.append(bool(np.isin(labels[places], stops).any()))
         sizes.append(len(ids))
         trained.append(len(places))
@@ -77,6 +80,7 @@ def survey(dataset: Any, stop_tokens: Sequence[int]) -> Samples:
         lengths=lengths,
         full=np.asarray(getattr(dataset, "full", lengths), dtype=np.int64),
         labelled=np.array(trained, dtype=np.int64),
+        first=np.array(firsts, dtype=np.int64),
         content=np.array(digests, dtype=np.uint64),
         prompt=np.array(starts, dtype=np.uint64),
         stops=np.array(ends, dtype=np.bool_),
@@ -108,6 +112,8 @@ def alike(samples: Samples) -> Alike:
         if samples.places[earlier] != samples.places[i]:
             found.append((samples.places[earlier], samples.places[i]))
     _, index = np.unique(samples.content, return_index=True)
+    # One token is no prompt: all conversations begin with it, as train_on=all leaves them
+    index = index[samples.first[index] > 1]
     _, times = np.unique(samples.prompt[index], return_counts=True)
     return Alike(len(found), found[:FIRST], int(times[times > 1].sum()))
 

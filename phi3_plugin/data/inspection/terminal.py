@@ -5,8 +5,8 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from phi3_plugin.data.inspection.advice import count, percent, problems
-from phi3_plugin.data.inspection.overview import facts, short, span, title_of
+from phi3_plugin.data.inspection.advice import count, loss, percent, problems
+from phi3_plugin.data.inspection.overview import facts, limits_title, short, span, title_of
 from phi3_plugin.data.inspection.shown import Shown, Unit, harmless
 from phi3_plugin.data.inspection.statistics import Bin, Statistics
 
@@ -83,25 +83,25 @@ class Terminal:
 
     def _lengths(self, found: Statistics) -> Iterator[str]:
         lengths = found.lengths
-        yield self._heading("Tokens of a sample", "before it is cut")
+        yield self._heading("Tokens of a sample", "before it is cut" if found.fate == "cut" else "")
         yield (
             f"  median {lengths.median:,.0f}   95 % have up to {lengths.p95:,.0f}   "
             f"longest {lengths.longest:,}"
         )
-        yield from self._bars(lengths.bins, found.limit)
+        yield from self._bars(lengths.bins, found.limit, found.fate)
 
-    def _bars(self, bins: Sequence[Bin], limit: int | None) -> Iterator[str]:
+    def _bars(self, bins: Sequence[Bin], limit: int | None, fate: str) -> Iterator[str]:
         names = [span(bin) for bin in bins]
         counts = [f"{bin.samples:,}" for bin in bins]
         left, right = max(map(len, names)), max(map(len, counts))
-        room = max(8, self.width - left - right - 8)
+        room = max(8, self.width - left - right - 5 - len(fate))
         most = max(bin.samples for bin in bins)
         for bin, name, number in zip(bins, names, counts, strict=True):
             # A bar that holds anything can be seen
             bar = "█" * max(bool(bin.samples), round(room * bin.samples / most))
             over = limit is not None and bin.low > limit
             line = f"  {name:>{left}} {number:>{right}} " + self._paint(bar, (BLUE, YELLOW)[over])
-            yield f"{line.rstrip()} cut" if over else line.rstrip()
+            yield f"{line.rstrip()} {fate}" if over else line.rstrip()
 
     def _batches(self, found: Statistics) -> Iterator[str]:
         yield self._heading("Batches", "> is yours")
@@ -109,16 +109,16 @@ class Terminal:
         yield from self._table(("padding", "steps an epoch"), rows)
 
     def _cuts(self, found: Statistics) -> Iterator[str]:
-        yield self._heading("If samples are cut at", "> is yours")
+        yield self._heading(limits_title(found), "> is yours")
         rows = [
             (
                 cut.limit == found.limit,
                 f"{cut.limit:,}{f' ({cut.name})' if cut.name else ''}",
-                (percent(cut.samples), percent(cut.tokens)),
+                (percent(cut.samples), loss(cut)),
             )
             for cut in found.cuts
         ]
-        yield from self._table(("samples cut", "tokens lost"), rows)
+        yield from self._table((f"samples {found.fate}", "tokens lost"), rows)
 
     def _table(
         self, heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[str]]]

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from phi3_plugin.data.findings import Findings
+from phi3_plugin.data.inspection.limits import Cut
 from phi3_plugin.data.inspection.shown import Shown, Unit
 from phi3_plugin.data.inspection.statistics import (
     PACKED,
     PLAIN,
     Batching,
-    Cut,
     Lengths,
     Statistics,
     histogram,

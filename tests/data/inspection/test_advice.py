@@ -3,9 +3,10 @@
 import pytest
 
 from phi3_plugin.data import findings as f
-from phi3_plugin.data.inspection.advice import count, percent, problems
+from phi3_plugin.data.inspection.advice import count, loss, percent, problems
 from phi3_plugin.data.inspection.compared import Compared
-from phi3_plugin.data.inspection.statistics import GROUPED, PACKED, PLAIN, Batching, Cut, Part
+from phi3_plugin.data.inspection.limits import Cut
+from phi3_plugin.data.inspection.statistics import GROUPED, PACKED, PLAIN, Batching, Part
 from phi3_plugin.data.inspection.survey import Alike
 from tests.data.inspection.inspected import FOUND, findings, numbers
 
@@ -66,6 +67,23 @@ def test_cut_samples():
         f"{start}tokenizer.max_seq_len=4096 would lose 1.0 %."
     ]
     assert said(**changes, positions=2048)[0].startswith(f"{start}That is all the model can take")
+
+
+def test_dropped_samples():
+    (line,) = said(limit=2048, cuts=CUTS, truncate="drop")
+    assert line.startswith(
+        "12 % of the samples are longer than 2,048 and dropped: 34 % of all tokens are lost. "
+    )
+
+
+def test_a_loss_that_may_be_more():
+    listed = [*CUTS[:1], Cut(4096, 0.05, 0.04, "", least=True)]
+    assert said(limit=2048, cuts=listed)[0].endswith("=4096 would lose at least 4.0 %.")
+    listed = [*CUTS[:1], Cut(4096, 0.05, 0.0001, "", least=True)]
+    assert said(limit=2048, cuts=listed)[0].endswith("=4096 would lose more than 0 %.")
+    shares = [Cut(512, 0.5, 0.31, "", least) for least in (False, True)]
+    assert [loss(cut) for cut in shares] == ["31 %", "≥ 31 %"]
+    assert loss(Cut(512, 0.5, 0.0001, "", least=True)) == ">0 %"
 
 
 def test_rows_that_lose_all_that_is_trained():

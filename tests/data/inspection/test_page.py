@@ -7,6 +7,7 @@ import pytest
 
 from phi3_plugin.data.findings import BROKEN, UNUSABLE
 from phi3_plugin.data.inspection.advice import problems
+from phi3_plugin.data.inspection.limits import Cut
 from phi3_plugin.data.inspection.page import HEAD, TAIL, render, write_page
 from phi3_plugin.data.inspection.shown import Unit
 from phi3_plugin.errors import OutputError
@@ -106,6 +107,13 @@ def test_bars_over_the_limit():
     found = page(limit=100)
     assert ("tr", "class", "over") in found.attributes and "orange bars" in found.words
     assert "orange" not in page().words
+
+
+def test_samples_that_are_dropped():
+    words = page(limit=100, cuts=[Cut(100, 0.5, 0.31, "yours", True)], truncate="drop").words
+    assert "Samples of more than 100 are dropped; orange bars are longer." in words
+    assert "If samples are dropped above tokens samples dropped tokens lost" in words
+    assert "100 yours 50 % ≥ 31 %" in words and "cut" not in words
 
 
 def test_no_sample_and_no_limit():

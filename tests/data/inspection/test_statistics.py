@@ -8,13 +8,14 @@ from hypothesis import strategies as draw
 from phi3_plugin.data.findings import Findings
 from phi3_plugin.data.inspection.statistics import (
     Bin,
-    Cut,
-    cuts,
+    epoch,
     histogram,
     lengths_of,
     padding,
     part,
+    unpacked,
 )
+from phi3_plugin.data.packing import Packs
 from tests.data.inspection.test_survey import STOP, Rows, survey
 
 
@@ -62,18 +63,25 @@ def test_padding_of_each_batch_to_its_longest():
     assert padding(lengths, []) == 0
 
 
-def test_what_a_cut_costs():
-    full = np.array([100, 600, 1300])
-    found = {cut.limit: cut for cut in cuts(full, {1000: "yours"})}
-    assert list(found) == [512, 1000, 1024, 2048, 4096]
-    assert found[512] == Cut(512, 2 / 3, pytest.approx((88 + 788) / 2000), "")
-    assert found[1000] == Cut(1000, 1 / 3, pytest.approx(300 / 2000), "yours")
-    assert found[2048] == Cut(2048, 0.0, 0.0, "")
+class Packed(Packs):
+    """Packs of known sizes."""
+
+    def __init__(self, rows):
+        self.ds, self.lengths, self.labelled = rows, np.array([3, 1]), np.array([2, 0])
+
+
+def test_packs_may_cut_what_is_trained_on():
+    rows = Rows(([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1]))
+    found = survey(rows, [STOP])
+    assert epoch(rows, found) == (5, 3) and epoch(Packed(rows), found) == (4, 2)
+    assert unpacked(rows) is unpacked(Packed(rows)) is rows
 
 
 def test_validation_data():
     rows = Rows(([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1]))
     held = Rows(([1, 2, 3], [0, 1, 1]), ([6, 7], [0, 1]))
     held.rows, held.findings = 5, Findings()
-    found = part(held, survey(held, [STOP]), survey(rows, [STOP]))
+    seen = survey(held, [STOP]), survey(rows, [STOP])
+    found = part(held, *seen)
     assert found[:5] == (5, 2, 5, 3, 1) and found.findings is held.findings
+    assert part(Packed(held), *seen) == found._replace(tokens=4, labelled=2)

@@ -30,6 +30,7 @@ def test_what_is_counted():
     found = survey(rows, [STOP])
     assert found.lengths.tolist() == found.full.tolist() == [4, 2, 1]
     assert found.labelled.tolist() == [2, 1, 0]
+    assert found.first.tolist() == [2, 1, 1]
     assert found.stops.tolist() == [True, False, False]
     assert found.places == ["chats.jsonl:1", "chats.jsonl:2", "chats.jsonl:3"]
 
@@ -43,6 +44,12 @@ def test_copies_and_other_answers():
     rows = Rows(([1, 2, 3], answer), ([1, 2, 4], answer), ([1, 2, 3], answer), ([5, 6, 7], answer))
     pairs = [("chats.jsonl:1", "chats.jsonl:3")]
     assert alike(survey(rows, [STOP])) == Alike(copies=1, pairs=pairs, answers=2)
+
+
+def test_what_every_conversation_begins_with_is_no_prompt():
+    every = [0, 1, 1]  # as with train_on=all
+    rows = Rows(([1, 2, 3], every), ([1, 2, 4], every), ([1, 5, 6], every))
+    assert alike(survey(rows, [STOP])) == Alike(0, [], 0)
 
 
 def test_a_row_that_is_seen_twice_on_purpose_is_no_copy():

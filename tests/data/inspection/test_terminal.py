@@ -5,6 +5,7 @@ import re
 import pytest
 
 from phi3_plugin.data.findings import UNUSABLE
+from phi3_plugin.data.inspection.limits import Cut
 from phi3_plugin.data.inspection.shown import Unit
 from phi3_plugin.data.inspection.terminal import TAIL, Terminal, columns, seen
 from tests.data.inspection.inspected import findings, numbers, sample
@@ -83,6 +84,15 @@ def test_the_border_of_a_cut_sample():
     one = sample(("a", True), lost=1)._replace(from_start=True)
     place = lines(shown(one)).index("✂ 1 token cut before the last turns, not seen")
     assert lines(shown(one))[place + 1] == "+ a"
+
+
+def test_samples_that_are_dropped():
+    cuts = [Cut(100, 0.5, 0.31, "yours"), Cut(150, 0.1, 0.05, "", least=True)]
+    text = shown(limit=100, cuts=cuts, truncate="drop")
+    assert "If samples are dropped above  (> is yours)" in lines(text)
+    assert any(line.endswith("█ dropped") for line in lines(text)) and "cut" not in text
+    assert max(map(columns, lines(text))) <= 80
+    assert ["150", "10", "%", "≥", "5.0", "%"] in map(str.split, lines(text))
 
 
 def test_a_long_sample_is_shortened_in_the_middle():
