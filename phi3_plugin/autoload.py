@@ -40,15 +40,18 @@ _RECIPES_OF = {
     "phi3_mini_qlora_1gpu": ("phi3_lora_finetune",),
     "phi3_mini_qlora_8gpu": ("phi3_lora_finetune",),
     "phi3_mini_full_8gpu": ("phi3_lora_finetune",),
+    "phi3_adapter": ("phi3_adapter",),
 }
 
 # Our own recipes: the name for `tune run`, and the module it runs.
 _OUR_RECIPES = {
     "phi3_lora_finetune": "lora_finetune",
     "phi3_inspect_data": "phi3_inspect_data",
+    "phi3_adapter": "phi3_adapter",
 }
-_TAKE_EVERY_CONFIG = ("phi3_inspect_data",)
-_ONE_PROCESS = ("phi3_inspect_data",)
+_OF_NO_RUN = ("phi3_adapter",)  # configs of what is no training run
+_TAKE_EVERY_RUN = ("phi3_inspect_data",)
+_ONE_PROCESS = ("phi3_inspect_data", "phi3_adapter")
 
 _NF4_OLD = "torchao.dtypes.nf4tensor"
 _NF4_NEW = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
@@ -186,7 +189,8 @@ def _register(registry: ModuleType) -> None:
     )
     recipes = {recipe.name: recipe for recipe in registered}
     for name, file in _config_files().items():
-        for recipe in (*_RECIPES_OF.get(name, _RECIPES_OF["*"]), *_TAKE_EVERY_CONFIG):
+        others = () if name in _OF_NO_RUN else _TAKE_EVERY_RUN
+        for recipe in (*_RECIPES_OF.get(name, _RECIPES_OF["*"]), *others):
             recipes[recipe].configs.append(registry.Config(name=name, file_path=str(file)))
 
 

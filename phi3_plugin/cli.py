@@ -1,7 +1,8 @@
 """`phi3-tune`: torchtune's `tune`, with our names in it also where the start-up hook is off.
 
 Beside the verbs of `tune` it has one for each recipe of ours that is not a training run:
-`phi3-tune inspect-data ...` is `phi3-tune run phi3_inspect_data ...`.
+`phi3-tune inspect-data ...` is `phi3-tune run phi3_inspect_data ...`. Those of adapters have a
+parser of their own, in adapter_cli.py.
 
 The hook (autoload.py) can be switched off for us alone or for every backend of torch, and both
 switches reach the workers that `tune run` starts. `phi3-tune` changes neither. It registers in its
@@ -10,11 +11,14 @@ own process, and lets each worker be another `phi3-tune`, which does the same.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from phi3_plugin import autoload
+from phi3_plugin import adapter_cli, autoload
+from phi3_plugin.errors import Phi3Error
 
 if TYPE_CHECKING:
     import argparse
@@ -23,15 +27,24 @@ if TYPE_CHECKING:
 VERBS = {"inspect-data": ("phi3_inspect_data", "Show what a run would be trained on")}
 """Our own verbs: the recipe that each runs, and what it does."""
 
+ADAPTER_VERBS = {
+    "adapter": "Check, convert, merge, import and compare adapters",
+    "import-config": "Turn the dictionaries of Microsoft's samples into our YAML",
+}
+"""Those that adapter_cli.py runs."""
+
 
 def main() -> None:
     """Run `phi3-tune` with the command line of this process."""
     autoload.register()
+    if sys.argv[1:2] and sys.argv[1] in ADAPTER_VERBS:
+        sys.exit(_run_adapter_verb(sys.argv[1:]))
     from torchtune._cli.tune import TuneCLIParser  # not earlier: importing torchtune must find us
 
     tune = TuneCLIParser()
     subparsers = tune._parser._subparsers._group_actions[0]
-    for verb, (_, does) in VERBS.items():
+    ours = {verb: does for verb, (_, does) in VERBS.items()} | ADAPTER_VERBS
+    for verb, does in ours.items():
         subparsers.add_parser(verb, help=does)
     verbs = subparsers.choices
     tune._parser.description = "torchtune's command line, with Phi-3."
@@ -40,6 +53,19 @@ def main() -> None:
     _make_workers_register(verbs["run"].get_default("func").__self__)
     _run_recipes()
     tune.run(tune.parse_args())
+
+
+def _run_adapter_verb(words: list[str]) -> int:
+    """Run `adapter` or `import-config`; return the exit code. `--help` imports nothing else."""
+    command, options = adapter_cli.parse(words)
+    name = "phi3_adapter" if command == "adapter" else "phi3_import_config"
+    try:
+        return int(import_module(f"phi3_plugin.recipes.{name}").run(options))
+    except Phi3Error as error:
+        if os.environ.get("PHI3_PLUGIN_TRACEBACK") == "1":
+            raise
+        print(f"phi3_plugin: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 def _run_recipes() -> None:

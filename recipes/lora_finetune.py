@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from phi3_plugin.recipes.lora_finetune_start import NF4_BASE, made, starting_weights, trained
+from phi3_plugin.recipes.lora_finetune_verdict import proof, served_by
 from torchtune import config
 
 from phi3_plugin.checkpoint import run
-from phi3_plugin.checkpoint.export import export_adapter, export_model, load_trained
+from phi3_plugin.checkpoint.export import export_adapter, export_model
 from phi3_plugin.checkpoint.folder import check_output
-from phi3_plugin.checkpoint.hf import open_weights
 from phi3_plugin.checkpoint.peft import check_trained
 from phi3_plugin.checkpoint.saver import Saver
 from phi3_plugin.errors import CheckpointError
-from phi3_plugin.models.lora import initial_adapter
 from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.train import settings as strict
 from phi3_plugin.train.feed import build, make_feed
@@ -75,7 +75,7 @@ class Finetune:
         self.monitor = Monitor(self.world.is_main, self.cfg, s, **steps)
         self.monitor.resumed(self.step, *self.found)
         folder, limit, background = s.output_dir, s.save_total_limit, s.save_in_background
-        self.saver = Saver(folder, limit, self.monitor.saved, background=background)
+        self.saver = Saver(folder, limit, self.saved, background=background)
 
     def train(self) -> None:
         """The loop."""
@@ -112,6 +112,8 @@ class Finetune:
         if self.world.is_main:
             print(f"Saved {folder}.", "Repeat the command with resume=auto to go on." * interrupted)
         self.world.close()
+        if self.world.is_main and self.s.prove and self.is_lora and not interrupted:
+            print(proof(folder, self.s.checkpoint_dir))
 
     def setup_data(self) -> None:
         """Tokenize, split and order the samples."""
@@ -133,10 +135,7 @@ class Finetune:
             reshard=s.fsdp_reshard_after_forward,
         )
         self.is_lora = is_adapted(self.model)
-        source = s.checkpoint_dir if self.is_lora else folder or s.checkpoint_dir
-        adapter = initial_adapter(self.model, s.seed)
-        adapter = load_trained(folder, source, adapter) if self.is_lora and folder else adapter
-        weights = {**open_weights(source), **adapter}
+        weights, self.first = starting_weights(self.world, self.model, s, folder)
         self.world.load(self.model, weights, rows_of, offload=offload)
         for module in self.model.modules():
             if hasattr(module, "initialize_dora_magnitude"):
@@ -166,27 +165,36 @@ class Finetune:
 
     def save(self, name: str) -> Path:
         """Write a checkpoint that serves and that the run can go on from."""
-        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        values = {n: self.world.whole(p.detach()).to("cpu", copy=True) for n, p in trained}
+        parameters = trained(self.model).items()
+        values = {n: self.world.whole(p.detach()).to("cpu", copy=True) for n, p in parameters}
         state = self.state()
         if self.world.is_main:
             self.saver.save(name, self.step, self.writer(values, name), state)
         self.world.barrier()
         return self.s.output_dir / name
 
+    def saved(self, name: str, step: int) -> None:
+        """Say that a checkpoint is whole, and who can serve it."""
+        self.monitor.saved(name, step)
+        if self.is_lora:
+            print(served_by(self.s.output_dir / name))
+
     def writer(self, values: dict[str, torch.Tensor], name: str) -> Callable[[Path], None]:
         """Return what writes an adapter, or a whole model, into a folder."""
         if not self.is_lora:
             return partial(export_model, weights=values, checkpoint_dir=self.s.checkpoint_dir)
-        check_trained(values, may_be_identity=name != run.FINAL)  # warm-up may start from 0
+        moved = {name: values[name] - start for name, start in self.first.items()}
+        check_trained(
+            {**values, **moved}, may_be_identity=name != run.FINAL
+        )  # warm-up may start from 0
         card = {**(self.s.checkpointer or {}).get("card", {}), "steps": self.step}
         if self.best < math.inf:
             card["validation loss"] = f"{self.best:.4f}"
-        layer = next(module for module in self.model.modules() if hasattr(module, "lora_a"))
-        lora = {"rank": layer.rank, "alpha": layer.alpha}
-        dropout = self.s.model.get("lora_dropout", 0.0)
-        where = {"checkpoint_dir": self.s.checkpoint_dir, "origin": {"layout": "fused"}}
-        return partial(export_adapter, adapter=values, dropout=dropout, card=card, **lora, **where)
+        adapter = made(self.model, values, self.first, self.s.model.get("lora_dropout", 0.0))
+        if adapter.origin.get("lora_init") == "loftq":
+            card["base to serve"] = NF4_BASE
+        where = {"checkpoint_dir": self.s.checkpoint_dir, "card": card}
+        return partial(export_adapter, adapter=adapter, **where)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs to end in the same bits."""

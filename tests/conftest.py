@@ -37,6 +37,8 @@ def fresh_python(tmp_path):
 
 
 def pytest_collection_modifyitems(items):
+    # The longest file first, so that no process ends with it while the others wait
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
     if assets_dir() is None:
         skip = pytest.mark.skip(reason="no ../shared/assets beside the repository, see PHI3_ASSETS")
         for item in items:

@@ -22,6 +22,7 @@ TINY = (
     "optimizer.lr=1e-3",
     "dtype=fp32",
     "device=cpu",
+    "prove=False",
 )
 """What a run on `tiny_inputs` is told; nothing is drawn at random in it but what the seed says."""
 

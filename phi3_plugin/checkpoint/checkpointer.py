@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.export import export_adapter, load_trained
 from phi3_plugin.checkpoint.folder import check_output, whole_folder
 from phi3_plugin.checkpoint.hf import load_base_weights
@@ -134,12 +135,13 @@ class Phi3Checkpointer:
     ) -> None:
         export_adapter(
             folder,
-            adapter,
+            Adapter.of(
+                adapter,
+                settings["lora_alpha"] / settings["r"],
+                dropout=self._dropout,
+                origin={"layout": self._layout},
+            ),
             checkpoint_dir=self._checkpoint_dir,
-            rank=settings["r"],
-            alpha=settings["lora_alpha"],
-            dropout=self._dropout,
-            origin={"layout": self._layout},
             card={**self._card, "epochs trained": epoch + 1},
         )
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.card import model_card
 from phi3_plugin.checkpoint.hf import row_norms, save_weights
+from phi3_plugin.checkpoint.names import SAVED
 from phi3_plugin.checkpoint.peft import (
     check_same,
     load_adapter,
@@ -18,7 +20,8 @@ from phi3_plugin.checkpoint.peft import (
     save_adapter,
     targets_of,
 )
-from phi3_plugin.checkpoint.split import fuse_adapter, parts_of, unfuse_adapter
+from phi3_plugin.checkpoint.served import MODULES, original, served
+from phi3_plugin.checkpoint.split import parts_of
 from phi3_plugin.config import read_config
 
 TOKENIZER_FILES = (
@@ -35,14 +38,11 @@ TOKENIZER_FILES = (
 
 def export_adapter(
     folder: Path,
-    adapter: dict[str, Tensor],
+    adapter: Adapter,
     *,
     checkpoint_dir: Path,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    origin: Mapping[str, Any],
     card: Mapping[str, Any],
+    patterns: bool = False,
 ) -> None:
     """Write a PEFT adapter with its tokenizer and model card into a folder.
 
@@ -50,20 +50,21 @@ def export_adapter(
         folder: An existing folder.
         adapter: Names of our model or of torchtune's split one; parts are made whole.
         checkpoint_dir: Folder of the base model.
-        rank: With ``alpha``, the scale of every module: alpha / rank.
-        alpha: See ``rank``.
-        dropout: What the adapters were trained with.
-        origin: Kept in the file's metadata, with rank and alpha.
         card: Rows of the model card's table.
+        patterns: Leave ranks and scales as they are, said by rank_pattern and alpha_pattern, which
+            PEFT reads, but vLLM and llama.cpp do not. Otherwise all modules get one of each.
+
+    Raises:
+        AdapterError: The adapter is empty, or no file of PEFT's can hold it.
     """
-    base = base_name(checkpoint_dir)
-    origin = {**origin, "rank": rank, "alpha": alpha}
-    if parts := parts_of(adapter):
-        origin["parts"] = parts
-        card = {**card, "trained": f"{', '.join(targets_of(adapter))}, each of rank {rank}"}
-        norms = partial(row_norms, checkpoint_dir)
-        adapter = fuse_adapter(adapter, read_config(checkpoint_dir), norms)
-    save_adapter(folder, adapter, rank, alpha, dropout=dropout, base=base, origin=origin)
+    base, config = base_name(checkpoint_dir), read_config(checkpoint_dir)
+    if parts_of(adapter.tensors):
+        ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
+        names = ", ".join(targets_of(adapter.tensors))
+        card = {**card, "trained": f"{names}, each of rank {ranks}"}
+    norms = partial(row_norms, checkpoint_dir)
+    held = served(adapter, config, norms, patterns=patterns)
+    save_adapter(folder, held, adapter, base, config.num_hidden_layers)
     copy_tokenizer(checkpoint_dir, folder)
     (folder / "README.md").write_text(model_card(folder, base, card), encoding="utf-8")
 
@@ -78,13 +79,18 @@ def load_trained(
         checkpoint_dir: Folder of the base model.
         model: The adapter of the model that it is for, if that is known by now.
 
+    Returns:
+        The low-rank tensors and those that were trained whole.
+
     Raises:
+        AdapterError: The file's metadata do not fit its tensors.
         CheckpointError: A tensor is not part of a Phi-3 adapter, or of the model's.
         MissingFileError: There is no adapter in the folder.
     """
     adapter, origin = load_adapter(folder), load_origin(folder)
-    if parts := origin.get("parts"):
-        adapter = unfuse_adapter(adapter, parts, origin["rank"], read_config(checkpoint_dir))
+    if MODULES in origin:
+        tensors, _ = original(adapter, origin, read_config(checkpoint_dir))
+        adapter = {**tensors, **{n: v for n, v in adapter.items() if n in SAVED}}
     if model is not None:
         check_same(folder, adapter, model)
     return adapter

@@ -1,43 +1,250 @@
-"""An adapter put into the weights it was trained on."""
+"""An adapter put into the weights it was trained on, as a checkpoint folder of its own.
 
-from collections.abc import Mapping
+Weights are read, changed and written some rows at a time. Sums are in fp32 and rounded once.
+"""
 
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
 from torch import Tensor
 
-from phi3_plugin.checkpoint.peft import A, B
-from phi3_plugin.errors import AdapterError
+from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.export import copy_tokenizer
+from phi3_plugin.checkpoint.folder import check_output, whole_folder
+from phi3_plugin.checkpoint.hf import open_weights
+from phi3_plugin.checkpoint.names import to_hf
+from phi3_plugin.checkpoint.places import Change, changes_of, check_shapes
+from phi3_plugin.checkpoint.stops import GENERATION, generation_config, read_json
+from phi3_plugin.checkpoint.stored import StoredTensor
+from phi3_plugin.checkpoint.stream import SHARD_BYTES, Entry, write_shards
+from phi3_plugin.config import read_config
+from phi3_plugin.errors import AdapterError, ConfigError
 
-MAGNITUDE = ".magnitude"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+PIECE = 1 << 18
+"""Weights that are changed at a time, about: what the processor's cache holds."""
 
 
-def merged(
-    weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float
-) -> dict[str, Tensor]:
-    """Return the weights of a model that computes what base and adapter compute.
+class Rows(Protocol):
+    """A tensor ``[out, in]``, or what reads rows of one when it is sliced."""
 
-    Sums are made in fp32 and rounded once, to the base's dtype.
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Return consecutive rows."""
+
+
+Quantizer = Callable[[StoredTensor], Rows]
+"""Gives what an NF4 base computes with in place of a stored weight."""
+
+
+@dataclass
+class Difference:
+    """How far apart two merged models are, over the weights of the layers that NF4 holds."""
+
+    largest: float = 0.0
+    """The largest distance of two weights, as a part of the largest weight there is."""
+    mean: float = 0.0
+    """The mean distance, as a part of the mean absolute weight."""
+    _sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0], repr=False)
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Count some weights, the first of which are those to compare with."""
+        apart, size = (other - one).abs(), one.abs()
+        far, top, total, whole = self._sums
+        far, top = max(far, apart.max().item()), max(top, size.max().item())
+        total, whole = total + apart.sum().item(), whole + size.sum().item()
+        self._sums = [far, top, total, whole]
+        self.largest, self.mean = far / (top or 1.0), total / (whole or 1.0)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written."""
+
+    folder: Path
+    shards: int
+    tensors: int
+    changed: tuple[str, ...]
+    """The weights that the adapter changes, our names."""
+    dtype: str
+    """Of the weights, as config.json names it."""
+    untied: bool
+    """Whether a tied head got weights of its own: the adapter changes it or the embedding."""
+    difference: Difference | None
+    """From the same adapter merged onto the original base, if it was merged onto NF4's."""
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Pieces are too small to share: several threads would mostly wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def merge_into(
+    out: Path,
+    checkpoint_dir: Path,
+    adapter: Adapter,
+    *,
+    dtype: Literal["bf16", "fp32"] | None = None,
+    onto: Literal["original", "nf4"] = "original",
+    quantizer: Quantizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> MergeReport:
+    """Write a model that computes what base and adapter compute, as a checkpoint folder.
 
     Args:
-        weights: Of the base, our names.
-        adapter: Our names; ``lora_a [R, in]``, ``lora_b [out, R]``, for DoRA ``magnitude [out]``.
-        scale: alpha / rank.
+        out: The folder to create.
+        checkpoint_dir: The base that the adapter was trained on.
+        adapter: Our names.
+        dtype: Of all weights; None is each one's own in the base.
+        onto: ``nf4`` for an adapter that is to stay on the quantized base of its training.
+        quantizer: With ``nf4``, that base's weight for a stored one.
+        shard_bytes: A shard is closed before it grows beyond this.
 
     Raises:
-        AdapterError: It adapts a layer that the base does not have, or of another shape.
-
-    Source: Hu et al. 2021, LoRA, section 4.1; Liu et al. 2024, DoRA, equation 5.
+        AdapterError: It adapts what the base does not have, or holds NaN.
+        ConfigError: An option is unknown.
+        OutputError: ``out`` exists, cannot be written, or has not enough room.
     """
-    out = dict(weights)
-    for module in [name.removesuffix(A) for name in adapter if name.endswith(A)]:
-        name, delta = f"{module}.weight", adapter[module + B].float() @ adapter[module + A].float()
-        if name not in weights or weights[name].shape != delta.shape:
-            found = list(weights[name].shape) if name in weights else "not there"
+    quantizer = _checked(dtype, onto, quantizer)
+    config, base = read_config(checkpoint_dir), open_weights(checkpoint_dir)
+    check_output(out, checkpoint_dir)
+    changes, saved = changes_of(adapter, config), adapter.saved
+    untied = config.tie_word_embeddings and bool({EMBEDDING, HEAD} & {*changes, *saved})
+    if untied:
+        base[HEAD] = base[EMBEDDING]
+    _check_fit(base, changes, saved)
+    wanted, difference = DTYPES.get(dtype or ""), Difference() if quantizer else None
+    entries = {
+        to_hf(name): _entry(stored, changes.get(name, []), saved.get(name), wanted, nf4, difference)
+        for name, stored in base.items()
+        for nf4 in [quantizer if _is_linear(name) else None]
+    }
+    with whole_folder(out) as folder:
+        shards = write_shards(folder, entries, shard_bytes)
+        if difference and not difference.largest:
+            raise ConfigError("onto: the quantizer gives the base's own weights, not those of NF4.")
+        _write_settings(folder, checkpoint_dir, name := _main_dtype(entries), untied)
+    changed = tuple(sorted({*changes, *saved}))
+    return MergeReport(out, len(shards), len(entries), changed, name, untied, difference)
+
+
+def merged(weight: Rows, height: int, width: int, changes: Sequence[Change]) -> Iterator[Tensor]:
+    """Yield the rows of a changed weight in order, some at a time, fp32.
+
+    Args:
+        weight: ``[height, width]``.
+        height: Number of rows.
+        width: Of a row.
+        changes: What is done to it.
+    """
+    pieces = partial(_changed, weight, height, width, changes)
+    magnitudes = [c.magnitude for c in changes if c.by_column and c.magnitude is not None]
+    if magnitudes:
+        squares = sum((p.double().square().sum(dim=0) for p in pieces()), torch.zeros(width))
+        factor = (magnitudes[0] / squares.sqrt()).float()
+        yield from (piece.mul_(factor) for piece in pieces())
+    else:
+        yield from pieces()
+
+
+def _changed(weight: Rows, height: int, width: int, changes: Sequence[Change]) -> Iterator[Tensor]:
+    step = max(PIECE // width, 1)
+    for start in range(0, height, step):
+        piece = weight[start : start + step].to(torch.float32, copy=True)
+        for change in changes:
+            change.apply(piece, start)
+        yield piece
+
+
+def _entry(
+    stored: StoredTensor,
+    changes: Sequence[Change],
+    saved: Tensor | None,
+    dtype: torch.dtype | None,
+    quantizer: Quantizer | None,
+    difference: Difference | None,
+) -> Entry:
+    dtype, shape = dtype or stored.dtype, stored.shape
+    make = partial(merged, height=shape[0], width=shape[-1], changes=changes)
+    source: StoredTensor | Tensor = stored if saved is None else saved
+
+    def pieces() -> Iterator[Tensor]:
+        if quantizer and difference and saved is None:
+            for one, other in zip(make(stored), make(quantizer(stored)), strict=True):
+                difference.add(one, other)
+                yield other.to(dtype)
+        elif changes:
+            yield from (piece.to(dtype) for piece in make(source))
+        else:
+            step = max(PIECE // shape[-1], 1)
+            yield from (source[i : i + step].to(dtype) for i in range(0, shape[0], step))
+
+    return Entry(dtype, shape, pieces)
+
+
+def _checked(dtype: str | None, onto: str, quantizer: Quantizer | None) -> Quantizer | None:
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype: {dtype!r} is unknown. Use bf16, fp32, or none for the base's.")
+    if onto not in ("original", "nf4"):
+        raise ConfigError(f"onto: {onto!r} is unknown. Use original or nf4.")
+    if onto == "nf4" and quantizer is None:
+        raise ConfigError("onto: nf4 needs a quantizer, which gives the base's NF4 weights.")
+    return quantizer if onto == "nf4" else None
+
+
+def _check_fit(
+    base: Mapping[str, StoredTensor],
+    changes: Mapping[str, list[Change]],
+    saved: Mapping[str, Tensor],
+) -> None:
+    if not changes and not saved:
+        raise AdapterError("The adapter is empty: there is nothing to merge.")
+    shapes = {name: stored.shape for name, stored in base.items()}
+    check_shapes(changes, shapes)
+    for name, value in saved.items():
+        if tuple(value.shape) != shapes.get(name):
             raise AdapterError(
-                f"{module}: the adapter is for a layer of {list(delta.shape)}, which in this base "
-                f"is {found}. Merge it into the checkpoint it was trained on."
+                f"{name}: the adapter has it as {list(value.shape)}, the base as "
+                f"{list(shapes.get(name, ())) or 'nothing'}. Merge it into the checkpoint it was "
+                "trained on; a vocabulary of another size has to be in the base."
             )
-        whole = weights[name].float() + scale * delta
-        if (magnitude := adapter.get(module + MAGNITUDE)) is not None:
-            whole *= (magnitude.float() / whole.norm(dim=1))[:, None]
-        out[name] = whole.to(weights[name].dtype)
-    return out
+        if not torch.isfinite(value).all():
+            raise AdapterError(f"{name}: the adapter holds NaN or infinite numbers.")
+
+
+def _is_linear(name: str) -> bool:
+    """Whether a layer is one of those that a quantized base holds in NF4: all but the head."""
+    return name.startswith("layers.") and "_proj." in name
+
+
+def _main_dtype(entries: Mapping[str, Entry]) -> str:
+    largest = max(entries.values(), key=lambda entry: entry.nbytes)
+    return str(largest.dtype).removeprefix("torch.")
+
+
+def _write_settings(folder: Path, checkpoint_dir: Path, dtype: str, untied: bool) -> None:
+    copy_tokenizer(checkpoint_dir, folder)
+    keys = read_json(checkpoint_dir / "config.json")
+    keys.pop("auto_map", None)  # names code files that are not in this folder, nor needed
+    keys["dtype" if "dtype" in keys else "torch_dtype"] = dtype
+    if untied:
+        keys["tie_word_embeddings"] = False
+    _write(folder / "config.json", keys)
+    _write(folder / GENERATION, generation_config(checkpoint_dir))
+
+
+def _write(file: Path, keys: dict[str, Any]) -> None:
+    file.write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")

@@ -27,6 +27,15 @@ PARAMETERS = {
 }
 """Parameter names in an adapter file of PEFT, and ours."""
 
+EMBEDDING_PARAMETERS = {
+    "lora_embedding_A": "lora_a.weight",
+    "lora_embedding_B": "lora_b.weight",
+}
+"""The same of an embedding."""
+
+SAVED = ("output.weight", "tok_embeddings.weight")
+"""Base tensors that an adapter may replace, PEFT's modules_to_save."""
+
 PEFT_PREFIX = "base_model.model."
 
 _TO_HF = {ours: hf for hf, ours in NAMES.items()}
@@ -48,7 +57,10 @@ def to_hf(name: str) -> str:
 
 def to_peft(name: str) -> str:
     """Return the name under which PEFT stores one of our adapter tensors."""
-    for theirs, ours in PARAMETERS.items():
+    if name in SAVED:
+        return f"{PEFT_PREFIX}{to_hf(name)}"
+    table = EMBEDDING_PARAMETERS if name.startswith("tok_embeddings.") else PARAMETERS
+    for theirs, ours in table.items():
         if name.endswith(f".{ours}"):
             return f"{PEFT_PREFIX}{_rename(name.removesuffix(f'.{ours}'), _TO_HF)}.{theirs}"
     raise CheckpointError(f"{name!r} is not an adapter tensor of this model.")
@@ -56,10 +68,12 @@ def to_peft(name: str) -> str:
 
 def from_peft(name: str) -> str:
     """Return our name of a tensor in an adapter file of PEFT."""
-    for theirs, ours in PARAMETERS.items():
-        if name.startswith(PEFT_PREFIX) and name.endswith(f".{theirs}"):
-            module = name.removeprefix(PEFT_PREFIX).removesuffix(f".{theirs}")
-            return f"{_rename(module, NAMES)}.{ours}"
+    inside = name.removeprefix(PEFT_PREFIX)
+    for theirs, ours in {**PARAMETERS, **EMBEDDING_PARAMETERS}.items():
+        if inside != name and name.endswith(f".{theirs}"):
+            return f"{_rename(inside.removesuffix(f'.{theirs}'), NAMES)}.{ours}"
+    if inside in (f"{EMBEDDING}.weight", f"{HEAD}.weight") and inside != name:
+        return to_ours(inside)
     raise CheckpointError(f"{name!r} is not an adapter tensor of Phi-3.")
 
 

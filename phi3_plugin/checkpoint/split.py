@@ -9,7 +9,7 @@ our model. A fused layer stacks its parts' rows, so adapters on parts are one ad
                              [ 0   B_v]
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -103,32 +103,49 @@ def fuse_adapter(
     return out
 
 
-def unfuse_adapter(adapter: Adapter, parts: list[str], rank: int, config: Phi3Config) -> Adapter:
+def unfuse_adapter(adapter: Adapter, ranks: Mapping[str, int], config: Phi3Config) -> Adapter:
     """Undo :func:`fuse_adapter` bit for bit.
 
     Args:
         adapter: Fused names, possibly padded with zeros to a larger rank.
-        parts: The parts that had an adapter, from :func:`parts_of`.
-        rank: R, their rank.
+        ranks: Every module that had an adapter, under its own name, and its rank.
         config: Sizes of the model.
+
+    Raises:
+        CheckpointError: The adapter has no tensors for one of them.
     """
-    named = {INNER.get(part, part): part for part in parts}
     out: Adapter = {}
-    for name, value in adapter.items():
-        layer, fused, parameter = _module(name)
-        present = [part for part in PARTS.get(fused, ()) if part in named]
-        if not present:  # adapted as a whole
-            out[name] = value[:rank] if parameter == "lora_a.weight" else value
-            out[name] = value[:, :rank] if parameter == "lora_b.weight" else out[name]
-        for i, part in enumerate(present):
-            columns, rows = slice(i * rank, (i + 1) * rank), part_rows(fused, config)[part]
-            cut = {
-                "lora_a.weight": value[columns],
-                "lora_b.weight": value[rows, columns] if value.ndim > 1 else value,
-                "magnitude": value[rows],
-            }
-            out[f"{layer}{named[part]}.{parameter}"] = cut[parameter].clone()
+    for module, (whole, rows, columns) in _places(ranks, config).items():
+        cut = {"lora_a.weight": (columns,), "lora_b.weight": (rows, columns), "magnitude": (rows,)}
+        for parameter, at in cut.items():
+            if (value := adapter.get(f"{whole}.{parameter}")) is not None:
+                out[f"{module}.{parameter}"] = value[at].clone()
+            elif parameter != "magnitude":
+                raise CheckpointError(f"The adapter is incomplete: {whole}.{parameter} is missing.")
     return out
+
+
+def fused_name(module: str) -> str:
+    """Return the module that holds this one, which may be itself."""
+    layer, inner, _ = _module(f"{module}.lora_a.weight")
+    return f"{layer}{_FUSED_OF.get(INNER.get(inner, inner), inner)}"
+
+
+def _places(ranks: Mapping[str, int], config: Phi3Config) -> dict[str, tuple[str, slice, slice]]:
+    """Return where in which fused adapter each module is: its name, rows of B and columns of B."""
+    order = [part for parts in PARTS.values() for part in parts]
+    inner = {name: _module(f"{name}.lora_a.weight")[1] for name in ranks}
+    split = {name: INNER.get(module, module) for name, module in inner.items()}
+    used: dict[str, int] = {}
+    out = {}
+    for name in sorted(ranks, key=lambda n: order.index(split[n]) if split[n] in order else -1):
+        whole, part = fused_name(name), split[name]
+        fused = _FUSED_OF.get(part)
+        rows = part_rows(fused, config)[part] if fused else slice(None)
+        start = used.get(whole, 0)
+        used[whole] = start + ranks[name]
+        out[name] = whole, rows, slice(start, used[whole])
+    return {name: out[name] for name in ranks}
 
 
 def parts_of(adapter: Iterable[str]) -> list[str]:

@@ -1,26 +1,28 @@
 """Build Phi-3 inside torchtune's decoder shell, sized by the checkpoint's config.json."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 
 from phi3_plugin.config import Phi3Config, read_config
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models.attention import Phi3Attention
+from phi3_plugin.models.checks import misfits, under_torchtune
 from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.mlp import Phi3MLP
 from phi3_plugin.models.nf4 import dequantize_in_state_dicts
 from phi3_plugin.models.norm import RMSNorm
 from phi3_plugin.models.rope import RotaryEmbedding
-from phi3_plugin.models.targets import HEAD, LoRASettings
+from phi3_plugin.models.settings import LoRASettings
+from phi3_plugin.models.targets import HEAD
+from phi3_plugin.models.whole import Embedding
 from phi3_plugin.positions import Rope
 
 MakeLinear = Callable[[str, int, int], nn.Module]
-"""(name under which the layer is a target, in_dim, out_dim) -> layer."""
+"""(number of the block and target, as in ``3.qkv_proj``, or the head; in_dim, out_dim) -> layer."""
 
 
 MINI = Phi3Config(
@@ -64,6 +66,13 @@ def lora_phi3(
     lora_alpha: int = 16,
     lora_dropout: float = 0.0,
     use_dora: bool = False,
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    layers_to_transform: Sequence[int] | None = None,
+    lora_init: str = "kaiming",
+    apply_lora_to_embedding: bool = False,
+    modules_to_save: Sequence[str] | None = None,
     quantize_base: bool = False,
     rope_factors: str = "auto",
 ) -> TransformerDecoder:
@@ -75,11 +84,21 @@ def lora_phi3(
             v_proj, gate_proj, up_proj, for an adapter on that part of a fused layer alone. The
             name is torchtune's; its recipes read it.
         apply_lora_to_mlp: Must say whether the list holds gate_up_proj, down_proj or such a part.
-        apply_lora_to_output: An adapter on the head as well. PEFT loads it, vLLM does not.
+        apply_lora_to_output: An adapter on the head as well.
         lora_rank: Inner width of every adapter.
         lora_alpha: The adapters are scaled by lora_alpha / lora_rank.
         lora_dropout: Dropout on the adapters' input.
         use_dora: Train the magnitude of each row as well.
+        use_rslora: Scale by lora_alpha / sqrt(lora_rank) instead.
+        rank_pattern: Other ranks, by target (``o_proj: 8``) or by layer and target
+            (``3.o_proj: 4``), which comes first. Head and embedding are ``lm_head`` and
+            ``embed_tokens``, or ``output`` and ``tok_embeddings``.
+        alpha_pattern: Other alphas, likewise.
+        layers_to_transform: Numbers of the layers that get adapters; None is all.
+        lora_init: How the adapters start: kaiming or gaussian draw A; pissa takes the largest
+            directions of the base weight, loftq what NF4 loses of it, each for our recipe only.
+        apply_lora_to_embedding: An adapter on the embedding as well.
+        modules_to_save: lm_head, embed_tokens: trained whole beside the adapters.
         quantize_base: Store the base weights in NF4, all linear layers but the head.
         rope_factors: Which LongRoPE factors turn a batch: auto decides by its longest position,
             as transformers does; short or long fixes one, as vLLM does by its maximum length.
@@ -98,6 +117,13 @@ def lora_phi3(
         lora_dropout,
         use_dora,
         quantize_base,
+        use_rslora,
+        rank_pattern,
+        alpha_pattern,
+        layers_to_transform,
+        lora_init,
+        apply_lora_to_embedding,
+        modules_to_save,
     )
     return adapted(read_config(checkpoint_dir), settings, rope_factors)
 
@@ -152,21 +178,23 @@ def adapted(
         rope_factors: See :func:`lora_phi3`.
 
     Raises:
-        AdapterError: An adapter is asked for where there is no layer to adapt.
+        AdapterError: The settings do not fit the model, or the program that trains it; all
+            problems, one line each.
     """
-    if config.tie_word_embeddings and settings.apply_lora_to_output:
-        raise AdapterError(
-            "apply_lora_to_output: True needs a head of its own, but this checkpoint ties it to "
-            "the embedding, which a merged adapter would change as well. Set it to False."
-        )
-    model = decoder(config, settings.make, rope_factors)
+    tied, layers = config.tie_word_embeddings, config.num_hidden_layers
+    if problems := [*misfits(settings, layers, tied=tied), *under_torchtune(settings)]:
+        raise AdapterError("\n".join(problems))
+    model = decoder(config, settings.make, rope_factors, settings.make_embedding)
     if settings.quantize_base:
         dequantize_in_state_dicts(model, model.tok_embeddings.weight.dtype)
     return model
 
 
 def decoder(
-    config: Phi3Config, linear: MakeLinear, rope_factors: str = "auto"
+    config: Phi3Config,
+    linear: MakeLinear,
+    rope_factors: str = "auto",
+    embed: Callable[[int, int], nn.Embedding] = Embedding,
 ) -> TransformerDecoder:
     """Assemble the model in torchtune's shell.
 
@@ -174,17 +202,18 @@ def decoder(
         config: Sizes and constants.
         linear: Makes each linear layer, told its name.
         rope_factors: See :func:`lora_phi3`.
+        embed: Makes the embedding, told its size.
 
     Raises:
         ConfigError: There are no such factors.
     """
     rope = RotaryEmbedding(config.rope, config.max_position_embeddings, rope_factors)
     size = config.vocab_size, config.hidden_size
-    embedding = nn.Embedding(*size, _weight=torch.zeros(size))
+    embedding = embed(*size)
     tied = config.tie_word_embeddings
     return TransformerDecoder(
         tok_embeddings=embedding,
-        layers=[_layer(config, linear, rope) for _ in range(config.num_hidden_layers)],
+        layers=[_layer(config, linear, rope, i) for i in range(config.num_hidden_layers)],
         max_seq_len=config.max_position_embeddings,
         num_heads=config.num_attention_heads,
         head_dim=config.head_dim,
@@ -194,21 +223,22 @@ def decoder(
 
 
 def _layer(
-    config: Phi3Config, linear: MakeLinear, rope: RotaryEmbedding
+    config: Phi3Config, linear: MakeLinear, rope: RotaryEmbedding, number: int
 ) -> TransformerSelfAttentionLayer:
     d, inner = config.hidden_size, config.intermediate_size
     attention = Phi3Attention(
-        qkv_proj=linear("qkv_proj", d, config.qkv_size),
-        o_proj=linear("o_proj", d, d),
+        qkv_proj=linear(f"{number}.qkv_proj", d, config.qkv_size),
+        o_proj=linear(f"{number}.o_proj", d, d),
         rope=rope,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         sliding_window=config.sliding_window,
     )
+    gate_up = linear(f"{number}.gate_up_proj", d, 2 * inner)
     return TransformerSelfAttentionLayer(
         attention,
-        Phi3MLP(linear("gate_up_proj", d, 2 * inner), linear("down_proj", inner, d)),
+        Phi3MLP(gate_up, linear(f"{number}.down_proj", inner, d)),
         sa_norm=RMSNorm(d, config.rms_norm_eps),
         mlp_norm=RMSNorm(d, config.rms_norm_eps),
     )

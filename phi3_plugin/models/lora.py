@@ -1,7 +1,7 @@
 """The linear layers of the model: frozen, and frozen with a low-rank adapter."""
 
 import math
-import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,15 +37,23 @@ class Linear(nn.Module):
 
 
 class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
-    """An adapter alone: ``(alpha / rank) B A dropout(x)``, B zero and A Kaiming at the start.
+    """An adapter alone: ``(alpha / rank) B A dropout(x)``, B zero and A drawn at the start.
 
     A subclass of torchtune's, because its recipes initialize nothing else.
 
-    Source: Hu et al. 2021, LoRA, section 4.1.
+    Source: Hu et al. 2021, LoRA, section 4.1; Kalajdzievski 2023, rsLoRA, section 3.
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float = 0.0
+        self,
+        in_dim: int,
+        out_dim: int,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        init: str = "kaiming",
     ) -> None:
         """Allocate A ``[rank, in_dim]`` and B ``[out_dim, rank]``.
 
@@ -55,10 +63,14 @@ class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
             rank: Inner width.
             alpha: Numerator of the scale.
             dropout: Probability with which an input is zeroed in training.
+            use_rslora: Scale by alpha / sqrt(rank) instead.
+            init: One of :data:`phi3_plugin.models.checks.INITS`. What splits the base weight is
+                drawn like kaiming until :mod:`phi3_plugin.models.start` has that weight.
         """
         nn.Module.__init__(self)  # torchtune's own draws random base weights
         self.in_dim, self.out_dim, self.rank, self.alpha = in_dim, out_dim, rank, alpha
-        self.scaling = alpha / rank
+        self.use_rslora, self.init = use_rslora, init
+        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.use_bias = self.disabled = self.merged = False
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_a = nn.Linear(in_dim, rank, bias=False)
@@ -67,7 +79,7 @@ class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
 
     def initialize_parameters(self) -> None:
         """Draw A and zero B: the adapter starts as the identity."""
-        nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
+        draw(self.lora_a.weight, self.init)
         nn.init.zeros_(self.lora_b.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,6 +104,7 @@ class LoRALinear(LowRank):
         alpha: float,
         dropout: float = 0.0,
         quantize_base: bool = False,
+        **how: Any,
     ) -> None:
         """Allocate the base weight and the adapter.
 
@@ -102,8 +115,9 @@ class LoRALinear(LowRank):
             alpha: Numerator of its scale.
             dropout: Probability with which an input of the adapter is zeroed in training.
             quantize_base: Store the base weight in NF4.
+            **how: ``use_rslora`` and ``init``, see `LowRank`.
         """
-        super().__init__(in_dim, out_dim, rank, alpha, dropout)
+        super().__init__(in_dim, out_dim, rank, alpha, dropout, **how)
         self._quantize_base = quantize_base
         self.weight = zeros(out_dim, in_dim, quantize_base)
         self.register_parameter("bias", None)
@@ -130,12 +144,13 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
         alpha: float,
         dropout: float = 0.0,
         quantize_base: bool = False,
+        **how: Any,
     ) -> None:
         """Allocate base weight, adapter and magnitude; see `LoRALinear`.
 
         Recipes call ``initialize_dora_magnitude`` once the base weight is loaded.
         """
-        super().__init__(in_dim, out_dim, rank, alpha, dropout, quantize_base)
+        super().__init__(in_dim, out_dim, rank, alpha, dropout, quantize_base, **how)
         self.magnitude = nn.Parameter(torch.zeros(out_dim))
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
@@ -180,25 +195,14 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
         return stretched.to(out.dtype)
 
 
-def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Return the adapter's starting values, whole and in fp32, by parameter name.
+def draw(lora_a: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
+    """Fill A ``[rank, in_dim]`` with random numbers, in place.
 
-    They depend on seed and name alone, not on how many processes share the model or on what else
-    was drawn before. A magnitude of zero asks ``initialize_dora_magnitude`` to set it.
-
-    Args:
-        model: May be on the meta device, or sharded.
-        seed: Of the run.
+    Source: PEFT 0.21 ``reset_lora_parameters``.
     """
-    values = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith((".lora_b.weight", ".magnitude")):
-            values[name] = torch.zeros(parameter.shape)
-        elif name.endswith(".lora_a.weight"):
-            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-            value = torch.empty(parameter.shape)
-            values[name] = nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-    return values
+    if init == "gaussian":
+        return nn.init.normal_(lora_a, std=1 / lora_a.shape[0], generator=generator)
+    return nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Adapters on some parts of a layer that fuses several, such as q and v of ``qkv_proj``."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,7 @@ class MergedLoRALinear(Linear):
         self,
         in_dim: int,
         rows: Mapping[str, int],
-        adapted: Collection[str],
-        rank: int,
-        alpha: float,
+        adapters: Mapping[str, LowRank],
         dropout: float = 0.0,
         quantize_base: bool = False,
     ) -> None:
@@ -37,18 +35,16 @@ class MergedLoRALinear(Linear):
         Args:
             in_dim: Width of the input.
             rows: Every part and how many rows of the weight it has, from the first row on.
-            adapted: The parts with an adapter.
-            rank: Inner width of each adapter.
-            alpha: Numerator of their scale.
+            adapters: By part, for those that have one; without a dropout of their own.
             dropout: Probability with which an input of the adapters is zeroed in training.
             quantize_base: Store the base weight in NF4.
         """
         super().__init__(in_dim, sum(rows.values()), quantize_base)
         self.rows = dict(rows)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.adapters = [name for name in rows if name in adapted]
+        self.adapters = [name for name in rows if name in adapters]
         for name in self.adapters:
-            self.add_module(name, LowRank(in_dim, rows[name], rank, alpha))
+            self.add_module(name, adapters[name])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., rows of all parts]``."""

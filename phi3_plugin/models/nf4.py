@@ -170,6 +170,14 @@ def is_nf4(weight: Tensor) -> bool:
     return isinstance(weight, NF4Tensor)
 
 
+@torch.no_grad()
+def nearest_nf4(weight: Tensor) -> Tensor:
+    """Return in fp32 what is left of a weight ``[out, in]`` when it is stored in NF4."""
+    with weight.device:
+        like = nf4_zeros(*weight.shape)
+    return rows_of(weight, like.detach(), 0, 1, weight.device).to(torch.float32)
+
+
 def nf4_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Map ``x [..., in]`` to ``[..., out]``; nothing dequantized is kept for the backward pass."""
     out: Tensor = linear_nf4(input=x, weight=weight)

@@ -65,7 +65,9 @@ def refuse_other_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
 def parameter_groups(
     model: nn.Module, rate: float | None, lora_plus_ratio: float | None
 ) -> list[dict[str, Any]]:
-    """Return what the optimizer gets; with LoRA+ the B matrices learn faster.
+    """Return what the optimizer gets; with LoRA+ the B matrices of linear layers learn faster.
+
+    Those of the embedding do not: there A is the one that starts at zero.
 
     Args:
         model: Knows what is trained.
@@ -77,6 +79,8 @@ def parameter_groups(
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not lora_plus_ratio or rate is None:
         return [{"params": [p for _, p in trained]}]
-    fast = [p for name, p in trained if name.endswith("lora_b.weight")]
-    slow = [p for name, p in trained if not name.endswith("lora_b.weight")]
-    return [{"params": slow}, {"params": fast, "lr": rate * lora_plus_ratio}]
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in trained:
+        is_fast = name.endswith("lora_b.weight") and not name.startswith("tok_embeddings.")
+        groups[is_fast].append(parameter)
+    return [{"params": groups[False]}, {"params": groups[True], "lr": rate * lora_plus_ratio}]

@@ -4,7 +4,6 @@ The YAML is that of torchtune's LoRA recipes with more keys; :mod:`phi3_plugin.t
 knows what to make of theirs.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from phi3_plugin.config import checkpoint_folder
 from phi3_plugin.errors import ConfigError, MissingFileError
+from phi3_plugin.train.conflicts import conflicts
 from phi3_plugin.train.kinds import (
     Component,
     Count,
@@ -70,6 +70,8 @@ class Settings:
     seed: Seed = 0
     """null is 0."""
 
+    init_adapter: Folder | None = None
+    """An adapter, anyone's, to train on from; the model's keys must be those that it fits."""
     epochs: Count = 1
     max_steps: Count | None = None
     """Optimizer steps of the whole run, if that is less than its epochs."""
@@ -116,6 +118,9 @@ class Settings:
     sample_prompts: Texts = field(default_factory=list)
     """Questions answered before and after training, for the report."""
     report: Switch = True
+    prove: Switch = True
+    """Compare the final adapter's logits in PEFT with ours, if PEFT is installed and memory is
+    there."""
 
 
 HINTS = get_type_hints(Settings, include_extras=True)
@@ -139,10 +144,11 @@ def read(cfg: DictConfig) -> Settings:
     for key in HINTS:
         if key in given:
             problems += _wrong_value(key, given)
-    problems += [*stock_problems(given), *_conflicts(given)]
+    problems += [*stock_problems(given), *conflicts(given)]
     if problems:
         raise ConfigError("\n".join(problems))
-    folders = {key: Path(given[key]) for key in ("checkpoint_dir", "output_dir")}
+    paths = ("checkpoint_dir", "output_dir", "init_adapter")
+    folders = {key: Path(given[key]) for key in paths if given.get(key) is not None}
     return Settings(**{key: given[key] for key in HINTS if key in given} | folders)
 
 
@@ -200,49 +206,3 @@ def _mistake(key: str, value: Any, hint: Any) -> list[str]:
         return []
     words = " or ".join(kind.words for kind in kinds)
     return [f"{key}: {shown(value)} must be {words}.{ADVICE.get(key, '')}"]
-
-
-def _conflicts(given: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with keys that are right by themselves."""
-    section, share = given.get("dataset_val"), given.get("val_fraction")
-    problems = []
-    if section and share:
-        problems.append(f"val_fraction: {shown(share)} conflicts with dataset_val. Keep one.")
-    if not section and not share:
-        problems += [
-            f"{key}: {shown(given[key])} needs validation data. Set dataset_val, or "
-            "val_fraction=0.05 to split it off the training set."
-            for key in ("run_val_every_n_steps", "early_stop_patience")
-            if given.get(key) is not None
-        ]
-    return problems + _order_conflicts(given) + _optimizer_conflicts(given)
-
-
-def _order_conflicts(given: Mapping[str, Any]) -> list[str]:
-    if given.get("group_by_length") is not True:
-        return []
-    problems, dataset = [], given.get("dataset")
-    if isinstance(dataset, dict) and dataset.get("packed"):
-        problems.append(
-            f"group_by_length: True conflicts with dataset.packed: {shown(dataset['packed'])}, "
-            "whose packs are of one length. Keep one."
-        )
-    if given.get("shuffle") is False:
-        problems.append("group_by_length: True conflicts with shuffle: False. Keep one.")
-    return problems
-
-
-def _optimizer_conflicts(given: Mapping[str, Any]) -> list[str]:
-    ratio, optimizer = given.get("lora_plus_ratio"), given.get("optimizer")
-    problems = []
-    if not isinstance(optimizer, dict):
-        return []  # already said
-    if ratio and "lr" not in optimizer:
-        problems.append(f"lora_plus_ratio: {shown(ratio)} multiplies optimizer.lr. Set that.")
-    component, processes = optimizer.get("_component_"), int(os.environ.get("WORLD_SIZE", 1))
-    if str(component).startswith("bitsandbytes.") and given.get("fsdp_replicas", 1) != processes:
-        problems.append(
-            f"optimizer._component_: {shown(component)} cannot update weights that processes "
-            f"share. Set fsdp_replicas={processes}, or use torchao.optim.AdamW8bit."
-        )
-    return problems

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.checkpoint.export import export_adapter, export_model
 from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.merge import merged
+from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.checkpoint.peft import load_adapter
-from phi3_plugin.errors import AdapterError
 from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.targets import TARGETS
 from tests.family import VARIANTS, published, sizes
@@ -66,8 +66,7 @@ def trained(folder, dora):
 
 def save(folder: Path, adapter, base: Path) -> Path:
     folder.mkdir()
-    settings = {"rank": RANK, "alpha": ALPHA, "dropout": 0.0, "origin": {}, "card": {}}
-    export_adapter(folder, adapter, checkpoint_dir=base, **settings)
+    export_adapter(folder, Adapter.of(adapter, ALPHA / RANK), checkpoint_dir=base, card={})
     return folder
 
 
@@ -75,9 +74,7 @@ def save(folder: Path, adapter, base: Path) -> Path:
 def test_adapter_and_merged_model_compute_what_we_compute(base, dora, tmp_path, said):
     model, adapter = trained(base, dora)
     folder = save(tmp_path / "adapter", adapter, base)
-    weights = merged(load_base_weights(base), load_adapter(folder), ALPHA / RANK)
-    (tmp_path / "merged").mkdir()
-    export_model(tmp_path / "merged", weights, base)
+    merge_into(tmp_path / "merged", base, Adapter.of(load_adapter(folder), ALPHA / RANK))
 
     load_base_with_hf(base)
     usual = said()
@@ -104,15 +101,3 @@ def test_a_tied_embedding_is_saved_once(base, tmp_path):
     assert index["metadata"]["total_size"] == sum(
         value.nbytes for value in load_base_weights(base).values()
     )
-
-
-def test_an_adapter_of_another_model_is_not_merged(base):
-    _, adapter = trained(base, dora=False)
-    weights = load_base_weights(base)
-    name = "layers.0.attn.o_proj"
-    narrow = {**weights, f"{name}.weight": weights[f"{name}.weight"][:10]}
-    with pytest.raises(AdapterError, match=rf"{name}: .* which in this base is \[10, "):
-        merged(narrow, adapter, 1.0)
-    del narrow[f"{name}.weight"]
-    with pytest.raises(AdapterError, match=f"{name}: .* which in this base is not there"):
-        merged(narrow, adapter, 1.0)

@@ -51,6 +51,22 @@ def test_adapter_names_both_ways():
     )
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("tok_embeddings.lora_a.weight", "model.embed_tokens.lora_embedding_A"),
+        ("tok_embeddings.lora_b.weight", "model.embed_tokens.lora_embedding_B"),
+        ("output.lora_b.weight", "lm_head.lora_B.weight"),
+        ("output.weight", "lm_head.weight"),
+        ("tok_embeddings.weight", "model.embed_tokens.weight"),
+        ("layers.2.attn.o_proj.magnitude", "model.layers.2.self_attn.o_proj.lora_magnitude_vector"),
+    ],
+)
+def test_names_of_embedding_head_and_whole_weights(ours, theirs):
+    assert to_peft(ours) == f"base_model.model.{theirs}"
+    assert from_peft(f"base_model.model.{theirs}") == ours
+
+
 @pytest.mark.parametrize("convert", [to_ours, to_hf, to_peft, from_peft])
 @pytest.mark.parametrize(
     "name",

@@ -12,7 +12,7 @@ from phi3_plugin.config import read_config
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora import LoRALinear
 from phi3_plugin.models.nf4 import is_nf4
-from phi3_plugin.models.targets import LoRASettings
+from phi3_plugin.models.settings import LoRASettings
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 D, R, SCALE = 64, 3, 5 / 3

@@ -13,7 +13,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from phi3_plugin.recipes import lora_finetune
+from phi3_plugin.recipes import lora_finetune_start
 from torch import Tensor
 from torchtune._recipe_registry import get_all_recipes
 from transformers import get_cosine_schedule_with_warmup
@@ -136,7 +136,7 @@ def test_the_run_is_that_of_torchtunes_recipe(variant, cwd, monkeypatch):
     lines = [line for line in log.read_text().splitlines() if "loss:" in line]
     expected = [float(line.split("loss:")[1].split()[0]) for line in lines]
 
-    monkeypatch.setattr(lora_finetune, "initial_adapter", lambda model, seed: start)
+    monkeypatch.setattr(lora_finetune_start, "initial_adapter", lambda model, seed: start)
     out = finished(*settings, "output_dir=out", cwd=cwd)
     assert len(expected) == 10
     same_losses(losses(out), expected)

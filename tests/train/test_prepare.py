@@ -94,3 +94,28 @@ def test_with_lora_plus_the_b_matrices_learn_faster():
     assert len(slow["params"]) == 2 * len(fast["params"]) == 24
     optimizer = torch.optim.AdamW([slow, fast], lr=0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, pytest.approx(1.6)]
+
+
+def test_with_lora_plus_embedding_and_head_learn_as_told():
+    """The embedding's A starts at zero, not its B; what is trained whole has neither."""
+    keys = {"apply_lora_to_embedding": True, "modules_to_save": ["lm_head"]}
+    model = prepare(tiny_model(**keys), **AS_IT_IS)
+    names = {id(p): name for name, p in model.named_parameters()}
+    slow, fast = ({names[id(p)] for p in g["params"]} for g in parameter_groups(model, 0.1, 16.0))
+    assert {"tok_embeddings.lora_a.weight", "tok_embeddings.lora_b.weight", "output.weight"} <= slow
+    assert fast == {n for n in names.values() if n.startswith("layers") and "lora_b" in n}
+
+
+def test_what_is_trained_whole_takes_the_adapters_precision():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = tiny_model(modules_to_save=["lm_head", "embed_tokens"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model = prepare(model, **{**AS_IT_IS, "adapter_dtype": "fp32"})
+    assert model.tok_embeddings.weight.dtype == model.output.weight.dtype == torch.float32
+    between = []
+    model.layers[0].register_forward_hook(lambda *call: between.append(call[-1].dtype))
+    found = gradients(model)
+    assert between == [torch.bfloat16]
+    assert found["tok_embeddings.weight"].any() and found["output.weight"].any()

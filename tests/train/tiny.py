@@ -8,7 +8,8 @@ from torchtune.modules import TransformerDecoder
 
 from phi3_plugin.models.builders import MINI, adapted, decoder
 from phi3_plugin.models.lora import Linear
-from phi3_plugin.models.targets import TARGETS, LoRASettings
+from phi3_plugin.models.settings import LoRASettings
+from phi3_plugin.models.targets import TARGETS
 
 CONFIG = replace(
     MINI,

@@ -1,0 +1,102 @@
+"""Adapters for torchtune's own Phi-3, whose q, k, v, w1 and w3 are layers of their own."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B
+from phi3_plugin.checkpoint.modules import layer_of, torchtune_name
+from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, targets_of
+from phi3_plugin.checkpoint.served import check_servable, level
+from phi3_plugin.checkpoint.split import INNER, fused_name, part_rows
+from phi3_plugin.checkpoint.uniform import pad, whole_alpha
+from phi3_plugin.checkpoint.whole_file import whole_files
+from phi3_plugin.config import Phi3Config
+from phi3_plugin.errors import AdapterError
+
+# Shapes: R rank
+
+
+def write_torchtune(file: Path, adapter: Adapter, config: Phi3Config) -> None:
+    """Write an adapter that ``torchtune.models.phi3.lora_phi3_mini`` loads, and its settings.
+
+    A whole layer is cut: every part gets a copy of A and its rows of B, which is exact. Since a
+    model of torchtune has one rank and one alpha, smaller ranks are padded and other scales go
+    into B; adapter_config.json beside the file says rank and alpha, and by what the original comes
+    back.
+
+    Args:
+        file: Such as adapter_model.pt; it and adapter_config.json must not exist.
+        adapter: What to write.
+        config: Of the base model.
+
+    Raises:
+        AdapterError: It adapts or replaces what torchtune's model cannot.
+        OutputError: The files exist or cannot be written.
+    """
+    held, rank, alpha, note = torchtune_tensors(adapter, config)
+    tensors = {
+        torchtune_name(name.removesuffix(ending)) + ending: value.contiguous()
+        for name, value in held.items()
+        for ending in (A, B, MAGNITUDE)
+        if name.endswith(ending)
+    }
+    settings = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": targets_of(tensors),
+        "peft_type": "LORA",
+        "use_dora": adapter.is_dora,
+        "lora_dropout": adapter.dropout,
+        "base_model_name_or_path": adapter.base,
+        ORIGIN: note,
+    }
+    with whole_files(file.with_name(CONFIG), file) as (config_file, weights_file):
+        config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        torch.save(tensors, weights_file)
+
+
+def torchtune_tensors(
+    adapter: Adapter, config: Phi3Config
+) -> tuple[dict[str, Tensor], int, int, dict[str, object]]:
+    """Return what torchtune's file holds under our names, rank, alpha, and a note of the original.
+
+    Raises:
+        AdapterError: torchtune's model has no place for a module.
+    """
+    check_servable(adapter)
+    if foreign := sorted({"tok_embeddings", "output"} & adapter.ranks.keys() - {"output"}):
+        raise AdapterError(f"{foreign[0]}: torchtune's Phi-3 has no adapter on its embedding.")
+    if adapter.saved:
+        raise AdapterError(
+            f"{', '.join(adapter.saved)}: an adapter of torchtune's holds no weights that are "
+            "trained whole. Merge the adapter instead."
+        )
+    rank = max(adapter.ranks.values())
+    alpha = whole_alpha(adapter.scales.values(), rank)
+    scales = dict.fromkeys(map(fused_name, adapter.ranks), alpha / rank)
+    tensors, note = level(adapter, scales)
+    return cut(pad(tensors, rank), config), rank, alpha, note
+
+
+def cut(tensors: dict[str, Tensor], config: Phi3Config) -> dict[str, Tensor]:
+    """Return an adapter on parts alone: those of whole layers share its A, and split its B.
+
+    Args:
+        tensors: Our names; ``lora_a [R, in]``, ``lora_b [out, R]``, ``magnitude [out]``.
+        config: Sizes of the model.
+    """
+    out = {}
+    for name, value in tensors.items():
+        ending = next(e for e in (A, B, MAGNITUDE) if name.endswith(e))
+        module = name.removesuffix(ending)
+        _, inner = layer_of(module)
+        parts = {part: split for part, split in INNER.items() if part.startswith(f"{inner}.")}
+        if not parts:
+            out[name] = value
+        for part, split in parts.items():
+            rows = slice(None) if ending == A else part_rows(inner, config)[split]
+            out[f"{module}.{part.rpartition('.')[2]}{ending}"] = value[rows].clone()
+    return out

@@ -1,0 +1,243 @@
+"""loralib's functions for our models: what is trained, and its state dicts, out and in.
+
+A loralib-built Phi-3 is that of Hugging Face with some layers replaced: ``loralib.Linear`` for a
+layer with one adapter, ``loralib.Embedding``, and ``loralib.MergedLinear`` where parts of a layer
+have adapters. `layers` says how to build it; then `lora_state_dict` fits it with
+``load_state_dict(strict=False)``, and `load_lora_state_dict` takes back what it gives. The files
+carry neither rank nor alpha, and loralib's default for alpha is 1: build with those of `layers`.
+
+Source: loralib 0.1.2, layers.py and utils.py; Hu et al. 2021, LoRA, section 4.1.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from phi3_plugin.errors import AdapterError
+from phi3_plugin.models.merged import MergedLoRALinear
+
+A, B = ".lora_a.weight", ".lora_b.weight"
+BIASES = ("none", "all", "lora_only")
+
+# Shapes: R rank, G groups of a MergedLinear, E those with an adapter
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How loralib builds the counterpart of one of our layers."""
+
+    kind: str
+    """``Linear``, ``MergedLinear`` or ``Embedding``."""
+    r: int
+    lora_alpha: float
+    enable_lora: tuple[bool, ...] = ()
+    """Of a MergedLinear, whose groups are of equal size: where the parts are not, a part has
+    several, which share its A."""
+    groups: Mapping[str, range] | None = None
+    """Of a MergedLinear: which groups each adapted part has."""
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze all parameters without ``lora_`` in their names, but for biases as asked.
+
+    Args:
+        model: Any module, ours or not.
+        bias: ``none``; ``all`` to train every bias; ``lora_only`` to train those of layers with
+            an adapter. A Phi-3 has no biases.
+
+    Raises:
+        AdapterError: There is no such choice, or the model has what loralib's files cannot hold.
+    """
+    _check(model, bias)
+    owners = {name.partition("lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.requires_grad = False
+        if bias == "all" and "bias" in name:
+            parameter.requires_grad = True
+        if bias == "lora_only" and name.endswith("bias") and name[:-4] in owners:
+            parameter.requires_grad = True
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """Return the adapters under the names and in the shapes of a loralib-built Phi-3.
+
+    Args:
+        model: One of ours. Tensors share its memory, but for those of parts.
+        bias: Which biases to add, as in `mark_only_lora_as_trainable`; a Phi-3 has none.
+
+    Returns:
+        ``<module>.lora_A`` and ``<module>.lora_B``: ``[R, in]`` and ``[out, R]``; of parts
+        ``[E R, in]`` and ``[E out / G, R]``; of the embedding ``[R, V]`` and ``[D, R]``.
+
+    Raises:
+        AdapterError: There is no such choice, or the model has what loralib's files cannot hold.
+    """
+    _check(model, bias)
+    out: dict[str, Tensor] = {}
+    for name, module in _adapted(model):
+        layer = _layer(name, module)
+        a, b = _stacked(module, layer) if layer.groups else (_a(module), _b(module))
+        out |= {f"{_theirs(name)}.lora_A": a, f"{_theirs(name)}.lora_B": b}
+    return out
+
+
+@torch.no_grad()
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what ``loralib.lora_state_dict`` returns for a Phi-3 into one of our models.
+
+    Args:
+        model: With adapters on the same layers, of the same ranks.
+        state: Under loralib's names. Its scale is not in it: the model's alpha must be right.
+
+    Raises:
+        AdapterError: Tensors are missing, unexpected or of another shape; all are listed. Nothing
+            has been copied then.
+    """
+    _check(model, "none")
+    expected = {name: value.shape for name, value in lora_state_dict(model).items()}
+    problems = [f"missing: {name}" for name in expected if name not in state]
+    problems += [f"unexpected: {name}{_why(name)}" for name in state if name not in expected]
+    problems += [
+        f"wrong shape: {name} is {list(state[name].shape)}, the model's {list(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    copies = [] if problems else list(_copies(model, state))
+    problems += [str(to) for to, _ in copies if isinstance(to, str)]
+    if problems:
+        raise AdapterError(
+            "The state dict is not that of loralib for this model:\n  " + "\n  ".join(problems)
+        )
+    for to, value in copies:
+        to.copy_(value)
+
+
+def layers(model: nn.Module) -> dict[str, Layer]:
+    """Say how to build the same model with loralib.
+
+    Args:
+        model: One of ours.
+
+    Returns:
+        Hugging Face's name of each adapted module, and what takes its place.
+
+    Raises:
+        AdapterError: The model has what loralib cannot build.
+    """
+    _check(model, "none")
+    return {_theirs(name): _layer(name, module) for name, module in _adapted(model)}
+
+
+def Conv2d(*_: Any, **__: Any) -> NoReturn:
+    """Refuse loralib's layer of this name.
+
+    Raises:
+        AdapterError: Always.
+    """
+    raise AdapterError(
+        "loralib.Conv2d has no counterpart here: a Phi-3 language model has no convolution. For "
+        "the vision models use loralib itself."
+    )
+
+
+def _check(model: nn.Module, bias: str) -> None:
+    if bias not in BIASES:
+        raise AdapterError(f"bias: {bias!r} must be one of {', '.join(BIASES)}.")
+    for name, module in model.named_modules():
+        if hasattr(module, "magnitude"):
+            raise AdapterError(f"{name} has a magnitude, but loralib has no DoRA. Use plain LoRA.")
+        if hasattr(module, "conv") and any("lora_" in key for key in module._parameters):
+            Conv2d()
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules with an adapter of their own or of their parts."""
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        is_part = isinstance(parent, MergedLoRALinear)
+        if isinstance(module, MergedLoRALinear) or (hasattr(module, "lora_a") and not is_part):
+            yield name, module
+
+
+def _layer(name: str, module: Any) -> Layer:
+    if isinstance(module, MergedLoRALinear):
+        return _merged(name, module)
+    kind = "Embedding" if isinstance(module, nn.Embedding) else "Linear"
+    return Layer(kind, module.rank, _alpha(module))
+
+
+def _merged(name: str, module: MergedLoRALinear) -> Layer:
+    parts = {part: getattr(module, part) for part in module.adapters}
+    if len({(part.rank, part.scaling) for part in parts.values()}) > 1:
+        raise AdapterError(
+            f"{name}: its parts have ranks or scales that differ, but a MergedLinear of loralib "
+            "has one. Convert the adapter with --to peft."
+        )
+    size, start, groups = gcd(*module.rows.values()), 0, {}
+    for part, rows in module.rows.items():
+        groups[part] = range(start, start + rows // size)
+        start += rows // size
+    enabled = tuple(part in parts for part, group in groups.items() for _ in group)
+    first = next(iter(parts.values()))
+    mine = {part: groups[part] for part in parts}
+    return Layer("MergedLinear", first.rank, _alpha(first), enabled, mine)
+
+
+def _alpha(module: Any) -> float:
+    """Return the alpha with which loralib, which divides by r, has the scale of the module."""
+    alpha = float(module.scaling * module.rank)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _stacked(module: Any, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Stack A and B of the parts; a part of several groups repeats its A."""
+    groups = layer.groups or {}
+    a = [_a(getattr(module, part)) for part, group in groups.items() for _ in group]
+    return torch.cat(a), torch.cat([_b(getattr(module, part)) for part in groups])
+
+
+def _copies(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield each of our tensors and its value, or a problem in the place of the tensor."""
+    for name, module in _adapted(model):
+        layer = _layer(name, module)
+        a, b = (state[f"{_theirs(name)}.lora_{kind}"] for kind in "AB")
+        if not layer.groups:
+            yield from ((_a(module), a), (_b(module), b))
+            continue
+        stacked = a.split(layer.r)  # E of them
+        rows = b.split([_b(getattr(module, part)).shape[0] for part in layer.groups])
+        taken = 0
+        for (part, group), value in zip(layer.groups.items(), rows, strict=True):
+            mine = stacked[taken : taken + len(group)]
+            taken += len(group)
+            if any(not torch.equal(other, mine[0]) for other in mine[1:]):
+                yield f"{_theirs(name)}.lora_A: the groups of {part} differ, but it has one A", b
+            yield from ((_a(getattr(module, part)), mine[0]), (_b(getattr(module, part)), value))
+
+
+def _a(module: Any) -> Tensor:
+    weight: Tensor = module.lora_a.weight
+    return weight.detach()
+
+
+def _b(module: Any) -> Tensor:
+    weight: Tensor = module.lora_b.weight
+    return weight.detach()
+
+
+def _theirs(name: str) -> str:
+    """Return Hugging Face's name of one of our modules."""
+    if name in (other := {"tok_embeddings": "model.embed_tokens", "output": "lm_head"}):
+        return other[name]
+    return f"model.{name.replace('.attn.', '.self_attn.')}"
+
+
+def _why(name: str) -> str:
+    if "lora_" in name:
+        return ""
+    return ", a bias, which a Phi-3 has not" if name.endswith("bias") else ", not an adapter"

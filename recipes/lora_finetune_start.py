@@ -1,0 +1,177 @@
+"""Where a run of `phi3_plugin.recipes.lora_finetune` starts or goes on, and what it has made."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.export import load_trained
+from phi3_plugin.checkpoint.foreign import read_adapter
+from phi3_plugin.checkpoint.hf import open_weights
+from phi3_plugin.checkpoint.peft import check_same, load_origin
+from phi3_plugin.checkpoint.served import MODULES
+from phi3_plugin.config import read_config
+from phi3_plugin.errors import AdapterError, CheckpointError
+from phi3_plugin.models.checks import FROM_BASE
+from phi3_plugin.models.fitting import keys_of, keys_of_model
+from phi3_plugin.models.start import (
+    A,
+    B,
+    Residual,
+    adapter_scales,
+    for_original_base,
+    halves,
+    initial_adapter,
+    split,
+    split_names,
+)
+from phi3_plugin.train.prepare import is_adapted
+from phi3_plugin.train.settings import Settings
+from phi3_plugin.train.world import World
+
+NF4_BASE = (
+    "the base weights in NF4, as in training: merge this adapter onto the dequantized NF4 base; "
+    "over the original weights it computes something else"
+)
+"""What an adapter of LoftQ belongs to."""
+
+
+def starting_weights(
+    world: World, model: nn.Module, s: Settings, folder: Path | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a value for every parameter of a model, and what PiSSA took off the base.
+
+    Args:
+        world: Its processes share the work.
+        model: Built, sharded, and not filled yet.
+        s: Of the run.
+        folder: The checkpoint to go on from; None starts anew.
+
+    Raises:
+        AdapterError: The adapter to start from does not fit the model.
+        CheckpointError: Base weights or checkpoint are damaged, or are another model's.
+    """
+    if not is_adapted(model):
+        if s.init_adapter:
+            raise AdapterError(
+                f"init_adapter: {s.init_adapter} needs a model with adapters. Set "
+                "model._component_=phi3_plugin.models.lora_phi3, or remove it."
+            )
+        return {**open_weights(folder or s.checkpoint_dir)}, {}
+    weights: dict[str, Any] = {**open_weights(s.checkpoint_dir)}
+    pissa = [n for n in split_names(model) if model.get_submodule(n).init == "pissa"]
+    first: dict[str, Tensor] = {}
+    if folder:
+        values, first = halves(load_trained(folder, s.checkpoint_dir), pissa)
+        check_same(folder, values, trained(model))
+        _check_scales(folder, adapter_scales(model))
+    elif s.init_adapter:
+        values = adapter_of(s.init_adapter, s.checkpoint_dir, model)
+    else:
+        values = {**initial_adapter(model, s.seed), **_split(world, model, weights)}
+        first = {name: values[name] for module in pissa for name in _names(module)}
+    for name in pissa:
+        a, b = (first[n] for n in _names(name))
+        scaling = float(model.get_submodule(name).scaling)  # type: ignore[arg-type]
+        weights[f"{name}.weight"] = Residual(weights[f"{name}.weight"], a, b, scaling)
+    return {**weights, **values}, first
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def made(
+    model: nn.Module, values: dict[str, Tensor], first: dict[str, Tensor], dropout: float
+) -> Adapter:
+    """Return what was trained as an adapter of the original base, but for LoftQ's.
+
+    Args:
+        model: Knows the scales.
+        values: All that is trained, whole.
+        first: From :func:`starting_weights`.
+        dropout: What it was trained with.
+    """
+    scales = adapter_scales(model)
+    names = {f"{m}.{part}" for m in scales for part in (A, B, "magnitude")}
+    tensors = {name: value for name, value in values.items() if name in names}
+    saved = {name: value for name, value in values.items() if name not in names}
+    tensors = for_original_base(tensors, first)
+    return Adapter(tensors, scales, saved, dropout, origin={"layout": "fused", **_notes(model)})
+
+
+def adapter_of(folder: Path, checkpoint_dir: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return the values of somebody's adapter for a model that has its ranks and scales.
+
+    Args:
+        folder: Any that :func:`phi3_plugin.checkpoint.foreign.read_adapter` reads.
+        checkpoint_dir: Of the base model.
+        model: Knows what is trained.
+
+    Raises:
+        AdapterError: The model's keys are others; those that would fit are listed.
+    """
+    config = read_config(checkpoint_dir)
+    adapter = read_adapter(folder, config=config)
+    ours, rslora = keys_of_model(model), "rslora" in _notes(model)
+    kind = {"use_dora": adapter.is_dora, "use_rslora": rslora, "layers": config.num_hidden_layers}
+    theirs = keys_of(adapter.ranks, adapter.scales, set(adapter.saved), **kind)
+    ours["lora_init"], theirs["lora_init"] = (
+        "loftq" if one.get("lora_init") == "loftq" else "kaiming"  # the rest serves any base
+        for one in (_notes(model), adapter.origin)
+    )
+    if wrong := [f"model.{key}={_shown(v)}" for key, v in theirs.items() if ours[key] != v]:
+        raise AdapterError(
+            f"init_adapter: {folder} does not fit the model's keys. These would fit:\n  "
+            + "\n  ".join(wrong)
+        )
+    return {**adapter.tensors, **adapter.saved}
+
+
+def _check_scales(folder: Path, model: Mapping[str, float]) -> None:
+    """Refuse to go on with other scales, which no shape tells."""
+    modules: Mapping[str, Any] = load_origin(folder).get(MODULES, {})
+    for name, (_, scale, *_) in modules.items():
+        if scale != model.get(name):
+            raise CheckpointError(
+                f"resume: {folder} was trained with the scale {scale:g} on {name}, but the model "
+                f"has {model.get(name):g}. Resume with the lora_alpha, alpha_pattern and "
+                "use_rslora that the run was started with."
+            )
+
+
+def _notes(model: nn.Module) -> dict[str, Any]:
+    """Return what a file notes of the adapters' kind, where it is not the usual one."""
+    notes: dict[str, Any] = {}
+    for module in model.modules():
+        if getattr(module, "use_rslora", False):
+            notes["rslora"] = True
+        if (init := getattr(module, "init", "kaiming")) in FROM_BASE:
+            notes["lora_init"] = init
+    return notes
+
+
+def _split(world: World, model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return adapters split off the base weights; each process works some of them out."""
+    own: dict[str, Tensor] = {}
+    for name in split_names(model)[world.rank :: world.size]:
+        module: Any = model.get_submodule(name)
+        factors = split(module, weights[f"{name}.weight"], world.device)
+        own |= dict(zip(_names(name), factors, strict=True))
+    return {name: value for part in world.gather(own) for name, value in part.items()}
+
+
+def _names(module: str) -> tuple[str, str]:
+    return f"{module}.{A}", f"{module}.{B}"
+
+
+def _shown(value: object) -> str:
+    """Return a value as the command line takes it."""
+    if isinstance(value, dict):
+        return "'{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}'"
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return "null" if value is None else str(value)

@@ -1,0 +1,119 @@
+"""The forms that `phi3_plugin.recipes.phi3_adapter` writes an adapter in."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.export import export_adapter
+from phi3_plugin.checkpoint.folder import check_output, whole_folder
+from phi3_plugin.checkpoint.foreign import read_adapter
+from phi3_plugin.checkpoint.gguf_file import write_gguf
+from phi3_plugin.checkpoint.hf import open_weights
+from phi3_plugin.checkpoint.loralib_file import write_loralib
+from phi3_plugin.checkpoint.ollama import go_template, modelfile
+from phi3_plugin.checkpoint.refit import refit
+from phi3_plugin.checkpoint.stops import stop_tokens
+from phi3_plugin.checkpoint.torchtune_file import write_torchtune
+from phi3_plugin.config import Phi3Config, read_config
+from phi3_plugin.data.sandbox import run_template
+from phi3_plugin.data.turns import make_turn
+from phi3_plugin.data.vocabulary import read_vocabulary
+from phi3_plugin.errors import ConfigError
+
+Options = Mapping[str, Any]
+
+
+def read(path: Path, sizes: Phi3Config, o: Options) -> Adapter:
+    """Read an adapter of any origin."""
+    given = {key: o[key] for key in ("alpha", "rank") if key in o}
+    if (enabled := o.get("enable_lora")) is not None:
+        words = enabled.split(",") if isinstance(enabled, str) else enabled
+        given["enable_lora"] = [_is_on(str(word).strip().lower()) for word in words]
+    return read_adapter(path, config=sizes, **given)
+
+
+def read_from_base(o: Options) -> Adapter:
+    """Read the adapter of a verb that needs the base; a DoRA as the nearest LoRA if asked for."""
+    base = Path(o["checkpoint_dir"])
+    adapter = read(Path(o["adapter"]), read_config(base), o)
+    if "refit_rank" not in o:
+        return adapter
+    adapter, error = refit(adapter, open_weights(base), read_config(base), o["refit_rank"])
+    print(f"DoRA as LoRA of rank {o['refit_rank']}: {error:.1%} of its change is left out.")
+    return adapter
+
+
+def to_peft(o: Options, base: Path, out: Path, *, patterns: bool = False) -> None:
+    """Write a PEFT folder."""
+    adapter, card = read_from_base(o), {"made from": Path(o["adapter"]).name}
+    check_output(out, base)
+    with whole_folder(out) as folder:
+        export_adapter(folder, adapter, checkpoint_dir=base, card=card, patterns=patterns)
+
+
+def to_torchtune(o: Options, base: Path, out: Path) -> None:
+    """Write a folder with adapter_model.pt, for torchtune's own Phi-3."""
+    adapter = read_from_base(o)
+    with whole_folder(out) as folder:
+        write_torchtune(folder / "adapter_model.pt", adapter, read_config(base))
+
+
+def to_loralib(o: Options, base: Path, out: Path) -> None:
+    """Write what a loralib-built Phi-3 takes."""
+    _check_suffix(out, (".pt", ".safetensors"))
+    merged_linear = bool(o.get("merged_linear"))
+    write_loralib(out, read_from_base(o), read_config(base), merged_linear=merged_linear)
+
+
+def to_gguf(o: Options, base: Path, out: Path) -> None:
+    """Write a file for llama.cpp."""
+    _check_suffix(out, (".gguf",))
+    write_gguf(out, read_from_base(o), base)
+
+
+def to_ollama(o: Options, base: Path, out: Path) -> None:
+    """Write a folder with adapter.gguf and a Modelfile."""
+    if "from_model" not in o:
+        raise ConfigError(
+            "from_model is not set. Say what ollama calls the base model, such as phi3:mini, or "
+            "name its GGUF file."
+        )
+    adapter, words = read_from_base(o), read_vocabulary(base)
+
+    def render(messages: Sequence[tuple[str, str]]) -> str:
+        turns = [make_turn(role, said) for role, said in messages]
+        names = words.names
+        source = words.template.source
+        return run_template(source, turns, add_generation_prompt=True, special_tokens=names)
+
+    template = go_template(render, words.names.get("bos_token", ""))
+    text = modelfile(o["from_model"], "./adapter.gguf", template, list(stop_tokens(base)))
+    with whole_folder(out) as folder:
+        write_gguf(folder / "adapter.gguf", adapter, base, name=out.name)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def _check_suffix(out: Path, suffixes: Sequence[str]) -> None:
+    if out.suffix not in suffixes:
+        raise ConfigError(f"output_dir: {out} must be a file that ends in {' or '.join(suffixes)}.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"output_dir: {out.parent} is no folder. Make it first.")
+
+
+def _is_on(word: str) -> bool:
+    if word not in ("true", "false", "1", "0"):
+        raise ConfigError(f"enable_lora: {word!r} must be true or false, one for each group.")
+    return word in ("true", "1")
+
+
+FORMS: dict[str, Callable[[Options, Path, Path], None]] = {
+    "peft": to_peft,
+    "peft-patterns": partial(to_peft, patterns=True),
+    "torchtune": to_torchtune,
+    "loralib": to_loralib,
+    "gguf": to_gguf,
+    "ollama": to_ollama,
+}
+"""Of `convert`, by what --to calls them."""

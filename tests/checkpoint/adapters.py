@@ -1,0 +1,99 @@
+"""Adapters of every kind on tiny models, and what PEFT and a merged model compute with them."""
+
+import torch
+from transformers import Phi3ForCausalLM
+
+from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B
+from phi3_plugin.checkpoint.modules import module_sizes
+from phi3_plugin.checkpoint.names import to_hf
+from phi3_plugin.checkpoint.split import INNER, part_rows
+from tests.oracles import (
+    MEDIUM_4K,
+    MINI_4K,
+    TINY_GQA,
+    TINY_MHA,
+    hf_logits,
+    hf_model,
+    save_checkpoint,
+)
+
+TIED = {**TINY_GQA, "tie_word_embeddings": True}
+BASES = {"mini": (MINI_4K, TINY_MHA), "gqa": (MEDIUM_4K, TINY_GQA), "tied": (MEDIUM_4K, TIED)}
+WHOLE = ("attn.qkv_proj", "attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+PARTS = ("attn.qkv_proj.q_proj", "attn.qkv_proj.v_proj", "attn.o_proj", "mlp.gate_up_proj.up_proj")
+LAYERS = range(3)
+
+
+def adapter(config, inner, ranks=(4,), scales=(3.0,), dora=False, dtype=torch.float32, **keys):
+    """Return random numbers; ranks and scales are dealt out in turn.
+
+    Args:
+        config: Sizes of the model.
+        inner: Modules of every layer in ``layers``; others by their whole names.
+        ranks: See above.
+        scales: See above.
+        dora: With magnitudes.
+        dtype: Of the tensors.
+        keys: ``layers``, and fields of Adapter.
+    """
+    torch.manual_seed(3)
+    layers, sizes = keys.pop("layers", LAYERS), module_sizes(config)
+    blocks = [name for name in inner if "." in name]
+    modules = [f"layers.{n}.{name}" for n in layers for name in blocks]
+    modules += [name for name in inner if "." not in name]
+    tensors, own = {}, {}
+    for i, module in enumerate(modules):
+        (out, into), rank = sizes[module], ranks[i % len(ranks)]
+        tensors[module + A] = torch.randn(rank, into, dtype=dtype) * 0.1
+        tensors[module + B] = torch.randn(out, rank, dtype=dtype) * 0.1
+        if dora:
+            tensors[module + MAGNITUDE] = (torch.rand(out) + 0.5).to(dtype)
+        own[module] = scales[i % len(scales)]
+    return Adapter(tensors, own, **keys)
+
+
+def merged_logits(base, adapter, config, tokens):
+    """Return transformers' logits of the base with the adapter put into its weights by formula."""
+    touched = {*adapter.scales, *(name.removesuffix(".weight") for name in adapter.saved)}
+    model = Phi3ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if config.tie_word_embeddings and touched & {"output", "tok_embeddings"}:  # as PEFT unties them
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in adapter.saved.items():
+            weights[to_hf(name)].copy_(value)
+        for module, scale in adapter.scales.items():
+            _add(weights, module, adapter.tensors, scale, config)
+    return hf_logits(model, tokens)
+
+
+def _add(weights, module, tensors, scale, config):
+    inner = module.split(".", 2)[-1]
+    whole, rows = module, slice(None)
+    if inner in INNER:
+        whole, fused = module.rpartition(".")[0], inner.rpartition(".")[0]
+        rows = part_rows(fused, config)[INNER[inner]]
+    delta = scale * tensors[module + B].float() @ tensors[module + A].float()
+    weight = weights[to_hf(f"{whole}.weight")]
+    new = weight[rows] + (delta.T if module == "tok_embeddings" else delta)
+    if module + MAGNITUDE in tensors:
+        new = new * (tensors[module + MAGNITUDE].float() / new.norm(dim=1))[:, None]
+    weight[rows] = new
+
+
+def same(one, other):
+    """Whether two adapters are the same in every bit."""
+    for ours, theirs in ((one.tensors, other.tensors), (one.saved, other.saved)):
+        if ours.keys() != theirs.keys():
+            return False
+        for name, value in ours.items():
+            if value.dtype != theirs[name].dtype or not torch.equal(value, theirs[name]):
+                return False
+    return dict(one.scales) == dict(other.scales) and one.dropout == other.dropout
+
+
+def base_folder(name, folder):
+    """Write one of `BASES`."""
+    published, sizes = BASES[name]
+    return save_checkpoint(hf_model(published, **sizes), published, folder, **sizes)

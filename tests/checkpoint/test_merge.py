@@ -1,0 +1,211 @@
+"""Merging is exact, keeps to its memory, refuses what does not fit, and is whole or not there."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phi3_plugin.checkpoint import stored
+from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.check import load_base_with_hf
+from phi3_plugin.checkpoint.hf import load_base_weights, open_weights
+from phi3_plugin.checkpoint.merge import merge_into
+from phi3_plugin.errors import AdapterError, ConfigError, OutputError
+from phi3_plugin.models import qlora_phi3
+from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
+
+R, ALPHA = 3, 6
+
+
+@pytest.fixture(scope="module")
+def mha(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mha") / "base"
+    return save_checkpoint(hf_model(MINI_4K, **TINY_MHA), MINI_4K, folder, **TINY_MHA)
+
+
+def random_adapter(base, module="layers.1.mlp.down_proj", **more):
+    shape = open_weights(base)[f"{module}.weight"].shape
+    torch.manual_seed(3)
+    tensors = {
+        f"{module}.lora_a.weight": torch.randn(R, shape[1]),
+        f"{module}.lora_b.weight": torch.randn(shape[0], R),
+    }
+    return Adapter(tensors, {module: 0.7}, **more)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16", "fp32"])
+@pytest.mark.parametrize("of_base", [torch.bfloat16, torch.float32])
+def test_sums_are_rounded_once_and_the_rest_is_copied(tmp_path, dtype, of_base):
+    model = hf_model(MINI_4K, **TINY_MHA).to(of_base)
+    base = save_checkpoint(model, MINI_4K, tmp_path / "base", **TINY_MHA)
+    adapter = random_adapter(base)
+    report = merge_into(tmp_path / "out", base, adapter, dtype=dtype)
+    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32, None: of_base}[dtype]
+    assert report.dtype == str(wanted).removeprefix("torch.")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["torch_dtype"] == report.dtype and "dtype" not in config
+    old, new = load_base_weights(base), load_base_weights(tmp_path / "out")
+    a, b = adapter.tensors.values()
+    name = "layers.1.mlp.down_proj.weight"
+    for key, value in old.items():
+        expected = torch.addmm(value.float(), b, a, alpha=0.7) if key == name else value
+        assert torch.equal(new[key], expected.to(wanted)), key
+
+
+def test_dtype_keeps_the_name_it_has_and_remote_code_is_not_named(mha, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in mha.iterdir():
+        (base / file.name).symlink_to(file)
+    keys = json.loads((mha / "config.json").read_text())
+    keys["dtype"] = keys.pop("torch_dtype")
+    (base / "config.json").unlink()
+    (base / "config.json").write_text(json.dumps({**keys, "auto_map": {"AutoConfig": "x.Y"}}))
+    merge_into(tmp_path / "out", base, random_adapter(mha))
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert found == {**keys, "dtype": "float32"}
+    stops = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert stops["eos_token_id"] == [150]
+
+
+def test_a_few_rows_are_in_memory_at_a_time(mha, tmp_path, monkeypatch):
+    sizes, read_into = [], stored.read_into
+
+    def counted(file, offset, out):
+        sizes.append(out.numel())
+        read_into(file, offset, out)
+
+    monkeypatch.setattr(stored, "read_into", counted)
+    monkeypatch.setattr("phi3_plugin.checkpoint.merge.PIECE", 500)
+    report = merge_into(tmp_path / "out", mha, random_adapter(mha), shard_bytes=100_000)
+    assert max(sizes) <= 500 and report.shards > 1
+    whole = merge_into(tmp_path / "whole", mha, random_adapter(mha))
+    assert whole.shards == 1 and whole.tensors == report.tensors
+    one, other = (load_base_weights(tmp_path / name) for name in ("out", "whole"))
+    for name, value in one.items():  # one product of matrices or several: they may round apart
+        torch.testing.assert_close(value, other[name], rtol=1e-6, atol=1e-6)
+
+
+NF4_SIZES = {**TINY_MHA, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+
+
+def test_on_nf4_it_is_the_model_that_was_trained(tmp_path):
+    base = save_checkpoint(hf_model(MINI_4K, **NF4_SIZES), MINI_4K, tmp_path / "base", **NF4_SIZES)
+    model = qlora_phi3(base, ["qkv_proj"], False, lora_rank=R, lora_alpha=ALPHA)
+    model.load_state_dict(load_base_weights(base), strict=False)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapter = Adapter.of({n: p.detach() for n, p in model.named_parameters() if "lora" in n}, 2.0)
+    originals = load_base_weights(base)
+    nf4 = {n: p.to(torch.float32) for n, p in model.named_parameters() if "_proj.weight" in n}
+
+    def quantized(weight):
+        return nf4[next(n for n, v in originals.items() if torch.equal(v, weight[:]))]
+
+    report = merge_into(tmp_path / "out", base, adapter, onto="nf4", quantizer=quantized)
+    batch = torch.randint(0, 150, (2, 17))
+    with torch.no_grad():
+        found = load_base_with_hf(tmp_path / "out")(input_ids=batch).logits
+        torch.testing.assert_close(found, model.eval()(batch), rtol=0, atol=1e-5)
+    merge_into(tmp_path / "plain", base, adapter)
+    one, other = (load_base_weights(tmp_path / name) for name in ("plain", "out"))
+    far = [(one[n] - other[n]).abs() for n in nf4]
+    size = [one[n].abs() for n in nf4]
+    largest = max(t.max() for t in far) / max(t.max() for t in size)
+    mean = sum(t.sum() for t in far) / sum(t.sum() for t in size)
+    assert report.difference.largest == pytest.approx(largest.item(), rel=1e-4)
+    assert report.difference.mean == pytest.approx(mean.item(), rel=1e-4)
+    assert 0.01 < report.difference.mean < 0.2
+    for name in ("tok_embeddings.weight", "output.weight", "norm.scale"):
+        assert torch.equal(one[name], other[name])
+
+
+NAME = "layers.1.mlp.down_proj"
+A, B = f"{NAME}.lora_a.weight", f"{NAME}.lora_b.weight"
+LISTED = "The adapter is not for this base"
+WRONG = {
+    "elsewhere": (lambda t: {k.replace("1", "9"): v for k, v in t.items()}, "9.* is not there"),
+    "wide": (lambda t: {**t, A: t[A][:, 1:]}, r"\[64, 95\], which in this base is \[64, 96\]"),
+    "ranks": (lambda t: {**t, B: t[B][:, 1:]}, "A has rank 3 and B 2"),
+    "norms": (
+        lambda t: {**t, f"{NAME}.magnitude": torch.ones(3)},
+        r"3 magnitudes for a layer of \[64, 96\]",
+    ),
+    "nan": (lambda t: {**t, A: t[A] / 0}, "NaN or infinite"),
+    "no B": (lambda t: {A: t[A]}, "no lora_b.weight or no scale"),
+    "empty": (lambda t: {}, "nothing to merge"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_adapter_of_another_model_is_refused(mha, tmp_path, wrong):
+    change, message = WRONG[wrong]
+    tensors = change(random_adapter(mha).tensors)
+    adapter = Adapter(
+        tensors, {n.removesuffix(".lora_a.weight"): 1.0 for n in tensors if "_a" in n}
+    )
+    with pytest.raises(AdapterError, match=message):
+        merge_into(tmp_path / "out", mha, adapter)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_must_have_the_rows_of_its_part(mha, tmp_path):
+    name = "layers.0.attn.qkv_proj.v_proj"
+    tensors = {
+        f"{name}.lora_a.weight": torch.ones(2, 64),
+        f"{name}.lora_b.weight": torch.ones(9, 2),
+    }
+    with pytest.raises(
+        AdapterError, match=r"v_proj: .*\[9, 64\], which in this base is \[64, 64\]"
+    ):
+        merge_into(tmp_path / "out", mha, Adapter(tensors, {name: 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"output.weight": torch.zeros(161, 64)}, "vocabulary of another size"),
+        ({"layers.9.weight": torch.zeros(1)}, "the base as nothing"),
+        ({"output.weight": torch.full((160, 64), torch.nan)}, "NaN or infinite"),
+    ],
+)
+def test_saved_modules_must_fit(mha, tmp_path, saved, message):
+    with pytest.raises(AdapterError, match=message):
+        merge_into(tmp_path / "out", mha, random_adapter(mha, saved=saved))
+
+
+def test_options_and_outputs_are_checked_first(mha, tmp_path):
+    adapter = random_adapter(mha)
+    with pytest.raises(ConfigError, match="dtype: 'fp16' is unknown"):
+        merge_into(tmp_path / "out", mha, adapter, dtype="fp16")
+    with pytest.raises(ConfigError, match="onto: 'int8' is unknown"):
+        merge_into(tmp_path / "out", mha, adapter, onto="int8")
+    with pytest.raises(ConfigError, match="needs a quantizer"):
+        merge_into(tmp_path / "out", mha, adapter, onto="nf4")
+    with pytest.raises(ConfigError, match="the base's own weights, not those of NF4"):
+        merge_into(tmp_path / "out", mha, adapter, onto="nf4", quantizer=lambda stored: stored)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OutputError, match="exists and would be overwritten"):
+        merge_into(tmp_path, mha, adapter)
+    with pytest.raises(OutputError, match="is inside checkpoint_dir"):
+        merge_into(mha / "out", mha, adapter)
+
+
+def test_nothing_is_left_of_a_merge_that_fails(mha, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("phi3_plugin.checkpoint.stream._bytes", fails)
+    with pytest.raises(OutputError, match="disk full"):
+        merge_into(tmp_path / "out", mha, random_adapter(mha))
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_those_of_transformers(mha, tmp_path):
+    merge_into(tmp_path / "out", mha, random_adapter(mha))
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors.index.json"} <= files
+    names = load_file(tmp_path / "out/model-00001-of-00001.safetensors").keys()
+    assert names == {name for file in mha.glob("*.safetensors") for name in load_file(file)}

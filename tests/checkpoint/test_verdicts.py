@@ -1,0 +1,225 @@
+"""What the runtimes make of adapters; what PEFT does is asked of PEFT itself."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phi3_plugin.checkpoint.check import load_with_peft
+from phi3_plugin.checkpoint.verdicts import (
+    LOADS,
+    MISREAD,
+    MISSCALED,
+    REJECTED,
+    VLLM_RANKS,
+    verdicts,
+)
+from phi3_plugin.config import read_config
+from phi3_plugin.errors import AdapterError
+from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
+
+FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+TIED = {**TINY_MHA, "tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return hf_model(MINI_4K, **TINY_MHA)
+
+
+@pytest.fixture(scope="module")
+def base(hf, tmp_path_factory):
+    return save_checkpoint(hf, MINI_4K, tmp_path_factory.mktemp("verdicts") / "base", **TINY_MHA)
+
+
+@pytest.fixture
+def saved(hf, tmp_path):
+    """Let PEFT save an adapter of random values, and change what it wrote."""
+    from peft import LoraConfig, get_peft_model
+
+    def save(change=None, **keys):
+        keys = {"r": 4, "lora_alpha": 8, "target_modules": FOUR, "task_type": "CAUSAL_LM", **keys}
+        model = get_peft_model(deepcopy(hf), LoraConfig(**keys))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(tmp_path / "adapter")
+        if change:
+            rewrite(tmp_path / "adapter", change)
+        return tmp_path / "adapter"
+
+    return save
+
+
+def rewrite(folder, change):
+    """Let ``change(config, tensors)`` alter both files."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(config, tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def name(layer=0, module="self_attn.qkv_proj", kind="lora_A.weight"):
+    return f"base_model.model.model.layers.{layer}.{module}.{kind}"
+
+
+def set_key(**keys):
+    return lambda config, _: config.update(keys)
+
+
+def drop_key(key):
+    return lambda config, _: config.pop(key)
+
+
+def drop_tensor(tensor):
+    return lambda _, tensors: tensors.pop(tensor)
+
+
+def rename(config, tensors):
+    """Call a fused layer what it is called elsewhere."""
+    for kind in ("lora_A.weight", "lora_B.weight"):
+        tensors[name(0, "self_attn.q_proj", kind)] = tensors.pop(name(0, kind=kind))
+
+
+def put_nan(_, tensors):
+    tensors[name()][0, 0] = float("nan")
+
+
+def transpose(_, tensors):
+    tensors[name()] = tensors[name()].T.contiguous()
+
+
+def unknown(_, tensors):
+    tensors["transformer.h.0.lora_A"] = torch.ones(4, 4)
+
+
+# What LoraConfig is told, what is then changed, and the status in PEFT, vLLM, llama.cpp, ollama.
+CASES = {
+    "plain": ({}, None, (LOADS, LOADS, LOADS, LOADS)),
+    "rslora": ({"use_rslora": True}, None, (LOADS, LOADS, MISSCALED, MISSCALED)),
+    "rank_pattern": ({"rank_pattern": {"o_proj": 2}}, None, (LOADS, MISSCALED, LOADS, LOADS)),
+    "alpha_pattern": (
+        {"alpha_pattern": {"o_proj": 2}},
+        None,
+        (LOADS, MISSCALED, MISSCALED, MISSCALED),
+    ),
+    "patterns that cancel": (
+        {"alpha_pattern": {"o_proj": 4}, "rank_pattern": {"o_proj": 2}},
+        None,
+        (LOADS, LOADS, MISSCALED, MISSCALED),
+    ),
+    "pattern of one layer": (
+        {"alpha_pattern": {r"layers\.1\.self_attn\.o_proj": 3}},
+        None,
+        (LOADS, MISSCALED, MISSCALED, MISSCALED),
+    ),
+    "dora": ({"use_dora": True}, None, (LOADS, REJECTED, REJECTED, REJECTED)),
+    "dora, unsaid": (
+        {"use_dora": True},
+        set_key(use_dora=False),
+        (MISREAD, REJECTED, REJECTED, REJECTED),
+    ),
+    "modules_to_save": (
+        {"modules_to_save": ["lm_head"]},
+        None,
+        (LOADS, REJECTED, REJECTED, REJECTED),
+    ),
+    "head": ({"target_modules": [*FOUR, "lm_head"]}, None, (LOADS, LOADS, LOADS, LOADS)),
+    "embedding": ({"target_modules": [*FOUR, "embed_tokens"]}, None, (LOADS, LOADS, LOADS, LOADS)),
+    "bias": ({"bias": "all"}, None, (LOADS, REJECTED, LOADS, LOADS)),
+    "lora_bias": ({"lora_bias": True}, None, (LOADS, REJECTED, REJECTED, REJECTED)),
+    "alpha of no integer": ({"lora_alpha": 6.5}, None, (LOADS, LOADS, LOADS, REJECTED)),
+    "names of nothing": (
+        {"target_modules": ["q_proj", "o_proj", "down_proj"]},
+        None,
+        (LOADS, LOADS, LOADS, LOADS),
+    ),
+    "all-linear": ({"target_modules": "all-linear"}, None, (LOADS, LOADS, LOADS, LOADS)),
+    "some layers": ({"layers_to_transform": [1]}, None, (LOADS, LOADS, LOADS, LOADS)),
+    "other layers": (
+        {},
+        set_key(layers_to_transform=[1]),
+        (MISREAD, LOADS, LOADS, LOADS),
+    ),
+    "not targeted": ({}, set_key(target_modules=["o_proj"]), (MISREAD, LOADS, LOADS, LOADS)),
+    "pissa": ({"init_lora_weights": "pissa"}, None, (LOADS, MISREAD, MISREAD, MISREAD)),
+    "no target": ({}, set_key(target_modules=["w1"]), (REJECTED, LOADS, LOADS, LOADS)),
+    "another's names": ({}, rename, (MISREAD, REJECTED, REJECTED, REJECTED)),
+    "no task_type": ({}, drop_key("task_type"), (LOADS, LOADS, LOADS, LOADS)),
+    "no rank": ({}, drop_key("r"), (REJECTED, REJECTED, MISREAD, MISREAD)),
+    "wrong rank": ({}, set_key(r=8), (REJECTED, MISREAD, MISREAD, MISREAD)),
+    "no B": ({}, drop_tensor(name(kind="lora_B.weight")), (REJECTED,) * 4),
+    "wrong shape": ({}, transpose, (REJECTED,) * 4),
+    "nan": ({}, put_nan, (MISREAD,) * 4),
+    "unknown name": ({}, unknown, (MISREAD, REJECTED, REJECTED, REJECTED)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_status_in_each_runtime(saved, base, case):
+    keys, change, expected = CASES[case]
+    found = verdicts(saved(change, **keys))
+    assert [verdict.runtime for verdict in found] == ["PEFT", "vLLM", "llama.cpp", "ollama"]
+    assert tuple(verdict.status for verdict in found) == expected, found
+    assert all(verdict.reasons for verdict in found if verdict.status != LOADS)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("nan", "no B")])
+def test_peft_does_what_is_said_of_it(saved, base, case):
+    keys, change, (expected, *_) = CASES[case]
+    folder = saved(change, **keys)
+    if expected == LOADS:
+        load_with_peft(base, folder)
+    else:
+        with pytest.raises((AdapterError, RuntimeError, ValueError)):
+            load_with_peft(base, folder)
+
+
+def test_reasons_name_what_is_wrong(saved):
+    peft, vllm, llama, ollama = verdicts(saved(alpha_pattern={"o_proj": 16}))
+    assert peft.use == f"PeftModel.from_pretrained(base, {str(saved())!r})"
+    (reason,) = vllm.reasons
+    assert "model.layers.0.self_attn.o_proj would count 0.5 times, 3 modules so" in reason
+    assert "convert --to peft" in vllm.use
+    assert "0.34.1" in ollama.reasons[-1] and llama.status == MISSCALED
+
+
+def test_names_that_match_nothing_are_listed(saved):
+    found = verdicts(saved(target_modules=["q_proj", "gate_proj", "o_proj"]))
+    assert "a Phi-3 does not have: gate_proj, q_proj" in found[0].reasons[0].replace(
+        "q_proj, gate_proj", "gate_proj, q_proj"
+    )
+
+
+@pytest.mark.parametrize(("rank", "least"), [(4, 8), (8, 8), (9, 16), (48, 64), (300, 320)])
+def test_vllm_is_told_the_least_rank_it_takes(saved, rank, least):
+    (vllm,) = [v for v in verdicts(saved(r=rank)) if v.runtime == "vLLM"]
+    assert f"--enable-lora --max-lora-rank {least} " in vllm.use
+    assert least in VLLM_RANKS
+
+
+def test_a_rank_beyond_every_server(saved):
+    (vllm,) = [v for v in verdicts(saved(r=513)) if v.runtime == "vLLM"]
+    assert vllm.status == REJECTED and "rank above 512" in vllm.reasons
+
+
+def test_shapes_are_compared_with_the_base(saved, base, tmp_path):
+    folder = saved(target_modules=[*FOUR, "embed_tokens", "lm_head"])
+    assert all(verdict.status == LOADS for verdict in verdicts(folder, read_config(base)))
+    (tmp_path / "config.json").write_text(json.dumps({**MINI_4K, **TINY_MHA, "vocab_size": 192}))
+    found = verdicts(folder, read_config(tmp_path))
+    assert all(verdict.status == REJECTED for verdict in found)
+    assert "model.embed_tokens is [192, 64] in this base, the adapter is for [160, 64]" in str(
+        found
+    )
+
+
+def test_a_tied_base_changes_what_llama_cpp_does(saved, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**MINI_4K, **TIED}))
+    tied = read_config(tmp_path)
+    _, vllm, llama, _ = verdicts(saved(target_modules=["lm_head"]), tied)
+    assert (vllm.status, llama.status) == (LOADS, REJECTED)
+    assert verdicts(saved(target_modules=["embed_tokens"]), tied)[2].status == MISREAD

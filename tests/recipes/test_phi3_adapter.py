@@ -1,0 +1,186 @@
+"""The verbs for adapters, as recipe and as command, on adapters that PEFT wrote."""
+
+import json
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from phi3_plugin.recipes.phi3_adapter import run
+from safetensors.torch import load_file, save_file
+
+from phi3_plugin import adapter_cli, cli
+from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
+from phi3_plugin.errors import AdapterError, MissingFileError, OutputError, Phi3Error
+from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, hf_logits, hf_model, save_checkpoint
+
+FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+KINDS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"qkv_proj": 20}},
+    "head and embedding": {"target_modules": [*FOUR, "lm_head", "embed_tokens"]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base and one adapter of each kind, random in every value."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapters")
+    hf = hf_model(MEDIUM_4K, **TINY_GQA)
+    save_checkpoint(hf, MEDIUM_4K, folder / "base", **TINY_GQA)
+    for name, keys in KINDS.items():
+        keys = {"r": 4, "lora_alpha": 8, "target_modules": FOUR, "task_type": "CAUSAL_LM", **keys}
+        torch.manual_seed(len(name))
+        model = get_peft_model(deepcopy(hf), LoraConfig(**keys))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def options(place, verb, adapter, **keys):
+    return {"verb": verb, "adapter": str(place / adapter), **keys}
+
+
+def base(place):
+    return {"checkpoint_dir": str(place / "base")}
+
+
+def batch():
+    return torch.randint(0, 150, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_proves_what_peft_loads(place, capsys, kind):
+    assert run(options(place, "check", kind, json=True, **base(place))) == 0
+    report = json.loads(capsys.readouterr().out)
+    proof = report["proof"]
+    assert proof["difference"] < 1e-5 < 0.1 < proof["effect"]
+    assert [verdict["runtime"] for verdict in report["verdicts"]] == list(adapter_cli.RUNTIMES)
+
+
+def test_check_says_it_in_words(place, capsys):
+    assert run(options(place, "check", "rslora", **base(place))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("PEFT       loads       PeftModel.from_pretrained(base, ")
+    assert lines[1].startswith("vLLM       loads       --enable-lora --max-lora-rank 8 ")
+    assert lines[2].startswith("llama.cpp  mis-scaled ")
+    assert "would count 0.5 times" in lines[3]
+    assert lines[-1].startswith("Proof: logits in PEFT and here differ by ")
+
+
+def test_check_fails_for_a_runtime_that_misreads(place):
+    assert run(options(place, "check", "rslora", runtime=["vLLM", "PEFT"])) == 0
+    assert run(options(place, "check", "rslora", runtime=["llama.cpp"])) == 1
+    assert run(options(place, "check", "dora", runtime=["vLLM"])) == 1
+
+
+def test_check_fails_where_the_adapter_is_broken(place, tmp_path, capsys):
+    folder = altered(place, tmp_path, lambda tensors: tensors.popitem())
+    assert run({"verb": "check", "adapter": str(folder), **base(place)}) == 1
+    out = capsys.readouterr().out
+    assert "A or B is missing" in out and "Proof" not in out
+
+
+def test_check_fails_where_logits_differ(place, monkeypatch):
+    from phi3_plugin.recipes import phi3_adapter
+
+    own = phi3_adapter.logits
+    monkeypatch.setattr(phi3_adapter, "logits", lambda *args: own(*args) * 1.01)
+    assert run(options(place, "check", "plain", **base(place))) == 1
+
+
+def altered(place, tmp_path, change):
+    """Copy an adapter with other tensors."""
+    import shutil
+
+    folder = Path(shutil.copytree(place / "plain", tmp_path / "altered"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["peft", "peft-patterns"])
+def test_converted_adapters_compute_the_same(place, tmp_path, kind, form):
+    out = tmp_path / "out"
+    assert run(options(place, "convert", kind, to=form, output_dir=str(out), **base(place))) == 0
+    one, other = (load_with_peft(place / "base", folder) for folder in (place / kind, out))
+    torch.testing.assert_close(
+        hf_logits(one, batch()), hf_logits(other, batch()), atol=1e-5, rtol=0
+    )
+    if form == "peft" and kind in ("plain", "rslora", "patterns"):
+        runtimes = ["vLLM", "llama.cpp", "ollama"]
+        assert run({"verb": "check", "adapter": str(out), "runtime": runtimes}) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_computes_the_same(place, tmp_path, kind):
+    out = tmp_path / "merged"
+    assert run(options(place, "merge", kind, output_dir=str(out), **base(place))) == 0
+    one, other = load_with_peft(place / "base", place / kind), load_base_with_hf(out)
+    torch.testing.assert_close(
+        hf_logits(one, batch()), hf_logits(other, batch()), atol=1e-5, rtol=0
+    )
+
+
+def test_import_writes_a_folder_that_training_goes_on_from(place, tmp_path, capsys):
+    out = tmp_path / "imported"
+    assert run(options(place, "import", "patterns", output_dir=str(out), **base(place))) == 0
+    text = capsys.readouterr().out
+    assert f"init_adapter: {out}" in text and "lora_rank: 4" in text and "rank_pattern" in text
+    assert run(options(place, "diff", "patterns", other=str(out), **base(place))) == 0
+
+
+def test_diff(place, capsys, tmp_path):
+    assert run(options(place, "diff", "plain", other=str(place / "plain"), **base(place))) == 0
+    assert "layers.0.attn.qkv_proj           0.000e+00" in capsys.readouterr().out
+    other = str(place / "rslora")
+    assert run(options(place, "diff", "plain", other=other, json=True, **base(place))) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 12 and all(0 < d["relative"] <= 2 for d in found)
+    with pytest.raises(MissingFileError, match="Name their base"):
+        run(options(place, "diff", "plain", other=other))
+
+
+@pytest.mark.parametrize("verb", ["convert", "merge", "import"])
+def test_what_is_there_is_not_overwritten(place, tmp_path, verb):
+    (tmp_path / "kept").mkdir()
+    keys = {"to": "peft"} if verb == "convert" else {}
+    with pytest.raises(OutputError, match="exists"):
+        run(options(place, verb, "plain", output_dir=str(tmp_path / "kept"), **keys, **base(place)))
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_bad_input_is_one_clear_error(place, tmp_path):
+    with pytest.raises(MissingFileError):
+        run({"verb": "check", "adapter": str(tmp_path / "nothing")})
+    with pytest.raises(Phi3Error):
+        run({"verb": "merge", "adapter": str(tmp_path), **base(place), "output_dir": "x"})
+    (tmp_path / "config.json").write_text(json.dumps({**MINI_4K, "vocab_size": 64}))
+    with pytest.raises(AdapterError):
+        keys = {"checkpoint_dir": str(tmp_path), "to": "peft", "output_dir": str(tmp_path / "o")}
+        run(options(place, "convert", "plain", **keys))
+
+
+def test_the_command_ends_with_the_exit_code(place, monkeypatch, capsys):
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["phi3-tune", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code
+
+    assert command("adapter", "check", str(place / "plain")) == 0
+    assert command("adapter", "check", str(place / "dora"), "--runtime", "vLLM") == 1
+    assert command("adapter", "check", str(place / "none")) == 1
+    err = capsys.readouterr().err
+    assert "phi3_plugin: MissingFileError: " in err and "Traceback" not in err
+    assert command("adapter", "convert", "x") == 2

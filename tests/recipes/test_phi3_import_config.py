@@ -1,0 +1,63 @@
+"""`phi3-tune import-config`: the file that it writes, and what it refuses."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from phi3_plugin.recipes.phi3_import_config import run
+
+from phi3_plugin import adapter_cli
+from phi3_plugin.errors import ConfigError, MissingFileError, OutputError
+from phi3_plugin.train import settings
+
+NOTEBOOK = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+
+
+@pytest.fixture
+def sample(tmp_path):
+    training = {"bf16": True, "learning_rate": 1e-4, "log_level": "info", "output_dir": "out"}
+    peft = {"r": 16, "lora_alpha": 16, "target_modules": NOTEBOOK, "task_type": "CAUSAL_LM"}
+    file = tmp_path / "sample.json"
+    file.write_text(json.dumps({"training_config": training, "peft_config": peft}))
+    return file
+
+
+def given(sample, *words):
+    out = sample.with_name("my.yaml")
+    command, options = adapter_cli.parse(["import-config", str(sample), "-o", str(out), *words])
+    assert command == "import-config"
+    return out, options
+
+
+def test_the_yaml_is_one_of_ours(sample, capsys, tmp_path):
+    out, options = given(sample, "--targets", "as-intended")
+    assert run(options) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Wrote {out}."
+    assert f"--config {out} " in out.read_text() and "--targets as-intended" in out.read_text()
+    (tmp_path / "config.json").write_text("{}")
+    more = {"checkpoint_dir": str(tmp_path), "dataset": {"source": "chats.jsonl"}}
+    read = settings.read(OmegaConf.merge(OmegaConf.load(out), more))
+    assert read.model["lora_attn_modules"] == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def test_what_is_lost_is_said_on_the_screen_and_in_the_file(sample, capsys):
+    out, options = given(sample)
+    run(options)
+    for text in (capsys.readouterr().out, out.read_text()):
+        assert "these match nothing in a Phi-3: k_proj, q_proj, v_proj, gate_proj, up_proj" in text
+        assert "log_level: 'info' has no effect" in text
+
+
+def test_what_is_refused(sample, tmp_path):
+    out, options = given(sample)
+    out.write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        run(options)
+    assert out.read_text() == "mine"
+    with pytest.raises(MissingFileError, match="is not there"):
+        run({**options, "sample": str(tmp_path / "none.json")})
+    for text, match in (("{", "is not JSON"), ("[]", "must hold an object"), ("{}", "has no")):
+        sample.write_text(text)
+        with pytest.raises(ConfigError, match=match):
+            run({**options, "output": str(tmp_path / "other.yaml")})
+    assert not (tmp_path / "other.yaml").exists()

@@ -1,0 +1,74 @@
+"""What can be typed after `phi3-tune adapter`, and the keys of the recipe that does the same."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from phi3_plugin import adapter_cli
+from phi3_plugin.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"verb": "chek"}, "verb: 'chek' must be one of check, convert, merge, import, diff."),
+        ({"verb": "check"}, "adapter is not set. Add adapter=... to the command."),
+        ({"verb": "check", "adapter": "a", "to": "peft"}, "to: 'peft' is given, but check takes"),
+        ({"verb": "check", "adapter": "a", "runtime": "tgi"}, "runtime: 'tgi' must be one of"),
+        ({"verb": "check", "adapter": "a", "json": "yes"}, "json: 'yes' must be True or False."),
+        ({"verb": "import", "adapter": "a", "rank": "x"}, "rank: 'x' must be a number."),
+    ],
+)
+def test_wrong_keys_are_named(given, message):
+    with pytest.raises(ConfigError) as error:
+        adapter_cli.checked(given)
+    assert message in str(error.value)
+
+
+def test_the_shipped_config_has_every_key():
+    keys = OmegaConf.load(Path(__file__).parents[1] / "configs" / "phi3_adapter.yaml")
+    assert set(keys) == {"verb", *adapter_cli.OPTIONS}
+    assert adapter_cli.checked({**keys, "adapter": "a"}) == {"verb": "check", "adapter": "a"}
+    runtime = {**keys, "adapter": "a", "runtime": "vLLM"}
+    assert adapter_cli.checked(runtime)["runtime"] == ["vLLM"]
+
+
+def test_every_verb_and_form_has_its_function():
+    from phi3_plugin.recipes import phi3_adapter
+
+    assert list(phi3_adapter.VERBS) == list(adapter_cli.VERBS)
+    assert tuple(phi3_adapter.FORMS) == adapter_cli.FORMS
+
+
+@pytest.mark.parametrize("verb", adapter_cli.VERBS)
+def test_help_lists_what_a_verb_takes(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        adapter_cli.parse(["adapter", verb, "--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and out.startswith(f"usage: phi3-tune adapter {verb} ")
+    needs, takes = adapter_cli.VERBS[verb][1:]
+    flags = [adapter_cli.OPTIONS[key].flags for key in (*needs, *takes)]
+    assert all(names[0] in out for names in flags if names)
+
+
+def test_words_become_keys():
+    words = ["adapter", "convert", "a", "--to", "peft", "--base", "b", "-o", "c", "--alpha", "3"]
+    expected = {"verb": "convert", "adapter": "a", "to": "peft", "checkpoint_dir": "b"}
+    assert adapter_cli.parse(words) == ("adapter", {**expected, "output_dir": "c", "alpha": 3.0})
+    words = ["adapter", "check", "a", "--runtime", "vLLM", "--runtime", "PEFT", "--json"]
+    assert adapter_cli.parse(words)[1]["runtime"] == ["vLLM", "PEFT"]
+
+
+def test_help_needs_the_standard_library_alone(fresh_python):
+    out = fresh_python("""
+import sys
+from phi3_plugin.cli import main
+sys.argv = ["phi3-tune", "adapter", "--help"]
+try:
+    main()
+except SystemExit as stopped:
+    assert stopped.code == 0
+assert "torch" not in sys.modules and "torchtune" not in sys.modules
+""")
+    assert "check" in out and "merge" in out
