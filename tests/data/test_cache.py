@@ -12,6 +12,7 @@ import pytest
 
 from phi3_plugin.data import cache, chat_dataset, phi3_tokenizer
 from phi3_plugin.errors import ConfigError, DataError, OutputError
+from tests.chosen import some
 from tests.data.tiny import MEDIUM, edit_json, write_checkpoint
 
 PAIRS = [{"question": "the " * n, "answer": f"other {n}"} for n in range(1, 9)]
@@ -151,7 +152,7 @@ chat_dataset(phi3_tokenizer(sys.argv[1]), sys.argv[2], cache_dir=sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("method", ["append", "_finish"])
+@pytest.mark.parametrize("method", some(["append", "_finish"], quick={"append"}))
 def test_a_killed_run_leaves_nothing_that_is_taken_for_data(read, folder, source, stores, method):
     code = KILLED.format(method=method)
     done = subprocess.run([sys.executable, "-c", code, folder, source, stores.folder])
@@ -175,9 +176,9 @@ print(sum(chat_dataset(phi3_tokenizer(sys.argv[1]), sys.argv[2], cache_dir=sys.a
 
 def test_of_several_processes_one_writes(folder, source, stores):
     command = [sys.executable, "-c", TOGETHER, folder, source, stores.folder]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [run.communicate()[0].split() for run in runs]
-    assert sorted(words[0] == "wrote" for words in said) == [False, False, True]
+    assert sorted(words[0] == "wrote" for words in said) == [False, True]
     assert len({words[-1] for words in said}) == 1
 
 

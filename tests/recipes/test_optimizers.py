@@ -126,6 +126,7 @@ def test_two_processes_do_too(component, cwd):
     assert_same_end(cwd / "out", cwd / "whole")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("component", [TORCHAO])
 def test_one_process_goes_on_where_two_stopped(component, cwd):
     """With whole tensors instead of halves, more of which are large enough for 8 bits."""

@@ -36,7 +36,9 @@ def cwd(inputs, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+@pytest.mark.parametrize(
+    "quantized", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["lora", "qlora"]
+)
 def test_one_process_and_two_are_one_run_that_peft_computes(quantized, cwd):
     settings = (*TINY, modules(PARTS), f"model.quantize_base={quantized}", "batch_size=1")
     settings += ("max_steps=8", "optimizer.lr=5e-3")

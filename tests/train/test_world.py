@@ -158,7 +158,7 @@ def test_more_processes_than_gpus_may_share_the_cpu(monkeypatch):
     assert World("cpu").device == torch.device("cpu")
 
 
-SIZES = [(3, 1), (2, 2), (4, 2)]
+SIZES = [pytest.param(3, 1, marks=pytest.mark.exhaustive), (2, 2), (4, 2)]
 """Processes and the copies of the model they hold. No dimension is a multiple of 3, and A has two
 rows: less than one for each of them."""
 
