@@ -33,7 +33,7 @@ def cwd(inputs, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", some(KINDS, quick={"grouped"}))
+@pytest.mark.parametrize("kind", some(KINDS, quick=set()))
 def test_two_processes_see_what_one_does(kind, cwd):
     settings = (*TINY, *KINDS[kind], "batch_size=1", "epochs=6", "max_steps=6")
     settings += ("val_fraction=0.2", "run_val_every_n_steps=3")
