@@ -6,8 +6,7 @@ import pytest
 
 from phi3_plugin.data.sources import read_rows, read_sources
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError
-
-A, B = {"n": 1, "text": "a\u2028b\x85"}, {"n": 2}
+from tests.data.rows import A, B
 
 
 def rows(source, **options):
@@ -16,18 +15,6 @@ def rows(source, **options):
 
 def values(source):
     return [row.value for row in rows(source)]
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in (A, B))
-    (folder / "b.jsonl").write_text(lines + "\n\n", encoding="utf-8")
-    (folder / "a.json").write_text("\ufeff " + json.dumps([B]), encoding="utf-8")
-    (folder / "notes.txt").write_text("no data")
-    return folder
 
 
 def test_lines(data):

@@ -7,28 +7,7 @@ from omegaconf import OmegaConf
 
 from phi3_plugin.data.sources import read_sources
 from phi3_plugin.errors import ConfigError, MissingFileError
-
-A, B = {"n": 1, "text": "a\u2028b\x85"}, {"n": 2}
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in (A, B))
-    (folder / "b.jsonl").write_text(lines + "\n\n", encoding="utf-8")
-    (folder / "a.json").write_text("\ufeff " + json.dumps([B]), encoding="utf-8")
-    (folder / "notes.txt").write_text("no data")
-    return folder
-
-
-def streamed(source, **options):
-    return [row for found in read_sources(source, **options) for row in found.rows()]
-
-
-def ids(source, **options):
-    return [row.value["n"] for row in streamed(source, **options)]
+from tests.data.rows import A, B, ids, streamed
 
 
 def test_several_sources(data):

@@ -8,7 +8,7 @@ import pytest
 
 from phi3_plugin.checkpoint.peft import load_adapter
 from tests.chosen import some
-from tests.own import TINY, finished, metrics, own_run, tiny_inputs
+from tests.own import TINY, finished, metrics, own_run
 from tests.parity import losses, same_losses, same_weights
 from tests.resumed import assert_same_end, leave_until, train
 
@@ -19,18 +19,6 @@ KINDS = {
     "split": ("dataset.packed=True", "dataset.split_documents=True"),
     "grouped": ("group_by_length=True", "dataset.packed=False"),
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
-
-
-@pytest.fixture
-def cwd(inputs, tmp_path):
-    for name in ("base", "rows.jsonl"):
-        (tmp_path / name).symlink_to(inputs / name)
-    return tmp_path
 
 
 @pytest.mark.parametrize("kind", some(KINDS, quick=set()))

@@ -7,7 +7,7 @@ import torch
 
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import CheckpointError
-from tests.own import TINY, finished, own_run, started, tiny_inputs
+from tests.own import TINY, finished, own_run, started
 from tests.parity import losses, peft_agrees, same_losses, same_weights
 from tests.resumed import RUN, assert_same_end, leave_until, train
 from tests.stock import tune_run
@@ -22,18 +22,6 @@ OTHERS = ["q_proj", "k_proj", "gate_proj"]
 
 def modules(names):
     return f"model.lora_attn_modules=[{','.join(names)}]"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
-
-
-@pytest.fixture
-def cwd(inputs, tmp_path):
-    for name in ("base", "rows.jsonl"):
-        (tmp_path / name).symlink_to(inputs / name)
-    return tmp_path
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from phi3_plugin.checkpoint.export import export_model, load_trained
 from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.errors import CheckpointError
 from tests.chosen import some
-from tests.own import TINY, own_run, started, tiny_inputs
+from tests.own import TINY, own_run, started
 from tests.parity import losses, same_losses, same_weights
 from tests.recipes.computed import BATCH, logits
 from tests.resumed import RUN, assert_same_end, leave_until, train
@@ -38,18 +38,6 @@ KINDS = {
     "bf16": ("dtype=bf16", "adapter_dtype=fp32", EMBEDDING, "model.modules_to_save=[lm_head]"),
     "bf16-whole": ("dtype=bf16", "adapter_dtype=fp32", "model.modules_to_save=[embed_tokens]"),
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
-
-
-@pytest.fixture
-def cwd(inputs, tmp_path):
-    for name in ("base", "rows.jsonl"):
-        (tmp_path / name).symlink_to(inputs / name)
-    return tmp_path
 
 
 def base_as_computed(recipe, cwd):
