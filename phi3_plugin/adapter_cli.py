@@ -29,7 +29,9 @@ class Option(NamedTuple):
 
 
 OPTIONS = {
-    "adapter": Option((), {"help": "folder or file of the adapter", "metavar": "ADAPTER"}),
+    "adapter": Option(
+        (), {"help": "folder of the adapter, or its file; check: a folder", "metavar": "ADAPTER"}
+    ),
     "other": Option((), {"help": "folder or file of another adapter", "metavar": "OTHER"}),
     "checkpoint_dir": Option(
         ("--base", "--checkpoint-dir"),
@@ -46,7 +48,7 @@ OPTIONS = {
             "help": "end with 1 unless this one loads the adapter as it is; may be repeated",
         },
     ),
-    "json": Option(("--json",), {"action": "store_true", "help": "print one JSON object"}),
+    "json": Option(("--json",), {"action": "store_true", "help": "print JSON instead of lines"}),
     "to": Option(
         ("--to",),
         {
@@ -92,7 +94,14 @@ OPTIONS = {
             "help": "the base as it was downloaded (default), or as QLoRA quantizes it",
         },
     ),
-    "dtype": Option(("--dtype",), {"choices": ("bf16", "fp32"), "help": "of the weights"}),
+    "dtype": Option(
+        ("--dtype",),
+        {
+            "choices": ("bf16", "fp32"),
+            "help": "check: what both compute in (default: fp32); merge: of the weights (default: "
+            "the base's own)",
+        },
+    ),
 }
 """Every key."""
 
@@ -107,7 +116,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "check": Verb(
-        "Say what PEFT, vLLM, llama.cpp and ollama make of an adapter as it lies there; with the "
+        "Say what PEFT, vLLM, llama.cpp and ollama make of an adapter as it lies there. With the "
         "base at hand, compare its logits in PEFT and here. Ends with 1 if it is broken.",
         ("adapter",),
         ("checkpoint_dir", "runtime", "json", "dtype"),
@@ -141,7 +150,8 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     Args:
         words: The command line from the command on.
     """
-    options = {k: v for k, v in vars(parser().parse_args(words)).items() if v not in (None, False)}
+    given = vars(parser().parse_args(words))
+    options = {k: v for k, v in given.items() if v is not None and v is not False}  # 0 is a value
     return options.pop("command"), options
 
 
@@ -153,7 +163,9 @@ def parser() -> argparse.ArgumentParser:
     adapter = commands.add_parser("adapter", help=does, description=does)
     verbs = adapter.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
-        sub = verbs.add_parser(name, help=verb.does.partition(".")[0], description=verb.does)
+        sub = verbs.add_parser(
+            name, help=verb.does.split(". ")[0].rstrip("."), description=verb.does
+        )
         for key in (*verb.needs, *verb.takes):
             _add(sub, key, needed=key in verb.needs)
     _add_import_config(commands)
@@ -195,7 +207,7 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = {key: value for key, value in given.items() if value is not None}
     name = options.get("verb")
-    if name not in VERBS:
+    if not isinstance(name, str) or name not in VERBS:
         raise ConfigError(f"verb: {name!r} must be one of {', '.join(VERBS)}.")
     verb = VERBS[name]
     known = (*verb.needs, *verb.takes)
@@ -221,7 +233,18 @@ def _wrong(key: str, value: Any, verb: str, known: Sequence[str]) -> list[str]:
         return [f"{key}: {value!r} must be one of {', '.join(choices)}."]
     if how.get("action") == "store_true" and not isinstance(value, bool):
         return [f"{key}: {value!r} must be True or False."]
-    number = how.get("type")
-    if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-        return [f"{key}: {value!r} must be a number."]
+    if not how.keys() & {"type", "choices", "action"}:
+        return _no_text(key, value)
+    whole = how.get("type") is int
+    if "type" in how and type(value) not in ((int,) if whole else (int, float)):
+        return [f"{key}: {value!r} must be a {'whole ' * whole}number."]
     return []
+
+
+def _no_text(key: str, value: Any) -> list[str]:
+    """Say what is wrong with a name; YAML takes one of digits alone for a number."""
+    if isinstance(value, str) or (key == "enable_lora" and isinstance(value, list)):
+        return []
+    if key == "enable_lora":
+        return [f"{key}: {value!r} must be a list of True and False."]
+    return [f"{key}: {value!r} is read as {type(value).__name__}. Write a name, such as ./{value}."]

@@ -16,6 +16,7 @@ from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.models.checks import FROM_BASE
 from phi3_plugin.models.fitting import keys_of, keys_of_model
+from phi3_plugin.models.nf4 import is_nf4
 from phi3_plugin.models.start import (
     A,
     B,
@@ -64,6 +65,7 @@ def starting_weights(
     pissa = [n for n in split_names(model) if model.get_submodule(n).init == "pissa"]
     first: dict[str, Tensor] = {}
     if folder:
+        _check_start(folder, _notes(model))  # first, since halves are PiSSA's alone
         values, first = halves(load_trained(folder, s.checkpoint_dir), pissa)
         check_same(folder, values, trained(model))
         _check_scales(folder, adapter_scales(model))
@@ -115,7 +117,7 @@ def adapter_of(folder: Path, checkpoint_dir: Path, model: nn.Module) -> dict[str
         AdapterError: The model's keys are others; those that would fit are listed.
     """
     config = read_config(checkpoint_dir)
-    adapter = read_adapter(folder, config=config)
+    adapter = read_adapter(folder, config=config, base=checkpoint_dir)
     ours, rslora = keys_of_model(model), "rslora" in _notes(model)
     kind = {"use_dora": adapter.is_dora, "use_rslora": rslora, "layers": config.num_hidden_layers}
     theirs = keys_of(adapter.ranks, adapter.scales, set(adapter.saved), **kind)
@@ -126,9 +128,50 @@ def adapter_of(folder: Path, checkpoint_dir: Path, model: nn.Module) -> dict[str
     if wrong := [f"model.{key}={_shown(v)}" for key, v in theirs.items() if ours[key] != v]:
         raise AdapterError(
             f"init_adapter: {folder} does not fit the model's keys. These would fit:\n  "
-            + "\n  ".join(wrong)
+            + "\n  ".join([*wrong, *_left_over(ours, theirs)])
         )
     return {**adapter.tensors, **adapter.saved}
+
+
+def _left_over(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Say that a pattern of the YAML must go, where the command line would only add to it."""
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if theirs[key]]
+    if names := [f"{key}.{n}" for key in patterns for n in {*ours[key]} - {*theirs[key]}]:
+        return [f"and remove from the YAML what is not there: {', '.join(sorted(names))}"]
+    return []
+
+
+def _check_start(folder: Path, model: Mapping[str, Any]) -> None:
+    """Refuse to go on as if the run had started elsewhere, on what would be another base."""
+    saved, given = (n.get("lora_init", "kaiming") for n in (load_origin(folder), model))
+    if saved != given:
+        words = (init if init in FROM_BASE else "kaiming or gaussian" for init in (saved, given))
+        raise CheckpointError(
+            "resume: {} was started with lora_init: {}, but the model has {}. Resume with the "
+            "lora_init that the run was started with.".format(folder, *words)
+        )
+
+
+def check_base(before: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse to go on over a base in another precision, which no adapter's file tells.
+
+    Args:
+        before: The section ``model`` that the run was started with.
+        model: That is to go on.
+    """
+    was = "qlora" in str(before.get("_component_")) or bool(before.get("quantize_base"))
+    now = any(is_nf4(p) for p in map(_local, model.parameters()))
+    if was != now:
+        raise CheckpointError(
+            f"resume: the run was started over base weights {'' if was else 'not '}in NF4, but "
+            f"now they are{'' if now else ' not'}. Resume with model._component_="
+            f"{before.get('_component_')} and the quantize_base the run was started with."
+        )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    rows: Tensor = getattr(parameter, "_local_tensor", parameter)
+    return rows
 
 
 def _check_scales(folder: Path, model: Mapping[str, float]) -> None:
@@ -170,8 +213,8 @@ def _names(module: str) -> tuple[str, str]:
 
 def _shown(value: object) -> str:
     """Return a value as the command line takes it."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:  # an empty one would leave that of the YAML
         return "'{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}'"
     if isinstance(value, list):
         return "[" + ",".join(map(str, value)) + "]"
-    return "null" if value is None else str(value)
+    return "null" if value in (None, {}) else str(value)

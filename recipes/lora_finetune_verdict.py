@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from phi3_plugin.recipes.phi3_adapter import try_proof
+from phi3_plugin.recipes.phi3_adapter import proven
 
 from phi3_plugin.checkpoint.peft import load_origin
 from phi3_plugin.checkpoint.verdicts import LOADS, verdicts
@@ -35,20 +35,14 @@ def proof(folder: Path, checkpoint_dir: Path) -> str:
     """
     command = f"phi3-tune adapter check {folder} --base {checkpoint_dir}"
     if load_origin(folder).get("lora_init") == "loftq":
-        return "Not proven in PEFT: the adapter belongs to the NF4 base it was trained over."
+        return "No proof: the adapter belongs to the NF4 base it was trained over."
     needed, free = memory_needed(checkpoint_dir), memory_free()
     if free is not None and free < needed:
-        return f"Not proven in PEFT, which takes {needed / 1e9:.0f} GB of memory: {command}"
+        return f"No proof: PEFT would take {needed / 1e9:.0f} GB of memory: {command}"
     try:
-        found, reason = try_proof(checkpoint_dir, folder, "fp32")
+        return proven(checkpoint_dir, folder, "fp32")[2]
     except Exception as error:  # of transformers and PEFT, whose models may be newer than they
-        found, reason = None, f"{type(error).__name__}: {error}"
-    if found is None:
-        return f"Not proven in PEFT: {reason}"
-    return (
-        f"Proven in PEFT: its logits and ours differ by {found.difference:.1e} at most, "
-        f"of {found.largest:.3g}."
-    )
+        return f"No proof: {type(error).__name__}: {error}"
 
 
 def memory_needed(checkpoint_dir: Path) -> int:

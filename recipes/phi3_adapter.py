@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from phi3_plugin.recipes.phi3_adapter_diff import diff
 from phi3_plugin.recipes.phi3_adapter_forms import FORMS, read, read_from_base, to_peft
 from torch import Tensor
 from torchtune import config
@@ -22,19 +23,22 @@ from torchtune.training import set_default_dtype
 
 from phi3_plugin import adapter_cli
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.check import Proof, prove
-from phi3_plugin.checkpoint.difference import differences
-from phi3_plugin.checkpoint.hf import load_base_weights, row_norms
+from phi3_plugin.checkpoint.check import NotLoadedError, Proof, prove
+from phi3_plugin.checkpoint.folder import check_output
+from phi3_plugin.checkpoint.hf import load_base_weights, open_weights
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.checkpoint.stored import StoredTensor
 from phi3_plugin.checkpoint.verdicts import LOADS, Verdict, verdicts
 from phi3_plugin.config import Phi3Config, read_config
-from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError
+from phi3_plugin.errors import AdapterError, OutputError, Phi3Error
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.fitting import keys_of
 from phi3_plugin.models.nf4 import nf4_zeros, rows_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+ALWAYS = ("apply_lora_to_mlp", "apply_lora_to_output")
+"""Model keys that our configurations set, so that a False has to be said."""
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """How far logits may be apart, as a part of the largest, before the proof fails: the order of
@@ -45,29 +49,58 @@ sums differs. Tiny models agree to 1e-6 in fp32."""
 
 def check(o: Mapping[str, Any]) -> int:
     """Print what each runtime makes of an adapter folder, and prove it where a base is at hand."""
-    folder, base = Path(o["adapter"]), o.get("checkpoint_dir")
+    folder, base, dtype = Path(o["adapter"]), o.get("checkpoint_dir"), o.get("dtype", "fp32")
     found = verdicts(folder, read_config(base) if base else None)
-    proof, reason = None, ""
-    if base and found[0].status == LOADS:
-        proof, reason = try_proof(Path(base), folder, o.get("dtype", "fp32"))
     wanted = o.get("runtime") or ["PEFT"]
     failed = any(v.status != LOADS for v in found if v.runtime in wanted)
-    if proof:
-        failed |= not proof.difference <= TOLERANCE[o.get("dtype", "fp32")] * proof.largest
+    proof, said = None, ""
+    if base and found[0].status != LOADS:
+        said = "No proof: PEFT does not load the adapter as it is."
+    elif base:
+        proof, broken, said = proven(Path(base), folder, dtype)
+        failed |= broken
     if o.get("json"):
-        print(json.dumps(as_json(found, proof, reason, failed), indent=2))
+        print(json.dumps(as_json(found, proof, said, failed), indent=2))
     else:
-        print("\n".join(as_lines(found, proof, reason)))
+        print("\n".join(as_lines(found, said)))
     return int(failed)
 
 
+def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, str]:
+    """Return the proof, whether it fails, and a sentence on it."""
+    try:
+        proof, reason = try_proof(base, folder, dtype)
+    except NotLoadedError as error:
+        return None, True, f"Proof failed: {error}"
+    if proof is None:
+        return None, False, f"No proof: {reason}"
+    limit = TOLERANCE[dtype] * proof.largest
+    numbers = (
+        f"logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter moves them "
+        f"by up to {proof.effect:.2e}; the largest is {proof.largest:.3g}."
+    )
+    if not proof.difference <= limit:  # NaN fails too
+        return proof, True, f"Proof failed: {numbers} Rounding in {dtype} allows {limit:.2e}."
+    if proof.effect <= limit:
+        hides = f"Rounding in {dtype} could hide that: {limit:.2e}."
+        return proof, False, f"No proof: {numbers} {hides}"
+    return proof, False, f"Proof: {numbers}"
+
+
 def try_proof(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, str]:
-    """Return the proof, or why there is none."""
+    """Return the proof, or why there is none.
+
+    Raises:
+        NotLoadedError: PEFT does not load the adapter.
+    """
     if not all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
         return None, "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
     try:
+        open_weights(base)  # else transformers would say, in its own way, that there are none
         return prove(base, folder, partial(logits, base, folder, dtype), dtype=DTYPES[dtype]), ""
-    except AdapterError as error:
+    except NotLoadedError:
+        raise
+    except Phi3Error as error:
         return None, str(error)
 
 
@@ -98,43 +131,55 @@ def keys_for(adapter: Adapter, sizes: Phi3Config) -> dict[str, Any]:
     )
 
 
-def as_lines(found: list[Verdict], proof: Proof | None, reason: str) -> Iterator[str]:
+def as_lines(found: list[Verdict], said: str) -> Iterator[str]:
     """Yield the report."""
     for verdict in found:
         yield f"{verdict.runtime:<10} {verdict.status:<11} {verdict.use}"
         yield from (f"{'':<10} - {why}" for why in verdict.reasons)
-    if proof:
-        yield (
-            f"Proof: logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter "
-            f"moves them by up to {proof.effect:.2e}; the largest is {proof.largest:.3g}."
-        )
-    elif reason:
-        yield f"No proof: {reason}"
+    if said:
+        yield said
 
 
-def as_json(found: list[Verdict], proof: Proof | None, reason: str, failed: bool) -> dict[str, Any]:
+def as_json(found: list[Verdict], proof: Proof | None, said: str, failed: bool) -> dict[str, Any]:
     """Return the report as one object."""
     return {
         "verdicts": [verdict.__dict__ for verdict in found],
         "proof": proof.__dict__ if proof else None,
-        "no_proof": reason or None,
+        "no_proof": None if said.startswith("Proof: ") else said.removeprefix("No proof: ") or None,
         "broken": failed,
     }
 
 
+def output(o: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Return base and output, before anything is read that takes long.
+
+    Raises:
+        OutputError: The output exists, is part of the base, or cannot be written.
+    """
+    base, out = Path(o["checkpoint_dir"]), Path(o["output_dir"])
+    if out.exists():
+        raise OutputError(f"{out} exists and would be overwritten. Move it or choose another.")
+    check_output(out, base)
+    return base, out
+
+
 def convert(o: Mapping[str, Any]) -> int:
     """Write an adapter in another form."""
-    FORMS[o["to"]](o, Path(o["checkpoint_dir"]), Path(o["output_dir"]))
+    FORMS[o["to"]](o, *output(o))
     print(f"Wrote {o['output_dir']}.")
     return 0
 
 
 def import_(o: Mapping[str, Any]) -> int:
     """Write a PEFT folder that says every rank and alpha, and how to go on training it."""
-    base, out = Path(o["checkpoint_dir"]), Path(o["output_dir"])
+    (base, out), sizes = output(o), read_config(o["checkpoint_dir"])
+    try:
+        keys_for(read(Path(o["adapter"]), sizes, o), sizes)
+    except AdapterError as error:
+        raise AdapterError(f"{error} `convert --to peft-patterns` makes a folder of it.") from error
     to_peft(o, base, out, patterns=True)
-    adapter = read(out, read_config(base), {})
-    keys = {key: value for key, value in keys_for(adapter, read_config(base)).items() if value}
+    keys = keys_for(read(out, sizes, {}), sizes)
+    keys = {key: value for key, value in keys.items() if value or key in ALWAYS}
     print(f"Wrote {out}. To go on training it:")
     print("  init_adapter:", out)
     print("  model:", *(f"    {key}: {value}" for key, value in keys.items()), sep="\n")
@@ -143,11 +188,12 @@ def import_(o: Mapping[str, Any]) -> int:
 
 def merge(o: Mapping[str, Any]) -> int:
     """Write a checkpoint with the adapter in its weights."""
-    base, out = Path(o["checkpoint_dir"]), Path(o["output_dir"])
+    base, out = output(o)
     onto = o.get("onto", "original")
     quantizer = in_nf4 if onto == "nf4" else None
     adapter, dtype = read_from_base(o), o.get("dtype")
-    report = merge_into(out, base, adapter, dtype=dtype, onto=onto, quantizer=quantizer)
+    card = {"made from": Path(o["adapter"]).name}
+    report = merge_into(out, base, adapter, dtype=dtype, onto=onto, quantizer=quantizer, card=card)
     print(f"Wrote {out}: {len(report.changed)} weights changed, {report.dtype}.")
     if report.difference:
         d = report.difference
@@ -163,36 +209,6 @@ def in_nf4(stored: StoredTensor) -> Tensor:
     with set_default_dtype(stored.dtype):  # Of which NF4 takes what it computes in
         like = nf4_zeros(*stored.shape)
     return rows_of(stored, like, 0, 1, torch.device("cpu")).to(stored.dtype)
-
-
-def diff(o: Mapping[str, Any]) -> int:
-    """Print how far apart two adapters are; 1 if they are not the same."""
-    sizes = sizes_for(o)
-    one, other = (read(Path(o[key]), sizes, {}) for key in ("adapter", "other"))
-    norms = partial(row_norms, Path(o["checkpoint_dir"])) if "checkpoint_dir" in o else no_norms
-    found = differences(one, other, sizes, norms)
-    if o.get("json"):
-        print(json.dumps([difference.__dict__ for difference in found], indent=2))
-    for d in () if o.get("json") else found:
-        only = f"only in {o['adapter'] if d.only_in == 0 else o['other']}"
-        apart = only if d.relative is None else f"{d.relative:.3e}"
-        more = "" if d.magnitude is None else f"  magnitude {d.magnitude:.3e}"
-        print(f"{d.module:<32} {apart}{more}")
-    return int(any(d.relative != 0 or d.magnitude for d in found))
-
-
-def sizes_for(o: Mapping[str, Any]) -> Phi3Config:
-    """Read config.json of the base, or of the adapter's folder, where ours have a copy."""
-    folders = [o.get("checkpoint_dir"), o["adapter"], o["other"]]
-    for folder in filter(None, folders):
-        if (Path(folder) / "config.json").is_file():
-            return read_config(folder)
-    raise MissingFileError("There is no config.json beside the adapters. Name their base.")
-
-
-def no_norms(module: str) -> Tensor:
-    """Refuse DoRA on parts of a layer, which needs the base."""
-    raise ConfigError(f"{module}: DoRA on a part of it can be compared only with the base.")
 
 
 VERBS = {"check": check, "convert": convert, "merge": merge, "import": import_, "diff": diff}

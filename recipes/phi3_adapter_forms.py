@@ -7,7 +7,7 @@ from typing import Any
 
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.export import export_adapter
-from phi3_plugin.checkpoint.folder import check_output, whole_folder
+from phi3_plugin.checkpoint.folder import whole_folder
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf_file import write_gguf
 from phi3_plugin.checkpoint.hf import open_weights
@@ -31,6 +31,8 @@ def read(path: Path, sizes: Phi3Config, o: Options) -> Adapter:
     if (enabled := o.get("enable_lora")) is not None:
         words = enabled.split(",") if isinstance(enabled, str) else enabled
         given["enable_lora"] = [_is_on(str(word).strip().lower()) for word in words]
+    if "checkpoint_dir" in o:
+        given["base"] = Path(o["checkpoint_dir"])
     return read_adapter(path, config=sizes, **given)
 
 
@@ -48,7 +50,6 @@ def read_from_base(o: Options) -> Adapter:
 def to_peft(o: Options, base: Path, out: Path, *, patterns: bool = False) -> None:
     """Write a PEFT folder."""
     adapter, card = read_from_base(o), {"made from": Path(o["adapter"]).name}
-    check_output(out, base)
     with whole_folder(out) as folder:
         export_adapter(folder, adapter, checkpoint_dir=base, card=card, patterns=patterns)
 
@@ -80,6 +81,8 @@ def to_ollama(o: Options, base: Path, out: Path) -> None:
             "from_model is not set. Say what ollama calls the base model, such as phi3:mini, or "
             "name its GGUF file."
         )
+    named = Path(o["from_model"])  # of a file; from the Modelfile's folder it is elsewhere
+    model = str(named.resolve()) if named.is_file() else o["from_model"]
     adapter, words = read_from_base(o), read_vocabulary(base)
 
     def render(messages: Sequence[tuple[str, str]]) -> str:
@@ -89,7 +92,7 @@ def to_ollama(o: Options, base: Path, out: Path) -> None:
         return run_template(source, turns, add_generation_prompt=True, special_tokens=names)
 
     template = go_template(render, words.names.get("bos_token", ""))
-    text = modelfile(o["from_model"], "./adapter.gguf", template, list(stop_tokens(base)))
+    text = modelfile(model, "./adapter.gguf", template, list(stop_tokens(base)))
     with whole_folder(out) as folder:
         write_gguf(folder / "adapter.gguf", adapter, base, name=out.name)
         (folder / "Modelfile").write_text(text, encoding="utf-8")

@@ -17,7 +17,19 @@ from phi3_plugin.errors import ConfigError
         ({"verb": "check", "adapter": "a", "to": "peft"}, "to: 'peft' is given, but check takes"),
         ({"verb": "check", "adapter": "a", "runtime": "tgi"}, "runtime: 'tgi' must be one of"),
         ({"verb": "check", "adapter": "a", "json": "yes"}, "json: 'yes' must be True or False."),
-        ({"verb": "import", "adapter": "a", "rank": "x"}, "rank: 'x' must be a number."),
+        ({"verb": "import", "adapter": "a", "rank": "x"}, "rank: 'x' must be a whole number."),
+        ({"verb": "import", "adapter": "a", "rank": 4.5}, "rank: 4.5 must be a whole number."),
+        ({"verb": "import", "adapter": "a", "alpha": True}, "alpha: True must be a number."),
+        (
+            {"verb": "check", "adapter": 123},
+            "adapter: 123 is read as int. Write a name, such as ./",
+        ),
+        ({"verb": "check", "adapter": ["a"]}, "adapter: ['a'] is read as list."),
+        (
+            {"verb": "import", "adapter": "a", "enable_lora": True},
+            "enable_lora: True must be a list of True and False.",
+        ),
+        ({"verb": ["check"]}, "verb: ['check'] must be one of"),
     ],
 )
 def test_wrong_keys_are_named(given, message):
@@ -52,10 +64,21 @@ def test_help_lists_what_a_verb_takes(verb, capsys):
     assert all(names[0] in out for names in flags if names)
 
 
+def test_the_list_of_verbs_has_whole_sentences(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        adapter_cli.parse(["adapter", "--help"])
+    out = capsys.readouterr().out
+    assert "PEFT, vLLM, llama.cpp and ollama make of an adapter as it lies there\n" in out
+    assert "Write an adapter in another form\n" in out
+
+
 def test_words_become_keys():
     words = ["adapter", "convert", "a", "--to", "peft", "--base", "b", "-o", "c", "--alpha", "3"]
     expected = {"verb": "convert", "adapter": "a", "to": "peft", "checkpoint_dir": "b"}
     assert adapter_cli.parse(words) == ("adapter", {**expected, "output_dir": "c", "alpha": 3.0})
+    words = ["adapter", "import", "a", "--base", "b", "-o", "c", "--alpha", "0", "--rank", "0"]
+    assert adapter_cli.parse(words)[1].items() >= {("alpha", 0.0), ("rank", 0)}
     words = ["adapter", "check", "a", "--runtime", "vLLM", "--runtime", "PEFT", "--json"]
     assert adapter_cli.parse(words)[1]["runtime"] == ["vLLM", "PEFT"]
 

@@ -48,16 +48,21 @@ def model_card(folder: Path, base: str, rows: Mapping[str, Any]) -> str:
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     targets = ", ".join(config["target_modules"])
-    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
     return CARD.format(
         **{
             **config,
             "base": base,
             "kind": "DoRA" if config["use_dora"] else "LoRA",
-            "table": f"| training | |\n|---|---|\n{table}",
+            "table": table("training", rows),
             "targets": targets,
         }
     )
+
+
+def table(title: str, rows: Mapping[str, Any]) -> str:
+    """Return rows of names and values in Markdown."""
+    lines = (f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    return "\n".join([f"| {title} | |", "|---|---|", *lines])
 
 
 def _cell(value: object) -> str:

@@ -17,6 +17,10 @@ from phi3_plugin.errors import AdapterError
 # Shapes: B batch, S sequence, V vocabulary
 
 
+class NotLoadedError(AdapterError):
+    """PEFT refuses an adapter, or does not find a place for every tensor."""
+
+
 @dataclass(frozen=True)
 class Proof:
     """What an adapter computes in PEFT and in another model."""
@@ -51,7 +55,7 @@ def prove(
         seed: Of the tokens.
 
     Raises:
-        AdapterError: PEFT does not find a place for every tensor.
+        NotLoadedError: PEFT does not load the adapter, or not all of it.
     """
     theirs, base, tokens = _peft_logits(checkpoint_dir, adapter_dir, dtype, shape, seed)
     with torch.no_grad():
@@ -108,23 +112,38 @@ def load_with_peft(
         A ``PeftModel`` on the CPU, in evaluation mode.
 
     Raises:
-        AdapterError: Keys are missing or unexpected; they are listed.
+        NotLoadedError: PEFT refuses it, or keys are missing or unexpected; the first are listed.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    base = load_base_with_hf(checkpoint_dir, dtype)
-    model = PeftModel.from_pretrained(base, str(adapter_dir))
+    model = _in_peft(load_base_with_hf(checkpoint_dir, dtype), adapter_dir)
     places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     names = load_peft_weights(str(adapter_dir), device="cpu")
     # Beside an adapter of the embedding or the head PEFT also keeps the base's own weight.
     stored = {name for name in names if not name.endswith(".base_layer.weight")}
     if places != stored:
-        raise AdapterError(
-            f"PEFT does not load {adapter_dir} completely: missing {sorted(places - stored)}, "
-            f"unexpected {sorted(stored - places)}."
+        missing, unexpected = (_first(names) for names in (places - stored, stored - places))
+        raise NotLoadedError(
+            f"PEFT does not load {adapter_dir} completely: missing {missing}, unexpected "
+            f"{unexpected}."
         )
     return model.eval()
+
+
+def _in_peft(base: Any, adapter_dir: str | Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter_dir))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        raise NotLoadedError(f"PEFT does not load {adapter_dir}. It says {why}") from error
+
+
+def _first(names: set[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{sorted(names)[:most]}{more}"
 
 
 def hf_ids(

@@ -66,7 +66,7 @@ class Phi3Checkpointer:
             raise ConfigError(
                 "save_adapter_weights_only: False is not supported: on a CPU torchtune's recipes "
                 "then merge the adapter into the weights that are still being trained. Set it "
-                "to True and merge the saved adapter with PEFT's merge_and_unload()."
+                "to True and merge the saved adapter with `phi3-tune adapter merge`."
             )
         if layout not in ("fused", "split"):
             raise ConfigError(f"checkpointer.layout: {layout!r} must be 'fused' or 'split'.")

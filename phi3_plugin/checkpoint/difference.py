@@ -25,7 +25,7 @@ class Difference:
     only_in: int | None = None
     """0 or 1 if only the first or the second has it."""
     magnitude: float | None = None
-    """The same of the magnitudes of DoRA."""
+    """The same of the magnitudes of DoRA; 1 if only one of them is a DoRA."""
 
 
 def differences(
@@ -69,15 +69,18 @@ def _of_module(name: str, one: Served, other: Served) -> Difference:
     if name not in one.ranks or name not in other.ranks:
         return Difference(name, None, only_in=int(name not in one.ranks))
     (b1, a1), (b2, a2) = (_factors(name, adapter) for adapter in (one, other))
-    magnitudes = [adapter.tensors.get(name + MAGNITUDE) for adapter in (one, other)]
-    magnitude = None
-    if magnitudes[0] is not None and magnitudes[1] is not None:
-        magnitude = _relative(magnitudes[0], magnitudes[1])
+    magnitude = _of_magnitudes(*(adapter.tensors.get(name + MAGNITUDE) for adapter in (one, other)))
     if torch.equal(a1, a2) and torch.equal(b1, b2):
         return Difference(name, 0.0, magnitude=magnitude)
     apart = product_norm(torch.cat([b1, -b2], dim=1), torch.cat([a1, a2]))
     larger = max(product_norm(b1, a1), product_norm(b2, a2))
     return Difference(name, apart / larger if larger else 0.0, magnitude=magnitude)
+
+
+def _of_magnitudes(one: Tensor | None, other: Tensor | None) -> float | None:
+    if one is None or other is None:
+        return None if one is other else 1.0  # without one the weight keeps what norms it has
+    return _relative(one, other)
 
 
 def _factors(name: str, adapter: Served) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,24 @@ from typing import Any
 from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter
-from phi3_plugin.checkpoint.foreign_tensors import Sorted, check_tensors, sort_out
+from phi3_plugin.checkpoint.foreign_tensors import (
+    Sorted,
+    check_copies,
+    check_tensors,
+    sort_out,
+)
 from phi3_plugin.checkpoint.loralib_file import loralib_tensors
 from phi3_plugin.checkpoint.loralib_groups import EnableLora, ungrouped
 from phi3_plugin.checkpoint.modules import aliases, hf_name
 from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, WEIGHTS
-from phi3_plugin.checkpoint.peft_settings import PeftSettings, read_object, read_settings
+from phi3_plugin.checkpoint.peft_settings import (
+    PeftSettings,
+    is_alpha,
+    read_object,
+    read_settings,
+)
 from phi3_plugin.checkpoint.served import PATTERNS, served
-from phi3_plugin.checkpoint.tensor_file import read_tensors
+from phi3_plugin.checkpoint.tensor_file import read_tensors, shown
 from phi3_plugin.checkpoint.torchtune_file import torchtune_tensors
 from phi3_plugin.checkpoint.written import as_written
 from phi3_plugin.config import Phi3Config
@@ -31,6 +41,7 @@ def read_adapter(
     path: Path,
     *,
     config: Phi3Config,
+    base: Path | None = None,
     alpha: float | None = None,
     enable_lora: EnableLora | None = None,
     rank: int | None = None,
@@ -44,6 +55,7 @@ def read_adapter(
         path: A folder of PEFT or torchtune; or a .safetensors, .pt or .bin file of theirs, or of
             loralib's ``lora_state_dict``.
         config: Of the base model.
+        base: Its folder. With it, what the file repeats of the base's weights is compared.
         alpha: What the file does not say: loralib's never do, nor do torchtune's of Phi-3. The
             scale is alpha / rank.
         enable_lora: For loralib's MergedLinear: which of its equal groups of rows have an adapter;
@@ -59,8 +71,11 @@ def read_adapter(
     tensors, metadata = read_tensors(file)
     _refuse_merged(tensors, file)
     found = sort_out(tensors, config, file)
+    check_copies(found.copies, config, base, file)
     if found.kind == "loralib":
         adapter = _of_loralib(found, file, metadata, alpha, enable_lora, config)
+    elif enable_lora is not None:
+        raise AdapterError(f"enable_lora: is for files of loralib, but {file} is {found.kind}'s.")
     else:
         adapter = _of_peft(found, file, metadata, alpha, config)
     if wrong := [m for m, r in adapter.ranks.items() if rank not in (None, r)]:
@@ -169,9 +184,8 @@ def _scales(
     if named:
         alphas = {m: each.get(m, each.get(m.rpartition(".")[0])) for m in ranks}
     for module, value in alphas.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise AdapterError(f"alpha: {value!r} for {module} must be a number above 0.")
+        if not is_alpha(value):
+            raise AdapterError(f"alpha: {shown(value)} for {module} must be a number above 0.")
     return {module: alphas[module] / rank for module, rank in ranks.items()}
 
 

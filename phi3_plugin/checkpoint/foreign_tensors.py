@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, B
+from phi3_plugin.checkpoint.hf import open_weights
 from phi3_plugin.checkpoint.modules import aliases, module_sizes, unwrapped
 from phi3_plugin.checkpoint.split import fused_name
 from phi3_plugin.config import Phi3Config
@@ -36,6 +38,8 @@ embedding and head."""
 
 WHOLES = ("tok_embeddings", "output")
 LISTED = 8
+ROWS = 4096
+"""Of the base, read at a time."""
 
 # Shapes: R rank
 
@@ -47,6 +51,8 @@ class Sorted:
     kind: Kind
     tensors: dict[str, Tensor]
     saved: dict[str, Tensor]
+    copies: dict[str, Tensor]
+    """Of the base's weights, beside adapters on them."""
 
 
 def sort_out(tensors: Mapping[str, Tensor], config: Phi3Config, source: object) -> Sorted:
@@ -60,28 +66,31 @@ def sort_out(tensors: Mapping[str, Tensor], config: Phi3Config, source: object) 
     Raises:
         AdapterError: Names are not those of an adapter of this base, or one stands for another.
     """
-    known, kinds = aliases(config), set[Kind]()
-    low, saved, problems = dict[str, Tensor](), dict[str, Tensor](), list[str]()
+    known, kinds, problems = aliases(config), set[Kind](), list[str]()
+    low, saved, copies = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, value in tensors.items():
-        plain = _plain(name)
-        ending = next((e for e in sorted(ENDINGS, key=len)[::-1] if plain.endswith(e)), "")
-        if (module := known.get(plain.removesuffix(ending))) and ending:
-            kind, own = ENDINGS[ending]
-            kinds.add(kind)
-            problems += [f"{name!r}: {module + own} is there twice"] * (module + own in low)
-            low[module + own] = value
-        elif known.get(plain.removesuffix(COPY)) in WHOLES:
-            continue
-        elif (whole := known.get(plain.removesuffix(WHOLE))) and plain.endswith(WHOLE):
-            problems += [f"{name!r}: {whole} is there twice"] * (whole + WHOLE in saved)
-            saved[whole + WHOLE] = value
-        else:
+        module, ending = _split(_plain(name), known)
+        into = {COPY: copies, WHOLE: saved}.get(ending, low)
+        if not module or (into is copies and module not in WHOLES):
             problems.append(f"{name[:120]!r} is no part of an adapter of this base")
+            continue
+        kind, own = ENDINGS.get(ending, (None, WHOLE))
+        kinds |= {kind} if kind else set()
+        problems += [f"{name!r}: {module + own} is there twice"] * (module + own in into)
+        into[module + own] = value
     _stop(problems, source)
     if len(kinds) != 1:
         said = f"names of {' and '.join(sorted(kinds))}" if kinds else "no low-rank adapter"
         raise AdapterError(f"{source} has {said}, expected those of one program.")
-    return Sorted(kinds.pop(), low, saved)
+    return Sorted(kinds.pop(), low, saved, copies)
+
+
+def _split(plain: str, known: Mapping[str, str]) -> tuple[str, str]:
+    """Return our name of a tensor's module, or nothing, and how its name ends."""
+    for ending in sorted((*ENDINGS, COPY, WHOLE), key=len, reverse=True):
+        if plain.endswith(ending):
+            return known.get(plain.removesuffix(ending), ""), ending
+    return "", ""
 
 
 def _plain(name: str) -> str:
@@ -131,6 +140,43 @@ def check_tensors(
         if not problems and not torch.isfinite(value).all()
     ]
     _stop(problems, source)
+
+
+def check_copies(
+    copies: Mapping[str, Tensor], config: Phi3Config, base: Path | None, source: object
+) -> None:
+    """Check that what a file repeats of the base is the base's.
+
+    PEFT loads it in the base's place, as after new tokens were trained into an embedding, and
+    then the adapter is for that. Rounded to another dtype it still counts as the same.
+
+    Args:
+        copies: Our names.
+        config: Of the base model.
+        base: Its folder; without one, only shapes are compared.
+        source: How errors call the file.
+
+    Raises:
+        AdapterError: It is not.
+    """
+    sizes = {"tok_embeddings.weight": (config.vocab_size, config.hidden_size)}
+    sizes["output.weight"] = sizes["tok_embeddings.weight"]
+    wrong = [n for n, value in copies.items() if tuple(value.shape) != sizes[n]]
+    if copies and base is not None and not wrong:
+        weights = open_weights(base)
+        for name, value in copies.items():
+            own = weights.get(name, weights["tok_embeddings.weight"])  # a tied head has none
+            for start in range(0, own.shape[0], ROWS):
+                one, other = (t[start : start + ROWS].float() for t in (value, own))
+                if not torch.allclose(one, other, rtol=1e-2, atol=1e-6):
+                    wrong.append(name)
+                    break
+    if wrong:
+        raise AdapterError(
+            f"{source} holds a copy of {', '.join(wrong)} that differs from the base's, and its "
+            "adapter is for that one. Give the base that it was trained on; or merge it with "
+            "PEFT, which loads the copy."
+        )
 
 
 def _misfits(module: str, tensors: Mapping[str, Tensor], size: tuple[int, int]) -> Iterable[str]:

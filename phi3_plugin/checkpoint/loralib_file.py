@@ -22,6 +22,7 @@ from torch import Tensor
 from phi3_plugin.checkpoint.adapter import A, Adapter, B
 from phi3_plugin.checkpoint.modules import hf_name, layer_of
 from phi3_plugin.checkpoint.peft import ORIGIN
+from phi3_plugin.checkpoint.resume import write_state
 from phi3_plugin.checkpoint.served import alpha_of, check_servable, level, own_scales, served
 from phi3_plugin.checkpoint.split import INNER, PARTS, fused_name, part_rows
 from phi3_plugin.checkpoint.torchtune_file import cut
@@ -64,7 +65,7 @@ def write_loralib(file: Path, adapter: Adapter, config: Phi3Config, *, merged_li
         return
     with whole_files(file.with_suffix(".json"), file) as (beside, partial):
         beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        torch.save(tensors, partial)
+        write_state(partial, tensors)
 
 
 def loralib_tensors(

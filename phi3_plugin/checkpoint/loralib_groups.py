@@ -9,6 +9,7 @@ from phi3_plugin.checkpoint.adapter import A, B
 from phi3_plugin.checkpoint.loralib_file import FUSED
 from phi3_plugin.checkpoint.modules import layer_of
 from phi3_plugin.checkpoint.split import INNER, part_rows
+from phi3_plugin.checkpoint.tensor_file import shown
 from phi3_plugin.config import Phi3Config
 from phi3_plugin.errors import AdapterError
 
@@ -52,13 +53,16 @@ def ungrouped(
 
 
 def _by_module(enable_lora: EnableLora | None) -> dict[str, list[bool]]:
-    named = enable_lora if isinstance(enable_lora, Mapping) else {"qkv_proj": enable_lora or ()}
+    if enable_lora is None:
+        return {}
+    named = enable_lora if isinstance(enable_lora, Mapping) else {"qkv_proj": enable_lora}
     out = {}
     for name, groups in named.items():
-        if name not in FUSED or not all(isinstance(on, bool) for on in groups):
+        flags = isinstance(groups, list | tuple) and all(isinstance(on, bool) for on in groups)
+        if name not in FUSED or not flags:
             raise AdapterError(
-                f"enable_lora: {name!r}: {groups!r} is not used. Give true or false for each group "
-                f"of {' or '.join(FUSED)}."
+                f"enable_lora: {shown(name)}: {shown(groups)} is not used. Give true or false "
+                f"for each group of {' or '.join(FUSED)}."
             )
         if groups:
             out[FUSED[name]] = list(groups)

@@ -3,7 +3,6 @@
 Weights are read, changed and written some rows at a time. Sums are in fp32 and rounded once.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,18 +14,18 @@ import torch
 from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.export import copy_tokenizer
 from phi3_plugin.checkpoint.folder import check_output, whole_folder
 from phi3_plugin.checkpoint.hf import open_weights
+from phi3_plugin.checkpoint.merged_folder import write_card, write_settings
 from phi3_plugin.checkpoint.names import to_hf
 from phi3_plugin.checkpoint.places import Change, changes_of, check_shapes
-from phi3_plugin.checkpoint.stops import GENERATION, generation_config, read_json
 from phi3_plugin.checkpoint.stored import StoredTensor
 from phi3_plugin.checkpoint.stream import SHARD_BYTES, Entry, write_shards
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MERGED_INTO = {"original": "the base model", "nf4": "what NF4 makes of the base model"}
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 PIECE = 1 << 18
 """Weights that are changed at a time, about: what the processor's cache holds."""
@@ -101,6 +100,7 @@ def merge_into(
     onto: Literal["original", "nf4"] = "original",
     quantizer: Quantizer | None = None,
     shard_bytes: int = SHARD_BYTES,
+    card: Mapping[str, Any] | None = None,
 ) -> MergeReport:
     """Write a model that computes what base and adapter compute, as a checkpoint folder.
 
@@ -112,6 +112,7 @@ def merge_into(
         onto: ``nf4`` for an adapter that is to stay on the quantized base of its training.
         quantizer: With ``nf4``, that base's weight for a stored one.
         shard_bytes: A shard is closed before it grows beyond this.
+        card: Rows of the model card's table beside base, adapter, dtype and ``onto``.
 
     Raises:
         AdapterError: It adapts what the base does not have, or holds NaN.
@@ -136,7 +137,9 @@ def merge_into(
         shards = write_shards(folder, entries, shard_bytes)
         if difference and not difference.largest:
             raise ConfigError("onto: the quantizer gives the base's own weights, not those of NF4.")
-        _write_settings(folder, checkpoint_dir, name := _main_dtype(entries), untied)
+        write_settings(folder, checkpoint_dir, name := _main_dtype(entries), untied=untied)
+        rows = {**(card or {}), "weights": name, "merged into": MERGED_INTO[onto]}
+        write_card(folder, checkpoint_dir, adapter, rows)
     changed = tuple(sorted({*changes, *saved}))
     return MergeReport(out, len(shards), len(entries), changed, name, untied, difference)
 
@@ -151,10 +154,10 @@ def merged(weight: Rows, height: int, width: int, changes: Sequence[Change]) -> 
         changes: What is done to it.
     """
     pieces = partial(_changed, weight, height, width, changes)
-    magnitudes = [c.magnitude for c in changes if c.by_column and c.magnitude is not None]
-    if magnitudes:
+    by_column = next((change for change in changes if change.by_column), None)
+    if by_column:
         squares = sum((p.double().square().sum(dim=0) for p in pieces()), torch.zeros(width))
-        factor = (magnitudes[0] / squares.sqrt()).float()
+        factor = by_column.factors(squares.sqrt()).float()
         yield from (piece.mul_(factor) for piece in pieces())
     else:
         yield from pieces()
@@ -233,18 +236,3 @@ def _is_linear(name: str) -> bool:
 def _main_dtype(entries: Mapping[str, Entry]) -> str:
     largest = max(entries.values(), key=lambda entry: entry.nbytes)
     return str(largest.dtype).removeprefix("torch.")
-
-
-def _write_settings(folder: Path, checkpoint_dir: Path, dtype: str, untied: bool) -> None:
-    copy_tokenizer(checkpoint_dir, folder)
-    keys = read_json(checkpoint_dir / "config.json")
-    keys.pop("auto_map", None)  # names code files that are not in this folder, nor needed
-    keys["dtype" if "dtype" in keys else "torch_dtype"] = dtype
-    if untied:
-        keys["tie_word_embeddings"] = False
-    _write(folder / "config.json", keys)
-    _write(folder / GENERATION, generation_config(checkpoint_dir))
-
-
-def _write(file: Path, keys: dict[str, Any]) -> None:
-    file.write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")

@@ -66,7 +66,7 @@ def modelfile(base: str, adapter_file: str, template: str, stops: Sequence[str])
     Raises:
         ConfigError: A value cannot be written down.
     """
-    for key, value in {"base": base, "adapter": adapter_file}.items():
+    for key, value in {"from_model": base, "adapter": adapter_file}.items():
         if not value.strip() or "\n" in value or '"' in value:
             raise ConfigError(f"{key}: {value!r} cannot stand in a Modelfile. Rename the file.")
     for token in stops:

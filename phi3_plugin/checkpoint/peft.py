@@ -1,13 +1,14 @@
 """Adapters in the layout of Hugging Face PEFT, written so that every runtime reads them alike."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import A, Adapter, B
@@ -47,19 +48,40 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
     """Read the adapter tensors of a folder under our names.
 
     Raises:
-        CheckpointError: A tensor is not part of a Phi-3 adapter.
+        CheckpointError: A tensor is not part of a Phi-3 adapter, or the file is damaged.
         MissingFileError: There is no adapter in the folder.
     """
-    if not (folder / WEIGHTS).is_file():
-        raise MissingFileError(f"{folder} has no {WEIGHTS}: it is not an adapter folder.")
-    return {from_peft(name): value for name, value in load_file(folder / WEIGHTS).items()}
+    with _opened(folder) as file:
+        return {from_peft(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def load_origin(folder: Path) -> dict[str, Any]:
-    """Read what :func:`save_adapter` noted about the adapter; empty for other people's files."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        origin: dict[str, Any] = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
-    return origin
+    """Read what :func:`save_adapter` noted about the adapter; empty for other people's files.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        MissingFileError: There is no adapter in the folder.
+    """
+    with _opened(folder) as file:
+        try:
+            origin = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
+        except (ValueError, RecursionError):
+            origin = None
+    return origin if isinstance(origin, dict) else {}
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    if not (folder / WEIGHTS).is_file():
+        raise MissingFileError(f"{folder} has no {WEIGHTS}: it is not an adapter folder.")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is damaged or cut short: {error}. Copy it again, or move {folder} "
+            "away to go on from the checkpoint before it."
+        ) from error
 
 
 def targets_of(adapter: Iterable[str]) -> list[str]:

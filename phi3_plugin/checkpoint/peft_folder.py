@@ -14,7 +14,7 @@ from typing import Any
 
 from phi3_plugin.checkpoint.names import EMBEDDING, HEAD, NAMES, PEFT_PREFIX
 from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS
-from phi3_plugin.checkpoint.peft_settings import BRANCHES, OFF, PLAIN, read_object
+from phi3_plugin.checkpoint.peft_settings import BRANCHES, OFF, PATTERNS, PLAIN, read_object
 from phi3_plugin.checkpoint.stored import StoredTensor, stored_tensors
 from phi3_plugin.errors import AdapterError, MissingFileError
 
@@ -94,6 +94,8 @@ class PeftFolder:
         Source: PEFT 0.21.2, check_target_module_exists of tuners/tuners_utils.py.
         """
         targets = self.config.get("target_modules") or []
+        if self._is_excluded(module):
+            return False
         if targets == "all-linear":
             return module not in (EMBEDDING, HEAD)
         if isinstance(targets, str):  # one that takes long to match is believed
@@ -103,6 +105,12 @@ class PeftFolder:
         if layers and (layer is None or int(layer.group()) not in layers):
             return False
         return any(f".{module}".endswith(f".{target}") for target in targets)
+
+    def _is_excluded(self, module: str) -> bool:
+        names = self.config.get("exclude_modules") or []
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in names)
 
     def targets_of_nothing(self) -> list[str]:
         """Return the names of target_modules that no module of a Phi-3 has."""
@@ -163,8 +171,9 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
+        lacks = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
         raise MissingFileError(
-            f"{folder} has no {CONFIG}: it is not an adapter folder of PEFT. `phi3-tune adapter "
+            f"{folder} {lacks}: it is not an adapter folder of PEFT. `phi3-tune adapter "
             "import` makes one of files of torchtune's and loralib's."
         )
     config = read_object(file)
@@ -180,18 +189,33 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterable[str]:
         if config.get(key) not in (None, False, {}, []):
             yield f"{key}: a feature of PEFT that is not judged here."
     patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-    yield from (f"{k}: must be an object." for k, p in patterns.items() if not isinstance(p, dict))
+    wrong = [k for k, p in patterns.items() if not isinstance(p, dict) or len(p) > PATTERNS]
+    yield from (f"{key}: must be an object of at most {PATTERNS} names." for key in wrong)
     numbers = {key: config[key] for key in ("r", "lora_alpha") if key in config}
     for name, pattern in patterns.items():
-        if isinstance(pattern, dict):
+        if name not in wrong:
             numbers |= {f"{name}.{key}": value for key, value in pattern.items()}
             yield from (f"{name}: {key!r} is not read." for key in pattern if not is_plain(key))
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
             yield f"{key}: {value!r} must be a number above 0."
-    targets = config.get("target_modules") or []
-    if not isinstance(targets, str) and not all(isinstance(target, str) for target in targets):
-        yield f"target_modules: {targets!r} must be a name or a list of names."
+    yield from _wrong_names(config)
+
+
+def _wrong_names(config: Mapping[str, Any]) -> Iterable[str]:
+    """Yield what is wrong with the keys that say which modules are meant."""
+    for key in ("target_modules", "exclude_modules"):
+        names = config.get(key) or []
+        if not isinstance(names, str | list) or not all(isinstance(name, str) for name in names):
+            yield f"{key}: {names!r} must be a name or a list of names."
+        elif key == "exclude_modules" and isinstance(names, str) and not is_plain(names):
+            yield f"{key}: {names!r} is not read."
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(number) is int for number in numbers):
+        yield f"layers_to_transform: {layers!r} must be a number or a list of numbers."
+    if (pattern := config.get("layers_pattern") or "layers") not in ("layers", ["layers"]):
+        yield f"layers_pattern: {pattern!r} is not where a Phi-3 has its layers."
 
 
 def is_plain(pattern: str) -> bool:
@@ -209,6 +233,7 @@ def _no_weights(folder: Path) -> str:
     if pickled := [file.name for file in files if file.suffix in (".bin", ".pt")]:
         return (
             f"{folder} has {', '.join(pickled)}, but no {WEIGHTS}. A pickle is not opened here: "
-            "load and save the adapter with PEFT, which writes safetensors."
+            "`phi3-tune adapter import` reads its tensors alone, and writes a folder that can be "
+            "checked."
         )
     return f"{folder} has no {WEIGHTS}: it is not an adapter folder of PEFT."

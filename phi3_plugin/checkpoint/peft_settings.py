@@ -9,14 +9,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from phi3_plugin.checkpoint.tensor_file import shown
 from phi3_plugin.errors import AdapterError
 
 CONFIG_BYTES = 16_000_000
 PATTERNS = 2000
 NOTE = "phi3_plugin"
+LISTED = 20
 
 PLAIN = re.compile(
     r"\^?(?:[\w.-]|\\\.|\\d\+?|\.\*|\[[\w-]+\]|\((?:[\w.]+\|)*[\w.]+\))+\$?", re.ASCII
@@ -91,8 +94,8 @@ class PeftSettings:
         said = _match(self.rank_pattern, module, self.rank)
         if said != rank:
             raise AdapterError(
-                f"{self.file}: {module} is said to have rank {said}, but its tensors have {rank}. "
-                "Correct r or rank_pattern."
+                f"{self.file}: {module} is said to have rank {shown(said)}, but its tensors have "
+                f"{rank}. Correct r or rank_pattern."
             )
         alpha = float(_match(self.alpha_pattern, module, self.alpha))
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
@@ -102,12 +105,15 @@ def read_settings(file: Path) -> PeftSettings:
     """Read adapter_config.json.
 
     Raises:
-        AdapterError: It is broken, or the adapter needs what we do not compute; all is listed.
+        AdapterError: It is broken, or the adapter needs what we do not compute; each is listed, up
+            to a limit.
     """
     keys = read_object(file)
     problems = [*_refused(keys), *_wrong(keys)]
     if problems:
-        raise AdapterError(f"{file} cannot be used:\n  " + "\n  ".join(problems))
+        more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        listed = "\n  ".join(problems[:LISTED])
+        raise AdapterError(f"{file} cannot be used:\n  {listed}{more}")
     return PeftSettings(
         file,
         rank=keys["r"],
@@ -142,20 +148,20 @@ def read_object(file: Path) -> dict[str, Any]:
 def _refused(keys: Mapping[str, Any]) -> list[str]:
     problems = []
     if keys.get("peft_type", "LORA") != "LORA":
-        problems.append(f"peft_type: {_short(keys['peft_type'])}, only LORA adapters are computed.")
+        problems.append(f"peft_type: {shown(keys['peft_type'])}, only LORA adapters are computed.")
     for key, allowed in OFF.items():
         value = keys.get(key)
         if value is not None and value not in allowed and value not in ({}, []):
-            problems.append(f"{key}: {_short(value)} is a feature that is not computed here.")
+            problems.append(f"{key}: {shown(value)} is a feature that is not computed here.")
     if (start := keys.get("init_lora_weights", True)) not in STARTS and start is not None:
         problems.append(
-            f"init_lora_weights: {_short(start)} changes the base that the adapter is for. Save it "
+            f"init_lora_weights: {shown(start)} changes the base that the adapter is for. Save it "
             "with path_initial_model_for_weight_conversion, for the original base."
         )
     known = USED | IRRELEVANT | OFF.keys()
     for key in sorted(map(str, keys.keys() - known)):
         if keys[key] not in (None, False, {}, []):
-            unknown = f"{_short(key)}: {_short(keys[key])}"
+            unknown = f"{shown(key)}: {shown(keys[key])}"
             problems.append(f"{unknown} is an unknown key. Remove it if it is harmless.")
     return problems
 
@@ -163,13 +169,18 @@ def _refused(keys: Mapping[str, Any]) -> list[str]:
 def _wrong(keys: Mapping[str, Any]) -> list[str]:
     problems = []
     if not _is_rank(keys.get("r")):
-        problems.append(f"r: {_short(keys.get('r'))} must be a whole number above 0.")
-    if not _is_alpha(keys.get("lora_alpha")):
-        problems.append(f"lora_alpha: {_short(keys.get('lora_alpha'))} must be a number above 0.")
+        problems.append(f"r: {shown(keys.get('r'))} must be a whole number above 0.")
+    if not is_alpha(keys.get("lora_alpha")):
+        problems.append(f"lora_alpha: {shown(keys.get('lora_alpha'))} must be a number above 0.")
     dropout = keys.get("lora_dropout") or 0.0
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        problems.append(f"lora_dropout: {_short(dropout)} must be at least 0 and below 1.")
-    for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        problems.append(f"lora_dropout: {shown(dropout)} must be at least 0 and below 1.")
+    for key in ("use_dora", "use_rslora"):
+        if not isinstance(keys.get(key) or False, bool):
+            problems.append(f"{key}: {shown(keys[key])} must be true or false.")
+    if not isinstance(base := keys.get("base_model_name_or_path") or "", str):
+        problems.append(f"base_model_name_or_path: {shown(base)} must be text.")
+    for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", is_alpha)):
         pattern = keys.get(key) or {}
         if not isinstance(pattern, dict) or len(pattern) > PATTERNS:
             problems.append(f"{key}: must be an object of at most {PATTERNS} names.")
@@ -177,7 +188,7 @@ def _wrong(keys: Mapping[str, Any]) -> list[str]:
         for name, value in pattern.items():
             if not good(value) or not _is_plain(name):
                 problems.append(
-                    f"{key}: {_short(name)}: {_short(value)} is not read. Use modules' names, and "
+                    f"{key}: {shown(name)}: {shown(value)} is not read. Use modules' names, and "
                     "numbers above 0."
                 )
     return problems
@@ -196,19 +207,20 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_alpha(value: object) -> bool:
+def is_alpha(value: object) -> bool:
+    """Whether a value can be an alpha: a number that leaves a scale above 0 and not infinite."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < value < 1e30  # type: ignore[operator]
+    return number and 1e-30 < value < 1e30  # type: ignore[operator]
 
 
 def _match(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
     """Return the value of the first pattern that PEFT would take for this module."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     return otherwise
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+@lru_cache(2 * PATTERNS)  # re itself remembers 512, fewer than a file may hold
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")

@@ -68,7 +68,26 @@ class Change:
         )
         rows.addmm_(self.b[own], self.a, alpha=self.scale)
         if self.magnitude is not None and not self.by_column:
-            rows *= (self.magnitude[own] / rows.norm(dim=1))[:, None]
+            rows *= self.factors(rows.norm(dim=1), own)[:, None]
+
+    def factors(self, norms: Tensor, own: slice = slice(None)) -> Tensor:
+        """Return what DoRA multiplies rows by, or the columns of an embedding.
+
+        Args:
+            norms: That they have by now.
+            own: Which of its rows they are.
+
+        Raises:
+            AdapterError: One is zero, and stays so by whatever it is multiplied.
+        """
+        if self.magnitude is None:
+            return torch.ones_like(norms)
+        if not norms.all():
+            raise AdapterError(
+                f"{self.module}: DoRA divides by the norm of weights that are all zero in this "
+                "base, so every answer would be NaN. Use the adapter's own base."
+            )
+        return self.magnitude[own] / norms
 
 
 def changes_of(adapter: Adapter, config: Phi3Config) -> dict[str, list[Change]]:
@@ -151,5 +170,6 @@ def _misfit(change: Change, shape: tuple[int, ...] | None) -> str:
     part = change.rows.stop - change.rows.start if change.rows else shape[0]
     if ours != [part, *shape[1:]]:
         return f"it is for a layer of {ours}, which in this base is {[part, *shape[1:]]}"
-    finite = all(torch.isfinite(t).all() for t in (change.a, change.b))
+    numbers = (change.a, change.b, *(() if norms is None else (norms,)))
+    finite = all(torch.isfinite(t).all() for t in numbers)
     return "" if finite else "it holds NaN or infinite numbers"

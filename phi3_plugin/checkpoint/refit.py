@@ -39,10 +39,10 @@ def refit(
         replaced modules change (Frobenius norms).
 
     Raises:
-        AdapterError: The rank is not a whole number above 0, or a module is not in the base.
+        AdapterError: There is no magnitude, the rank is not a whole number above 0 or more than
+            the model is wide, or a module is not in the base.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"rank: {rank!r} must be a whole number above 0.")
+    _check(adapter, config, rank)
     tensors, scales, lost, all_of_it = dict(adapter.tensors), dict(adapter.scales), 0.0, 0.0
     for name, changes in changes_of(adapter, config).items():
         for change in changes:
@@ -80,6 +80,17 @@ def nearest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     a, b = root[:, None] * vh[:kept], u[:, :kept] * root
     pad = torch.nn.functional.pad
     return pad(a, (0, 0, 0, rank - kept)), pad(b, (0, rank - kept))
+
+
+def _check(adapter: Adapter, config: Phi3Config, rank: int) -> None:
+    if not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"refit_rank: {rank!r} must be a whole number above 0.")
+    if rank > config.hidden_size:  # every layer has that many rows or columns
+        raise AdapterError(f"refit_rank: {rank} is above {config.hidden_size}, which all is.")
+    if not adapter.is_dora:
+        raise AdapterError(
+            "refit_rank: the adapter is no DoRA, so there is nothing to refit. Leave it out."
+        )
 
 
 def _delta(weights: Mapping[str, Rows], name: str, change: Change) -> Tensor:

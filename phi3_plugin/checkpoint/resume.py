@@ -1,6 +1,5 @@
 """The part of a checkpoint folder that lets a run go on, and finding the folder to go on from."""
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -100,8 +99,10 @@ def read_state(file: Path, advice: str = "") -> dict[str, Any]:
         CheckpointError: The file is damaged, or holds more than tensors and plain values.
     """
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        problem = str(error).splitlines()[0]
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises every kind, for the many ways to be broken
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file} cannot be read: {problem}.{advice}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, no state.{advice}")
     return state

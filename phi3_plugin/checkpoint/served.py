@@ -81,8 +81,8 @@ def served(
 
 
 def own_scales(adapter: Adapter) -> dict[str, float]:
-    """Return one scale for each whole module: that of its first part."""
-    return {fused_name(m): s for m, s in reversed(list(adapter.scales.items()))}
+    """Return one scale for each whole module: that of the part whose name comes first."""
+    return {fused_name(m): s for m, s in sorted(adapter.scales.items(), reverse=True)}
 
 
 def level(

@@ -18,7 +18,7 @@ def stop_tokens(checkpoint_dir: Path) -> dict[str, int]:
     """Return the tokens of a checkpoint that end generation, and their ids, in the ids' order.
 
     Raises:
-        ConfigError: A tokenizer file is not valid JSON.
+        ConfigError: A tokenizer file is not valid JSON, or lists no tokens.
     """
     added, settings = _added_tokens(checkpoint_dir), read_json(_tokenizer_config(checkpoint_dir))
     eos = settings.get("eos_token")
@@ -31,7 +31,7 @@ def generation_config(checkpoint_dir: Path) -> dict[str, Any]:
     """Return generation_config.json of a checkpoint, with all its stop ids if it has one or none.
 
     Raises:
-        ConfigError: A file is not valid JSON.
+        ConfigError: A file is not valid JSON, or a stop is not a number.
     """
     keys, config = (read_json(checkpoint_dir / name) for name in (GENERATION, "config.json"))
     ids = _as_list(keys.get("eos_token_id"))
@@ -63,11 +63,18 @@ def read_json(file: Path) -> dict[str, Any]:
 def _added_tokens(folder: Path) -> dict[str, int]:
     decoder = read_json(_tokenizer_config(folder)).get("added_tokens_decoder") or {}
     listed = read_json(folder / "tokenizer.json").get("added_tokens") or []
-    return {
-        **read_json(folder / "added_tokens.json"),
-        **{token["content"]: int(number) for number, token in decoder.items()},
-        **{token["content"]: token["id"] for token in listed},
-    }
+    plain = read_json(folder / "added_tokens.json")
+    try:
+        return {
+            **{token: int(number) for token, number in plain.items()},
+            **{token["content"]: int(number) for number, token in decoder.items()},
+            **{token["content"]: int(token["id"]) for token in listed},
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: its files list added tokens in an unknown way: {error!r}. Download "
+            "tokenizer.json, tokenizer_config.json and added_tokens.json again."
+        ) from error
 
 
 def _tokenizer_config(folder: Path) -> Path:
@@ -75,4 +82,7 @@ def _tokenizer_config(folder: Path) -> Path:
 
 
 def _as_list(ids: Any) -> list[int]:
-    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+    many = [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+    if wrong := [number for number in many if type(number) is not int]:
+        raise ConfigError(f"eos_token_id: {wrong[0]!r} must be a whole number.")
+    return many

@@ -89,8 +89,8 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     if wrong := [f"{n} is {h['dtype']}" for n, h in header.items() if h["dtype"] not in DTYPES]:
         raise CheckpointError(
-            f"{file} holds weights that are not in {', '.join(DTYPES)}: {', '.join(wrong)}. "
-            "Download the checkpoint that is not quantized."
+            f"{file} holds {len(wrong)} tensors that are not in {', '.join(DTYPES)}: "
+            f"{', '.join(wrong[:3])}. Use files that are not quantized."
         )
     return {
         name: StoredTensor(

@@ -4,6 +4,7 @@ import io
 import json
 import pickletools
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from phi3_plugin.errors import AdapterError, MissingFileError
 
 HEADER_BYTES = 100_000_000
 """The largest header that safetensors reads."""
-PICKLE_BYTES = 64_000_000
+PICKLE_BYTES = 4_000_000
+"""Each may become an object of 60; that of an adapter has some 300 for each tensor."""
 ENTRIES = 100_000
 """Of a zip archive; an adapter of Phi-3-medium on all parts has 561."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +55,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if (total := sum(value.nbytes for value in tensors.values())) > file.stat().st_size:
         raise AdapterError(
             f"{file} ({file.stat().st_size} bytes) holds tensors that repeat their numbers up to "
-            f"{total} bytes. Save them with .contiguous()."
+            f"{total} bytes, or share them. Save each with .clone()."
         )
     return {name: value.detach().clone().contiguous() for name, value in tensors.items()}, metadata
 
@@ -63,7 +65,7 @@ def _from_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     kinds = ("F32", "BF16", "F16")
     if wrong := [(n, h.get("dtype")) for n, h in header.items() if h.get("dtype") not in kinds]:
-        name, kind = map(_shown, wrong[0])
+        name, kind = map(shown, wrong[0])
         raise AdapterError(f"{file}: {name} is {kind}, expected one of {', '.join(kinds)}.")
     try:
         return load_file(file), metadata
@@ -98,9 +100,8 @@ def safetensors_header(file: Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{_shown(twice)} is there twice")
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{shown(twice)} is there twice")
     return out
 
 
@@ -117,6 +118,10 @@ def _from_zip(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise AdapterError(f"{file} holds a {type(state).__name__}, expected names and tensors.")
     return state
+
+
+BROKEN = (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, OverflowError)
+"""RuntimeError is for entries marked as encrypted, OverflowError for offsets beyond any file."""
 
 
 def _pickle_of(file: Path) -> bytes:
@@ -136,7 +141,7 @@ def _pickle_of(file: Path) -> bytes:
             if len(pickles) != 1 or pickles[0].file_size > PICKLE_BYTES:
                 raise AdapterError(f"{file} has no data.pkl of a sensible size. {AS_SAVED}")
             return archive.read(pickles[0])
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
+    except BROKEN as error:
         what = f"{file} is not an archive of torch.save: {error}."
         raise AdapterError(f"{what} {AS_SAVED}") from error
 
@@ -157,7 +162,7 @@ def _check_globals(pickled: bytes, file: Path) -> None:
         raise AdapterError(f"{file}: its pickle is broken: {error}. {AS_SAVED}") from error
     if foreign := sorted(asked - TENSOR_GLOBALS):
         raise AdapterError(
-            f"{file} asks for {', '.join(_shown(name) for name in foreign[:5])}, which tensors do "
+            f"{file} asks for {', '.join(shown(name) for name in foreign[:5])}, which tensors do "
             "not need. Nothing in it was run. If you trust it, save its tensors as safetensors."
         )
 
@@ -166,16 +171,16 @@ def _check(tensors: Mapping[str, Any], file: Path) -> None:
     for name, value in tensors.items():
         plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
         if not plain or value.device.type != "cpu":
-            what = f"{file}: {_shown(name)} is a {type(value).__name__}"
+            what = f"{file}: {shown(name)} is a {type(value).__name__}"
             raise AdapterError(f"{what}, expected a plain tensor.")
         if value.dtype not in DTYPES:
             kinds = ", ".join(str(kind).removeprefix("torch.") for kind in DTYPES)
-            raise AdapterError(f"{file}: {_shown(name)} is {value.dtype}, expected {kinds}.")
+            raise AdapterError(f"{file}: {shown(name)} is {value.dtype}, expected {kinds}.")
     if not tensors:
         raise AdapterError(f"{file} holds no tensors.")
 
 
-def _shown(name: object) -> str:
+def shown(name: object) -> str:
     """Return a name as it can be printed: one line, not too long."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:117]}..."

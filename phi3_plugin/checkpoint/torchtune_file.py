@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B
 from phi3_plugin.checkpoint.modules import layer_of, torchtune_name
 from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, targets_of
+from phi3_plugin.checkpoint.resume import write_state
 from phi3_plugin.checkpoint.served import check_servable, level
 from phi3_plugin.checkpoint.split import INNER, fused_name, part_rows
 from phi3_plugin.checkpoint.uniform import pad, whole_alpha
@@ -55,7 +55,7 @@ def write_torchtune(file: Path, adapter: Adapter, config: Phi3Config) -> None:
     }
     with whole_files(file.with_name(CONFIG), file) as (config_file, weights_file):
         config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        torch.save(tensors, weights_file)
+        write_state(weights_file, tensors)
 
 
 def torchtune_tensors(
@@ -67,8 +67,8 @@ def torchtune_tensors(
         AdapterError: torchtune's model has no place for a module.
     """
     check_servable(adapter)
-    if foreign := sorted({"tok_embeddings", "output"} & adapter.ranks.keys() - {"output"}):
-        raise AdapterError(f"{foreign[0]}: torchtune's Phi-3 has no adapter on its embedding.")
+    if "tok_embeddings" in adapter.ranks:
+        raise AdapterError("tok_embeddings: torchtune's Phi-3 has no adapter on its embedding.")
     if adapter.saved:
         raise AdapterError(
             f"{', '.join(adapter.saved)}: an adapter of torchtune's holds no weights that are "

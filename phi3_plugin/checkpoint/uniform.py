@@ -26,16 +26,17 @@ def whole_alpha(scales: Iterable[float], rank: int) -> int:
     """Return the integer alpha whose scale, alpha / rank, most modules have or come close to.
 
     Args:
-        scales: Of every module.
+        scales: Of every module, in any order: a file is believed to be what its note says only if
+            writing it again chooses the same. Of equally good ones the largest: no B overflows.
         rank: Of all modules, once they are padded.
     """
     counts = Counter(scales)
     said = [s for s in counts if s > 0 and round(s * rank) and round(s * rank) / rank == s]
     if said:  # that from which most others differ by a shift of the exponent
         gain = {s: sum(n for other, n in counts.items() if exact(other, s)) for s in said}
-        return round(max(said, key=gain.__getitem__) * rank)
+        return round(max(said, key=lambda s: (gain[s], s)) * rank)
     # Just below what is asked for: B grows by a factor near 1, which division nearly always undoes.
-    return max(int(counts.most_common(1)[0][0] * rank), 1)
+    return max(int(max(counts, key=lambda s: (counts[s], s)) * rank), 1)
 
 
 def exact(scale: float, other: float) -> bool:
@@ -68,18 +69,21 @@ def rescale(
         The tensors, and by module what :func:`restore` needs where division is not enough.
 
     Raises:
-        AdapterError: A number becomes too large for its dtype.
+        AdapterError: Numbers become too large for their dtype, or so small that it says another B.
     """
     out, notes = dict(tensors), dict[str, str]()
     for module, factor in factors.items():
         if factor == 1.0:
             continue
         b = tensors[module + B]
-        out[module + B] = scaled = (b.double() * factor).to(b.dtype)
-        if not torch.isfinite(scaled).all():
+        exactly = b.double() * factor
+        out[module + B] = scaled = exactly.to(b.dtype)
+        lost = (scaled.double() - exactly).norm()  # infinite if a number is; rounding costs eps / 2
+        if not lost <= torch.finfo(b.dtype).eps * exactly.norm():
             raise AdapterError(
-                f"{module}: its B times {factor:.6g}, which makes all scales equal, is too large "
-                f"for {b.dtype}. Save the adapter in a wider dtype, or with patterns."
+                f"{module}: its B times {factor:.6g}, which makes all scales equal, is too "
+                f"{'small' if torch.isfinite(scaled).all() else 'large'} for {b.dtype}. Save the "
+                "adapter in a wider dtype, or with patterns."
             )
         if note := _difference(b, scaled, factor):
             notes[module] = note

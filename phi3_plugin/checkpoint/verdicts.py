@@ -170,7 +170,7 @@ def _vllm(adapter: PeftFolder, base: Phi3Config | None) -> Iterator[Finding]:
         yield REJECTED, "adapters with a bias are not supported"
     if wrong := [m for m in adapter.adapted if m.rpartition(".")[2] not in VLLM_MODULES]:
         yield REJECTED, f"not a layer of its Phi-3: {listed(wrong)}. It has the fused layers"
-    if max(adapter.ranks.values(), default=0) > VLLM_RANKS[-1]:
+    if max([adapter.config.get("r", 0), *adapter.ranks.values()]) > VLLM_RANKS[-1]:
         yield REJECTED, f"rank above {VLLM_RANKS[-1]}"
     if not missing:
         # One r and one lora_alpha for all modules; patterns are not among the keys it reads.

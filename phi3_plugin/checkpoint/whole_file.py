@@ -1,7 +1,8 @@
 """Write a file so that it is either whole or not there."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,7 +24,8 @@ def whole_files(*finals: Path) -> Iterator[list[Path]]:
     Raises:
         OutputError: One exists, or writing fails (disk full, no permission).
     """
-    if exists := [final for final in finals if final.exists()]:
+    # Other than Path.exists, also where a link leads nowhere; and a name may be too long to ask.
+    if exists := [final for final in finals if os.path.lexists(final)]:
         raise OutputError(
             f"{exists[0]} exists and would be overwritten. Move it or choose another."
         )
@@ -36,4 +38,5 @@ def whole_files(*finals: Path) -> Iterator[list[Path]]:
         raise OutputError(f"{finals[-1]} could not be written: {error}.") from error
     finally:
         for partial in partials:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # which is told above, such as a name that is too long
+                partial.unlink(missing_ok=True)

@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 INITS = ("kaiming", "gaussian", "pissa", "loftq")
 """Where an adapter starts: drawn, or split off the base weight."""
 FROM_BASE = INITS[2:]
+SWITCHES = (
+    *("apply_lora_to_mlp", "apply_lora_to_output", "apply_lora_to_embedding"),
+    *("use_dora", "use_rslora", "quantize_base"),
+)
 
 
 def problems(s: "LoRASettings") -> list[str]:
     """Say all that is wrong with settings by themselves, a line each."""
+    if kinds := [*_wrong_kinds(s)]:
+        return kinds  # what follows takes lists and switches for granted
     targets = [*_wrong_targets(s), *_wrong_whole(s)]
     patterns = [] if targets else [*_wrong_patterns(s)]
     return [*targets, *_wrong_numbers(s), *patterns, *_wrong_layers(s), *_wrong_start(s)]
@@ -78,6 +84,17 @@ def under_torchtune(s: "LoRASettings") -> Iterator[str]:
             f"{key}: {shown} is not supported by torchtune's recipes, which would start from or "
             "save something else. Use phi3_lora_finetune with the same YAML, or remove the key."
         )
+
+
+def _wrong_kinds(s: "LoRASettings") -> Iterator[str]:
+    for key, example in (("lora_attn_modules", "o_proj"), ("modules_to_save", HEAD)):
+        names = getattr(s, key) or ()
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or not all(isinstance(name, str) for name in names):
+            yield f"{key}: {names!r} must be a list of names, as in [{example}]."
+    for key in SWITCHES:
+        if type(value := getattr(s, key)) is not bool:  # 'False' would be true
+            yield f"{key}: {value!r} must be True or False."
 
 
 def _wrong_targets(s: "LoRASettings") -> list[str]:

@@ -104,7 +104,8 @@ def _layers(places: Collection[Place], targets: list[str], layers: int) -> list[
 def _pattern(values: Mapping[Place, float]) -> tuple[int, dict[str, float]]:
     """Return the commonest whole number, and what differs, by target or layer and target."""
     whole = Counter(value for value in values.values() if value == int(value))
-    usual = int(whole.most_common(1)[0][0]) if whole else 1
+    # Of several as common the smallest, so that the order of the modules decides nothing.
+    usual = int(min(whole, key=lambda value: (-whole[value], value))) if whole else 1
     pattern: dict[str, float] = {}
     for target in dict.fromkeys(target for _, target in values):
         own = {layer: value for (layer, name), value in values.items() if name == target}

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models.merged import MergedLoRALinear
+from phi3_plugin.models.whole import WholeEmbedding, WholeLinear
 
-A, B = ".lora_a.weight", ".lora_b.weight"
 BIASES = ("none", "all", "lora_only")
 
 # Shapes: R rank, G groups of a MergedLinear, E those with an adapter
@@ -77,11 +77,11 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Raises:
         AdapterError: There is no such choice, or the model has what loralib's files cannot hold.
     """
-    _check(model, bias)
+    _check(model, bias, is_kept=True)
     out: dict[str, Tensor] = {}
     for name, module in _adapted(model):
         layer = _layer(name, module)
-        a, b = _stacked(module, layer) if layer.groups else (_a(module), _b(module))
+        a, b = _stacked(module, layer) if layer.groups else _factors(module)
         out |= {f"{_theirs(name)}.lora_A": a, f"{_theirs(name)}.lora_B": b}
     return out
 
@@ -95,18 +95,14 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         state: Under loralib's names. Its scale is not in it: the model's alpha must be right.
 
     Raises:
-        AdapterError: Tensors are missing, unexpected or of another shape; all are listed. Nothing
-            has been copied then.
+        AdapterError: Tensors are missing, unexpected, of another shape or not finite; all are
+            listed. Nothing has been copied then.
     """
-    _check(model, "none")
     expected = {name: value.shape for name, value in lora_state_dict(model).items()}
     problems = [f"missing: {name}" for name in expected if name not in state]
     problems += [f"unexpected: {name}{_why(name)}" for name in state if name not in expected]
-    problems += [
-        f"wrong shape: {name} is {list(state[name].shape)}, the model's {list(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
+    for name, shape in expected.items():
+        problems += _wrong(name, state[name], shape) if name in state else []
     copies = [] if problems else list(_copies(model, state))
     problems += [str(to) for to, _ in copies if isinstance(to, str)]
     if problems:
@@ -129,7 +125,7 @@ def layers(model: nn.Module) -> dict[str, Layer]:
     Raises:
         AdapterError: The model has what loralib cannot build.
     """
-    _check(model, "none")
+    _check(model, "none", is_kept=True)
     return {_theirs(name): _layer(name, module) for name, module in _adapted(model)}
 
 
@@ -145,7 +141,8 @@ def Conv2d(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _check(model: nn.Module, bias: str) -> None:
+def _check(model: nn.Module, bias: str, *, is_kept: bool = False) -> None:
+    """Refuse what loralib lacks, and what a state dict, if it is to be kept, would not hold."""
     if bias not in BIASES:
         raise AdapterError(f"bias: {bias!r} must be one of {', '.join(BIASES)}.")
     for name, module in model.named_modules():
@@ -153,6 +150,11 @@ def _check(model: nn.Module, bias: str) -> None:
             raise AdapterError(f"{name} has a magnitude, but loralib has no DoRA. Use plain LoRA.")
         if hasattr(module, "conv") and any("lora_" in key for key in module._parameters):
             Conv2d()
+        is_whole = isinstance(module, WholeEmbedding | WholeLinear) and module.weight.requires_grad
+        if is_kept and is_whole:
+            raise AdapterError(f"{name} is trained whole, but a file of loralib has adapters only.")
+    if is_kept and not any(True for _ in _adapted(model)):
+        raise AdapterError("The model has no adapters of this package: build it with lora_phi3.")
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -197,8 +199,9 @@ def _alpha(module: Any) -> float:
 def _stacked(module: Any, layer: Layer) -> tuple[Tensor, Tensor]:
     """Stack A and B of the parts; a part of several groups repeats its A."""
     groups = layer.groups or {}
-    a = [_a(getattr(module, part)) for part, group in groups.items() for _ in group]
-    return torch.cat(a), torch.cat([_b(getattr(module, part)) for part in groups])
+    own = {part: _factors(getattr(module, part)) for part in groups}
+    a = [own[part][0] for part, group in groups.items() for _ in group]
+    return torch.cat(a), torch.cat([b for _, b in own.values()])
 
 
 def _copies(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[Any, Tensor]]:
@@ -207,27 +210,30 @@ def _copies(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[Any
         layer = _layer(name, module)
         a, b = (state[f"{_theirs(name)}.lora_{kind}"] for kind in "AB")
         if not layer.groups:
-            yield from ((_a(module), a), (_b(module), b))
+            yield from zip(_factors(module), (a, b), strict=True)
             continue
         stacked = a.split(layer.r)  # E of them
-        rows = b.split([_b(getattr(module, part)).shape[0] for part in layer.groups])
+        rows = b.split([module.rows[part] for part in layer.groups])
         taken = 0
         for (part, group), value in zip(layer.groups.items(), rows, strict=True):
             mine = stacked[taken : taken + len(group)]
             taken += len(group)
             if any(not torch.equal(other, mine[0]) for other in mine[1:]):
                 yield f"{_theirs(name)}.lora_A: the groups of {part} differ, but it has one A", b
-            yield from ((_a(getattr(module, part)), mine[0]), (_b(getattr(module, part)), value))
+            yield from zip(_factors(getattr(module, part)), (mine[0], value), strict=True)
 
 
-def _a(module: Any) -> Tensor:
-    weight: Tensor = module.lora_a.weight
-    return weight.detach()
+def _factors(module: Any) -> tuple[Tensor, Tensor]:
+    return module.lora_a.weight.detach(), module.lora_b.weight.detach()
 
 
-def _b(module: Any) -> Tensor:
-    weight: Tensor = module.lora_b.weight
-    return weight.detach()
+def _wrong(name: str, value: Any, shape: torch.Size) -> list[str]:
+    """Say what is wrong with a tensor of a state dict, if anything is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return [f"not a tensor of floats: {name}"]
+    if value.shape != shape:
+        return [f"wrong shape: {name} is {list(value.shape)}, the model's {list(shape)}"]
+    return [] if value.isfinite().all() else [f"not finite: {name}"]
 
 
 def _theirs(name: str) -> str:

@@ -4,7 +4,7 @@
 out, gathered and copied part by part here, since they know few of torch's functions.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from phi3_plugin.errors import CheckpointError, ConfigError
+
+AVERAGES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")
+"""What optimizers keep of each value of a parameter: torch's and torchao's, and bitsandbytes'."""
 
 SMALLEST = 4096
 """Values that one process must have of a tensor for torchao to quantize what belongs to it."""
@@ -22,21 +25,34 @@ def kind(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def check_kind(optimizer: Optimizer, saved: str | None) -> None:
-    """Refuse a state that another kind of optimizer left.
+def check_state(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> None:
+    """Refuse a state that another kind of optimizer left, or another model: steps would crash.
 
     Args:
         optimizer: That is to go on.
-        saved: :func:`kind` of the one that left it; None where an earlier release saved it.
+        parameters: By name, whole or sharded.
+        state: ``kind`` is the :func:`kind` of the one that left it, missing where an earlier
+            release saved it; ``state`` is what is kept of each parameter, by the same name.
 
     Raises:
-        CheckpointError: It did.
+        CheckpointError: Kind or sizes differ.
     """
-    if saved not in (None, kind(optimizer)):
+    advice = "Use the {} the run was started with, or start anew in another output_dir."
+    if state.get("kind") not in (None, kind(optimizer)):
         raise CheckpointError(
-            f"resume: the optimizer would change from {saved} to {kind(optimizer)}. Use the one "
-            "the run was started with, or start anew in another output_dir."
+            f"resume: the optimizer would change from {state['kind']} to {kind(optimizer)}. "
+            + advice.format("one")
         )
+    for name, kept in state["state"].items():
+        shape = parameters[name].shape if name in parameters else None
+        for value in (kept[key] for key in AVERAGES if key in kept):
+            if value.shape != shape:
+                raise CheckpointError(
+                    f"resume: the optimizer's state of {name} is {tuple(value.shape)}, but the "
+                    f"model has {shape and tuple(shape)}. " + advice.format("model settings")
+                )
 
 
 def check_shards(optimizer: Optimizer, names: Iterable[tuple[str, Tensor]], shards: int) -> None:

@@ -3,32 +3,36 @@
 Source: PEFT 0.21.2 LoraConfig; transformers 5.23 BitsAndBytesConfig.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from phi3_plugin.train.sample_targets import FUSED, HEAD, names, path, pattern
+from phi3_plugin.train.sample_values import PEFT, wrong_values
 from phi3_plugin.train.stock_keys import closest, shown
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""The layers that a Phi-3 fuses, and the names of their parts in other models."""
-
-WHOLE = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-
-TARGETS = ("as-published", "as-intended", "as-intended-parts")
-"""Ways to read names of parts. PEFT finds none of them in a Phi-3, and leaves them out without a
-word: ``as-published`` does the same, and says so. ``as-intended`` takes the fused layer where all
-of its parts are named, and the parts where not; ``as-intended-parts`` always the parts."""
 
 SAME = {
     "r": "lora_rank",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
-    "modules_to_save": "modules_to_save",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "layers_to_transform": "layers_to_transform",
 }
+"""Keys whose value is the value of ours."""
+
+MAPPED = (
+    *("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "init_lora_weights"),
+)
+"""Keys whose value is written in another way."""
+
+OFF = (
+    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "megatron_config"),
+    *("megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "velora_config", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("monteclora_config", "layer_replication", "runtime_config", "lora_bias", "arrow_config"),
+    *("target_parameters", "kasa_config", "ensure_weight_tying"),
+)
+"""Keys of PEFT's that must be null, false or empty."""
 
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "task_type": (("CAUSAL_LM", None), 'Use "CAUSAL_LM".'),
@@ -44,99 +48,117 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 
 INITS = {True: "kaiming", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
 
-QUANTIZED: dict[str, tuple[Any, ...]] = {
-    "load_in_4bit": (True, False),
-    "bnb_4bit_quant_type": ("nf4",),
-    "bnb_4bit_use_double_quant": (True,),
-    "bnb_4bit_compute_dtype": ("bfloat16", "float32", "torch.bfloat16", "torch.float32"),
+QUANTIZED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "load_in_4bit": (False, (True, False)),
+    "bnb_4bit_quant_type": ("fp4", ("nf4",)),
+    "bnb_4bit_use_double_quant": (False, (True,)),
+    "bnb_4bit_compute_dtype": (
+        "float32",
+        ("bfloat16", "float32", "torch.bfloat16", "torch.float32"),
+    ),
 }
-"""What an NF4 base of ours can be asked for; its compute type is dtype."""
+"""What it is for transformers if it is not given, and what an NF4 base of ours can be asked for;
+its compute type is dtype."""
 
 
 def adapter_section(
-    peft: Mapping[str, Any], quantized: Mapping[str, Any] | None, targets: str
+    peft: Mapping[str, Any], quantized: Any, targets: str
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Return the model section, notes and problems.
 
     Args:
         peft: What LoraConfig takes.
         quantized: What BitsAndBytesConfig takes, if there is an NF4 base.
-        targets: One of `TARGETS`.
+        targets: One of `phi3_plugin.train.sample_targets.TARGETS`.
     """
+    wrong = {f"peft_config.{key}": line for key, line in wrong_values(peft, PEFT).items()}
+    peft = {key: value for key, value in peft.items() if f"peft_config.{key}" not in wrong}
+    problems = [*(f"peft_config.{line}" for line in wrong.values()), *_refused(peft)]
+    problems += _not_nf4(quantized)
+    is_nf4 = isinstance(quantized, Mapping) and quantized.get("load_in_4bit") is True
     section: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 8, "lora_dropout": 0.0}
     section |= {SAME[key]: value for key, value in peft.items() if key in SAME and value}
-    problems = [*_refused(peft), *_not_nf4(quantized or {})]
-    names, notes = _names(peft, targets)
-    head = {"lm_head": "apply_lora_to_output", "embed_tokens": "apply_lora_to_embedding"}
-    section |= {key: True for name, key in head.items() if name in names}
-    layers = [name for name in names if name not in head]
-    if not layers and not any(name in head for name in names):
-        problems.append(
-            f"target_modules: {shown(peft.get('target_modules'))} matches no layer of a Phi-3. "
-            f"It has {', '.join(WHOLE)}. For names of their parts add --targets as-intended."
-        )
+    notes: list[str] = []
+    if "peft_config.target_modules" not in wrong:
+        found, notes, more = names(peft.get("target_modules"), targets)
+        problems += more
+        section |= _places(found)
+    rest, more = _rest(peft, is_nf4)
+    kind = "qlora_phi3" if is_nf4 else "lora_phi3"
+    section = {"_component_": f"phi3_plugin.models.{kind}", **section, **rest}
+    return section, notes, problems + more
+
+
+def _places(found: list[str]) -> dict[str, Any]:
+    """Return the keys that say where the adapters are."""
+    layers = [name for name in found if name not in HEAD]
     in_mlp = {"gate_up_proj", "down_proj", *FUSED["gate_up_proj"]}
-    section |= {"lora_attn_modules": layers, "apply_lora_to_mlp": bool(in_mlp & set(layers))}
-    section.setdefault("apply_lora_to_output", False)
+    return {
+        "lora_attn_modules": layers,
+        "apply_lora_to_mlp": bool(in_mlp & set(layers)),
+        "apply_lora_to_output": False,
+        **{key: True for name, key in HEAD.items() if name in found},
+    }
+
+
+def _rest(peft: Mapping[str, Any], is_nf4: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return what is written in another way here, and problems."""
+    section: dict[str, Any] = {}
+    problems = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        if given := peft.get(key):
+            section[key], wrong = pattern(key, given)
+            problems += wrong
+    if whole := peft.get("modules_to_save"):
+        section["modules_to_save"] = [(path(name) or (0, name))[1] for name in whole]
+    if (layers := peft.get("layers_to_transform")) not in (None, []):
+        section["layers_to_transform"] = layers if isinstance(layers, list) else [layers]
     start = peft.get("init_lora_weights", True)
     if start not in INITS:
-        problems.append(
-            f"init_lora_weights: {shown(start)} must be one of {', '.join(map(str, INITS))}."
-        )
+        known = ", ".join(map(str, INITS))
+        problems.append(f"init_lora_weights: {shown(start)} must be one of {known}.")
     elif start is not True:
         section["lora_init"] = INITS[start]
-    kind = "qlora_phi3" if (quantized or {}).get("load_in_4bit") else "lora_phi3"
-    return {"_component_": f"phi3_plugin.models.{kind}", **section}, notes, problems
+        problems += _wrong_base(start, is_nf4)
+    return section, problems
 
 
-def _names(peft: Mapping[str, Any], targets: str) -> tuple[list[str], list[str]]:
-    """Return the layers that get an adapter, as our recipe names them, and notes."""
-    given = peft.get("target_modules")
-    if given == "all-linear":
-        return list(WHOLE), []
-    given = [given] if isinstance(given, str) else list(given or ())
-    parts = {part: fused for fused, inside in FUSED.items() for part in inside}
-    exact = [*WHOLE, "lm_head", "embed_tokens"]
-    names = given if targets == "as-published" else _meant(given, parts, targets)
-    kept = [
-        name for name in dict.fromkeys(names) if name in exact or _is_meant(name, parts, targets)
-    ]
-    lost = [name for name in given if name not in exact and name not in kept]
-    lost = [name for name in lost if targets == "as-published" or name not in parts]
-    if not lost:
-        return kept, []
-    hint = " Their layers are fused: --targets as-intended." if set(lost) & parts.keys() else ""
-    return kept, [f"target_modules: these match nothing in a Phi-3: {', '.join(lost)}.{hint}"]
-
-
-def _is_meant(name: str, parts: Mapping[str, str], targets: str) -> bool:
-    return name in parts and targets != "as-published"
-
-
-def _meant(given: Sequence[str], parts: Mapping[str, str], targets: str) -> list[str]:
-    """Put the fused layer in the place of its parts where they are all there."""
-    complete = [fused for fused, inside in FUSED.items() if set(inside) <= set(given)]
-    if targets == "as-intended-parts":
-        complete = []
-    fused = {name: parts[name] for name in given if parts.get(name) in complete}
-    return [fused.get(name, name) for name in given]
+def _wrong_base(start: str, is_nf4: bool) -> Iterator[str]:
+    if start == "pissa" and is_nf4:
+        yield "init_lora_weights: 'pissa' needs a base that is not quantized. Remove bnb_config."
+    if start == "loftq" and not is_nf4:
+        yield (
+            "init_lora_weights: 'loftq' makes up for what NF4 loses. Add bnb_config with "
+            "load_in_4bit, bnb_4bit_quant_type nf4 and bnb_4bit_use_double_quant."
+        )
 
 
 def _refused(peft: Mapping[str, Any]) -> Iterator[str]:
-    known = [*SAME, *ONLY, "target_modules", "init_lora_weights"]
+    known = [*SAME, *ONLY, *MAPPED]
     for key, value in peft.items():
         if key in ONLY and value not in ONLY[key][0]:
             yield f"peft_config.{key}: {shown(value)} is not supported. {ONLY[key][1]}"
-        elif key not in known and value not in (None, False, {}, []):
-            meant = closest(key, known)
+        elif key not in known and (key not in OFF or value not in (None, False, {}, [])):
+            meant = None if key in OFF else closest(key, known)
             advice = f"Did you mean {meant!r}?" if meant else "Remove it."
             yield f"peft_config.{key}: {shown(value)} is not supported. {advice}"
 
 
-def _not_nf4(quantized: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in quantized.items():
-        if key not in QUANTIZED:
-            yield f"bnb_config.{key}: there is no such choice. Known: {', '.join(QUANTIZED)}."
-        elif value not in QUANTIZED[key]:
-            known = ", ".join(map(shown, QUANTIZED[key]))
-            yield f"bnb_config.{key}: {shown(value)} must be one of {known}."
+def _not_nf4(quantized: Any) -> Iterator[str]:
+    if quantized is None:
+        return
+    if not isinstance(quantized, Mapping):
+        yield f"bnb_config: {shown(quantized)} must be what BitsAndBytesConfig takes, or null."
+        return
+    unknown = [key for key in quantized if key not in QUANTIZED]
+    yield from (
+        f"bnb_config.{key}: there is no such choice. Known: {', '.join(QUANTIZED)}."
+        for key in unknown
+    )
+    for key, (default, choices) in QUANTIZED.items():
+        value = quantized.get(key, default)
+        asked = key in quantized or quantized.get("load_in_4bit") is True
+        if asked and not any(type(value) is type(one) and value == one for one in choices):
+            known = ", ".join(map(shown, choices))
+            left = "" if key in quantized else ", which it is if not given,"
+            yield f"bnb_config.{key}: {shown(value)}{left} must be one of {known}."

@@ -21,11 +21,16 @@ from phi3_plugin.train.sample_keys import (
     OPTIMIZERS,
     SAME,
     SCHEDULES,
+    ZERO_IS_NULL,
 )
+from phi3_plugin.train.sample_values import TRAINING, wrong_values
 from phi3_plugin.train.stock_keys import closest, shown
 
 SECTIONS = ("training_config", "peft_config", "bnb_config", "max_seq_length", "packing")
 """What a sample may hold at its top; the first two must be there."""
+
+LENGTHS = ("max_seq_length", "max_length")
+"""Two names of one key."""
 
 
 @dataclass
@@ -51,7 +56,7 @@ def translate(sample: Mapping[str, Any], targets: str = "as-published") -> Trans
             BitsAndBytesConfig takes, and ``max_seq_length`` and ``packing``, which the samples
             hand to their trainer.
         targets: What target_modules that a Phi-3 does not have mean, see
-            :func:`phi3_plugin.train.sample_adapter.adapter_section`.
+            :data:`phi3_plugin.train.sample_targets.TARGETS`.
 
     Returns:
         YAML and notes, without problems.
@@ -67,19 +72,34 @@ def translate(sample: Mapping[str, Any], targets: str = "as-published") -> Trans
             "two dictionaries under these names."
         )
     out.problems += [_unknown(name, SECTIONS) for name in sample if name not in SECTIONS]
-    top = {key: sample[key] for key in SECTIONS[3:] if key in sample}
-    given = {**sample["training_config"], **top}
+    given = _given(sample, out)
     for step in (_simple, _precision, _length, _schedule, _optimizer, _saving, _validation):
         step(given, out)
     model, notes, problems = adapter_section(
         sample["peft_config"], sample.get("bnb_config"), targets
     )
     out.yaml["model"] |= model
-    out.notes += notes
+    out.notes += [*notes, *_compute(sample.get("bnb_config"), out.yaml["dtype"])]
     out.problems += problems
     if out.problems:
         raise ConfigError("\n".join(out.problems))
     return out
+
+
+def _given(sample: Mapping[str, Any], out: Translation) -> dict[str, Any]:
+    """Return what is said of the training, without what is said wrong."""
+    training = sample["training_config"]
+    top = {key: sample[key] for key in SECTIONS[3:] if key in sample}
+    given = {**training, **top}
+    said = (shown(one[key]) for one in (top, training) for key in LENGTHS if key in one)
+    lengths = dict.fromkeys(said)
+    if len(lengths) > 1:
+        out.problems.append(f"{' and '.join(LENGTHS)}: {' and '.join(lengths)} differ. Keep one.")
+    wrong = wrong_values(given, TRAINING)
+    out.problems += wrong.values()
+    if given.get("packing") is True and not any(given.get(key) for key in LENGTHS):
+        out.problems.append("packing: True needs the length of a pack. Add max_seq_length.")
+    return {key: value for key, value in given.items() if key not in wrong}
 
 
 def _defaults() -> dict[str, Any]:
@@ -106,11 +126,19 @@ def _defaults() -> dict[str, Any]:
     }
 
 
+def _compute(quantized: Any, dtype: str) -> Iterable[str]:
+    """Say where NF4 weights are computed with in another precision than was asked for."""
+    if isinstance(quantized, Mapping) and quantized.get("load_in_4bit"):
+        asked = str(quantized.get("bnb_4bit_compute_dtype", "float32"))
+        if asked.removeprefix("torch.") != {"bf16": "bfloat16", "fp32": "float32"}[dtype]:
+            yield f"bnb_4bit_compute_dtype: {shown(asked)} has no effect: bf16 makes it {dtype}."
+
+
 def _simple(given: Mapping[str, Any], out: Translation) -> None:
     known = [*SAME, *NO_EFFECT, *ONLY, *HANDLED]
     for key, value in given.items():
         if key in SAME:
-            out.put(SAME[key], value)
+            out.put(SAME[key], None if key in ZERO_IS_NULL and value == 0 else value)
         elif key in NO_EFFECT:
             out.notes.append(f"{key}: {shown(value)} has no effect: {NO_EFFECT[key]}.")
         elif key in ONLY:
@@ -145,8 +173,8 @@ def _schedule(given: Mapping[str, Any], out: Translation) -> None:
         out.problems.append(f"lr_scheduler_type: {shown(kind)} must be one of {known}.")
         return
     warmup = {"warmup_ratio": given.get("warmup_ratio", 0.0)}
-    if steps := given.get("warmup_steps", 0):
-        warmup = {"num_warmup_steps": steps}
+    if steps := given.get("warmup_steps", 0):  # below 1 a share, since transformers 5
+        warmup = {"num_warmup_steps": int(steps)} if steps >= 1 else {"warmup_ratio": steps}
     out.yaml["lr_scheduler"] = {"_component_": f"phi3_plugin.train.{SCHEDULES[kind]}", **warmup}
 
 
@@ -187,7 +215,9 @@ def _validation(given: Mapping[str, Any], out: Translation) -> None:
     if strategy != "no" or given.get("do_eval"):
         out.yaml["val_fraction"] = 0.05
         out.notes.append("val_fraction: 0.05 is split off the data, the share of the notebooks.")
-    if given.get("load_best_model_at_end"):
+    if given.get("load_best_model_at_end") and "val_fraction" not in out.yaml:
+        out.problems.append("load_best_model_at_end: True needs eval_strategy: steps.")
+    elif given.get("load_best_model_at_end"):
         out.yaml["keep_best"] = True
         out.notes.append("load_best_model_at_end: the best adapter is in best, the last in final.")
     metric = given.get("metric_for_best_model", "loss")
@@ -197,6 +227,6 @@ def _validation(given: Mapping[str, Any], out: Translation) -> None:
 
 def _unknown(key: str, known: Iterable[str]) -> str:
     meant = closest(key, known)
-    return f"{key}: there is no such key. " + (
+    return f"{key}: it is not among the keys that are taken. " + (
         f"Did you mean {meant!r}?" if meant else "Remove it, and set its counterpart in the YAML."
     )

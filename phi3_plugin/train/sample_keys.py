@@ -25,6 +25,9 @@ SAME = {
 }
 """Keys whose value is the value of ours."""
 
+ZERO_IS_NULL = ("max_grad_norm", "save_total_limit")
+"""Of those the ones where 0 is no limit, which is null here."""
+
 NO_EFFECT = {
     **dict.fromkeys(("log_level", "disable_tqdm", "logging_dir", "run_name"), "it is for the log"),
     **dict.fromkeys(("dataset_text_field", "remove_unused_columns"), "dataset.* chooses columns"),
@@ -33,6 +36,7 @@ NO_EFFECT = {
     "overwrite_output_dir": "a run that is there is never overwritten: name another output_dir",
     "logging_first_step": "every step is logged",
     "data_seed": "seed orders the data",
+    "do_train": "the recipe is for training",
 }
 """Keys that change nothing of the result here, and why."""
 
@@ -67,7 +71,7 @@ OPTIMIZERS: dict[str, Mapping[str, Any]] = {
 HANDLED = (
     *("bf16", "max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
     *("optim", "adam_beta1", "adam_beta2", "save_steps", "save_strategy", "report_to"),
-    *("do_eval", "do_train", "eval_steps", "eval_strategy", "evaluation_strategy"),
+    *("do_eval", "eval_steps", "eval_strategy", "evaluation_strategy"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 """Keys that decide together with others."""

@@ -55,7 +55,7 @@ STOCK_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "save_adapter_weights_only": (
         (True,),
-        "Set it to True and merge the saved adapter with PEFT's merge_and_unload().",
+        "Set it to True and merge the saved adapter with phi3-tune adapter merge.",
     ),
     "optimizer_in_bwd": ((False,), "Set it to False: the optimizer of an adapter is small."),
     "enable_activation_offloading": ((False,), "Use enable_activation_checkpointing=True."),

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.train.device import pick_device
-from phi3_plugin.train.optimizer import check_kind, copied, filled, kind, set_rates
+from phi3_plugin.train.optimizer import check_state, copied, filled, kind, set_rates
 from phi3_plugin.train.prepare import refuse_other_weights
 
 T = TypeVar("T")
@@ -148,7 +148,7 @@ class World:
         """Give every process its part of a whole state from :meth:`optimizer_state`."""
         if "rates" in state:
             return set_rates(optimizer, state["rates"])
-        check_kind(optimizer, state.get("kind"))
+        check_state(optimizer, dict(model.named_parameters()), state)
         own = get_optimizer_state_dict(model, optimizer)["state"]
         state = {**state, "state": filled(own, state["state"], self._fill)}
         return set_optimizer_state_dict(model, optimizer, state)

@@ -93,6 +93,15 @@ def test_magnitudes_and_whole_weights(sizes):
     assert saved.relative == pytest.approx(0.75)
 
 
+def test_a_dora_is_not_the_lora_of_its_matrices(sizes):
+    lora_alone = Adapter(lora(O_PROJ, 2, 64, 64), {O_PROJ: 1.0})
+    tensors = {**lora_alone.tensors, f"{O_PROJ}.magnitude": torch.ones(64)}
+    dora = Adapter(tensors, {O_PROJ: 1.0})
+    for one, other in ((lora_alone, dora), (dora, lora_alone)):
+        (found,) = differences(one, other, sizes, no_norms)
+        assert (found.relative, found.magnitude) == (0, 1)
+
+
 def test_an_empty_adapter_is_refused(sizes):
     with pytest.raises(AdapterError, match="no adapter"):
         differences(Adapter({}, {}), Adapter({}, {}), sizes, no_norms)

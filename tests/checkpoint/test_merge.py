@@ -134,6 +134,10 @@ WRONG = {
         r"3 magnitudes for a layer of \[64, 96\]",
     ),
     "nan": (lambda t: {**t, A: t[A] / 0}, "NaN or infinite"),
+    "nan norms": (
+        lambda t: {**t, f"{NAME}.magnitude": torch.full((64,), torch.nan)},
+        "NaN or infinite",
+    ),
     "no B": (lambda t: {A: t[A]}, "no lora_b.weight or no scale"),
     "empty": (lambda t: {}, "nothing to merge"),
 }
@@ -201,6 +205,20 @@ def test_nothing_is_left_of_a_merge_that_fails(mha, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="disk full"):
         merge_into(tmp_path / "out", mha, random_adapter(mha))
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_zeros_have_no_norm_to_set(tmp_path):
+    model = hf_model(MINI_4K, **TINY_MHA)
+    model.model.layers[1].mlp.down_proj.weight.data[5] = 0
+    base = save_checkpoint(model, MINI_4K, tmp_path / "base", **TINY_MHA)
+    adapter = random_adapter(base)
+    tensors = {**adapter.tensors, B: adapter.tensors[B].clone()}
+    tensors[f"{NAME}.magnitude"] = torch.ones(64)
+    merge_into(tmp_path / "moved", base, Adapter(tensors, adapter.scales))
+    tensors[B][5] = 0
+    with pytest.raises(AdapterError, match="weights that are all zero in this base"):
+        merge_into(tmp_path / "out", base, Adapter(tensors, adapter.scales))
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_are_those_of_transformers(mha, tmp_path):

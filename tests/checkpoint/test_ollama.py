@@ -135,7 +135,7 @@ def test_the_modelfile():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (("", "a.gguf", "", []), "base: '' cannot stand in a Modelfile"),
+        (("", "a.gguf", "", []), "from_model: '' cannot stand in a Modelfile"),
         (("phi3", "a\nb", "", []), r"adapter: 'a\\nb' cannot stand"),
         (("phi3", "a.gguf", '"""', []), "which a Modelfile cannot hold"),
         (("phi3", "a.gguf", "", ['"']), "cannot be a stop"),

@@ -40,9 +40,16 @@ def test_what_a_folder_says(folder):
         ({"r": float("nan")}, "r: nan must be a number above 0"),
         ({"r": 0, "lora_alpha": True}, "lora_alpha: True must be a number"),
         ({"rank_pattern": [1]}, "rank_pattern: must be an object"),
+        ({"rank_pattern": dict.fromkeys(map(str, range(2001)), 4)}, "at most 2000 names"),
+        ({"rank_pattern": 5}, "rank_pattern: must be an object"),
         ({"alpha_pattern": {"o_proj": None}}, "alpha_pattern.o_proj: None"),
         ({"alpha_pattern": {"(a+)+$": 1}}, "is not read"),
         ({"target_modules": [1]}, "target_modules"),
+        ({"exclude_modules": [1]}, "exclude_modules"),
+        ({"exclude_modules": "(a+)+$"}, "exclude_modules: .* is not read"),
+        ({"layers_to_transform": "0"}, "layers_to_transform: '0' must be a number or a list"),
+        ({"layers_to_transform": [True]}, "layers_to_transform"),
+        ({"layers_pattern": "h"}, "layers_pattern: 'h' is not where a Phi-3 has its layers"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices: a feature of PEFT that"),
     ],
 )
@@ -56,6 +63,20 @@ def test_patterns_that_take_long_are_not_matched(folder):
     assert is_plain(r".*\.(q_proj|o_proj)") and is_plain("o_proj")
     adapter = read_peft_folder(said(folder, target_modules="(.*.*.*.*)+x"))
     assert adapter.targeted("model.layers.0.self_attn.o_proj")
+
+
+@pytest.mark.parametrize("excluded", [["o_proj"], r".*\.o_proj", ["layers.0.self_attn.o_proj"]])
+def test_modules_that_are_excluded_are_not_targeted(folder, excluded):
+    adapter = read_peft_folder(said(folder, exclude_modules=excluded))
+    assert not adapter.targeted("model.layers.0.self_attn.o_proj")
+    keys = {"layers_to_transform": [0], "layers_pattern": ["layers"], "exclude_modules": ["o"]}
+    adapter = read_peft_folder(said(folder, **keys))
+    assert adapter.targeted("model.layers.0.self_attn.o_proj")
+
+
+def test_a_file_is_no_folder(folder):
+    with pytest.raises(MissingFileError, match="is no folder"):
+        read_peft_folder(folder / "adapter_model.safetensors")
 
 
 def test_files_that_are_missing_or_damaged(folder, tmp_path):

@@ -112,6 +112,14 @@ def test_a_rank_above_the_layers_is_filled_with_zeros():
     torch.testing.assert_close(b @ a, torch.ones(3, 5))
 
 
+def test_what_gives_nothing_is_refused(base):
+    weights, config = open_weights(base), read_config(base)
+    with pytest.raises(AdapterError, match="refit_rank: 1000000000 is above 64"):
+        refit(dora(base), weights, config, 10**9)
+    with pytest.raises(AdapterError, match="no DoRA, so there is nothing to refit"):
+        refit(dora(base, names=(), plain=(UP,)), weights, config, 4)
+
+
 @pytest.mark.parametrize("rank", [0, -1, 2.5])
 def test_a_rank_must_be_one(base, rank):
     with pytest.raises(AdapterError, match=f"rank: {rank} must be a whole number above 0"):

@@ -27,7 +27,7 @@ def base(request, tmp_path_factory):
     return save_checkpoint(hf_model(published, **sizes), published, folder, **sizes)
 
 
-def split_model(base, attention, mlp=False, output=False, alpha=12, **keys):
+def split_model(base, attention, mlp=False, output=False, alpha=12, rank=4, **keys):
     config = read_config(base)
     model = torchtune_lora_phi3(
         list(attention),
@@ -41,7 +41,7 @@ def split_model(base, attention, mlp=False, output=False, alpha=12, **keys):
         intermediate_dim=config.intermediate_size,
         max_seq_len=64,
         norm_eps=config.rms_norm_eps,
-        lora_rank=4,
+        lora_rank=rank,
         lora_alpha=alpha,
         **keys,
     )

@@ -82,3 +82,26 @@ def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / "added_tokens.json").write_text(text)
     with pytest.raises(ConfigError, match=r"added_tokens\.json"):
         stop_tokens(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("added_tokens.json", {"<|end|>": "x"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<|end|>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"text": "<|end|>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer.json", {"added_tokens": [{"content": "<|end|>"}]}),
+    ],
+)
+def test_tokens_that_are_none_are_refused(tmp_path, name, keys):
+    (tmp_path / name).write_text(json.dumps(keys))
+    with pytest.raises(ConfigError, match="list added tokens in an unknown way"):
+        stop_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("stop", ["32000", True, [1, "2"], 1.5])
+def test_stops_that_are_no_numbers_are_refused(tmp_path, stop):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    with pytest.raises(ConfigError, match=r"eos_token_id: .* must be a whole number"):
+        generation_config(tmp_path)

@@ -42,6 +42,16 @@ def test_a_number_that_becomes_too_large_is_refused():
         rescale({B: torch.ones(2, 2, dtype=torch.float16)}, {"m": 1e5})
 
 
+def test_numbers_that_become_too_small_are_refused():
+    b = torch.full((2, 2), 1e-3, dtype=torch.float16)
+    with pytest.raises(
+        AdapterError, match=r"m: its B times 0\.0001, .* too small for torch\.float16"
+    ):
+        rescale({B: b}, {"m": 1e-4})
+    assert rescale({B: b.bfloat16()}, {"m": 1e-4})[0][B].all()
+    assert not rescale({B: b * 0}, {"m": 1e-4})[0][B].any()
+
+
 @pytest.mark.parametrize(
     ("scales", "rank", "alpha"),
     [
@@ -51,10 +61,15 @@ def test_a_number_that_becomes_too_large_is_refused():
         ([0.01], 4, 1),
         ([1.3 / 4], 4, 1),
         ([2**0.5, 2**0.5, 1.0], 8, 8),
+        ([1.0, 2.0, 1.0, 2.0], 8, 16),  # equally good ones: the larger
+        ([2.0, 1.0, 0.37, 0.37], 24, 48),
+        ([1 / 3.3, 1 / 3.1], 4, 1),
+        ([33 / 7, 31 / 7], 4, 18),
     ],
 )
 def test_alpha_is_whole_and_says_what_most_modules_have(scales, rank, alpha):
     assert whole_alpha(scales, rank) == alpha
+    assert whole_alpha(scales[::-1], rank) == alpha  # a file must give the same when it is read
 
 
 def test_a_shift_of_the_exponent_is_exact():

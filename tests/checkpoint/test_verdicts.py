@@ -144,6 +144,7 @@ CASES = {
         set_key(layers_to_transform=[1]),
         (MISREAD, LOADS, LOADS, LOADS),
     ),
+    "excluded": ({}, set_key(exclude_modules=["o_proj"]), (MISREAD, LOADS, LOADS, LOADS)),
     "not targeted": ({}, set_key(target_modules=["o_proj"]), (MISREAD, LOADS, LOADS, LOADS)),
     "pissa": ({"init_lora_weights": "pissa"}, None, (LOADS, MISREAD, MISREAD, MISREAD)),
     "no target": ({}, set_key(target_modules=["w1"]), (REJECTED, LOADS, LOADS, LOADS)),
@@ -203,6 +204,15 @@ def test_vllm_is_told_the_least_rank_it_takes(saved, rank, least):
 
 def test_a_rank_beyond_every_server(saved):
     (vllm,) = [v for v in verdicts(saved(r=513)) if v.runtime == "vLLM"]
+    assert vllm.status == REJECTED and "rank above 512" in vllm.reasons
+
+
+def test_a_rank_that_only_the_configuration_has(saved):
+    each = {key: dict.fromkeys(FOUR, value) for key, value in (("rank", 4), ("alpha", 8))}
+    patterns = {f"{key}_pattern": pattern for key, pattern in each.items()}
+    folder = saved(set_key(r=600, lora_alpha=1200), **patterns)
+    peft, vllm, *_ = verdicts(folder)
+    assert peft.status == LOADS
     assert vllm.status == REJECTED and "rank above 512" in vllm.reasons
 
 

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from phi3_plugin.checkpoint import served
 from phi3_plugin.checkpoint.export import export_adapter, load_trained
 from phi3_plugin.checkpoint.foreign import read_adapter
+from phi3_plugin.checkpoint.loralib_file import write_loralib
 from phi3_plugin.config import read_config
 from tests.checkpoint.adapters import PARTS, adapter, base_folder, same
 
 WEIGHTS = "adapter_model.safetensors"
+MIXED = ("attn.qkv_proj.v_proj", "attn.qkv_proj.q_proj", "mlp.gate_up_proj", "attn.o_proj")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,21 @@ CHANGES = {
 
 def test_the_original_comes_back(base, made, folder):
     assert same(read_adapter(folder, config=read_config(base)), made)
+
+
+@pytest.mark.parametrize("patterns", [False, True])
+@pytest.mark.parametrize("scales", [(1.0, 2.0), (0.37, 1 / 3, 2.0, 1.0)])
+def test_it_comes_back_from_one_form_after_the_other(base, scales, patterns, tmp_path):
+    """Each form has an order of its own, in which two scales may be equally frequent."""
+    config, made = read_config(base), adapter(read_config(base), MIXED, (4, 2), scales)
+    read = made
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+        write_loralib(tmp_path / f"{name}.safetensors", read, config, merged_linear=True)
+        read = read_adapter(tmp_path / f"{name}.safetensors", config=config)
+        export_adapter(tmp_path / name, read, checkpoint_dir=base, card={}, patterns=patterns)
+        read = read_adapter(tmp_path / name, config=config)
+        assert same(read, made), name
 
 
 @pytest.mark.parametrize("change", CHANGES)

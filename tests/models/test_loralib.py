@@ -181,6 +181,21 @@ def test_all_that_does_not_fit_is_listed(base):
     ]
 
 
+@pytest.mark.parametrize("targets", ["fused", "parts"])
+def test_values_that_are_no_weights_are_refused(base, targets):
+    model = trained(base[1], **TARGETS[targets])
+    state = ours.lora_state_dict(model)
+    name, before = next(iter(state)), deepcopy(model.state_dict())
+    for wrong, match in (
+        (torch.full_like(state[name], float("nan")), "not finite"),
+        (torch.ones_like(state[name], dtype=torch.complex64), "not a tensor of floats"),
+        (None, "not a tensor of floats"),
+    ):
+        with pytest.raises(AdapterError, match=f"{match}: {name}"):
+            ours.load_lora_state_dict(model, {**state, name: wrong})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_what_loralib_does_not_have_is_refused(base):
     with pytest.raises(AdapterError, match="has no convolution"):
         ours.Conv2d(3, 4, kernel_size=3, r=2)
@@ -188,6 +203,17 @@ def test_what_loralib_does_not_have_is_refused(base):
         ours.lora_state_dict(trained(base[1], **TARGETS["fused"], use_dora=True))
     with pytest.raises(AdapterError, match="bias: 'some' must be one of none, all, lora_only"):
         ours.mark_only_lora_as_trainable(nn.Linear(1, 1), bias="some")
+
+
+def test_what_a_state_dict_would_leave_out_is_refused(base):
+    model = trained(base[1], **TARGETS["fused"], modules_to_save=["lm_head"])
+    for refused in (ours.lora_state_dict, ours.layers):
+        with pytest.raises(AdapterError, match="output is trained whole, but a file of loralib"):
+            refused(model)
+    ours.mark_only_lora_as_trainable(model)
+    assert not any("output" in name for name in ours.lora_state_dict(model))
+    with pytest.raises(AdapterError, match="has no adapters of this package"):
+        ours.lora_state_dict(nn.Linear(2, 2))
 
 
 def test_parts_of_other_ranks_are_refused(base):

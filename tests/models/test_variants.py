@@ -5,7 +5,7 @@ import torch
 
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.fitting import keys_of_model
+from phi3_plugin.models.fitting import keys_of, keys_of_model
 from phi3_plugin.models.start import adapter_scales, initial_adapter
 from phi3_plugin.models.targets import TARGETS
 from tests.chosen import some
@@ -142,6 +142,18 @@ def test_a_model_says_the_keys_that_make_it_again(bases, keys):
     assert shapes[0] == shapes[1] or said["use_dora"]
 
 
+def test_the_order_of_the_modules_decides_nothing():
+    ranks = {"qkv_proj": 1, "o_proj": 2, "down_proj": 5}
+    modules = {f"layers.{n}.attn.{name}": rank for n in (0, 1) for name, rank in ranks.items()}
+    kind = {"layers": 2, "use_dora": False, "use_rslora": False}
+    said = [
+        keys_of(dict(order), dict.fromkeys(modules, 2.0), [], **kind)
+        for order in (modules.items(), reversed(modules.items()))
+    ]
+    assert said[0] == said[1]
+    assert said[0]["lora_rank"] == 1 and said[0]["rank_pattern"] == {"o_proj": 2, "down_proj": 5}
+
+
 NAMED = ("lora_attn_modules", "apply_lora_to_mlp")
 
 
@@ -166,6 +178,10 @@ NAMED = ("lora_attn_modules", "apply_lora_to_mlp")
             {"lora_init": "olora"},
             "lora_init: 'olora' must be one of kaiming, gaussian, pissa",
         ),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: 'lm_head' must be a list of names"),
+        ({"modules_to_save": [1]}, r"modules_to_save: \[1\] must be a list of names"),
+        ({"use_rslora": "False"}, "use_rslora: 'False' must be True or False"),
+        ({"use_dora": 1}, "use_dora: 1 must be True or False"),
         ({"modules_to_save": ["norm"]}, "modules_to_save: 'norm' cannot be trained whole.*lm_head"),
         ({**WHOLE, **HEAD}, "modules_to_save: 'lm_head' conflicts with apply_lora_to_output: True"),
         ({**WHOLE, **EMBEDDING}, "'embed_tokens' conflicts with apply_lora_to_embedding: True"),
@@ -181,6 +197,13 @@ def test_wrong_settings_are_one_line(bases, keys, message):
     with pytest.raises(AdapterError, match=message) as caught:
         lora_phi3(bases["mini"][1], ["o_proj"], **keys)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("targets", ["o_proj", {"o_proj": 1}, 3])
+def test_targets_that_are_no_list_are_one_line(bases, targets):
+    with pytest.raises(AdapterError, match=r"lora_attn_modules: .* must be a list of names") as e:
+        lora_phi3(bases["mini"][1], targets)
+    assert len(str(e.value).splitlines()) == 1
 
 
 def test_one_place_under_two_names_is_refused(bases):

@@ -92,6 +92,29 @@ def test_keys_that_do_not_fit_are_told_with_those_that_do(cwd):
         torch.testing.assert_close(logits(recipe), expected, rtol=0, atol=2e-5)
 
 
+def test_a_pattern_that_the_adapter_does_not_have_is_told_to_be_removed(cwd):
+    expected = foreign(cwd)
+    ours = ("model.lora_rank=4", "model.lora_alpha=10", "model.rank_pattern={o_proj: 2}")
+    run = (*TINY, *ours, "output_dir=out", f"init_adapter={cwd / 'theirs'}")
+    with (
+        pytest.raises(AdapterError, match=r"would fit:\n  model\.rank_pattern=null$"),
+        started(*run, cwd=cwd),
+    ):
+        pass
+    with started(*run, "model.rank_pattern=null", cwd=cwd) as recipe:
+        torch.testing.assert_close(logits(recipe), expected, rtol=0, atol=2e-5)
+
+
+def test_a_part_of_a_pattern_that_must_go_is_named(cwd):
+    foreign(cwd, rank_pattern={"o_proj": 2})
+    ours = ("model.lora_rank=4", "model.lora_alpha=10", "model.alpha_pattern={o_proj: 10}")
+    ranks = "model.rank_pattern={o_proj: 2, qkv_proj: 3}"
+    run = (*TINY, *ours, ranks, "output_dir=out", f"init_adapter={cwd / 'theirs'}")
+    match = r"remove from the YAML what is not there: rank_pattern\.qkv_proj$"
+    with pytest.raises(AdapterError, match=match), started(*run, cwd=cwd):
+        pass
+
+
 def test_an_adapter_that_is_not_there_or_starts_elsewhere_is_refused(cwd):
     with (
         pytest.raises(ConfigError, match="init_adapter: 'nowhere' is not there") as caught,

@@ -36,23 +36,23 @@ def test_each_runtime_is_named(place):
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_the_end_is_a_proof(place, name):
     line = hook.proof(place / name, place / "base")
-    assert line.startswith("Proven in PEFT: its logits and ours differ by "), line
+    assert line.startswith("Proof: logits in PEFT and here differ by "), line
 
 
 def test_too_little_memory_leaves_it_to_the_user(place, monkeypatch):
     monkeypatch.setattr(hook, "memory_free", lambda: 1000)
     line = hook.proof(place / "lora", place / "base")
     command = f"phi3-tune adapter check {place / 'lora'} --base {place / 'base'}"
-    assert line.startswith("Not proven in PEFT, which takes ") and line.endswith(command)
+    assert line.startswith("No proof: PEFT would take ") and line.endswith(command)
 
 
 def test_nothing_that_fails_ends_a_run(place, monkeypatch):
     def failing(*_):
         raise RuntimeError("a model that is newer")
 
-    monkeypatch.setattr(hook, "try_proof", failing)
+    monkeypatch.setattr(hook, "proven", failing)
     line = hook.proof(place / "lora", place / "base")
-    assert line == "Not proven in PEFT: RuntimeError: a model that is newer"
+    assert line == "No proof: RuntimeError: a model that is newer"
 
 
 def test_memory_is_read_where_there_is_a_file(monkeypatch, tmp_path):

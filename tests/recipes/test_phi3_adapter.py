@@ -89,12 +89,51 @@ def test_check_fails_where_the_adapter_is_broken(place, tmp_path, capsys):
     assert "A or B is missing" in out and "Proof" not in out
 
 
-def test_check_fails_where_logits_differ(place, monkeypatch):
+def test_check_fails_where_logits_differ(place, monkeypatch, capsys):
     from phi3_plugin.recipes import phi3_adapter
 
     own = phi3_adapter.logits
     monkeypatch.setattr(phi3_adapter, "logits", lambda *args: own(*args) * 1.01)
     assert run(options(place, "check", "plain", **base(place))) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Proof failed: logits in PEFT")
+
+
+def test_an_adapter_that_does_nothing_proves_nothing(place, tmp_path, capsys):
+    folder = altered(place, tmp_path, lambda tensors: [t.zero_() for t in tensors.values()])
+    assert run({"verb": "check", "adapter": str(folder), **base(place)}) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("No proof: logits in PEFT and here")
+    keys = {"verb": "check", "adapter": str(place / "plain"), "dtype": "bf16", **base(place)}
+    assert run({**keys, "json": True}) == 0
+    assert json.loads(capsys.readouterr().out)["proof"]["effect"] > 0
+
+
+def without_some(tensors):
+    """Leave out both halves of a pair, of which only PEFT knows that they are missing."""
+    for name in [name for name in tensors if "layers.1.mlp.down_proj" in name]:
+        del tensors[name]
+
+
+def test_check_fails_where_peft_itself_does(place, tmp_path, capsys, monkeypatch):
+    folder = altered(place, tmp_path, without_some)
+    assert run({"verb": "check", "adapter": str(folder), **base(place)}) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Proof failed: PEFT does not load") and "missing" in last
+    from peft import PeftModel
+
+    def refuse(*_, **__):
+        raise KeyError("x")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", refuse)
+    assert run(options(place, "check", "plain", **base(place))) == 1
+    assert "It says KeyError: 'x'" in capsys.readouterr().out
+
+
+def test_a_base_without_weights_gives_no_proof(place, tmp_path, capsys):
+    import shutil
+
+    shutil.copy(place / "base" / "config.json", tmp_path)
+    assert run(options(place, "check", "plain", checkpoint_dir=str(tmp_path))) == 0
+    assert "No proof: " in capsys.readouterr().out
 
 
 def altered(place, tmp_path, change):
@@ -136,19 +175,37 @@ def test_import_writes_a_folder_that_training_goes_on_from(place, tmp_path, caps
     out = tmp_path / "imported"
     assert run(options(place, "import", "patterns", output_dir=str(out), **base(place))) == 0
     text = capsys.readouterr().out
+    assert "apply_lora_to_mlp: True" in text and "apply_lora_to_output: False" in text
     assert f"init_adapter: {out}" in text and "lora_rank: 4" in text and "rank_pattern" in text
     assert run(options(place, "diff", "patterns", other=str(out), **base(place))) == 0
 
 
 def test_diff(place, capsys, tmp_path):
     assert run(options(place, "diff", "plain", other=str(place / "plain"), **base(place))) == 0
-    assert "layers.0.attn.qkv_proj           0.000e+00" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "layers.0.attn.qkv_proj           0.000e+00" in out and out.endswith("The same.\n")
     other = str(place / "rslora")
     assert run(options(place, "diff", "plain", other=other, json=True, **base(place))) == 1
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 12 and all(0 < d["relative"] <= 2 for d in found)
     with pytest.raises(MissingFileError, match="Name their base"):
         run(options(place, "diff", "plain", other=other))
+
+
+def test_what_no_keys_say_is_not_taken_in(place, tmp_path):
+    """Adapters on other modules in one layer than in the next."""
+    folder, out = altered(place, tmp_path, without_some), tmp_path / "out"
+    with pytest.raises(AdapterError, match="`convert --to peft-patterns` makes a folder of it"):
+        run({"verb": "import", "adapter": str(folder), "output_dir": str(out), **base(place)})
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["convert", "merge", "import"])
+def test_nothing_is_written_into_the_base(place, tmp_path, verb):
+    keys = {"to": "torchtune"} if verb == "convert" else {}
+    inside = str(place / "base" / "new")
+    with pytest.raises(OutputError, match="is inside checkpoint_dir"):
+        run(options(place, verb, "plain", output_dir=inside, **keys, **base(place)))
 
 
 @pytest.mark.parametrize("verb", ["convert", "merge", "import"])
@@ -167,7 +224,7 @@ def test_bad_input_is_one_clear_error(place, tmp_path):
         run({"verb": "merge", "adapter": str(tmp_path), **base(place), "output_dir": "x"})
     (tmp_path / "config.json").write_text(json.dumps({**MINI_4K, "vocab_size": 64}))
     with pytest.raises(AdapterError):
-        keys = {"checkpoint_dir": str(tmp_path), "to": "peft", "output_dir": str(tmp_path / "o")}
+        keys = {"checkpoint_dir": str(tmp_path), "to": "peft", "output_dir": str(place / "o")}
         run(options(place, "convert", "plain", **keys))
 
 

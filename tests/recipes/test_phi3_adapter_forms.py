@@ -87,6 +87,15 @@ def test_a_folder_for_ollama(place, tmp_path):
 
 
 @needs_gguf
+def test_a_base_file_is_named_as_ollama_finds_it(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.gguf").write_bytes(b"")
+    assert convert(place, "ollama", tmp_path / "out", from_model="base.gguf") == 0
+    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    assert lines[0] == f"FROM {tmp_path / 'base.gguf'}"
+
+
+@needs_gguf
 def test_dora_is_refitted_where_it_is_not_known(place, tmp_path, capsys):
     with pytest.raises(AdapterError, match="it knows no DoRA"):
         convert(place, "gguf", tmp_path / "out.gguf", "dora")

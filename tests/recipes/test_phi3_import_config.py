@@ -1,6 +1,7 @@
 """`phi3-tune import-config`: the file that it writes, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -61,3 +62,34 @@ def test_what_is_refused(sample, tmp_path):
         with pytest.raises(ConfigError, match=match):
             run({**options, "output": str(tmp_path / "other.yaml")})
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_what_building_the_model_would_refuse_is_refused_now(sample):
+    peft = {"r": 4, "target_modules": ["o_proj"], "modules_to_save": ["norm"]}
+    sample.write_text(json.dumps({"training_config": {}, "peft_config": peft}))
+    out, options = given(sample)
+    with pytest.raises(ConfigError, match="modules_to_save: 'norm' cannot be trained whole"):
+        run(options)
+    assert not out.exists()
+
+
+def test_a_key_that_is_there_twice_is_refused(sample):
+    sample.write_text('{"training_config": {"seed": 1, "seed": 2}, "peft_config": {}}')
+    out, options = given(sample)
+    with pytest.raises(ConfigError, match="is not JSON: 'seed' is there twice"):
+        run(options)
+    assert not out.exists()
+
+
+def test_a_disk_that_is_full_leaves_nothing(sample, monkeypatch):
+    out, options = given(sample)
+    opened = Path.open
+
+    def full(self, *words, **keys):
+        file = opened(self, *words, **keys)
+        return open("/dev/full", "w", encoding="utf-8") if self == out else file
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OutputError, match="cannot be written: No space left"):
+        run(options)
+    assert not out.exists()

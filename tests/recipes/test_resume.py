@@ -112,6 +112,15 @@ def test_other_content_of_as_many_samples_is_refused(whole, cwd):
         pass
 
 
+def test_a_base_in_another_precision_is_refused(whole, cwd):
+    leave_until(2, whole, cwd / "out")
+    with (
+        pytest.raises(CheckpointError, match="base weights not in NF4, but now they are"),
+        started(*RUN, "model.quantize_base=True", "resume=auto", cwd=cwd),
+    ):
+        pass
+
+
 def test_a_named_checkpoint_is_gone_on_from(whole, cwd):
     leave_until(3, whole, cwd / "out")
     recipe = train(cwd, f"resume={cwd / 'out' / 'step_000003'}")

@@ -112,3 +112,22 @@ def test_a_resume_with_another_scale_is_refused(setting, cwd):
         started(*RUN, setting, "resume=auto", cwd=cwd),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("start", "other"),
+    [
+        (LOFTQ, LOFTQ[:1]),
+        (LOFTQ[:1], LOFTQ),
+        (("model.lora_init=pissa",), ("model.lora_rank=32", "model.lora_alpha=64")),
+        ((), ("model.lora_init=pissa", "model.lora_rank=8", "model.lora_alpha=16")),
+    ],
+)
+def test_a_resume_with_another_start_is_refused(start, other, cwd):
+    # All of them have the shapes and scales of what was saved.
+    train(cwd, *start, "epochs=1")
+    with (
+        pytest.raises(CheckpointError, match=r"resume: .* was started with lora_init: .* but the"),
+        started(*RUN, *other, "resume=auto", cwd=cwd),
+    ):
+        pass

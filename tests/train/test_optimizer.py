@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from phi3_plugin.errors import CheckpointError, ConfigError
-from phi3_plugin.train.optimizer import check_kind, check_shards, copied, filled, set_rates
+from phi3_plugin.train.optimizer import check_shards, check_state, copied, filled, set_rates
 
 
 class Low(torch.optim.SGD):
@@ -39,10 +39,17 @@ def test_what_stays_in_full_precision_may_be_shared_out_anyhow(dtype):
 
 def test_another_optimizer_is_refused():
     optimizer, _ = made(torch.optim.SGD)
-    for same in ("torch.optim.sgd.SGD", None):
-        check_kind(optimizer, same)
+    check_state(optimizer, {}, {"kind": "torch.optim.sgd.SGD", "state": {}})
+    check_state(optimizer, {}, {"state": {}})
     with pytest.raises(CheckpointError, match=r"would change from a\.B to torch\.optim\.sgd\.SGD"):
-        check_kind(optimizer, "a.B")
+        check_state(optimizer, {}, {"kind": "a.B", "state": {}})
+
+
+def test_a_state_of_another_size_is_refused():
+    optimizer, names = made()
+    saved = {names[0][0]: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 64)}}
+    with pytest.raises(CheckpointError, match=r"is \(3, 64\), but the model has"):
+        check_state(optimizer, dict(names), {"state": saved})
 
 
 def test_a_rate_stays_what_it_was():

@@ -165,6 +165,7 @@ CHOICES = [
     ({"eval_strategy": "steps", "eval_steps": 7}, {"run_val_every_n_steps": 7}),
     ({"do_eval": True}, {"val_fraction": 0.05}),
     ({"load_best_model_at_end": True, "do_eval": True}, {"keep_best": True}),
+    ({"max_grad_norm": 0, "save_total_limit": 0}, {"clip_grad_norm": None}),
 ]
 
 
@@ -194,6 +195,16 @@ def test_an_nf4_base():
     assert yaml["model"]["_component_"] == "phi3_plugin.models.qlora_phi3"
     with pytest.raises(ConfigError, match=r"bnb_config\.bnb_4bit_quant_type: 'fp4' must be"):
         translate({**SAMPLE, "bnb_config": {**nf4, "bnb_4bit_quant_type": "fp4"}})
+
+
+def test_what_is_not_said_of_nf4_is_what_transformers_takes():
+    with pytest.raises(ConfigError) as error:
+        translate({**SAMPLE, "bnb_config": {"load_in_4bit": True}})
+    quant_type, double = str(error.value).splitlines()
+    assert quant_type.startswith("bnb_config.bnb_4bit_quant_type: 'fp4', which it is if not given,")
+    assert double.startswith("bnb_config.bnb_4bit_use_double_quant: False, which it is if not")
+    with pytest.raises(ConfigError, match="bnb_config: True must be what BitsAndBytesConfig"):
+        translate({**SAMPLE, "bnb_config": True})
 
 
 def test_all_that_cannot_be_honoured_is_named():

@@ -11,7 +11,7 @@ from phi3_plugin.train.stock_keys import STOCK_KEYS, section_problems, stock_pro
 REFUSED = {
     "max_steps_per_epoch": (3, "max_steps,"),
     "resume_from_checkpoint": (True, "resume=auto"),
-    "save_adapter_weights_only": (False, "merge_and_unload"),
+    "save_adapter_weights_only": (False, "adapter merge"),
     "optimizer_in_bwd": (True, "Set it to False"),
     "enable_activation_offloading": (True, "enable_activation_checkpointing=True"),
     "log_peak_memory_stats": ("sometimes", "True or False"),
