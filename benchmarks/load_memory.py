@@ -27,6 +27,7 @@ from environments import setting, table
 from safetensors.torch import save_file
 from torch import nn
 
+from phi3_plugin.train.settings import Settings
 from phi3_plugin.train.world import World
 
 CONFIG = {
@@ -141,21 +142,14 @@ def ours(quantize_base: bool) -> Callable[[Path], nn.Module]:
     return load
 
 
-def settings(folder: Path, quantize_base: bool) -> SimpleNamespace:
+def settings(folder: Path, quantize_base: bool) -> Settings:
     """Return the settings that the model needs."""
     model = {"_component_": "phi3_plugin.models.lora_phi3", "checkpoint_dir": str(folder)}
     model |= {"lora_attn_modules": TARGETS, "quantize_base": quantize_base, **LORA}
-    return SimpleNamespace(
-        model=model,
-        checkpoint_dir=folder,
-        seed=0,
-        dtype="bf16",
-        adapter_dtype="fp32",
-        compile=False,
-        enable_activation_checkpointing=False,
-        fsdp_cpu_offload=False,
-        fsdp_reshard_after_forward=True,
-    )
+    sections = {key: {} for key in ("tokenizer", "dataset", "optimizer")}
+    unused = {"output_dir": folder, "batch_size": 1, **sections}
+    precision = {"dtype": "bf16", "adapter_dtype": "fp32"}
+    return Settings(model=model, checkpoint_dir=folder, **precision, **unused)
 
 
 def stock(quantize_base: bool) -> Callable[[Path], nn.Module]:

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from phi3_plugin.recipes.lora_finetune_start import NF4_BASE, made, starting_weights, trained
+from phi3_plugin.recipes.lora_finetune_plan import memory_choices, plan
+from phi3_plugin.recipes.lora_finetune_start import (
+    NF4_BASE,
+    check_base,
+    made,
+    starting_weights,
+    trained,
+)
 from phi3_plugin.recipes.lora_finetune_verdict import proof, served_by
 from torchtune import config
 
@@ -29,7 +36,7 @@ from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.train import settings as strict
 from phi3_plugin.train.feed import build, make_feed
-from phi3_plugin.train.losses import SummedCrossEntropy
+from phi3_plugin.train.losses import summed_loss
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import check_shards
 from phi3_plugin.train.order import shares
@@ -82,7 +89,7 @@ class Finetune:
         while self.step < self.total_steps and not self.stop.now():
             batches = self.order.batches(self.step, self.world.rank, self.collate)
             result = train_step(
-                self.world, self.model, self.optimizer, self.loss, batches, self.s.clip_grad_norm
+                self.world, self.model, self.optimizer, summed_loss, batches, self.s.clip_grad_norm
             )
             rate = float(self.optimizer.param_groups[0]["lr"])
             if self.scheduler:
@@ -123,11 +130,8 @@ class Finetune:
     def setup_model(self) -> None:
         """Build, shard and fill the model."""
         s, folder, offload = self.s, self.found.folder, self.s.fsdp_cpu_offload
-        choices = {
-            "adapter_dtype": s.adapter_dtype,
-            "recompute_every": int(s.enable_activation_checkpointing),
-            "compiled": s.compile,
-        }
+        choices = {"adapter_dtype": s.adapter_dtype, "compiled": s.compile}
+        choices |= memory_choices(s, self.world)
         self.model = self.world.build(
             lambda: prepare(build(s.model), **choices),
             DTYPES[s.dtype],
@@ -140,7 +144,7 @@ class Finetune:
         for module in self.model.modules():
             if hasattr(module, "initialize_dora_magnitude"):
                 module.initialize_dora_magnitude()
-        self.loss = SummedCrossEntropy(self.model.train())
+        self.model.train()
 
     def setup_optimizer(self) -> None:
         """Build optimizer and schedule."""
@@ -153,7 +157,7 @@ class Finetune:
     def validate(self) -> None:
         """Measure the loss on held-out data; keep the best, and stop if it stays behind."""
         batches = shares(self.feed.order_val, self.world.rank, self.feed.collate_val)
-        loss, tokens = validate(self.world, self.model, self.loss, batches)
+        loss, tokens = validate(self.world, self.model, summed_loss, batches)
         self.monitor.validation(self.step, loss, tokens)
         self.validated = self.step
         self.stale = 0 if loss < self.best else self.stale + 1
@@ -218,6 +222,7 @@ class Finetune:
                 f"{self.order.identity}. Use the settings the run was started with; with another "
                 "number of processes change gradient_accumulation_steps or batch_size instead."
             )
+        check_base(state["settings"]["model"], self.model)
         self.world.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -231,6 +236,8 @@ class Finetune:
 @config.parse
 def main(cfg: DictConfig) -> None:
     """Fine-tune Phi-3; see the top of this file."""
+    if cfg.get("plan"):
+        return plan(cfg)
     recipe = Finetune(cfg)
     recipe.setup()
     recipe.train()

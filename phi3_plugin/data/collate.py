@@ -1,18 +1,53 @@
-"""Samples of several lengths, padded into one batch: right to train, left to generate."""
+"""Samples of several lengths in one batch: in one row to train, padded left to generate."""
 
 # Shapes: B batch, S the longest sample
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 Sample = Mapping[str, Sequence[int]]
+IGNORED = -100
+
+
+def concatenate(batch: Sequence[Sample], padding_idx: int = 0) -> dict[str, Any]:
+    """Put samples into one row without padding, for training with our recipe.
+
+    Args:
+        batch: Samples with ``tokens`` and ``labels``; or packs, which have ``input_pos`` and
+            ``seq_lens`` as well. What fills a pack up is left out.
+        padding_idx: Not needed; every ``collate_fn`` is given it.
+
+    Returns:
+        ``tokens``, ``labels`` and ``input_pos``, each ``[1, S]`` with S tokens in all, and
+        ``lengths``, those of the documents. The first token of a document has no label: nothing
+        is predicted from one document about the next.
+    """
+    documents = [document for sample in batch for document in _documents(sample)]
+    tokens, labels = (torch.cat(column) for column in zip(*documents, strict=True))
+    lengths = [len(ids) for ids, _ in documents]
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    labels[starts] = IGNORED
+    input_pos = torch.arange(len(tokens)) - starts.repeat_interleave(torch.tensor(lengths))
+    values = {"tokens": tokens, "labels": labels, "input_pos": input_pos}
+    return {**{key: value[None] for key, value in values.items()}, "lengths": lengths}
+
+
+def _documents(sample: Sample) -> list[tuple[Tensor, Tensor]]:
+    columns = [torch.as_tensor(sample[key]) for key in ("tokens", "labels")]
+    if "seq_lens" not in sample:
+        return [(columns[0], columns[1])]
+    lengths = torch.as_tensor(sample["seq_lens"]).tolist()
+    documents = list(zip(*(column.split(lengths) for column in columns), strict=True))
+    # Padding has the position 0 throughout; a document of one token trains nothing either.
+    return documents[: -1 if len(documents) > 1 and sample["input_pos"][-1] == 0 else None]
 
 
 def pad_right(
-    batch: Sequence[Sample], padding_idx: int = 0, ignore_idx: int = -100
+    batch: Sequence[Sample], padding_idx: int = 0, ignore_idx: int = IGNORED
 ) -> dict[str, Tensor]:
     """Pad at the end, for training; a recipe takes this function as its ``collate_fn``.
 

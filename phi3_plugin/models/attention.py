@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtune.modules import KVCache
 
+from phi3_plugin.models.documents import Documents, attend_within, take
 from phi3_plugin.models.masks import Mask, windowed
-from phi3_plugin.models.rope import RotaryEmbedding
+from phi3_plugin.models.rope import RotaryEmbedding, rotate
 
 
 # Shapes: B batch, S sequence, D model, H query heads, K key/value heads, F head dim
@@ -68,8 +69,9 @@ class Phi3Attention(nn.Module):
         x: Tensor,
         y: Tensor | None = None,
         *,
-        mask: Mask = None,
+        mask: Mask | Documents = None,
         input_pos: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Attend within ``x [B, S, D]``.
 
@@ -77,20 +79,28 @@ class Phi3Attention(nn.Module):
             x: Normalized hidden states.
             y: What torchtune's layer passes a second time; self-attention does not need it.
             mask: True where a query sees a key, ``[B, S, keys]``; None is causal. Or a block
-                mask, which is how torchtune packs on a GPU.
+                mask, which is how torchtune packs on a GPU; or the documents of a single row,
+                which know their positions.
             input_pos: Position of each token ``[B, S]``; None counts from 0.
+            rows: Numbers of the tokens whose result is wanted, counted over all of B and S.
 
         Returns:
-            ``[B, S, D]``.
+            ``[B, S, D]``, or of the wanted alone ``[1, rows, D]``.
         """
+        if isinstance(mask, Documents):
+            qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+            heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+            qkv = rotate(qkv, mask.cos, mask.sin, heads[0] + heads[1])
+            out = attend_within(qkv, heads, mask, self.sliding_window)
+            return self.o_proj(take(out, rows))  # type: ignore[no-any-return]
         q, k, v = self._split_heads(self.qkv_proj(x), input_pos)
         offset = 0
         if self.kv_cache is not None and self.cache_enabled:
             offset = self.kv_cache.size
             k, v = self.kv_cache.update(k, v)
         seen = windowed(mask, q.shape[2], k.shape[2], offset, self.sliding_window, x.device)
-        out = attend(q, k, v, seen)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        out = attend(q, k, v, seen).transpose(1, 2).flatten(2)
+        return self.o_proj(take(out, rows))  # type: ignore[no-any-return]
 
     def _split_heads(self, qkv: Tensor, input_pos: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv.unflatten(-1, (-1, self.head_dim))

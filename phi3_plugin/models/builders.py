@@ -5,12 +5,13 @@ from functools import partial
 from pathlib import Path
 
 from torch import nn
-from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import TiedLinear, TransformerDecoder
 
 from phi3_plugin.config import Phi3Config, read_config
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models.attention import Phi3Attention
 from phi3_plugin.models.checks import misfits, under_torchtune
+from phi3_plugin.models.decoder import Phi3Decoder, Phi3Layer
 from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.mlp import Phi3MLP
 from phi3_plugin.models.nf4 import dequantize_in_state_dicts
@@ -211,7 +212,8 @@ def decoder(
     size = config.vocab_size, config.hidden_size
     embedding = embed(*size)
     tied = config.tie_word_embeddings
-    return TransformerDecoder(
+    return Phi3Decoder(
+        rope,
         tok_embeddings=embedding,
         layers=[_layer(config, linear, rope, i) for i in range(config.num_hidden_layers)],
         max_seq_len=config.max_position_embeddings,
@@ -222,9 +224,7 @@ def decoder(
     )
 
 
-def _layer(
-    config: Phi3Config, linear: MakeLinear, rope: RotaryEmbedding, number: int
-) -> TransformerSelfAttentionLayer:
+def _layer(config: Phi3Config, linear: MakeLinear, rope: RotaryEmbedding, number: int) -> Phi3Layer:
     d, inner = config.hidden_size, config.intermediate_size
     attention = Phi3Attention(
         qkv_proj=linear(f"{number}.qkv_proj", d, config.qkv_size),
@@ -236,7 +236,7 @@ def _layer(
         sliding_window=config.sliding_window,
     )
     gate_up = linear(f"{number}.gate_up_proj", d, 2 * inner)
-    return TransformerSelfAttentionLayer(
+    return Phi3Layer(
         attention,
         Phi3MLP(gate_up, linear(f"{number}.down_proj", inner, d)),
         sa_norm=RMSNorm(d, config.rms_norm_eps),

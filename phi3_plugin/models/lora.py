@@ -10,7 +10,8 @@ from torchtune.modules.peft import DoRALinear as TorchtuneDoRALinear
 from torchtune.modules.peft import LoRALinear as TorchtuneLoRALinear
 from typing_extensions import Self
 
-from phi3_plugin.models.nf4 import is_nf4, nf4_linear, nf4_zeros
+from phi3_plugin.models.lora_linear import Adapter, lora_linear
+from phi3_plugin.models.nf4 import is_nf4, nf4_linear, nf4_zeros, plain
 
 
 class Linear(nn.Module):
@@ -82,15 +83,9 @@ class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
         draw(self.lora_a.weight, self.init)
         nn.init.zeros_(self.lora_b.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
-        return self.low_rank(x)
-
-    def low_rank(self, x: Tensor) -> Tensor:
-        """Return what the adapter adds for ``x [..., in_dim]``."""
-        # fp32 adapters over a bf16 base compute, and are added, in fp32, as in PEFT.
-        low: Tensor = self.lora_b(self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype))))
-        return low * self.scaling
+    def adapter(self, start: int = 0) -> Adapter:
+        """Return the factors, for rows of a weight from ``start`` on."""
+        return Adapter(start, self.scaling, self.lora_a.weight, self.lora_b.weight)
 
 
 class LoRALinear(LowRank):
@@ -124,8 +119,9 @@ class LoRALinear(LowRank):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
-        out = linear(x, self.weight)
-        return out if self.disabled else (out + self.low_rank(x)).to(out.dtype)
+        if self.disabled:
+            return linear(x, self.weight)
+        return lora_linear(x, self.weight, [self.adapter()], probability(self.dropout))
 
 
 class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
@@ -176,8 +172,7 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
             return
         a = self.lora_a.weight
         a = a.full_tensor() if hasattr(a, "full_tensor") else a
-        delta = _local(self.lora_b.weight) @ a
-        magnitude.copy_(self._get_weight_norm(base.to(delta.dtype), delta))
+        magnitude.copy_(row_norms(base, a, _local(self.lora_b.weight), self.scaling))
 
     def adapter_params(self) -> list[str]:
         """Name the parameters that are trained."""
@@ -185,14 +180,13 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
-        out = linear(x, self.weight)
+        out = super().forward(x)
         if self.disabled:
             return out
-        with torch.no_grad():
-            delta = self.lora_b.weight @ self.lora_a.weight
-            norm = self._get_weight_norm(self.weight.to(delta.dtype), delta)
-        stretched: Tensor = (self.magnitude / norm) * (out + self.low_rank(x))
-        return stretched.to(out.dtype)
+        factors = self.lora_a.weight, self.lora_b.weight
+        stretch = self.magnitude / row_norms(self.weight, *factors, self.scaling)
+        stretched: Tensor = (stretch * out).to(out.dtype)
+        return stretched
 
 
 def draw(lora_a: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
@@ -203,6 +197,31 @@ def draw(lora_a: Tensor, init: str, generator: torch.Generator | None = None) ->
     if init == "gaussian":
         return nn.init.normal_(lora_a, std=1 / lora_a.shape[0], generator=generator)
     return nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
+
+
+def probability(dropout: nn.Module) -> float:
+    """Return with which probability a module drops its input now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return the norms of the rows of ``W + s B A``, without making that matrix.
+
+    Args:
+        weight: W ``[out, in]``, plain or NF4.
+        a: ``[rank, in]``.
+        b: ``[out, rank]``.
+        scaling: s.
+
+    Returns:
+        ``[out]`` in the precision of the factors.
+    """
+    base, b = plain(weight, weight.dtype), b.float() * scaling
+    squares: Tensor = torch.linalg.vector_norm(base, dim=1, dtype=torch.float32).square_()
+    squares += 2 * ((base @ a.to(base.dtype).t()) * b).sum(dim=1)
+    squares += ((b @ (a.float() @ a.float().t())) * b).sum(dim=1)
+    return squares.clamp_(min=0).sqrt_().to(a.dtype)
 
 
 def _local(weight: Tensor) -> Tensor:

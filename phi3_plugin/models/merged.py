@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from phi3_plugin.models.lora import Linear, LowRank, linear
+from phi3_plugin.models.lora import Linear, LowRank, linear, probability
+from phi3_plugin.models.lora_linear import lora_linear
 
 
 class MergedLoRALinear(Linear):
@@ -48,13 +48,12 @@ class MergedLoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., rows of all parts]``."""
-        out = linear(x, self.weight)
-        adapters = {name: getattr(self, name) for name in self.adapters}
-        active = {name: adapter for name, adapter in adapters.items() if not adapter.disabled}
+        active, start = [], 0
+        for name, count in self.rows.items():
+            module = getattr(self, name, None)
+            if module is not None and not module.disabled:
+                active.append(module.adapter(start))
+            start += count
         if not active:
-            return out
-        # Converted once: fp32 adapters over a bf16 base would each keep a copy.
-        low = self.dropout(x.to(next(iter(active.values())).lora_a.weight.dtype))
-        pieces = zip(self.rows, out.split(list(self.rows.values()), dim=-1), strict=True)
-        added = [piece + active[name](low) if name in active else piece for name, piece in pieces]
-        return torch.cat(added, dim=-1).to(out.dtype)
+            return linear(x, self.weight)
+        return lora_linear(x, self.weight, active, probability(self.dropout))

@@ -88,11 +88,22 @@ class RotaryEmbedding(nn.Module):
             x: Queries or keys ``[B, S, H, F]``.
             input_pos: Position of each token ``[B, S]`` or ``[S]``; None counts from 0.
         """
-        rows = self._rows(x.shape[1], input_pos)
-        cos, sin = (table[rows].to(x.dtype).unsqueeze(-2) for table in (self.cos, self.sin))
-        turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-        low, high = turned.chunk(2, dim=-1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+        cos, sin = self.turns(x.shape[1], input_pos, x.dtype)
+        return _turned(x, cos, sin)
+
+    def turns(
+        self, length: int, input_pos: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines for heads at these positions, ``[B or 1, S, 1, R / 2]``.
+
+        Args:
+            length: S.
+            input_pos: Position of each token ``[B, S]`` or ``[S]``; None counts from 0.
+            dtype: Of the heads.
+        """
+        rows = self._rows(length, input_pos)
+        cos, sin = (table[rows].to(dtype).unsqueeze(-2) for table in (self.cos, self.sin))
+        return cos, sin
 
     def _rows(self, length: int, input_pos: Tensor | None) -> slice | Tensor:
         """Return the places in the tables; without asking the GPU for a number."""
@@ -102,3 +113,48 @@ class RotaryEmbedding(nn.Module):
         if self.switch is None:
             return input_pos
         return input_pos + self.switch * (input_pos.max() >= self.switch)
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotate the first heads of fused projections by their position, in place.
+
+    Args:
+        qkv: ``[B, S, all heads, F]``; the operation that made it must not need it any more.
+        cos: From :meth:`RotaryEmbedding.turns`.
+        sin: Likewise.
+        heads: How many of the heads rotate: those of queries and keys.
+    """
+    if torch.compiler.is_compiling():  # which decides itself what to write in place
+        turned, values = qkv.split([heads, qkv.shape[2] - heads], dim=2)
+        return torch.cat((_turned(turned, cos, sin), values), dim=2)
+    out: Tensor = _Rotate.apply(qkv, cos, sin, heads)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        ctx.mark_dirty(qkv)
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        _turn(qkv[:, :, :heads], cos, sin)
+        return qkv
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        g = grads[0].clone()
+        _turn(g[:, :, : ctx.heads], cos, -sin)
+        return g, None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    turned = x[..., : 2 * cos.shape[-1]]
+    turned.copy_(_turned(turned, cos, sin))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    turned, rest = x.split([2 * half, x.shape[-1] - 2 * half], dim=-1)
+    low, high = turned.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)

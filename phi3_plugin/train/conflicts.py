@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phi3_plugin.train.stock_keys import shown
 
 
@@ -25,7 +27,8 @@ def conflicts(given: Mapping[str, Any]) -> list[str]:
             for key in ("run_val_every_n_steps", "early_stop_patience")
             if given.get(key) is not None
         ]
-    return [*problems, *_start(given), *_order_conflicts(given), *_optimizer_conflicts(given)]
+    groups = (_start, _memory_conflicts, _order_conflicts, _optimizer_conflicts)
+    return problems + [problem for group in groups for problem in group(given)]
 
 
 def _start(given: Mapping[str, Any]) -> list[str]:
@@ -37,6 +40,30 @@ def _start(given: Mapping[str, Any]) -> list[str]:
         problems.append(f"init_adapter: {adapter!r} is not there. Give the folder of an adapter.")
     if (init := model.get("lora_init")) in ("gaussian", "pissa"):
         problems.append(f"init_adapter: {adapter!r} conflicts with lora_init: {init!r}. Keep one.")
+    return problems
+
+
+def _memory_conflicts(given: Mapping[str, Any]) -> list[str]:
+    budget, every = given.get("memory_budget"), given.get("enable_activation_checkpointing")
+    problems = []
+    if budget is not None and every:
+        problems.append(
+            f"memory_budget: {shown(budget)} conflicts with enable_activation_checkpointing: "
+            f"{shown(every)}. One decides which layers recompute: add "
+            "enable_activation_checkpointing=False, or remove the budget."
+        )
+    if given.get("enable_activation_offloading") is not True:
+        return problems
+    if given.get("device") == "cpu" or not torch.cuda.is_available():
+        problems.append(
+            "enable_activation_offloading: True moves what layers keep from a GPU's memory to the "
+            "CPU's, and this run is on the CPU. Set it to False."
+        )
+    if not every:
+        problems.append(
+            "enable_activation_offloading: True moves what recomputed layers keep; without "
+            "recompute it is too much to move. Add enable_activation_checkpointing=True."
+        )
     return problems
 
 

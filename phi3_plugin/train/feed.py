@@ -15,7 +15,7 @@ from torchtune.config._utils import _get_component_from_path
 from phi3_plugin.train.order import Collate, Order, hold_out
 from phi3_plugin.train.settings import Settings
 
-PACKED_COLLATE = "torchtune.data.padded_collate_packed"
+PACKED_COLLATE = "phi3_plugin.data.collate.concatenate"
 
 
 @dataclass(frozen=True)
@@ -68,5 +68,5 @@ def build(section: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
 def _collate(section: Mapping[str, Any], collate_fn: str, padding_idx: int) -> Collate:
     """Return what a data set's section asks for: validation data may be packed alone."""
     if section.get("packed", False):
-        return partial(_get_component_from_path(PACKED_COLLATE))
+        collate_fn = PACKED_COLLATE  # whatever is asked for: any other would mix the documents
     return partial(_get_component_from_path(collate_fn), padding_idx=padding_idx)

@@ -1,6 +1,6 @@
 """Decisions about a new model and its optimizer, before any weight is there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.training import get_act_offloading_ctx_manager
 
 from phi3_plugin.errors import CheckpointError
 
@@ -20,7 +21,13 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def prepare(
-    model: nn.Module, *, adapter_dtype: str | None, recompute_every: int, compiled: bool
+    model: nn.Module,
+    *,
+    adapter_dtype: str | None,
+    recompute_every: int,
+    compiled: bool,
+    recompute_first: int = 0,
+    offload: bool = False,
 ) -> nn.Module:
     """Decide what is trained, in which precision, what is recomputed and what is compiled.
 
@@ -29,6 +36,8 @@ def prepare(
         adapter_dtype: Of the adapters, if not the model's.
         recompute_every: Recompute every n-th layer in the backward pass; 0 recomputes none.
         compiled: Compile each layer.
+        recompute_first: Recompute so many layers from the first on.
+        offload: Keep what the backward pass needs in the CPU's memory; a GPU must be there.
     """
     adapter = get_adapter_params(model)
     if adapter:
@@ -36,12 +45,30 @@ def prepare(
     for parameter in adapter.values() if adapter_dtype else ():
         parameter.data = parameter.data.to(DTYPES[str(adapter_dtype)])
     for i, layer in enumerate(model.layers):  # type: ignore[arg-type]
-        if recompute_every and i % recompute_every == 0:
-            # Around forward alone: a wrapper module would rename every parameter.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if i < recompute_first or (recompute_every and i % recompute_every == 0):
+            recompute(layer)
         if compiled:
             layer.compile()
+    if offload:
+        model.forward = _offloading(model)
     return model
+
+
+def recompute(layer: nn.Module) -> None:
+    """Let a layer keep its input alone, and compute the rest again in the backward pass."""
+    # Around forward alone: a wrapper module would rename every parameter.
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def _offloading(model: nn.Module) -> Callable[..., Any]:
+    # The loss is worked out inside; torchtune leaves what the head keeps for it where it is.
+    elsewhere, forward = get_act_offloading_ctx_manager(model, True), model.forward
+
+    def offloading(*args: Any, **kwargs: Any) -> Any:
+        with elsewhere:
+            return forward(*args, **kwargs)
+
+    return offloading
 
 
 def refuse_other_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ def answers(
     """Answer each prompt greedily; every process of a sharded model must ask.
 
     Args:
-        model: torchtune's decoder, giving its logits in pieces; evaluated, then trained on.
+        model: torchtune's decoder; evaluated, then trained on.
         tokenizer: Renders a conversation and knows where an answer stops.
         prompts: What the user says.
         device: Of the model.
@@ -35,7 +35,7 @@ def _answer(model: nn.Module, tokenizer: Any, prompt: str, device: torch.device)
     tokens: list[int] = list(sample["tokens"])
     said: list[int] = []
     while len(said) < LONGEST and (not said or said[-1] not in tokenizer.stop_tokens):
-        pieces = model(torch.tensor([tokens + said], device=device))
-        said.append(int(pieces[-1][0, -1].argmax()))
+        logits = model(torch.tensor([tokens + said], device=device))
+        said.append(int(logits[0, -1].argmax()))
     stopped = bool(said) and said[-1] in tokenizer.stop_tokens
     return str(tokenizer.decode(said[:-1] if stopped else said))

@@ -29,6 +29,7 @@ from phi3_plugin.train.kinds import (
     Texts,
     kinds_of,
 )
+from phi3_plugin.train.memory import Memory
 from phi3_plugin.train.stock_keys import (
     STOCK_KEYS,
     closest,
@@ -63,7 +64,7 @@ class Settings:
     batch_size: Count
     """Samples that one device sees at once."""
     gradient_accumulation_steps: Count = 1
-    collate_fn: Text = "phi3_plugin.data.collate.pad_right"
+    collate_fn: Text = "phi3_plugin.data.collate.concatenate"
     shuffle: Switch = True
     group_by_length: Switch = False
     """Steps of samples of similar length: less padding, where dataset.packed is not wanted."""
@@ -91,6 +92,10 @@ class Settings:
     compile: Switch = False
     enable_activation_checkpointing: Switch | Count = False
     """A number n recomputes every n-th layer only."""
+    memory_budget: Memory | None = None
+    """Recompute as few layers as the memory of one device allows, instead of naming them."""
+    enable_activation_offloading: Switch = False
+    """Keep what recomputed layers need in the CPU's memory; on a GPU."""
     fsdp_cpu_offload: Switch = False
     fsdp_reshard_after_forward: Switch = True
     fsdp_replicas: Count = 1
@@ -117,6 +122,8 @@ class Settings:
     log_every_n_steps: Count = 1
     sample_prompts: Texts = field(default_factory=list)
     """Questions answered before and after training, for the report."""
+    plan: Switch | Count = False
+    """Print what the run would take, for so many devices, and do nothing."""
     report: Switch = True
     prove: Switch = True
     """Compare the final adapter's logits in PEFT with ours, if PEFT is installed and memory is

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from phi3_plugin.train.losses import labelled
+from phi3_plugin.train.losses import Batch, with_targets
 from phi3_plugin.train.world import World
 
-Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) -> summed loss over the batch's labelled tokens."""
+"""(model, batch with targets) -> loss, summed over the targets."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,12 @@ def train_step(
         model: On this process's device.
         optimizer: Over the trained parameters.
         loss: Sums over labelled tokens.
-        batches: Micro-batches.
+        batches: Micro-batches with ``labels``.
         max_norm: Clip the gradient to this norm; None only measures it.
     """
-    batches = [on_device(batch, world.device) for batch in batches]
-    count = world.sum(torch.stack([labelled(batch["labels"]) for batch in batches]).sum())
+    batches = [ready(batch, world.device) for batch in batches]
+    own = sum(len(batch["targets"]) for batch in batches)
+    count = world.sum(torch.tensor(own, device=world.device))
     # Gradients are averaged over processes; each share is scaled up to undo that.
     share = world.size / count  # without a label not finite, so that the weights stay
     total = torch.zeros((), device=count.device)
@@ -92,13 +92,17 @@ def validate(
     training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in (on_device(batch, world.device) for batch in batches):
-        total += torch.stack([loss(model, batch).double(), labelled(batch["labels"]).double()])
+    for batch in (ready(batch, world.device) for batch in batches):
+        total[0] += loss(model, batch).double()
+        total[1] += len(batch["targets"])
     model.train(training)
     summed, count = world.sum(total).tolist()
     return summed / max(count, 1), int(count)
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch where the model is."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+def ready(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with targets in place of labels, where the model is."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in with_targets(batch).items()
+    }

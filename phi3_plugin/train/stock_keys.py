@@ -58,7 +58,6 @@ STOCK_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
         "Set it to True and merge the saved adapter with phi3-tune adapter merge.",
     ),
     "optimizer_in_bwd": ((False,), "Set it to False: the optimizer of an adapter is small."),
-    "enable_activation_offloading": ((False,), "Use enable_activation_checkpointing=True."),
     "log_peak_memory_stats": ((True, False), "Set it to True or False."),
     "low_cpu_ram": ((False,), "Set it to False; dtype and model decide what memory it takes."),
     "cudnn_deterministic_mode": ((None,), "Set it to null."),

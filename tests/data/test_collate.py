@@ -8,7 +8,8 @@ from torchtune import config
 from torchtune.data import padded_collate_sft
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.collate import pad_left, pad_right
+from phi3_plugin.data.collate import concatenate, pad_left, pad_right
+from phi3_plugin.data.packing import Packs
 from phi3_plugin.errors import ConfigError
 from tests.data.tiny import edit_json, model
 
@@ -31,6 +32,28 @@ def test_right_is_the_stock_collate(options):
 def test_right_is_found_by_its_dotpath():
     found = config._utils._get_component_from_path("phi3_plugin.data.collate.pad_right")
     assert found is pad_right
+
+
+def test_one_row_has_no_padding_and_no_label_across_a_border():
+    samples = [{"tokens": s["tokens"], "labels": s["tokens"]} for s in SAMPLES]
+    row = concatenate(samples)
+    assert row["tokens"].tolist() == [[5, 6, 7, 8, 1, 2, 3, 4, 9]]
+    assert row["labels"].tolist() == [[-100, 6, 7, -100, -100, 2, 3, 4, 9]]
+    assert row["input_pos"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4]]
+    assert row["lengths"] == [3, 1, 5]
+    assert samples[0]["labels"] == [5, 6, 7]
+
+
+def test_what_fills_packs_up_is_left_out():
+    dataset = [{"tokens": list(range(n)), "labels": list(range(n))} for n in (3, 2, 4, 7, 1)]
+    packs = Packs(dataset, 8, padding_idx=99)
+    row = concatenate([packs[i] for i in range(len(packs))])
+    documents = row["tokens"][0].split(row["lengths"])
+    kept = sorted(len(ids) for ids in documents if len(ids) > 1)
+    assert kept == [2, 3, 4, 7]
+    assert 99 not in row["tokens"]
+    for ids in documents:
+        assert ids.tolist() == list(range(len(ids)))
 
 
 def test_left():

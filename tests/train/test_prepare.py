@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from phi3_plugin.train.losses import SummedCrossEntropy
+from phi3_plugin.train.losses import summed_loss, with_targets
 from phi3_plugin.train.prepare import is_adapted, parameter_groups, prepare
 from tests.train.tiny import tiny_batch, tiny_model
 
@@ -9,7 +11,7 @@ AS_IT_IS = {"adapter_dtype": None, "recompute_every": 0, "compiled": False}
 
 
 def gradients(model):
-    SummedCrossEntropy(model)(model, tiny_batch()).backward()
+    summed_loss(model, with_targets(tiny_batch())).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -42,6 +44,47 @@ def test_recomputing_layers_changes_no_gradient_and_no_name(lora, every, twice):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert sorted(i for i in range(3) if calls.count(i) == 2) == twice
+
+
+def test_the_first_layers_alone_can_recompute():
+    model = tiny_model()
+    calls = []
+    for i, layer in enumerate(model.layers):
+        layer.attn.register_forward_hook(lambda *_, i=i: calls.append(i))
+    gradients(prepare(model, **AS_IT_IS, recompute_first=2))
+    assert [calls.count(i) for i in range(3)] == [2, 2, 1]
+
+
+class Elsewhere(saved_tensors_hooks):
+    """Does what torchtune's does, without a GPU: nothing may be left of a pass, nor come twice."""
+
+    def __init__(self):
+        self.there, self.count = {}, 0
+        super().__init__(self.pack, self.there.pop)
+
+    def pack(self, tensor):
+        self.count += 1
+        self.there[self.count] = tensor.detach().clone() if type(tensor) is Tensor else tensor
+        return self.count
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("kind", [{}, {"lora_dropout": 0.5}, {"apply_lora_to_output": True}])
+def test_what_layers_keep_goes_elsewhere_and_comes_back(kind, every, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "torchtune.training._activation_offloading.OffloadActivations",
+        lambda: made.append(Elsewhere()) or made[-1],
+    )
+    values = []
+    for offload in (False, True):
+        settings = {**AS_IT_IS, "recompute_every": every, "offload": offload}
+        model = prepare(tiny_model(**kind), **settings)
+        torch.manual_seed(0)
+        values.append(gradients(model))
+    assert all(torch.equal(values[1][name], value) for name, value in values[0].items())
+    (elsewhere,) = made
+    assert elsewhere.count > 3 and not elsewhere.there
 
 
 def test_recomputing_draws_the_same_dropout_again():

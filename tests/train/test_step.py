@@ -3,10 +3,14 @@ import math
 import pytest
 import torch
 
-from phi3_plugin.train.losses import SummedCrossEntropy, labelled
+from phi3_plugin.train.losses import summed_loss, with_targets
 from phi3_plugin.train.step import train_step, validate
 from phi3_plugin.train.world import World
 from tests.train.tiny import rows, tiny_batch, tiny_model
+
+
+def labelled(batch):
+    return len(with_targets(batch)["targets"])
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ class Run:
     def __init__(self, world, make=torch.optim.AdamW, max_norm=None, **model):
         self.world, self.max_norm = world, max_norm
         self.model = tiny_model(**model)
-        self.loss = SummedCrossEntropy(self.model)
+        self.loss = summed_loss
         self.optimizer = make(self.model.parameters(), lr=0.01)
 
     def step(self, batches, loss=None):
@@ -44,7 +48,7 @@ def test_four_rows_one_by_one_are_a_batch_of_four(world, optimizer, model):
     whole, parts = (Run(world, optimizer, max_norm=1.0, **model) for _ in range(2))
     for lengths in ((9, 4, 7, 17), (4, 5, 12, 6), (9, 4, 7, 17)):
         batch = tiny_batch(lengths)
-        counts = [int(labelled(row["labels"])) for row in rows(batch)]
+        counts = [labelled(row) for row in rows(batch)]
         assert len(set(counts)) == 4
         assert counts[1] == 0
         expected, result = whole.step([batch]), parts.step(rows(batch))
@@ -57,7 +61,7 @@ def test_four_rows_one_by_one_are_a_batch_of_four(world, optimizer, model):
 
 def test_the_loss_is_the_mean_over_labelled_tokens_and_so_is_its_gradient(world):
     run, other, batch = Run(world, torch.optim.SGD), tiny_model(), tiny_batch()
-    mean = SummedCrossEntropy(other)(other, batch) / labelled(batch["labels"])
+    mean = summed_loss(other, with_targets(batch)) / labelled(batch)
     mean.backward()
     result = run.step(rows(batch))
     assert result.loss == pytest.approx(mean.item(), rel=1e-6)
@@ -144,8 +148,8 @@ def test_validation_is_the_mean_over_all_labelled_tokens(world):
     assert run.model.training
     run.model.eval()
     with torch.no_grad():
-        sums = [run.loss(run.model, batch).item() for batch in batches]
-    assert tokens == sum(int(labelled(batch["labels"])) for batch in batches)
+        sums = [run.loss(run.model, with_targets(batch)).item() for batch in batches]
+    assert tokens == sum(labelled(batch) for batch in batches)
     assert loss == pytest.approx(sum(sums) / tokens, rel=1e-6)
     assert validate(world, run.model, run.loss, batches) == (loss, tokens)
     assert not run.model.training

@@ -13,7 +13,6 @@ REFUSED = {
     "resume_from_checkpoint": (True, "resume=auto"),
     "save_adapter_weights_only": (False, "adapter merge"),
     "optimizer_in_bwd": (True, "Set it to False"),
-    "enable_activation_offloading": (True, "enable_activation_checkpointing=True"),
     "log_peak_memory_stats": ("sometimes", "True or False"),
     "low_cpu_ram": (True, "Set it to False"),
     "cudnn_deterministic_mode": (True, "Set it to null"),

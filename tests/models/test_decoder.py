@@ -1,0 +1,162 @@
+"""The loss of a row of documents: that of each alone, with all gradients, and as near as PEFT's."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+from phi3_plugin.checkpoint.names import to_peft
+from phi3_plugin.train.prepare import prepare
+from tests.chosen import some
+from tests.models import twins
+
+LENGTHS = [17, 5, 1, 30]
+VARIANTS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "split": {"targets": ["q_proj", "v_proj", "up_proj", "down_proj"]},
+    "one target": {"targets": ["qkv_proj"]},
+    "head": {"apply_lora_to_output": True},
+    "dora on the head": {"apply_lora_to_output": True, "use_dora": True},
+    "whole head": {"modules_to_save": ["lm_head"]},
+    "embedding": {"apply_lora_to_embedding": True},
+}
+CASES = [
+    (family, variant)
+    for family in twins.FAMILIES
+    for variant in VARIANTS
+    if not (family == "tied" and ("head" in variant or variant == "embedding"))
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return {
+        family: twins.base_of(family, tmp_path_factory.mktemp(family) / "base")
+        for family in twins.FAMILIES
+    }
+
+
+def documents():
+    """Return tokens and labels, the first third of each document not trained on."""
+    torch.manual_seed(0)
+    for length in LENGTHS:
+        tokens = torch.randint(0, 149, (length,))
+        labels = tokens.clone()
+        labels[: length // 3 + 1] = -100
+        yield tokens, labels
+
+
+def as_one_row():
+    pairs = list(documents())
+    labels = torch.cat([labels for _, labels in pairs])
+    rows = (labels != -100).nonzero().squeeze(1)
+    return {
+        "tokens": torch.cat([tokens for tokens, _ in pairs])[None],
+        "input_pos": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+        "lengths": LENGTHS,
+        "targets": labels[rows],
+        "rows": rows - 1,
+    }
+
+
+def one_by_one(logits_of):
+    """Return the summed loss by autograd over each document's whole logits."""
+    losses = [
+        F.cross_entropy(logits_of(tokens[None])[0, :-1].float(), labels[1:], reduction="sum")
+        for tokens, labels in documents()
+        if len(tokens) > 1
+    ]
+    return torch.stack(losses).sum()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def far(found, expected):
+    """Return how far all gradients are, relative to their norm."""
+    apart = sum((found[name].double() - g.double()).square().sum() for name, g in expected.items())
+    return (apart / sum(g.double().square().sum() for g in expected.values())).sqrt().item()
+
+
+QUICK = [case for case in CASES if case[0] == "gqa" or case[1] == "lora"]
+
+
+@pytest.mark.parametrize(("family", "variant"), some(CASES, QUICK))
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_loss_and_gradients_are_those_of_each_document_alone(family, variant, recompute, bases):
+    _, folder = bases[family]
+    model = twins.ours(folder, **VARIANTS[variant])
+    twins.train_by_hand(model)
+    expected = one_by_one(model)
+    slopes = gradients(model, expected)
+    prepare(model, adapter_dtype=None, recompute_every=recompute, compiled=False)
+    loss = model(**as_one_row())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert far(gradients(model, loss), slopes) <= 1e-6
+
+
+def test_a_document_longer_than_the_window(bases):
+    model = twins.ours(bases["mini"][1])
+    for layer in model.layers:
+        layer.attn.sliding_window = 7
+    twins.train_by_hand(model)
+    expected = one_by_one(model)
+    slopes = gradients(model, expected)
+    assert far(gradients(model, model(**as_one_row())), slopes) <= 1e-6
+
+
+def test_rows_that_predict_nothing_give_a_loss_of_zero(bases):
+    model = twins.ours(bases["mini"][1])
+    nothing = torch.tensor([], dtype=torch.int64)
+    loss = model(**{**as_one_row(), "targets": nothing, "rows": nothing})
+    assert loss.item() == 0
+    assert not any(g.any() for g in gradients(model, loss).values())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_compiled_it_computes_the_same(variant, bases):
+    model = twins.ours(bases["gqa"][1], **VARIANTS[variant])
+    twins.train_by_hand(model)
+    slopes = gradients(model, model(**as_one_row()))
+    prepare(model, adapter_dtype=None, recompute_every=0, compiled=True)
+    assert far(gradients(model, model(**as_one_row())), slopes) <= 1e-6
+
+
+def in_precision(folder, hf, adapters, dtype):
+    """Return our model and PEFT's with equal values, as after training: B is small."""
+    torch.manual_seed(2)
+    model = twins.ours(folder)
+    twins.train_by_hand(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 0.1 if name.endswith("lora_b.weight") else 1
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=list(twins.TARGETS))
+    theirs = get_peft_model(deepcopy(hf), config)
+    values = {to_peft(n): p.detach().clone() for n, p in twins.trained(model).items()}
+    set_peft_model_state_dict(theirs, values)
+    for one in (model, theirs):
+        for name, parameter in one.named_parameters():
+            is_adapter = "lora_" in name
+            value = parameter.data if is_adapter else parameter.data.bfloat16()
+            parameter.data = value.to(adapters if is_adapter else dtype)
+    return model, theirs.eval()
+
+
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
+def test_bf16_is_no_farther_from_fp32_than_pefts(adapters, bases):
+    """Ours rounds adapters in fp32 for its products; PEFT rounds the sum of both products."""
+    hf, folder = bases["mini"]
+    exact, _ = in_precision(folder, hf, torch.float32, torch.float32)
+    ours, theirs = in_precision(folder, hf, adapters, torch.bfloat16)
+    truth = gradients(exact, exact(**as_one_row()))
+    found = gradients(ours, ours(**as_one_row()))
+    other = gradients(theirs, one_by_one(lambda x: theirs(input_ids=x, use_cache=False).logits))
+    other = {name: other[to_peft(name).replace(".weight", ".default.weight")] for name in truth}
+    assert far(found, truth) <= far(other, truth) < 0.02

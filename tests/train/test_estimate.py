@@ -1,0 +1,206 @@
+"""The memory that is predicted, against that of real tensors in the same model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from phi3_plugin.errors import ConfigError
+from phi3_plugin.models.builders import adapted, decoder
+from phi3_plugin.models.lora import Linear
+from phi3_plugin.models.settings import LoRASettings
+from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.train.estimate import Estimate, Work, estimate, fewest, size_of, weights
+from phi3_plugin.train.footprint import footprint
+from phi3_plugin.train.losses import summed_loss, with_targets
+from phi3_plugin.train.memory import bytes_of, in_gib
+from phi3_plugin.train.prepare import prepare
+from tests.train.tiny import CONFIG
+
+WIDE = replace(
+    CONFIG, hidden_size=256, intermediate_size=512, rope=replace(CONFIG.rope, rotary_dim=64)
+)
+KINDS = {
+    "lora": {},
+    "dropout": {"lora_dropout": 0.1},
+    "dora": {"use_dora": True},
+    "nf4": {"quantize_base": True},
+    "parts": {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False},
+    "whole": None,
+}
+LENGTHS = (40, 24)
+
+
+def built(kind, every=0):
+    keys = {"lora_attn_modules": list(TARGETS), "apply_lora_to_mlp": True, "lora_rank": 4}
+    rest = {"apply_lora_to_output": False, "lora_alpha": 8, "lora_dropout": 0.0}
+    plain = {"use_dora": False, "quantize_base": False}
+    if KINDS[kind] is None:
+        model = decoder(WIDE, lambda _, i, o: Linear(i, o))
+    else:
+        model = adapted(WIDE, LoRASettings(**{**keys, **rest, **plain, **KINDS[kind]}))
+    return prepare(model, adapter_dtype=None, recompute_every=every, compiled=False).train()
+
+
+def on_meta(kind, every=0):
+    with torch.device("meta"):
+        return built(kind, every)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def batch():
+    tokens = torch.randint(0, WIDE.vocab_size, (1, sum(LENGTHS)))
+    labels = tokens.clone()
+    labels[0, [0, LENGTHS[0]]] = -100
+    return with_targets({"tokens": tokens, "labels": labels, "lengths": LENGTHS})
+
+
+def kept(model):
+    """Return the bytes that a real forward pass keeps, weights and the loss's own apart."""
+    own = {part.untyped_storage().data_ptr() for part in (*model.parameters(), *model.buffers())}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage() if type(tensor) is torch.Tensor else None
+        if storage is not None and storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    final = []
+    model.norm.register_forward_hook(lambda *_: final.append(dict(found)))
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = summed_loss(model, batch())
+    assert loss.requires_grad
+    return sum(size for size, _ in final[0].values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_optimizer_are_those_of_real_tensors(kind):
+    model = built(kind)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    summed_loss(model, batch()).backward()
+    parts = weights(on_meta(kind), Work(LENGTHS, 62), adamw)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert parts["trained weights"] == sum(p.nbytes for p in trained)
+    assert parts["gradients"] == sum(p.grad.nbytes for p in trained if p.grad is not None)
+    assert parts["base weights"] == size_of(p for p in model.parameters() if not p.requires_grad)
+    optimizer.step()
+    states = [s for state in optimizer.state.values() for s in state.values() if s.numel() > 1]
+    assert parts["optimizer"] == size_of(states)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nf4"])
+def test_activations_are_what_a_real_pass_keeps(kind):
+    predicted = footprint(on_meta(kind), LENGTHS, 62).activations
+    # The final norm's output lives as well; positions and row numbers are small
+    output = 62 * WIDE.hidden_size * 4
+    assert predicted - output == pytest.approx(kept(built(kind)), rel=0.03)
+
+
+def test_nf4_takes_its_codes_and_scales():
+    base = weights(on_meta("nf4"), Work(LENGTHS, 62), adamw)["base weights"]
+    plain = weights(on_meta("lora"), Work(LENGTHS, 62), adamw)["base weights"]
+    others = 2 * WIDE.vocab_size * WIDE.hidden_size * 4 + 7 * WIDE.hidden_size * 4
+    assert (base - others) / (plain - others) == pytest.approx(4.127 / 32, rel=0.05)
+
+
+def test_each_layer_that_recomputes_keeps_less_and_computes_more():
+    model = on_meta("lora")
+    found = [footprint(model, LENGTHS, 62, recomputed=count) for count in range(4)]
+    kept = [one.activations for one in found]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+    assert [one.flops for one in found] == sorted(one.flops for one in found)
+    assert footprint(on_meta("lora", every=1), LENGTHS, 62) == found[3]
+    assert footprint(model, LENGTHS, 62) == found[0], "the model is as it was"
+
+
+def test_processes_share_and_gather():
+    model = on_meta("lora")
+    one, two = (weights(model, Work(LENGTHS, 62, shards=n), adamw) for n in (1, 2))
+    assert two["base weights"] == -(-one["base weights"] // 2)
+    layer = size_of(model.layers[0].parameters())
+    whole = size_of(model.parameters())
+    assert (one["gathered layers"], two["gathered layers"]) == (0, whole - layer)
+    elsewhere = weights(model, Work(LENGTHS, 62, shards=2, cpu_weights=True), adamw)
+    assert elsewhere == {**dict.fromkeys(elsewhere, 0), "gathered layers": whole - layer}
+
+
+def test_a_gpu_joins_documents_without_a_copy():
+    model = on_meta("lora")
+    model.layers[0].attn.sliding_window = 16
+    joined = footprint(model, LENGTHS, 62, joined=True)
+    assert joined.activations < footprint(model, LENGTHS, 62).activations
+    assert model.layers[0].attn.sliding_window == 16
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), 12),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 4),
+    ],
+)
+def test_other_optimizers_are_asked(make, size):
+    parts = weights(on_meta("lora"), Work(LENGTHS, 62), make)
+    assert parts["optimizer"] == size * parts["trained weights"] // 4
+
+
+@pytest.mark.parametrize("budget", [1000, 401, 400, 399, 101, 100])
+def test_the_fewest_layers_that_fit(budget):
+    tried = []
+
+    def at(count):
+        tried.append(count)
+        return Estimate({"activations": 1000 - 28 * count}, count, 0)
+
+    found = fewest(at, 33, budget)
+    assert found.total <= budget
+    assert found.recomputed == 0 or at(found.recomputed - 1).total > budget
+    assert len(tried) <= 9
+
+
+def test_too_small_a_budget_says_what_takes_how_much():
+    def at(count):
+        return Estimate({"base weights": 2 * 2**30, "loss": 2**30, "gradients": 0}, count, 0)
+
+    words = r"memory_budget: 2.50 GiB .* 3.00 GiB \(base weights 2.00, loss 1.00\)\. Lower batch_"
+    with pytest.raises(ConfigError, match=words):
+        fewest(at, 4, int(2.5 * 2**30))
+
+
+def test_the_whole_is_the_sum():
+    found = estimate(on_meta("dora"), Work(LENGTHS, 62), adamw, 2)
+    assert found.total == sum(found.parts.values())
+    assert found.recomputed == 2 and all(size >= 0 for size in found.parts.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("16GiB", 16 * 2**30),
+        ("12GB", 12 * 10**9),
+        ("1.5 gib", 3 * 2**29),
+        ("500MB", 500 * 10**6),
+        (8_000_000_000, 8 * 10**9),
+        (8e9, 8 * 10**9),
+        ("16", 16),
+        ("16G", None),
+        ("-1GB", None),
+        ("0GB", None),
+        (True, None),
+        (None, None),
+        ([], None),
+    ],
+)
+def test_amounts_of_memory(text, size):
+    assert bytes_of(text) == size
+
+
+def test_amounts_are_short():
+    shown = [in_gib(share * 2**30) for share in (14.24, 1.5, 0.0471)]
+    assert shown == ["14.2", "1.50", "0.047"]
