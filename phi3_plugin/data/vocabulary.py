@@ -140,7 +140,9 @@ def _check_agreement(backend: Tokenizer, settings: Mapping[str, Any], folder: Pa
     # Where the two files differ, Hugging Face silently follows tokenizer_config.json
     tokens = _added(backend)
     listed = settings.get("added_tokens_decoder") or {}
-    if not all(isinstance(e, Mapping) and isinstance(e.get("content"), str) for e in listed.values()):
+    if not all(
+        isinstance(e, Mapping) and isinstance(e.get("content"), str) for e in listed.values()
+    ):
         raise TokenizerError(
             f"{folder}/tokenizer_config.json: an entry of added_tokens_decoder has no content. "
             "Download the file again."

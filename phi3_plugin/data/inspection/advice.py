@@ -168,7 +168,7 @@ def _padding(found: Statistics) -> Iterator[Problem]:
     if now.padding < PADDING:
         return
     better = [b for b in found.batchings if b.name in SWITCHES and now.padding - b.padding > SPARED]
-    text = f"{percent(now.padding)} of each batch is padding."
+    text = f"{percent(now.padding)} of each batch is padding, where a recipe pads (torchtune's do)."
     if better:
         yield Problem(text, " ".join(_switch(batching, now) for batching in better))
     elif now.name == PACKED:
