@@ -1,7 +1,4 @@
-"""How long dequantizing an NF4 weight takes, ours and torchao's, in turn.
-
-    python benchmarks/nf4_dequantize.py
-"""
+"""How long dequantizing an NF4 weight takes, ours and torchao's, in turn."""
 
 import statistics
 import time

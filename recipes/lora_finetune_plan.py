@@ -130,7 +130,7 @@ def _advice(
         words = str(error).removeprefix("memory_budget: ")  # which may be what is free
         return ["", *wrap(words, 96, initial_indent="  ", subsequent_indent="  ")]
     more = f"  With {enough.recomputed} layers recomputed it would: add "
-    budget = f"memory_budget={limit / 2**30:.1f}GiB enable_activation_checkpointing=False"
+    budget = f"memory_budget={limit >> 20}MiB enable_activation_checkpointing=False"
     return ["", more + budget]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 
+from phi3_plugin.errors import ConfigError
 from phi3_plugin.models.documents import Documents, borders_of, take
 from phi3_plugin.models.head_loss import summed_loss
 from phi3_plugin.models.rope import RotaryEmbedding
@@ -66,9 +67,13 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
             lengths: Tokens of each document, which attend within themselves alone.
             input_pos: Position of each token ``[B, S]``; None counts from 0.
             **rest: See torchtune's: ``mask``.
+
+        Raises:
+            ConfigError: A document is longer than the model has positions.
         """
         if targets is None:
             return super().forward(tokens, input_pos=input_pos, **rest)
+        self._check_length(tokens.shape[1] if lengths is None else max(lengths))
         seen = {"input_pos": input_pos, **rest}
         h = self.tok_embeddings(tokens)
         if lengths is not None:
@@ -80,6 +85,13 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         h = self.norm(self.layers[-1](h, rows=rows, **seen))[0]
         vocabulary = self.tok_embeddings.num_embeddings
         return summed_loss(self.output, h, targets, vocabulary, _trained(self.output))
+
+    def _check_length(self, longest: int) -> None:
+        if longest > self.max_seq_len:
+            raise ConfigError(
+                f"tokenizer.max_seq_len: a document has {longest} tokens, but the model has "
+                f"{self.max_seq_len} positions. Set it to {self.max_seq_len} or less."
+            )
 
 
 def _trained(head: nn.Module | TiedLinear) -> list[Tensor]:

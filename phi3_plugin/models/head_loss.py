@@ -33,6 +33,7 @@ def summed_loss(
         vocabulary: V.
         trained: Those parameters of the head that have a gradient.
     """
+    trained = trained if torch.is_grad_enabled() else ()
     rows = max(LOGITS // vocabulary // 64 * 64, 64)
     given = head, x, targets, rows, *trained
     loss: Tensor = _SummedLoss.apply(*given)  # type: ignore[no-untyped-call]
@@ -49,9 +50,11 @@ class _SummedLoss(torch.autograd.Function):
         rows: int,
         *trained: Tensor,
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[1] or bool(trained)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        sums = [torch.zeros_like(value) for value in (x, *trained)] if wanted else []
+        # In fp32: many pieces would round many times
+        sums = [torch.zeros_like(value, dtype=torch.float32) for value in trained]
+        sums = [torch.zeros_like(x), *sums] if wanted else []
         for first in range(0, len(x), rows):
             some = slice(first, first + rows)
             piece = x[some].detach().requires_grad_(wanted)
@@ -60,20 +63,22 @@ class _SummedLoss(torch.autograd.Function):
             logp = torch.log_softmax(logits.detach().float(), dim=-1)
             total -= logp.gather(1, targets[some, None]).sum()
             if wanted:
-                found = torch.autograd.grad(
-                    logits, (piece, *trained), _slope(logp, targets[some]).to(logits.dtype)
-                )
+                slope = _slope(logp, targets[some]).to(logits.dtype)
+                # A disabled adapter is not used
+                found = torch.autograd.grad(logits, (piece, *trained), slope, allow_unused=True)
                 for value, more in zip((sums[0][some], *sums[1:]), found, strict=True):
-                    value += more
-                del found, more
+                    value += 0 if more is None else more
+                del slope, found, more
             del logits, logp  # or they would be there beside the next ones
         ctx.save_for_backward(*sums)
+        ctx.dtypes = [value.dtype for value in (x, *trained)]
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In fp32: rounding the factor would turn the whole gradient
-        gx, *others = ((value.float() * grads[0]).to(value.dtype) for value in ctx.saved_tensors)
+        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        gx, *others = ((value.float() * grads[0]).to(dtype) for value, dtype in found)
         return None, gx, None, None, *others
 
 

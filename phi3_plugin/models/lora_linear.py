@@ -47,9 +47,10 @@ def lora_linear(
     rows = tuple((adapter.start, adapter.scaling) for adapter in adapters)
     factors = [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
     flat = x.flatten(0, -2)
-    given = flat, weight, rows, dropout, *factors
+    inside = torch.compiler.is_compiling()  # asked once: a graph break would change the answer
+    given = flat, weight, rows, dropout, inside, *factors
     out: Tensor = _LoRALinear.apply(*given)  # type: ignore[no-untyped-call]
-    if not torch.compiler.is_compiling():
+    if not inside:
         # After, not in the operation: recomputing it ends as soon as what it keeps is there, so
         # that the largest product of a layer's last operation is not computed twice.
         _add_base(out.detach(), flat.detach(), weight)
@@ -68,6 +69,7 @@ class _LoRALinear(torch.autograd.Function):
         weight: Tensor,
         rows: tuple[tuple[int, float], ...],
         dropout: float,
+        inside: bool,
         *factors: Tensor,
     ) -> Tensor:
         kept = _kept(x, dropout)
@@ -77,12 +79,16 @@ class _LoRALinear(torch.autograd.Function):
         lows = []
         for (start, scaling), a, b in zip(rows, factors[::2], factors[1::2], strict=True):
             low = (seen @ a.to(x.dtype).t()) * scaling
-            torch.mm(low, b.to(x.dtype).t(), out=out[:, start : start + len(b)])
+            part = out[:, start : start + len(b)]
+            if inside:  # the compiler takes no strided out=
+                part.copy_(low @ b.to(x.dtype).t())
+            else:
+                torch.mm(low, b.to(x.dtype).t(), out=part)
             lows.append(low)
         ctx.rows, ctx.dropout, ctx.count = rows, dropout, len(factors)
         whole_too = x if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(weight, kept, seen, whole_too, *factors, *lows)
-        if torch.compiler.is_compiling():
+        if inside:
             _add_base(out, x, weight)
         return out
 
@@ -102,7 +108,7 @@ class _LoRALinear(torch.autograd.Function):
                 _add(gx, inner, a.to(g.dtype), kept, ctx.dropout)
             found += [(inner.t() @ seen).to(a.dtype), (part.t() @ low).to(b.dtype)]
         gweight = None if whole is None else g.t() @ whole
-        return gx, gweight, None, None, *found
+        return gx, gweight, None, None, None, *found
 
 
 def _kept(x: Tensor, dropout: float) -> Tensor | None:

@@ -216,7 +216,8 @@ def _dequantized(weight: Any) -> Tensor:
     codes, count = weight.quantized_data, weight.numel()
     key = weight.dtype, codes.device
     if key not in _memory or _memory[key].numel() < count:
-        _memory[key] = torch.empty(count, dtype=weight.dtype, device=codes.device)
+        with torch.inference_mode(False):  # or training could not write to it later
+            _memory[key] = torch.empty(count, dtype=weight.dtype, device=codes.device)
     out = _memory[key][:count]
     pairs = _pairs(weight.nf4)
     scalers = weight.dequantize_scalers(

@@ -3,6 +3,7 @@
 import ctypes
 import re
 from contextlib import suppress
+from math import isfinite
 from typing import Annotated, Any
 
 from phi3_plugin.train.kinds import Kind
@@ -21,7 +22,8 @@ def bytes_of(amount: Any) -> int | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?) *([a-z]*)", str(amount).strip().lower())
     unit = UNITS.get(found[2].upper()) if found else None
-    return int(float(found[1]) * unit) or None if found and unit else None
+    size = float(found[1]) * unit if found and unit else 0
+    return int(size) or None if isfinite(size) else None
 
 
 def in_gib(size: float) -> str:

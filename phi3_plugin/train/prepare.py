@@ -45,10 +45,10 @@ def prepare(
     for parameter in adapter.values() if adapter_dtype else ():
         parameter.data = parameter.data.to(DTYPES[str(adapter_dtype)])
     for i, layer in enumerate(model.layers):  # type: ignore[arg-type]
+        if compiled:  # within what recomputes, which the compiler does not look into from outside
+            layer.forward = torch.compile(layer.forward)
         if i < recompute_first or (recompute_every and i % recompute_every == 0):
             recompute(layer)
-        if compiled:
-            layer.compile()
     if offload:
         model.forward = _offloading(model)
     return model

@@ -67,7 +67,7 @@ class Settings:
     collate_fn: Text = "phi3_plugin.data.collate.concatenate"
     shuffle: Switch = True
     group_by_length: Switch = False
-    """Steps of samples of similar length: less padding, where dataset.packed is not wanted."""
+    """Steps of samples of similar length: less padding, where collate_fn pads."""
     seed: Seed = 0
     """null is 0."""
 

@@ -1,13 +1,17 @@
 """The loss of a row of documents: that of each alone, with all gradients, and as near as PEFT's."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch._dynamo.utils import counters
+from torchtune.modules.peft import disable_adapter
 
 from phi3_plugin.checkpoint.names import to_peft
+from phi3_plugin.errors import ConfigError
 from phi3_plugin.train.prepare import prepare
 from tests.chosen import some
 from tests.models import twins
@@ -119,14 +123,49 @@ def test_rows_that_predict_nothing_give_a_loss_of_zero(bases):
     assert not any(g.any() for g in gradients(model, loss).values())
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_compiled_it_computes_the_same(variant, bases):
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("variant", ["lora", "dora", "split"])
+def test_compiled_it_computes_the_same(variant, recompute, backend, bases, monkeypatch):
+    torch.compiler.reset()
     model = twins.ours(bases["gqa"][1], **VARIANTS[variant])
     twins.train_by_hand(model)
     slopes = gradients(model, model(**as_one_row()))
-    prepare(model, adapter_dtype=None, recompute_every=0, compiled=True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    prepare(model, adapter_dtype=None, recompute_every=recompute, compiled=True)
+    counters.clear()
     assert far(gradients(model, model(**as_one_row())), slopes) <= 1e-6
+    assert counters["frames"]["ok"] > 0
+
+
+def test_a_document_beyond_the_models_positions_is_refused(bases):
+    model = twins.ours(bases["mini"][1])
+    model.max_seq_len = 29
+    with pytest.raises(ConfigError, match="a document has 30 tokens, but the model has 29 pos"):
+        model(**as_one_row())
+
+
+def test_the_base_alone_has_a_loss_too(bases):
+    """Also with an adapter on the head, which is then not used; and without any gradient."""
+    model = twins.ours(bases["gqa"][1], apply_lora_to_output=True)
+    twins.train_by_hand(model)
+    adapted = model(**as_one_row()).item()
+    with disable_adapter(model):
+        base = model(**as_one_row())
+        base.backward()
+        assert base.item() == pytest.approx(one_by_one(model).item(), rel=1e-6)
+    assert abs(adapted - base.item()) > 0.1
+    with torch.inference_mode():
+        assert model(**as_one_row()).item() == adapted
+
+
+def test_validation_takes_no_gradient_of_the_head(bases, monkeypatch):
+    model = twins.ours(bases["gqa"][1], modules_to_save=["lm_head"])
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with torch.no_grad():
+        assert model(**as_one_row()).item() > 0
 
 
 def in_precision(folder, hf, adapters, dtype):

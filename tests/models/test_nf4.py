@@ -111,6 +111,14 @@ def test_dequantizing_gives_torchaos_bits(size, dtype, monkeypatch):
     assert torch.equal(nf4.plain(weight, dtype), weight.get_original_weight())
 
 
+def test_training_goes_on_after_inference():
+    weight, x = to_nf4(weight_of(256, 512, torch.float32)), torch.randn(3, 512)
+    nf4._memory.clear()
+    with torch.inference_mode():
+        first = nf4.nf4_linear(x, weight)
+    assert torch.equal(nf4.nf4_linear(x.requires_grad_(), weight), first)
+
+
 def test_a_product_keeps_nothing_dequantized():
     x = torch.randn(3, 128, requires_grad=True)
     weight = to_nf4(weight_of(128, 128, torch.float32))

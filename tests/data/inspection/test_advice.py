@@ -107,7 +107,8 @@ def test_padding_and_what_spares_it():
     plain, packed = Batching(PLAIN, 0.61, 25, True), Batching(PACKED, 0.008, 5, False)
     grouped = Batching(GROUPED, 0.02, 25, False)
     assert said(batchings=[plain, grouped, packed]) == [
-        "61 % of each batch is padding, where a recipe pads (torchtune's do). group_by_length=True would bring it to 2.0 %. "
+        "61 % of each batch is padding, where a recipe pads (torchtune's do). "
+        "group_by_length=True would bring it to 2.0 %. "
         "dataset.packed=True would bring it to 0.8 %, with 5 steps an epoch instead of 25."
     ]
     assert said(batchings=[plain, grouped._replace(padding=0.6)]) == []
