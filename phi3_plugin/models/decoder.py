@@ -73,7 +73,8 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         """
         if targets is None:
             return super().forward(tokens, input_pos=input_pos, **rest)
-        self._check_length(tokens.shape[1] if lengths is None else max(lengths))
+        if not tokens.is_meta:  # which has sizes alone, for a plan
+            self._check_length(tokens.shape[1] if lengths is None else max(lengths))
         seen = {"input_pos": input_pos, **rest}
         h = self.tok_embeddings(tokens)
         if lengths is not None:

@@ -11,7 +11,8 @@ from torchtune.modules.peft import LoRALinear as TorchtuneLoRALinear
 from typing_extensions import Self
 
 from phi3_plugin.models.lora_linear import Adapter, lora_linear
-from phi3_plugin.models.nf4 import is_nf4, nf4_linear, nf4_zeros, plain
+from phi3_plugin.models.nf4 import is_nf4, nf4_zeros
+from phi3_plugin.models.nf4_product import nf4_linear, plain
 
 
 class Linear(nn.Module):

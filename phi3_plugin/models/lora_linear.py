@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phi3_plugin.models.nf4 import plain
+from phi3_plugin.models.nf4_product import plain
 
 
 # Shapes: N tokens, I input, O output, R rank

@@ -5,10 +5,9 @@ Source: Dettmers et al. 2023, QLoRA, section 3.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import (
     NF4Tensor,
@@ -176,71 +175,6 @@ def nearest_nf4(weight: Tensor) -> Tensor:
     with weight.device:
         like = nf4_zeros(*weight.shape)
     return rows_of(weight, like.detach(), 0, 1, weight.device).to(torch.float32)
-
-
-def nf4_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Map ``x [..., in]`` to ``[..., out]``; nothing dequantized is kept for the backward pass."""
-    out: Tensor = _NF4Linear.apply(x, weight)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _NF4Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, plain(weight, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (weight,), (g,) = ctx.saved_tensors, grads
-        return g @ plain(weight, g.dtype), None
-
-
-def plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight ``[out, in]`` as a plain tensor of this dtype.
-
-    An NF4 weight is dequantized, into memory that the next one takes again: use it at once.
-    """
-    if not is_nf4(weight):
-        return weight.to(dtype)
-    if torch.compiler.is_compiling():
-        return weight.to(dtype)
-    return _dequantized(weight).to(dtype)
-
-
-_memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def _dequantized(weight: Any) -> Tensor:
-    """Return what torchao's ``get_original_weight`` does, bit for bit, in memory used before."""
-    codes, count = weight.quantized_data, weight.numel()
-    key = weight.dtype, codes.device
-    if key not in _memory or _memory[key].numel() < count:
-        with torch.inference_mode(False):  # or training could not write to it later
-            _memory[key] = torch.empty(count, dtype=weight.dtype, device=codes.device)
-    out = _memory[key][:count]
-    pairs = _pairs(weight.nf4)
-    scalers = weight.dequantize_scalers(
-        weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
-    )
-    step = PIECE // 4 if codes.device.type == "cpu" else count  # what a cache holds
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        piece = out[first:last]
-        found = pairs.index_select(0, codes[first // 2 : last // 2].int())
-        torch.mul(
-            found.view(weight.dtype).view(-1, GROUP),
-            scalers[first // GROUP : last // GROUP, None],
-            out=piece.view(-1, GROUP),
-        )
-    return out.view(weight.shape)
-
-
-def _pairs(levels: Tensor) -> Tensor:
-    """Return for each byte the two levels that it stands for, as one number."""
-    byte = torch.arange(256, device=levels.device)
-    both = torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1)
-    return both.view(torch.int32 if levels.dtype.itemsize == 2 else torch.int64)[:, 0]
 
 
 def dequantize_in_state_dicts(model: nn.Module, dtype: torch.dtype) -> None:

@@ -103,34 +103,6 @@ def test_every_number_of_16_bits_gets_the_code_that_torchao_finds(dtype):
         assert torch.equal(nf4._coder(levels)(values), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(64, 256), (128, 384)])
-def test_dequantizing_gives_torchaos_bits(size, dtype, monkeypatch):
-    monkeypatch.setattr(nf4, "PIECE", 4 * 8192)  # several pieces, the last one short
-    weight = to_nf4(weight_of(*size, dtype))
-    assert torch.equal(nf4.plain(weight, dtype), weight.get_original_weight())
-
-
-def test_training_goes_on_after_inference():
-    weight, x = to_nf4(weight_of(256, 512, torch.float32)), torch.randn(3, 512)
-    nf4._memory.clear()
-    with torch.inference_mode():
-        first = nf4.nf4_linear(x, weight)
-    assert torch.equal(nf4.nf4_linear(x.requires_grad_(), weight), first)
-
-
-def test_a_product_keeps_nothing_dequantized():
-    x = torch.randn(3, 128, requires_grad=True)
-    weight = to_nf4(weight_of(128, 128, torch.float32))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = nf4.nf4_linear(x, weight)
-    assert [nf4.is_nf4(tensor) for tensor in kept] == [True]
-    direction = torch.randn(3, 128)
-    out.backward(direction)
-    torch.testing.assert_close(x.grad, direction @ weight.get_original_weight())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_zeros_are_those_of_torchao(dtype, device):

@@ -1,0 +1,37 @@
+"""Dequantizing gives torchao's bits, and products keep nothing of it."""
+
+import pytest
+import torch
+
+from phi3_plugin.models import nf4_product as module
+from phi3_plugin.models.nf4 import is_nf4, to_nf4
+from phi3_plugin.models.nf4_product import nf4_linear, plain
+from tests.models.test_nf4 import DTYPES, weight_of
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(64, 256), (128, 384)])
+def test_dequantizing_gives_torchaos_bits(size, dtype, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 8192)  # several pieces, the last one short
+    weight = to_nf4(weight_of(*size, dtype))
+    assert torch.equal(plain(weight, dtype), weight.get_original_weight())
+
+
+def test_training_goes_on_after_inference():
+    weight, x = to_nf4(weight_of(256, 512, torch.float32)), torch.randn(3, 512)
+    module._memory.clear()
+    with torch.inference_mode():
+        first = nf4_linear(x, weight)
+    assert torch.equal(nf4_linear(x.requires_grad_(), weight), first)
+
+
+def test_a_product_keeps_nothing_dequantized():
+    x = torch.randn(3, 128, requires_grad=True)
+    weight = to_nf4(weight_of(128, 128, torch.float32))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = nf4_linear(x, weight)
+    assert [is_nf4(tensor) for tensor in kept] == [True]
+    direction = torch.randn(3, 128)
+    out.backward(direction)
+    torch.testing.assert_close(x.grad, direction @ weight.get_original_weight())
