@@ -16,6 +16,7 @@ from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.models.checks import FROM_BASE
 from phi3_plugin.models.fitting import keys_of, keys_of_model
+from phi3_plugin.models.lora import local_rows
 from phi3_plugin.models.nf4 import is_nf4
 from phi3_plugin.models.start import (
     A,
@@ -160,18 +161,13 @@ def check_base(before: Mapping[str, Any], model: nn.Module) -> None:
         model: That is to go on.
     """
     was = "qlora" in str(before.get("_component_")) or bool(before.get("quantize_base"))
-    now = any(is_nf4(p) for p in map(_local, model.parameters()))
+    now = any(is_nf4(p) for p in map(local_rows, model.parameters()))
     if was != now:
         raise CheckpointError(
             f"resume: the run was started over base weights {'' if was else 'not '}in NF4, but "
             f"now they are{'' if now else ' not'}. Resume with model._component_="
             f"{before.get('_component_')} and the quantize_base the run was started with."
         )
-
-
-def _local(parameter: Tensor) -> Tensor:
-    rows: Tensor = getattr(parameter, "_local_tensor", parameter)
-    return rows
 
 
 def _check_scales(folder: Path, model: Mapping[str, float]) -> None:

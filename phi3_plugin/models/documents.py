@@ -1,13 +1,14 @@
 """Attention within the documents of one row, without a mask of all their pairs."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from phi3_plugin.models.masks import causal_band
 
 BLOCK = 512
 """Queries of a document longer than the window that are computed at a time."""
@@ -87,25 +88,10 @@ def _document(qkv: Tensor, heads: list[int], window: int | None) -> Tensor:
     found = []
     for first in range(0, size, BLOCK):
         last, start = min(first + BLOCK, size), max(first - window + 1, 0)
-        mask = _band(last - first, first - start, window, q.device)
+        mask = causal_band(last - first, last - start, first - start, window, q.device)
         rows = q[:, :, first:last], k[:, :, start:last], v[:, :, start:last]
         found.append(F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=gqa))
     return torch.cat(found, dim=2).transpose(1, 2).flatten(2)
-
-
-@lru_cache(maxsize=4)
-def _band(queries: int, before: int, window: int, device: torch.device) -> Tensor:
-    """Return which keys each query sees, ``[queries, before + queries]``.
-
-    Args:
-        queries: Consecutive ones.
-        before: Keys in front of the first query's own.
-        window: Keys a query sees, itself included.
-        device: Where it is needed.
-    """
-    query = torch.arange(before, before + queries, device=device)[:, None]
-    key = torch.arange(before + queries, device=device)[None]
-    return (key <= query) & (key > query - window)
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -168,12 +168,12 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
         for this after it has restored the adapter. Rows are computed where they lie, since an
         NF4 weight that is sharded can only be dequantized locally.
         """
-        magnitude, base = _local(self.magnitude), _local(self.weight)
+        magnitude, base = local_rows(self.magnitude), local_rows(self.weight)
         if magnitude.any():
             return
         a = self.lora_a.weight
         a = a.full_tensor() if hasattr(a, "full_tensor") else a
-        magnitude.copy_(row_norms(base, a, _local(self.lora_b.weight), self.scaling))
+        magnitude.copy_(row_norms(base, a, local_rows(self.lora_b.weight), self.scaling))
 
     def adapter_params(self) -> list[str]:
         """Name the parameters that are trained."""
@@ -225,7 +225,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return squares.clamp_(min=0).sqrt_().to(a.dtype)
 
 
-def _local(weight: Tensor) -> Tensor:
+def local_rows(weight: Tensor) -> Tensor:
     """Return the rows that this process holds."""
     rows: Tensor = getattr(weight, "_local_tensor", weight)
     return rows

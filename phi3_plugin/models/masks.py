@@ -37,13 +37,14 @@ def windowed(
         return mask
     if isinstance(mask, BlockMask):
         return _windowed_blocks(mask, window)
-    band = _causal_band(queries, keys, offset, window, device)
+    band = causal_band(queries, keys, offset, window, device)
     return band[None] if mask is None else mask & band
 
 
-# Every layer of a step asks for the same one.
-@lru_cache(maxsize=2)
-def _causal_band(queries: int, keys: int, offset: int, window: int, device: torch.device) -> Tensor:
+# Every layer of a step asks for the same ones.
+@lru_cache(maxsize=4)
+def causal_band(queries: int, keys: int, offset: int, window: int, device: torch.device) -> Tensor:
+    """Return which keys each query sees, ``[S, K]``; see :func:`windowed`."""
     query = torch.arange(offset, offset + queries, device=device)[:, None]
     key = torch.arange(keys, device=device)[None]
     return (key <= query) & (key > query - window)

@@ -11,22 +11,10 @@ from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.errors import AdapterError, ConfigError, Phi3Error
 from phi3_plugin.models.targets import TARGETS
 from tests.chosen import some
-from tests.own import TINY, full_config, started, tiny_inputs
+from tests.own import TINY, full_config, started
 from tests.recipes.computed import BATCH, logits
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
-
-
-@pytest.fixture
-def cwd(inputs, tmp_path):
-    for name in ("base", "rows.jsonl"):
-        (tmp_path / name).symlink_to(inputs / name)
-    return tmp_path
 
 
 def foreign(cwd, **keys):
