@@ -11,7 +11,8 @@ SOURCES = sorted([*(ROOT / "phi3_plugin").rglob("*.py"), *(ROOT / "recipes").rgl
 PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 
 # Upper layers may import lower ones, never the other way round or sideways.
-LAYER = {"recipes": 3, "models": 2, "data": 2, "checkpoint": 2, "train": 2}
+MIDDLE = ("models", "data", "checkpoint", "train", "generate", "evaluate")
+LAYER = {"recipes": 3, **dict.fromkeys(MIDDLE, 2)}
 LOWEST = {"config": 1, "adapter_cli": 1, "errors": 0, "positions": 0}
 
 # Each of these comes in through one door.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtune.modules import KVCache
 
+from phi3_plugin.models.cache import Step
 from phi3_plugin.models.documents import Documents, attend_within, take
 from phi3_plugin.models.masks import Mask, windowed
 from phi3_plugin.models.rope import RotaryEmbedding, rotate
@@ -69,7 +70,7 @@ class Phi3Attention(nn.Module):
         x: Tensor,
         y: Tensor | None = None,
         *,
-        mask: Mask | Documents = None,
+        mask: Mask | Documents | Step = None,
         input_pos: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
@@ -79,19 +80,22 @@ class Phi3Attention(nn.Module):
             x: Normalized hidden states.
             y: What torchtune's layer passes a second time; self-attention does not need it.
             mask: True where a query sees a key, ``[B, S, keys]``; None is causal. Or a block
-                mask, which is how torchtune packs on a GPU; or the documents of a single row,
-                which know their positions.
+                mask, which is how torchtune packs on a GPU; or the documents of a single row, or
+                new tokens of cached rows, both of which know their positions.
             input_pos: Position of each token ``[B, S]``; None counts from 0.
             rows: Numbers of the tokens whose result is wanted, counted over all of B and S.
 
         Returns:
             ``[B, S, D]``, or of the wanted alone ``[1, rows, D]``.
         """
-        if isinstance(mask, Documents):
+        if isinstance(mask, Documents | Step):
             qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
             heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
             qkv = rotate(qkv, mask.cos, mask.sin, heads[0] + heads[1])
-            out = attend_within(qkv, heads, mask, self.sliding_window)
+            if isinstance(mask, Step):
+                out = mask.attend(qkv, heads)
+            else:
+                out = attend_within(qkv, heads, mask, self.sliding_window)
             return self.o_proj(take(out, rows))  # type: ignore[no-any-return]
         q, k, v = self._split_heads(self.qkv_proj(x), input_pos)
         offset = 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from phi3_plugin.models.lora import Linear, LowRank, linear, probability
-from phi3_plugin.models.lora_linear import lora_linear
+from phi3_plugin.models.lora_linear import Adapter, lora_linear
 
 
 class MergedLoRALinear(Linear):
@@ -48,12 +48,17 @@ class MergedLoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., rows of all parts]``."""
+        active = self.active()
+        if not active:
+            return linear(x, self.weight)
+        return lora_linear(x, self.weight, active, probability(self.dropout))
+
+    def active(self) -> list[Adapter]:
+        """Return the adapters that are not disabled, each for the rows of its part."""
         active, start = [], 0
         for name, count in self.rows.items():
             module = getattr(self, name, None)
             if module is not None and not module.disabled:
                 active.append(module.adapter(start))
             start += count
-        if not active:
-            return linear(x, self.weight)
-        return lora_linear(x, self.weight, active, probability(self.dropout))
+        return active

@@ -1,5 +1,6 @@
 """Rotary position embedding, halves style, with fp32 angles and LongRoPE's two sets of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,6 +104,27 @@ class RotaryEmbedding(nn.Module):
         """
         rows = self._rows(length, input_pos)
         cos, sin = (table[rows].to(dtype).unsqueeze(-2) for table in (self.cos, self.sin))
+        return cos, sin
+
+    def turns_of(
+        self, positions: Tensor, ends: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines for rows side by side, each turned by its own length.
+
+        Args:
+            positions: Of the tokens of all rows ``[T]``.
+            ends: Tokens of each row, those before the given ones included.
+            lengths: Given tokens of each row.
+            dtype: Of the heads.
+
+        Returns:
+            ``[1, T, 1, R / 2]`` each.
+        """
+        if self.switch is not None:
+            long = torch.tensor([self.switch * (end > self.switch) for end in ends])
+            shift = long.repeat_interleave(torch.tensor(lengths))
+            positions = positions + shift.to(positions.device)
+        cos, sin = (table[positions].to(dtype)[None, :, None] for table in (self.cos, self.sin))
         return cos, sin
 
     def _rows(self, length: int, input_pos: Tensor | None) -> slice | Tensor:

@@ -1,0 +1,230 @@
+"""Many answers at once: a row that has ended makes room for the next prompt."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi3_plugin.errors import DataError
+from phi3_plugin.generate.sampling import Sampling, choose
+from phi3_plugin.generate.text import Decoder, Text
+
+TOGETHER = 4096
+"""Tokens of new prompts that are read at once, if they are several."""
+
+OnText = Callable[[int, str], None]
+"""(number of the prompt, the next piece of its answer)."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a prompt."""
+
+    index: int
+    """Of the prompt."""
+    text: str
+    """Without the token or text that ended it."""
+    tokens: tuple[int, ...]
+    """As they came, with the token that ended it."""
+    reason: str
+    """Why it ended: stop, length, time or context."""
+    prompt_tokens: int
+
+
+class _Row:
+    """An answer in the making."""
+
+    def __init__(self, index: int, prompt: Sequence[int], asked: Sampling, text: Text) -> None:
+        self.index, self.prompt, self.asked, self.text = index, len(prompt), asked, text
+        self.tokens, self.reason = list(prompt), ""
+        self.random = torch.Generator().manual_seed((asked.seed * 1_000_003 + index) % 2**63)
+        self.started = time.monotonic()
+
+    def answer(self) -> Answer:
+        """Return the finished answer."""
+        said = tuple(self.tokens[self.prompt :])
+        return Answer(self.index, self.text.said, said, self.reason, self.prompt)
+
+
+class Generator:
+    """Answers prompts with one model."""
+
+    def __init__(
+        self, model: Any, tokenizer: Decoder, sampling: Sampling, *, batch_size: int = 8
+    ) -> None:
+        """Take what answers, and how it is asked.
+
+        Args:
+            model: torchtune's decoder as this package builds it, in evaluation mode.
+            tokenizer: Of the checkpoint.
+            sampling: What is asked of each answer.
+            batch_size: Answers in the making at a time.
+        """
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.batch_size = batch_size
+        # A special token never shows in a text, so a stop text that is one is a stop token.
+        special = tokenizer.special_tokens
+        self._ends = {*tokenizer.stop_tokens, *(special[t] for t in sampling.stop if t in special)}
+        self._stop = [text for text in sampling.stop if text not in special]
+        self._device = model.norm.scale.device
+        self._alone: Any = None
+        self._heard: list[int] = []
+        self._asked = 0
+
+    def check(self, index: int, prompt: Sequence[int]) -> None:
+        """Refuse a prompt that cannot be answered.
+
+        Args:
+            index: Its number, from 0.
+            prompt: Its tokens.
+
+        Raises:
+            DataError: It has no token, or no room is left for an answer.
+        """
+        limit = self.model.max_seq_len
+        if not len(prompt):
+            raise DataError(f"prompt {index + 1} is empty. Give it some text, or leave it out.")
+        if len(prompt) >= limit:
+            raise DataError(
+                f"prompt {index + 1} has {len(prompt)} tokens, but the model has {limit} "
+                "positions for prompt and answer. Shorten it."
+            )
+
+    def answers(
+        self, prompts: Iterable[Sequence[int]], on_text: OnText | None = None
+    ) -> Iterator[Answer]:
+        """Answer prompts, and yield the answers in the order in which they end.
+
+        What one is answered does not depend on the others, but for rounding.
+
+        Args:
+            prompts: Tokens of each; taken as there is room.
+            on_text: Told how the answers grow.
+
+        Raises:
+            DataError: A prompt cannot be answered, see :meth:`check`.
+        """
+        waiting, rows = enumerate(prompts), list[_Row]()
+        cache = self.model.cache(self.batch_size)
+        while True:
+            self._fill(rows, waiting)
+            if not rows:
+                return
+            self._extend(cache, rows, on_text)
+            for number in reversed(range(len(rows))):
+                if rows[number].reason:
+                    yield self._ended(cache, rows, number, on_text)
+
+    def answer(self, prompt: Sequence[int], on_text: Callable[[str], None] | None = None) -> Answer:
+        """Answer one prompt; what it begins with as the last one did is not read again.
+
+        Args:
+            prompt: Its tokens.
+            on_text: Told how the answer grows.
+
+        Raises:
+            DataError: It cannot be answered, see :meth:`check`.
+        """
+        self.check(0, prompt)
+        tell = None if on_text is None else lambda _, piece: on_text(piece)
+        cache = self._alone = self._alone or self.model.cache(1)
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(self._heard, prompt, strict=False))
+        # The last token is always read: what follows it is asked for.
+        same = min(sum(1 for _ in pairs), len(prompt) - 1)
+        cache.keep(0, same if self.model.turns_alike(len(self._heard), len(prompt)) else 0)
+        row, self._asked = self._row(self._asked, prompt), self._asked + 1
+        try:
+            while not row.reason:
+                self._extend(cache, [row], tell)
+        finally:
+            self._heard = row.tokens[: cache.lengths[0]]
+        if (rest := row.text.end()) and tell:
+            tell(0, rest)
+        return row.answer()
+
+    def _row(self, index: int, prompt: Sequence[int]) -> _Row:
+        return _Row(index, prompt, self.sampling, Text(self.tokenizer, self._stop))
+
+    def _fill(self, rows: list[_Row], waiting: Iterator[tuple[int, Sequence[int]]]) -> None:
+        while len(rows) < self.batch_size and (found := next(waiting, None)):
+            self.check(*found)
+            rows.append(self._row(*found))
+
+    def _ended(self, cache: Any, rows: list[_Row], number: int, on_text: OnText | None) -> Answer:
+        """Take a row out, and put the last one in its place."""
+        row, last = rows[number], rows.pop()
+        if row is not last:
+            rows[number] = last
+            cache.move(len(rows), number)
+        cache.keep(len(rows), 0)
+        if (rest := row.text.end()) and on_text:
+            on_text(row.index, rest)
+        return row.answer()
+
+    @torch.no_grad()
+    def _extend(self, cache: Any, rows: list[_Row], on_text: OnText | None) -> None:
+        """Add a token to every row."""
+        for number, row in enumerate(rows):
+            length = cache.lengths[number]
+            if length and not self.model.turns_alike(length, len(row.tokens)):
+                cache.keep(number, 0)
+        new = [number for number in range(len(rows)) if not cache.lengths[number]]
+        old = [number for number in range(len(rows)) if cache.lengths[number]]
+        for group in (*_groups(new, rows), old):
+            if group:
+                logits = self._logits(cache, rows, group)
+                chosen = [rows[number] for number in group]
+                for row, token in zip(chosen, self._chosen(chosen, logits), strict=True):
+                    self._say(row, token, on_text)
+
+    def _logits(self, cache: Any, rows: list[_Row], group: list[int]) -> Tensor:
+        """Read what is not cached yet of some rows; return what may follow, ``[rows, V]``."""
+        unread = [rows[number].tokens[cache.lengths[number] :] for number in group]
+        tokens = torch.tensor([token for row in unread for token in row], device=self._device)
+        step = self.model.step(cache, group, [len(row) for row in unread])
+        logits: Tensor = self.model(tokens[None], step=step)
+        return logits
+
+    def _chosen(self, rows: list[_Row], logits: Tensor) -> list[int]:
+        asked = self.sampling
+        if asked.temperature == 0 and asked.repetition_penalty == 1:
+            return logits.argmax(dim=-1).tolist()
+        return [
+            choose(scores, torch.tensor(row.tokens), asked, row.random)
+            for row, scores in zip(rows, logits, strict=True)
+        ]
+
+    def _say(self, row: _Row, token: int, on_text: OnText | None) -> None:
+        row.tokens.append(token)
+        asked, said = self.sampling, len(row.tokens) - row.prompt
+        if token in self._ends:
+            row.reason = "stop"
+            return
+        if (piece := row.text.push(token)) and on_text:
+            on_text(row.index, piece)
+        if row.text.stopped:
+            row.reason = "stop"
+        elif said == asked.max_new_tokens:
+            row.reason = "length"
+        elif len(row.tokens) >= self.model.max_seq_len:
+            row.reason = "context"
+        elif asked.max_time and time.monotonic() - row.started >= asked.max_time:
+            row.reason = "time"
+
+
+def _groups(new: list[int], rows: list[_Row]) -> Iterator[list[int]]:
+    """Yield new rows by so many that they are read at once."""
+    group, size = list[int](), 0
+    for number in new:
+        length = len(rows[number].tokens)
+        if group and size + length > TOGETHER:
+            yield group
+            group, size = [], 0
+        group.append(number)
+        size += length
+    if group:
+        yield group

@@ -1,0 +1,220 @@
+"""Keys and values of rows that are being generated, each row as long as it is.
+
+Rows are not padded. New prompts are read as documents side by side, and a row that ends makes room
+for another, whose length has nothing to do with its neighbours'. Where the model has a sliding
+window, a row is a ring of as many places: what falls out of the window is written over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from phi3_plugin.models.documents import BLOCK, Documents, attend_within, borders_of
+from phi3_plugin.models.masks import causal_band
+from phi3_plugin.models.rope import RotaryEmbedding
+
+ROOM = 256
+"""Places that a cache grows by, so that it does not grow with every token."""
+
+
+# Shapes: N rows, T new tokens of all rows, H query heads, K key/value heads, F head dim, C places
+class Cache:
+    """What the tokens of each row have left behind in each layer."""
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        head_dim: int,
+        *,
+        window: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Start with empty rows; memory is taken as they grow.
+
+        Args:
+            layers: Of the model.
+            rows: N.
+            heads: K.
+            head_dim: F.
+            window: Keys a query sees, itself included; None sees all before it.
+            dtype: Of keys and values.
+            device: Of the model.
+        """
+        self.window, self.lengths = window, [0] * rows
+        shape = rows, heads, 0, head_dim
+        kept = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
+        self.keys, self.values = kept[:layers], kept[layers:]
+
+    @property
+    def places(self) -> int:
+        """C, tokens of a row that there is memory for."""
+        return self.keys[0].shape[2]
+
+    def place(self, position: int) -> int:
+        """Return where in its row a token lies."""
+        return position % self.window if self.window else position
+
+    def held(self, length: int) -> int:
+        """Return how many of a row's tokens are kept."""
+        return min(length, self.window) if self.window else length
+
+    def move(self, row: int, to: int) -> None:
+        """Put what a row holds in another's place, and leave it empty."""
+        held = self.held(self.lengths[row])
+        for kept in (*self.keys, *self.values):
+            kept[to, :, :held] = kept[row, :, :held]
+        self.lengths[to], self.lengths[row] = self.lengths[row], 0
+
+    def keep(self, row: int, length: int) -> int:
+        """Forget all but the first tokens of a row; return how many are left.
+
+        None are where a ring has written over some of them.
+        """
+        gone = self.window is not None and self.lengths[row] > self.window
+        whole = length >= self.lengths[row]
+        self.lengths[row] = 0 if gone and not whole else min(length, self.lengths[row])
+        return self.lengths[row]
+
+    def reserve(self, length: int) -> None:
+        """Take memory for rows of this length."""
+        needed = self.held(-(-length // ROOM) * ROOM)
+        if needed > self.places:
+            grown = 0, 0, 0, needed - self.places
+            self.keys = [F.pad(kept, grown) for kept in self.keys]
+            self.values = [F.pad(kept, grown) for kept in self.values]
+
+    def past(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """Return the kept keys and values of a row in their order, each ``[1, K, held, F]``."""
+        length = self.lengths[row]
+        held = self.held(length)
+        places = slice(held)
+        if length > held:
+            places = torch.arange(length - held, length, device=self.keys[0].device) % held  # type: ignore[assignment]
+        return self.keys[layer][row, None, :, places], self.values[layer][row, None, :, places]
+
+    def write(self, layer: int, row: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Keep new tokens of a row.
+
+        Args:
+            layer: Number of the layer.
+            row: Of the cache.
+            start: Position of the first of them.
+            k: ``[K, tokens, F]``; only the last that fit a ring are kept.
+            v: As ``k``.
+        """
+        count = k.shape[1]
+        first = start + count - self.held(count)
+        at = torch.arange(first, start + count, device=k.device)
+        at = at % self.window if self.window else at
+        self.keys[layer][row].index_copy_(1, at, k[:, first - start :])
+        self.values[layer][row].index_copy_(1, at, v[:, first - start :])
+
+
+@dataclass
+class Step:
+    """New tokens of some rows, one row's after the other's, that go on from what is cached."""
+
+    cache: Cache
+    rows: Sequence[int]
+    """Of the cache; one token for each of the first rows is the fast case."""
+    lengths: Sequence[int]
+    """New tokens of each."""
+    rope: RotaryEmbedding
+    layer: int = 0
+    """The one that is being computed."""
+    cos: Tensor = field(init=False)
+    """By which the heads turn, ``[1, T, 1, R / 2]``."""
+    sin: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        cache, device, dtype = self.cache, self.cache.keys[0].device, self.cache.keys[0].dtype
+        self.starts = [cache.lengths[row] for row in self.rows]
+        ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
+        cache.reserve(max(ends))
+        spans = zip(self.starts, ends, strict=True)
+        positions = torch.cat([torch.arange(*span) for span in spans]).to(device)
+        self.cos, self.sin = self.rope.turns_of(positions, ends, self.lengths, dtype)
+        self.single = max(self.lengths) == 1 and list(self.rows) == [*range(len(self.rows))]
+        if self.single:
+            self._look_ahead(ends, device)
+
+    def _look_ahead(self, ends: Sequence[int], device: torch.device) -> None:
+        """Work out once what every layer needs: where tokens go, and what each row sees."""
+        self.at = torch.tensor([self.cache.place(start) for start in self.starts], device=device)
+        self.numbers = torch.arange(len(ends), device=device)
+        held = [self.cache.held(end) for end in ends]
+        self.longest, self.seen = max(held), None
+        if min(held) < self.longest:
+            seen = torch.arange(self.longest) < torch.tensor(held)[:, None]
+            self.seen = seen[:, None, None].to(device)
+
+    def done(self) -> None:
+        """Note that all layers have seen the tokens."""
+        for row, start, count in zip(self.rows, self.starts, self.lengths, strict=True):
+            self.cache.lengths[row] = start + count
+
+    def last(self, device: torch.device) -> Tensor | None:
+        """Return the number of each row's last token, or None where there are no others."""
+        return None if self.single else (borders_of(tuple(self.lengths), device)[1:] - 1).long()
+
+    def attend(self, qkv: Tensor, heads: list[int]) -> Tensor:
+        """Attend to what each row has seen, and keep what is new.
+
+        Args:
+            qkv: Queries, keys and values, rotated, ``[1, T, H + 2 K, F]``.
+            heads: H, K and K.
+
+        Returns:
+            ``[1, T, H F]``.
+        """
+        if self.single:
+            return self._one_each(qkv, heads)
+        out = self._together(qkv, heads) if not any(self.starts) else None
+        found = []
+        for part, row, start in zip(
+            qkv.split(list(self.lengths), dim=1), self.rows, self.starts, strict=True
+        ):
+            q, k, v = part.transpose(1, 2).split(heads, dim=1)
+            if out is None:
+                found.append(self._onward(q, k, v, row))
+            self.cache.write(self.layer, row, start, k[0], v[0])
+        return torch.cat(found, dim=1) if out is None else out
+
+    def _together(self, qkv: Tensor, heads: list[int]) -> Tensor:
+        lengths = tuple(self.lengths)
+        borders = borders_of(lengths, qkv.device)
+        return attend_within(
+            qkv, heads, Documents(lengths, borders, self.cos, self.sin), self.cache.window
+        )
+
+    def _one_each(self, qkv: Tensor, heads: list[int]) -> Tensor:
+        q, k, v = qkv[0].split(heads, dim=1)
+        keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
+        keys[self.numbers, :, self.at], values[self.numbers, :, self.at] = k, v
+        seen = slice(len(k)), slice(None), slice(self.longest)
+        how: Any = {"attn_mask": self.seen, "enable_gqa": heads[0] != heads[1]}
+        out = F.scaled_dot_product_attention(q[:, :, None], keys[seen], values[seen], **how)
+        return out[:, :, 0].flatten(1)[None]
+
+    def _onward(self, q: Tensor, k: Tensor, v: Tensor, row: int) -> Tensor:
+        """Attend from several new tokens of a row that has some already, a block at a time."""
+        past = self.cache.past(self.layer, row)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
+        count, total, gqa = q.shape[2], keys.shape[2], q.shape[1] != k.shape[1]
+        before, window = total - count, self.cache.window or total
+        found = []
+        for first in range(0, count, BLOCK):
+            last = min(first + BLOCK, count)
+            mask = causal_band(last - first, before + last, before + first, window, q.device)
+            kept = keys[:, :, : before + last], values[:, :, : before + last]
+            part = q[:, :, first:last]
+            out = F.scaled_dot_product_attention(part, *kept, attn_mask=mask, enable_gqa=gqa)
+            found.append(out)
+        return torch.cat(found, dim=2).transpose(1, 2).flatten(2)

@@ -1,0 +1,113 @@
+"""Linear layers of a model that only answers: laid out for few rows at a time.
+
+On a CPU a token costs as much time as reading every weight once takes, and that takes longest from
+plain rows. oneDNN's own layout of them gives the same products, bit for bit.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.modules import TiedLinear
+
+from phi3_plugin.models.lora import DoRALinear, Linear, LoRALinear, row_norms
+from phi3_plugin.models.lora_linear import Adapter
+from phi3_plugin.models.merged import MergedLoRALinear
+from phi3_plugin.models.nf4 import is_nf4
+from phi3_plugin.models.nf4_product import nf4_linear
+
+
+# Shapes: N tokens, I input, O output, R rank
+class ServedLinear(nn.Module):
+    """What a linear layer with or without adapters computes, without a way back.
+
+    The adapters stay beside the weight: they are not merged.
+    """
+
+    def __init__(self, weight: Tensor, adapters: list[Adapter], stretch: Tensor | None) -> None:
+        """Lay the weight out.
+
+        Args:
+            weight: ``[O, I]``, plain or NF4.
+            adapters: For rows of it that do not overlap.
+            stretch: What each row is multiplied with in the end, ``[O]``.
+        """
+        super().__init__()
+        self.weight, self.is_laid_out = laid_out(weight)
+        self.starts = [adapter.start for adapter in adapters]
+        dtype = weight.dtype
+        self.a = [adapter.a.detach().to(dtype) for adapter in adapters]
+        self.b = [(adapter.b.detach() * adapter.scaling).to(dtype) for adapter in adapters]
+        self.stretch = stretch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., I]`` to ``[..., O]``."""
+        flat = x.flatten(0, -2)
+        out = self._base(flat)
+        for start, a, b in zip(self.starts, self.a, self.b, strict=True):
+            out[:, start : start + len(b)].addmm_(flat @ a.t(), b.t())
+        if self.stretch is not None:
+            out = (self.stretch * out).to(out.dtype)
+        return out.view(*x.shape[:-1], -1)
+
+    def _base(self, x: Tensor) -> Tensor:
+        if not self.is_laid_out:
+            return nf4_linear(x, self.weight) if is_nf4(self.weight) else F.linear(x, self.weight)
+        plain: Any = x, self.weight, None, "none", [], ""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(*plain)
+        return out
+
+
+def laid_out(weight: Tensor) -> tuple[Tensor, bool]:
+    """Return a weight as the CPU reads it fastest, and whether that is another layout."""
+    weight = weight.detach()
+    plain = weight.device.type == "cpu" and not is_nf4(weight) and not hasattr(weight, "placements")
+    if not plain or not _has_layout(weight.dtype):
+        return weight, False
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1), True
+
+
+def _has_layout(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    ):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+@torch.no_grad()
+def serve(model: nn.Module) -> nn.Module:
+    """Make a loaded model ready to answer, in place; it can be neither trained nor saved then.
+
+    Args:
+        model: torchtune's decoder as this package builds it, with its weights.
+    """
+    for parent, name, layer in list(_layers(model)):
+        setattr(parent, name, served(layer))
+    if isinstance(model.output, TiedLinear):
+        model.output = ServedLinear(model.output.tied_module.weight, [], None)
+    return model.eval().requires_grad_(False)
+
+
+def served(layer: Any) -> ServedLinear:
+    """Return what stands for a linear layer."""
+    weight, stretch, adapters = layer.weight, None, list[Adapter]()
+    if isinstance(layer, MergedLoRALinear):
+        adapters = layer.active()
+    elif isinstance(layer, LoRALinear) and not layer.disabled:
+        adapters = [layer.adapter()]
+        if isinstance(layer, DoRALinear):
+            factors = layer.lora_a.weight, layer.lora_b.weight
+            stretch = layer.magnitude / row_norms(weight, *factors, layer.scaling)
+    return ServedLinear(weight, adapters, stretch)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in model.modules():
+        for name, layer in parent.named_children():
+            if isinstance(layer, Linear | LoRALinear):
+                yield parent, name, layer

@@ -1,0 +1,82 @@
+"""Greedy answers are those of transformers, token for token, in fp32."""
+
+import pytest
+
+from phi3_plugin.models.serving import serve
+from tests.chosen import some
+from tests.family import LONG, published, sizes
+from tests.generate.spoken import ours, prompts_of, served, theirs
+from tests.models.twins import base_of, train_by_hand, twin
+from tests.models.twins import ours as adapted
+from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
+
+FAMILIES = {"mini": (MINI_4K, TINY_MHA), "gqa": (MEDIUM_4K, TINY_GQA)}
+COUNT = 200
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, tmp_path_factory):
+    keys, small = FAMILIES[request.param]
+    model = hf_model(keys, std=0.2, **small)  # lower, and all answers end in one token
+    folder = save_checkpoint(model, keys, tmp_path_factory.mktemp("base"), **small)
+    return model, served(folder)
+
+
+def test_one_by_one(both):
+    for prompt in prompts_of(1, 17):
+        assert ours(both[1], [prompt], COUNT) == theirs(both[0], [prompt], COUNT)
+
+
+def test_in_a_batch_and_refilled(both):
+    prompts = prompts_of(3, 30, 1, 17, 12)
+    expected = theirs(both[0], prompts, COUNT)
+    assert ours(both[1], prompts, COUNT) == expected
+    assert ours(both[1], prompts, COUNT, batch_size=2) == expected
+
+
+@pytest.mark.parametrize("length", some([1900, 2046, 2047, 2048, 2300], {1900, 2047}))
+def test_across_the_window(both, length):
+    prompts = prompts_of(length, length - 100)
+    expected = theirs(both[0], prompts, COUNT)
+    assert ours(both[1], prompts, COUNT) == expected
+    assert ours(both[1], prompts[:1], COUNT) == expected[:1]
+
+
+@pytest.fixture(
+    scope="module",
+    params=some([v for v in LONG if v != "mini-128k-april"], {"medium-128k", "phi-4-mini"}),
+)
+def long(request, tmp_path_factory):
+    keys, small = published(request.param), {**sizes(request.param), "num_hidden_layers": 2}
+    model = hf_model(keys, **small)
+    folder = save_checkpoint(model, keys, tmp_path_factory.mktemp("base"), **small)
+    return model, served(folder)
+
+
+@pytest.mark.parametrize("length", some([3950, 4095, 4096, 4097], {3950, 4096}))
+def test_across_the_switch_of_factors(long, length):
+    prompts = prompts_of(length)
+    assert ours(long[1], prompts, COUNT) == theirs(long[0], prompts, COUNT)
+
+
+def test_across_the_switch_in_a_batch(long):
+    prompts = prompts_of(4000, 4000)
+    assert ours(long[1], prompts, COUNT) == theirs(long[0], prompts, COUNT)
+    # Beside a short one, each is answered as it is alone
+    prompts = [prompts[0], *prompts_of(20, seed=1)]
+    expected = [theirs(long[0], [prompt], COUNT)[0] for prompt in prompts]
+    assert ours(long[1], prompts, COUNT) == expected
+
+
+@pytest.mark.parametrize("family", ["mini", "gqa", "tied"])
+@pytest.mark.parametrize("keys", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_with_an_adapter(family, keys, tmp_path):
+    base, folder = base_of(family, tmp_path)
+    model = adapted(folder, **keys)
+    train_by_hand(model)
+    peft = twin(base, model, **keys)
+    prompts = prompts_of(17, 5, 2000)
+    expected = theirs(peft, prompts, COUNT)
+    assert expected != theirs(base, prompts, COUNT)
+    assert ours(model, prompts, COUNT) == expected  # as training asks
+    assert ours(serve(model), prompts, COUNT) == expected

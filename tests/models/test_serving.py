@@ -1,0 +1,86 @@
+"""Layers that only answer compute what those they stand for do."""
+
+import pytest
+import torch
+from torch import nn
+from torchtune.training import set_default_dtype
+
+from phi3_plugin.models.lora import DoRALinear, Linear, LoRALinear, LowRank
+from phi3_plugin.models.merged import MergedLoRALinear
+from phi3_plugin.models.serving import ServedLinear, serve, served
+from phi3_plugin.models.whole import WholeLinear
+from tests.models.twins import BATCH, base_of, ours, train_by_hand
+
+IN, OUT = 256, 384
+
+
+def merged(**keys) -> MergedLoRALinear:
+    rows = {"q_proj": 256, "k_proj": 64, "v_proj": 64}
+    adapters = {name: LowRank(IN, rows[name], 4, 6) for name in ("q_proj", "v_proj")}
+    return MergedLoRALinear(IN, rows, adapters, **keys)
+
+
+MAKERS = {
+    "plain": lambda: Linear(IN, OUT),
+    "nf4": lambda: Linear(IN, OUT, quantize=True),
+    "whole": lambda: WholeLinear(IN, OUT),
+    "lora": lambda: LoRALinear(IN, OUT, 4, 6),
+    "qlora": lambda: LoRALinear(IN, OUT, 4, 6, quantize_base=True),
+    "dora": lambda: DoRALinear(IN, OUT, 4, 6),
+    "qdora": lambda: DoRALinear(IN, OUT, 4, 6, quantize_base=True),
+    "parts": merged,
+    "quantized parts": lambda: merged(quantize_base=True),
+}
+
+
+def filled(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        layer.weight.copy_(0.05 * torch.randn(OUT, IN))
+        for name, parameter in layer.named_parameters():
+            if "lora" in name:
+                parameter.normal_(std=0.1)
+            if "magnitude" in name:
+                parameter.uniform_(0.5, 1.5)
+    return layer.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_computes_the_same(name, dtype):
+    with set_default_dtype(dtype):
+        layer = filled(MAKERS[name]())
+    stands_for = served(layer)
+    bits = 2e-6 if dtype == torch.float32 else 1e-2
+    for shape in ((1, 1), (1, 7), (2, 3)):
+        x = torch.randn(*shape, IN).to(dtype)
+        expected, found = layer(x), stands_for(x)
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        if name in ("plain", "nf4", "whole"):
+            torch.testing.assert_close(
+                found, expected, rtol=0, atol=0 if dtype != torch.float32 else 2e-6
+            )
+        assert (found - expected).float().norm() <= bits * expected.float().norm()
+
+
+@torch.no_grad()
+def test_a_disabled_adapter_stays_out():
+    layer = filled(LoRALinear(IN, OUT, 4, 6))
+    layer.disabled = True
+    x = torch.randn(3, IN)
+    torch.testing.assert_close(served(layer)(x), x @ layer.weight.t(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("family", ["mini", "gqa", "tied"])
+@torch.no_grad()
+def test_a_model_answers_as_before(family, tmp_path):
+    _, folder = base_of(family, tmp_path)
+    model = ours(folder, lora_rank=3)
+    train_by_hand(model)
+    before = model(BATCH)
+    served_model = serve(model)
+    torch.testing.assert_close(served_model(BATCH), before, rtol=0, atol=2e-6)
+    kinds = {type(m) for m in served_model.modules() if hasattr(m, "lora_a")}
+    assert not kinds, kinds
+    assert isinstance(served_model.output, ServedLinear)
