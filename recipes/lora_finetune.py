@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from phi3_plugin.recipes.lora_finetune_plan import memory_choices, plan
+from phi3_plugin.recipes.lora_finetune_samples import answers
 from phi3_plugin.recipes.lora_finetune_start import (
     NF4_BASE,
     check_base,
@@ -41,7 +42,6 @@ from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import check_shards
 from phi3_plugin.train.order import shares
 from phi3_plugin.train.prepare import DTYPES, is_adapted, parameter_groups, prepare
-from phi3_plugin.train.samples import answers
 from phi3_plugin.train.step import train_step, validate
 from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
@@ -63,7 +63,7 @@ class Finetune:
         self.found = self.world.same("output_dir", run.find(self.s.output_dir, self.s.resume))
         patience, nonfinite = self.s.early_stop_patience, self.s.max_nonfinite_steps
         self.stop = Stop(self.world, patience=patience, max_nonfinite=nonfinite)
-        self.step, self.stale, self.best, self.validated = 0, 0, math.inf, 0
+        self.step, self.stale, self.best, self.validated, self.answers = 0, 0, math.inf, 0, []
 
     def setup(self) -> None:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
@@ -71,8 +71,8 @@ class Finetune:
         self.setup_data()
         self.setup_model()
         self.setup_optimizer()
-        asked = s.sample_prompts, self.world.device
-        self.answer = partial(answers, self.model, self.feed.tokenizer, *asked)
+        asked = self.feed.tokenizer, s.sample_prompts, s.sample_max_new_tokens
+        self.answer = partial(answers, self.model, *asked)
         self.before = self.answer()
         torch.manual_seed(s.seed + self.world.rank)
         self.world.same("dataset", self.order.identity)
@@ -113,7 +113,8 @@ class Finetune:
         folder = self.save(run.step_name(self.step) if interrupted else run.FINAL)
         self.saver.wait()
         if self.s.report:
-            samples = zip(self.s.sample_prompts, self.before, self.answer(), strict=True)
+            after = (self.validated == self.step and self.answers) or self.answer()
+            samples = zip(self.s.sample_prompts, self.before, after, strict=True)
             self.monitor.report(self.model, folder, self.stop.reason, list(samples))
         self.monitor.close()
         if self.world.is_main:
@@ -158,7 +159,8 @@ class Finetune:
         """Measure the loss on held-out data; keep the best, and stop if it stays behind."""
         batches = shares(self.feed.order_val, self.world.rank, self.feed.collate_val)
         loss, tokens = validate(self.world, self.model, summed_loss, batches)
-        self.monitor.validation(self.step, loss, tokens)
+        self.answers = self.answer()
+        self.monitor.validation(self.step, loss, tokens, self.answers)
         self.validated = self.step
         self.stale = 0 if loss < self.best else self.stale + 1
         if loss < self.best:

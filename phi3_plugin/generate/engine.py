@@ -67,7 +67,7 @@ class Generator:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.batch_size = batch_size
         # A special token never shows in a text, so a stop text that is one is a stop token.
-        special = tokenizer.special_tokens
+        special = getattr(tokenizer, "special_tokens", {})
         self._ends = {*tokenizer.stop_tokens, *(special[t] for t in sampling.stop if t in special)}
         self._stop = [text for text in sampling.stop if text not in special]
         self._device = model.norm.scale.device

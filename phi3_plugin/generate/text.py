@@ -50,7 +50,11 @@ class Text:
         shown = ""
         if not self.stopped:
             whole = self._tokenizer.decode(self._tokens)
-            shown = self._take(whole[len(self._said) :] if whole.startswith(self._said) else "")
+            if whole.startswith(self._said):
+                shown = self._take(whole[len(self._said) :])
+            else:  # bytes that were no character; what was shown of them stays
+                self._said = whole
+                return ""
         rest, self._shown = self._said[self._shown :], len(self._said)
         return shown + rest
 

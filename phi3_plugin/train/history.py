@@ -2,6 +2,7 @@
 
 {"step": 4, "epoch": 0, "loss": 1.31, "lr": 0.0002, "grad_norm": 0.8, "tokens": 4096, …}
 {"step": 4, "val_loss": 1.4, "val_perplexity": 4.06, "val_tokens": 9000}
+{"step": 4, "answers": ["Yes.", "Paris."]}
 {"event": "saved", "step": 4, "folder": "epoch_0"}
 """
 
@@ -93,6 +94,10 @@ class History:
         self._append(
             {"step": step, "val_loss": loss, "val_perplexity": perplexity, "val_tokens": tokens}
         )
+
+    def log_answers(self, step: int, answers: Sequence[str]) -> None:
+        """Write what the model says to the sample questions after a step."""
+        self._append({"step": step, "answers": answers})
 
     def log_event(self, event: str, step: int, **facts: object) -> None:
         """Write that something happened after a step: a save, a resume, a skipped step."""

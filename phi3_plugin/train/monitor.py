@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,14 @@ class Monitor:
             numbers = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}
             self._logger.log_dict({**numbers, "tokens_per_second": speed}, step=step)
 
-    def validation(self, step: int, loss: float, tokens: int) -> None:
-        """Note a validation."""
+    def validation(self, step: int, loss: float, tokens: int, answers: Sequence[str] = ()) -> None:
+        """Note a validation, and the answers to the sample questions at it."""
         if not self.is_main:
             return
         perplexity = math.exp(min(loss, 700))
         self.history.log_validation(step, loss=loss, tokens=tokens)
+        if answers:
+            self.history.log_answers(step, answers)
         self._progress.validation(step, loss=loss, perplexity=perplexity)
         if self._logger is not None:
             self._logger.log_dict({"val_loss": loss, "val_perplexity": perplexity}, step=step)
@@ -140,7 +142,7 @@ class Monitor:
         cuda = torch.cuda.is_available()
         cpu = f"CPU, {torch.get_num_threads()} threads"
         device = torch.cuda.get_device_name() if cuda else cpu
-        named = ("prompt", "before", "after")
+        history = History.read(self._output_dir / "metrics.jsonl")
         facts = Facts(
             ending=f"It stopped early: {ending}." if ending else "It made all its steps.",
             finished=ending is None,
@@ -150,11 +152,9 @@ class Monitor:
             adapted_modules=[n for n, m in model.named_modules() if hasattr(m, "lora_a")],
             trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             total_parameters=sum(p.numel() for p in model.parameters()),
-            samples=[dict(zip(named, sample, strict=True)) for sample in samples],
+            samples=[_sample(n, *texts, history) for n, texts in enumerate(samples)],
         )
-        page = write_report(
-            self._output_dir, History.read(self._output_dir / "metrics.jsonl"), facts
-        )
+        page = write_report(self._output_dir, history, facts)
         self.say(f"Wrote {page}.")
 
     def close(self) -> None:
@@ -163,3 +163,12 @@ class Monitor:
             self._progress.close()
         if self._logger is not None:
             self._logger.close()
+
+
+def _sample(
+    number: int, prompt: str, before: str, after: str, history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return all that was said to one of the sample questions."""
+    told = [(line["step"], line["answers"]) for line in history if "answers" in line]
+    during = [(step, answers[number]) for step, answers in told if number < len(answers)]
+    return {"prompt": prompt, "before": before, "after": after, "during": during}

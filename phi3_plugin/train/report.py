@@ -75,8 +75,8 @@ class Facts:
     """Names of the modules that carry an adapter."""
     trainable_parameters: int
     total_parameters: int
-    samples: Sequence[Mapping[str, str]] = ()
-    """Answers to compare: prompt, before, after."""
+    samples: Sequence[Mapping[str, Any]] = ()
+    """Answers to compare: prompt, before, after; and during, pairs of a step and an answer."""
     title: str = "Phi-3 fine-tuning"
 
 

@@ -121,7 +121,9 @@ class Settings:
     metric_logger: Component | None = None
     log_every_n_steps: Count = 1
     sample_prompts: Texts = field(default_factory=list)
-    """Questions answered before and after training, for the report."""
+    """Questions answered before and after training and at each validation, for the report."""
+    sample_max_new_tokens: Count = 64
+    """Tokens of such an answer, at most."""
     plan: Switch | Count = False
     """Print what the run would take, for so many devices, and do nothing."""
     report: Switch = True
