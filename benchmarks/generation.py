@@ -202,11 +202,14 @@ def main() -> None:
         write_base(base, args.layers, DTYPES[args.dtype])
         plain, adapted = write_adapter(base, adapter, DTYPES[args.dtype])
         new = partial(load, base, dtype=args.dtype, device="cpu")
-        models = {"theirs": plain, "theirs + adapter": adapted, "ours": serve(new())}
-        models["ours + adapter"] = serve(new(adapter))
+        pair = new(), new(adapter)
+        serve(*pair)
+        models = {"theirs": plain, "theirs + adapter": adapted}
+        models |= dict(zip(("ours", "ours + adapter"), pair, strict=True))
         print(f"{machine()}; Phi-3-mini's width, {args.layers} layers, {args.dtype}\n")
         race(asked, models, args)
-        quantized = serve(new(quantize=True))
+        quantized = new(quantize=True)
+        serve(quantized)
         for question in (q for q in asked if not q.adapted and q.new == 48):
             speeds = measured({"NF4": partial(ours, quantized, question, args.batch)}, question, 2)
             print(f"| {question.name}, NF4 | | {statistics.median(speeds['NF4']):,.1f} | |")

@@ -41,6 +41,7 @@ _RECIPES_OF = {
     "phi3_mini_qlora_8gpu": ("phi3_lora_finetune",),
     "phi3_mini_full_8gpu": ("phi3_lora_finetune",),
     "phi3_adapter": ("phi3_adapter",),
+    "phi3_generate": ("phi3_generate",),
 }
 
 # Our own recipes: the name for `tune run`, and the module it runs.
@@ -48,10 +49,12 @@ _OUR_RECIPES = {
     "phi3_lora_finetune": "lora_finetune",
     "phi3_inspect_data": "phi3_inspect_data",
     "phi3_adapter": "phi3_adapter",
+    "phi3_generate": "phi3_generate",
+    "phi3_evaluate": "phi3_evaluate",
 }
-_OF_NO_RUN = ("phi3_adapter",)  # configs of what is no training run
-_TAKE_EVERY_RUN = ("phi3_inspect_data",)
-_ONE_PROCESS = ("phi3_inspect_data", "phi3_adapter")
+_OF_NO_RUN = ("phi3_adapter", "phi3_generate")  # configs of what is no training run
+_TAKE_EVERY_RUN = ("phi3_inspect_data", "phi3_evaluate")
+_ONE_PROCESS = ("phi3_inspect_data", "phi3_adapter", "phi3_generate")
 
 _NF4_OLD = "torchao.dtypes.nf4tensor"
 _NF4_NEW = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"

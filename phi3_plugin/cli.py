@@ -1,8 +1,8 @@
 """`phi3-tune`: torchtune's `tune`, with our names in it also where the start-up hook is off.
 
 Beside the verbs of `tune` it has one for each recipe of ours that is not a training run:
-`phi3-tune inspect-data ...` is `phi3-tune run phi3_inspect_data ...`. Those of adapters have a
-parser of their own, in adapter_cli.py.
+`phi3-tune inspect-data ...` is `phi3-tune run phi3_inspect_data ...`. Those that take free text or
+are no recipe have a parser of their own: adapter_cli.py, generate_cli.py, phi3_lm_eval.py.
 
 The hook (autoload.py) can be switched off for us alone or for every backend of torch, and both
 switches reach the workers that `tune run` starts. `phi3-tune` changes neither. It registers in its
@@ -17,34 +17,42 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from phi3_plugin import adapter_cli, autoload
+from phi3_plugin import adapter_cli, autoload, generate_cli
 from phi3_plugin.errors import Phi3Error
 
 if TYPE_CHECKING:
     import argparse
 
 
-VERBS = {"inspect-data": ("phi3_inspect_data", "Show what a run would be trained on")}
+VERBS = {
+    "inspect-data": ("phi3_inspect_data", "Show what a run would be trained on"),
+    "evaluate": ("phi3_evaluate", "Measure a model on held-out data"),
+}
 """Our own verbs: the recipe that each runs, and what it does."""
 
-ADAPTER_VERBS = {
-    "adapter": "Check, convert, merge, import and compare adapters",
-    "import-config": "Turn the dictionaries of Microsoft's samples into our YAML",
+PARSED = {
+    "generate": ("phi3_generate", generate_cli.VERBS["generate"][0]),
+    "chat": ("phi3_chat", generate_cli.VERBS["chat"][0]),
+    "lm-eval": ("phi3_lm_eval", "Run tasks of lm-evaluation-harness"),
+    "adapter": ("phi3_adapter", "Check, convert, merge, import and compare adapters"),
+    "import-config": (
+        "phi3_import_config",
+        "Turn the dictionaries of Microsoft's samples into our YAML",
+    ),
 }
-"""Those that adapter_cli.py runs."""
+"""Those that parse their own words: the module whose run() each calls, and what it does."""
 
 
 def main() -> None:
     """Run `phi3-tune` with the command line of this process."""
     autoload.register()
-    if sys.argv[1:2] and sys.argv[1] in ADAPTER_VERBS:
-        sys.exit(_run_adapter_verb(sys.argv[1:]))
+    if sys.argv[1:2] and sys.argv[1] in PARSED:
+        sys.exit(_run_parsed(sys.argv[1:]))
     from torchtune._cli.tune import TuneCLIParser  # not earlier: importing torchtune must find us
 
     tune = TuneCLIParser()
     subparsers = tune._parser._subparsers._group_actions[0]
-    ours = {verb: does for verb, (_, does) in VERBS.items()} | ADAPTER_VERBS
-    for verb, does in ours.items():
+    for verb, (_, does) in (VERBS | PARSED).items():
         subparsers.add_parser(verb, help=does)
     verbs = subparsers.choices
     tune._parser.description = "torchtune's command line, with Phi-3."
@@ -55,17 +63,26 @@ def main() -> None:
     tune.run(tune.parse_args())
 
 
-def _run_adapter_verb(words: list[str]) -> int:
-    """Run `adapter` or `import-config`; return the exit code. `--help` imports nothing else."""
-    command, options = adapter_cli.parse(words)
-    name = "phi3_adapter" if command == "adapter" else "phi3_import_config"
+def _run_parsed(words: list[str]) -> int:
+    """Run a verb that has a parser; return the exit code. `--help` imports nothing else."""
+    options = _parsed(words)
     try:
-        return int(import_module(f"phi3_plugin.recipes.{name}").run(options))
+        module = import_module(f"phi3_plugin.recipes.{PARSED[words[0]][0]}")
+        return int(module.run(options))
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
     except Phi3Error as error:
         if os.environ.get("PHI3_PLUGIN_TRACEBACK") == "1":
             raise
         print(f"phi3_plugin: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def _parsed(words: list[str]) -> Any:
+    if words[0] in generate_cli.VERBS:
+        return generate_cli.parse(words)
+    return words[1:] if words[0] == "lm-eval" else adapter_cli.parse(words)[1]
 
 
 def _run_recipes() -> None:

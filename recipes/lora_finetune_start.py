@@ -10,10 +10,11 @@ from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.export import load_trained
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.hf import open_weights
+from phi3_plugin.checkpoint.identity import known_hash
 from phi3_plugin.checkpoint.peft import check_same, load_origin
 from phi3_plugin.checkpoint.served import MODULES
 from phi3_plugin.config import read_config
-from phi3_plugin.errors import AdapterError, CheckpointError
+from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError
 from phi3_plugin.models.checks import FROM_BASE
 from phi3_plugin.models.fitting import keys_of, keys_of_model
 from phi3_plugin.models.lora import local_rows
@@ -54,6 +55,7 @@ def starting_weights(
     Raises:
         AdapterError: The adapter to start from does not fit the model.
         CheckpointError: Base weights or checkpoint are damaged, or are another model's.
+        ConfigError: Base weights in NF4 would have to be trained.
     """
     if not is_adapted(model):
         if s.init_adapter:
@@ -61,8 +63,11 @@ def starting_weights(
                 f"init_adapter: {s.init_adapter} needs a model with adapters. Set "
                 "model._component_=phi3_plugin.models.lora_phi3, or remove it."
             )
+        if any(is_nf4(p) for p in map(local_rows, model.parameters())):
+            raise ConfigError("model.quantize_base: NF4 weights cannot be trained. Use lora_phi3.")
         return {**open_weights(folder or s.checkpoint_dir)}, {}
     weights: dict[str, Any] = {**open_weights(s.checkpoint_dir)}
+    known_hash(s.checkpoint_dir)  # for what is saved, so that no step waits for reading it
     pissa = [n for n in split_names(model) if model.get_submodule(n).init == "pissa"]
     first: dict[str, Tensor] = {}
     if folder:

@@ -17,25 +17,25 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from phi3_plugin.recipes.phi3_adapter_diff import diff
 from phi3_plugin.recipes.phi3_adapter_forms import FORMS, read, read_from_base, to_peft
+from phi3_plugin.recipes.phi3_load import assembled, keys_for
 from torch import Tensor
 from torchtune import config
 from torchtune.training import set_default_dtype
 
 from phi3_plugin import adapter_cli
-from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.check import NotLoadedError, Proof, prove
 from phi3_plugin.checkpoint.folder import check_output
-from phi3_plugin.checkpoint.hf import load_base_weights, open_weights
+from phi3_plugin.checkpoint.hf import open_weights
+from phi3_plugin.checkpoint.identity import other_base
 from phi3_plugin.checkpoint.merge import merge_into
+from phi3_plugin.checkpoint.peft import load_origin
+from phi3_plugin.checkpoint.served import BASE_HASH
 from phi3_plugin.checkpoint.stored import StoredTensor
 from phi3_plugin.checkpoint.verdicts import LOADS, Verdict, verdicts
-from phi3_plugin.config import Phi3Config, read_config
+from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, OutputError, Phi3Error
-from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.fitting import keys_of
 from phi3_plugin.models.nf4 import nf4_zeros, rows_of
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from phi3_plugin.train.prepare import DTYPES
 
 ALWAYS = ("apply_lora_to_mlp", "apply_lora_to_output")
 """Model keys that our configurations set, so that a False has to be said."""
@@ -54,16 +54,28 @@ def check(o: Mapping[str, Any]) -> int:
     wanted = o.get("runtime") or ["PEFT"]
     failed = any(v.status != LOADS for v in found if v.runtime in wanted)
     proof, said = None, ""
+    other = another_base(folder, Path(base)) if base else None
+    failed |= other is not None
     if base and found[0].status != LOADS:
         said = "No proof: PEFT does not load the adapter as it is."
     elif base:
         proof, broken, said = proven(Path(base), folder, dtype)
         failed |= broken
     if o.get("json"):
-        print(json.dumps(as_json(found, proof, said, failed), indent=2))
+        report = as_json(found, proof, said, failed)
+        print(json.dumps({**report, "other_base": other}, indent=2))
     else:
-        print("\n".join(as_lines(found, said)))
+        print("\n".join([*as_lines(found, said), *([other] if other else [])]))
     return int(failed)
+
+
+def another_base(folder: Path, base: Path) -> str | None:
+    """Say that an adapter was made for other weights than those at hand, if it says so itself."""
+    try:
+        hashes = other_base(str(load_origin(folder).get(BASE_HASH, "")), base)
+    except Phi3Error:  # of which the verdicts speak
+        return None
+    return hashes and f"Another base: the adapter was made for weights with the hash {hashes}."
 
 
 def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, str]:
@@ -107,28 +119,9 @@ def try_proof(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, str]:
 def logits(base: Path, folder: Path, dtype: str, tokens: Tensor) -> Tensor:
     """Return what our own model with the adapter makes of ``tokens [B, S]``: ``[B, S, V]``."""
     adapter = read(folder, read_config(base), {})
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
-    try:
-        model = lora_phi3(base, **keys_for(adapter, read_config(base)))
-    finally:
-        torch.set_default_dtype(before)
-    state = {**load_base_weights(base), **adapter.tensors, **adapter.saved}
-    model.load_state_dict(state, strict=True)
-    out: Tensor = model.eval()(tokens)
+    model = assembled(open_weights(base), base, adapter, dtype, torch.device("cpu"))
+    out: Tensor = model(tokens)
     return out
-
-
-def keys_for(adapter: Adapter, sizes: Phi3Config) -> dict[str, Any]:
-    """Return the keys of our builder for a model with the ranks and scales of an adapter."""
-    return keys_of(
-        adapter.ranks,
-        adapter.scales,
-        set(adapter.saved),
-        layers=sizes.num_hidden_layers,
-        use_dora=adapter.is_dora,
-        use_rslora=False,
-    )
 
 
 def as_lines(found: list[Verdict], said: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The forms that `phi3_plugin.recipes.phi3_adapter` writes an adapter in."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from phi3_plugin.checkpoint.folder import whole_folder
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf_file import write_gguf
 from phi3_plugin.checkpoint.hf import open_weights
+from phi3_plugin.checkpoint.identity import other_base
 from phi3_plugin.checkpoint.loralib_file import write_loralib
 from phi3_plugin.checkpoint.ollama import go_template, modelfile
 from phi3_plugin.checkpoint.refit import refit
@@ -40,6 +42,8 @@ def read_from_base(o: Options) -> Adapter:
     """Read the adapter of a verb that needs the base; a DoRA as the nearest LoRA if asked for."""
     base = Path(o["checkpoint_dir"])
     adapter = read(Path(o["adapter"]), read_config(base), o)
+    if hashes := other_base(adapter.base_hash, base):
+        print(f"Warning: the adapter was made for weights with the hash {hashes}.", file=sys.stderr)
     if "refit_rank" not in o:
         return adapter
     adapter, error = refit(adapter, open_weights(base), read_config(base), o["refit_rank"])

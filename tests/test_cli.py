@@ -5,15 +5,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from phi3_plugin.errors import ConfigError
 from tests.test_registration import BIN, NAMES, READ_REGISTRY, RECIPE, command
 
 SWITCHES = ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
 OFF = dict.fromkeys(SWITCHES, "0")
 VERBS = ["download", "ls", "cp", "run", "validate", "cat"]
-OURS = ["inspect-data", "adapter", "import-config"]
+OURS = ["inspect-data", "evaluate", "generate", "chat", "lm-eval", "adapter", "import-config"]
 
 
 @pytest.fixture
@@ -100,6 +102,46 @@ def test_a_verb_of_ours_runs_its_recipe(phi3_tune, monkeypatch):
 def test_the_inspection_refuses_workers(phi3_tune, torchrun):
     code, out = phi3_tune("run", "--nproc_per_node", "2", "phi3_inspect_data", "--config", "x")
     assert code == 2 and "does not support distributed training" in out and not torchrun
+
+
+def test_verbs_with_a_parser_run_their_module(phi3_tune, monkeypatch):
+    seen = []
+
+    def import_module(name):
+        return SimpleNamespace(run=lambda given: seen.append((name, given)) or 3)
+
+    monkeypatch.setattr("phi3_plugin.cli.import_module", import_module)
+    assert phi3_tune("generate", "2 + 2?", "--base", "b")[0] == 3
+    assert phi3_tune("chat", "--base", "b")[0] == 3
+    assert phi3_tune("lm-eval", "--base", "b", "--tasks", "x")[0] == 3
+    assert phi3_tune("adapter", "check", "a")[0] == 3
+    assert seen == [
+        ("phi3_plugin.recipes.phi3_generate", {"checkpoint_dir": "b", "prompt": ["2 + 2?"]}),
+        ("phi3_plugin.recipes.phi3_chat", {"checkpoint_dir": "b"}),
+        ("phi3_plugin.recipes.phi3_lm_eval", ["--base", "b", "--tasks", "x"]),
+        ("phi3_plugin.recipes.phi3_adapter", {"verb": "check", "adapter": "a"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        (ConfigError("top_k: -1 is wrong."), 1, "phi3_plugin: ConfigError: top_k: -1 is wrong."),
+        (KeyboardInterrupt(), 130, "Stopped."),
+    ],
+)
+def test_verbs_with_a_parser_end_in_a_line(phi3_tune, monkeypatch, error, code, last):
+    def import_module(name):
+        raise error
+
+    monkeypatch.setattr("phi3_plugin.cli.import_module", import_module)
+    assert phi3_tune("chat", "--base", "b") == (code, last + "\n")
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has the stderr
+def test_the_evaluation_takes_every_run_and_many_processes(phi3_tune, torchrun):
+    phi3_tune("run", "--nproc_per_node", "2", "phi3_evaluate", "--config", "phi3_mini_lora")
+    assert [args.nproc_per_node for args in torchrun] == ["2"]
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has the stderr

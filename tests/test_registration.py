@@ -12,20 +12,22 @@ from tests.chosen import some
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NAMES = [file.stem for file in CONFIGS]
 RECIPE, DISTRIBUTED = "lora_finetune_single_device", "lora_finetune_distributed"
-OURS, INSPECT, ADAPTER = "phi3_lora_finetune", "phi3_inspect_data", "phi3_adapter"
-OF_RUNS = [file for file in CONFIGS if file.stem != ADAPTER]  # its name is also its recipe's
+OURS, INSPECT, EVALUATE = "phi3_lora_finetune", "phi3_inspect_data", "phi3_evaluate"
+OF_NO_RUN = ADAPTER, GENERATE = "phi3_adapter", "phi3_generate"
+OF_RUNS = [file for file in CONFIGS if file.stem not in OF_NO_RUN]  # those are recipes' names too
+LISTED = (RECIPE, DISTRIBUTED, OURS, INSPECT, ADAPTER, GENERATE, EVALUATE)
 BY_PATH = "phi3_plugin/recipes/lora_finetune.py"
 BIN = Path(sys.executable).parent
 
 
 def recipes_of(file: Path) -> tuple[str, ...]:
     """Which recipes must list a config: keys that only ours knows keep it from torchtune's."""
-    if file.stem == ADAPTER:
-        return (ADAPTER,)
+    if file.stem in OF_NO_RUN:
+        return (file.stem,)
     if "\nresume: " in file.read_text():
-        return (OURS, INSPECT)
+        return (OURS, INSPECT, EVALUATE)
     stock = (RECIPE,) if file.stem == "phi3_demo" else (RECIPE, DISTRIBUTED)
-    return (*stock, OURS, INSPECT)
+    return (*stock, OURS, INSPECT, EVALUATE)
 
 
 STOCK = [file.stem for file in CONFIGS if RECIPE in recipes_of(file)]
@@ -86,7 +88,7 @@ def test_every_config_is_registered_once_per_recipe_under_its_stem():
     ]
     assert ours == [
         (recipe, file.stem, str(file))
-        for recipe in (RECIPE, DISTRIBUTED, OURS, INSPECT, ADAPTER)
+        for recipe in LISTED
         for file in CONFIGS
         if recipe in recipes_of(file)
     ]
@@ -103,7 +105,7 @@ def test_ls_lists_our_configs_at_the_end_of_each_recipe(tune, capsys):
     tune("ls")
     lines = capsys.readouterr().out.splitlines()
     columns = [(line[:40].strip(), line[41:].strip()) for line in lines]
-    for recipe in (RECIPE, DISTRIBUTED, OURS, INSPECT, ADAPTER):
+    for recipe in LISTED:
         names = [file.stem for file in CONFIGS if recipe in recipes_of(file)]
         start = next(i for i, (name, _) in enumerate(columns) if name == recipe)
         end = next((i for i in range(start + 1, len(columns)) if columns[i][0]), len(columns))

@@ -35,6 +35,8 @@ class Adapter:
     """Repository or folder of the base model, if the file says."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """What the file says of how the adapter was before it was written, if it is one of ours."""
+    base_hash: str = ""
+    """Of the weights it was made for, if the file says."""
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor], scale: float, **more: Any) -> Self:

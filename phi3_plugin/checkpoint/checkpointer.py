@@ -11,6 +11,7 @@ from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.export import export_adapter, load_trained
 from phi3_plugin.checkpoint.folder import check_output, whole_folder
 from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.identity import known_hash
 from phi3_plugin.checkpoint.peft import check_trained, load_origin, targets_of
 from phi3_plugin.checkpoint.resume import latest_epoch, load_state, refuse_other_run, save_state
 from phi3_plugin.checkpoint.split import split_weights
@@ -93,6 +94,7 @@ class Phi3Checkpointer:
             folder = latest_epoch(self._output_dir)
             state = {**load_state(folder), "adapter": self._load_adapter(folder)}
         weights = load_base_weights(self._checkpoint_dir)
+        known_hash(self._checkpoint_dir)  # for what is saved, so that no save has to read it
         if self._layout == "split":
             weights = split_weights(weights, self._config)
         return {"model": weights, **state}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.card import model_card
 from phi3_plugin.checkpoint.hf import row_norms, save_weights
+from phi3_plugin.checkpoint.identity import known_hash
 from phi3_plugin.checkpoint.names import SAVED
 from phi3_plugin.checkpoint.peft import (
     check_same,
@@ -48,7 +50,9 @@ def export_adapter(
 
     Args:
         folder: An existing folder.
-        adapter: Names of our model or of torchtune's split one; parts are made whole.
+        adapter: Names of our model or of torchtune's split one; parts are made whole. Which base
+            weights it was made for goes into the file: what it says itself, else those of
+            ``checkpoint_dir``.
         checkpoint_dir: Folder of the base model.
         card: Rows of the model card's table.
         patterns: Leave ranks and scales as they are, said by rank_pattern and alpha_pattern, which
@@ -58,6 +62,8 @@ def export_adapter(
         AdapterError: The adapter is empty, or no file of PEFT's can hold it.
     """
     base, config = base_name(checkpoint_dir), read_config(checkpoint_dir)
+    # Somebody else's says nothing, so it is for the base that its user names.
+    adapter = replace(adapter, base_hash=adapter.base_hash or known_hash(checkpoint_dir))
     if parts_of(adapter.tensors):
         ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
         names = ", ".join(targets_of(adapter.tensors))

@@ -24,6 +24,9 @@ where B was multiplied; and of such a B, what division does not bring back."""
 NOTE_CHARACTERS = 60_000_000
 """A header of safetensors holds 100 MB. Without what was to be noted, B comes back rounded."""
 
+BASE_HASH = "base_hash"
+"""What a note says of the weights that the adapter was made for, if that is known."""
+
 PATTERNS = "patterns"
 """What the note of a file with rank and alpha patterns says."""
 
@@ -101,7 +104,8 @@ def level(
     tensors, rounded = rescale(adapter.tensors, factors)
     if sum(map(len, rounded.values())) > NOTE_CHARACTERS:
         rounded = {}
-    note = {**adapter.origin, MODULES: _modules(adapter, factors)}
+    made_for = {BASE_HASH: adapter.base_hash} if adapter.base_hash else {}
+    note = {**adapter.origin, **made_for, MODULES: _modules(adapter, factors)}
     return tensors, {**note, ROUNDED: rounded} if rounded else note
 
 

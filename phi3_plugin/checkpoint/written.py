@@ -10,9 +10,12 @@ from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.modules import aliases
-from phi3_plugin.checkpoint.served import MODULES, PATTERNS, ROUNDED, original
+from phi3_plugin.checkpoint.served import BASE_HASH, MODULES, PATTERNS, ROUNDED, original
 from phi3_plugin.config import Phi3Config
 from phi3_plugin.errors import AdapterError, CheckpointError
+
+NOT_KEPT = (MODULES, ROUNDED, PATTERNS, BASE_HASH)
+"""What of a note is not the adapter's origin, but how the file was written and for what."""
 
 Write = Callable[[Adapter], Adapter]
 """Gives what the file would hold for an adapter."""
@@ -30,11 +33,12 @@ def as_written(found: Adapter, note: object, config: Phi3Config, write: Write) -
         config: Sizes of the model.
         write: How its kind of file is written.
     """
+    found = replace(found, base_hash=_base_hash(note))
     if (ours := _checked(note, config)) is None:
         return found
     try:
         tensors, scales = original(found.tensors, ours, config)
-        kept = {k: v for k, v in ours.items() if k not in (MODULES, ROUNDED, PATTERNS)}
+        kept = {k: v for k, v in ours.items() if k not in NOT_KEPT}
         adapter = replace(found, tensors=tensors, scales=scales, origin=kept)
         again = write(adapter)
     except (AdapterError, CheckpointError, ArithmeticError, RuntimeError):
@@ -57,6 +61,12 @@ def _checked(note: object, config: Phi3Config) -> dict[str, Any] | None:
         return None
     modules = {known[name]: value for name, value in note[MODULES].items()}
     return {**note, MODULES: modules, ROUNDED: {known[n]: text for n, text in rounded.items()}}
+
+
+def _base_hash(note: object) -> str:
+    """Return what a note says of the base; it holds for a file whose numbers were changed too."""
+    said = note.get(BASE_HASH) if isinstance(note, dict) else None
+    return said if isinstance(said, str) else ""
 
 
 def _is_number(value: object) -> bool:

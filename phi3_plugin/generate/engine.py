@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -95,7 +95,11 @@ class Generator:
             )
 
     def answers(
-        self, prompts: Iterable[Sequence[int]], on_text: OnText | None = None
+        self,
+        prompts: Iterable[Sequence[int]],
+        on_text: OnText | None = None,
+        *,
+        numbers: Iterable[int] | None = None,
     ) -> Iterator[Answer]:
         """Answer prompts, and yield the answers in the order in which they end.
 
@@ -104,11 +108,14 @@ class Generator:
         Args:
             prompts: Tokens of each; taken as there is room.
             on_text: Told how the answers grow.
+            numbers: Of the prompts, where others before them are answered already: what is drawn
+                for a prompt goes by its number.
 
         Raises:
             DataError: A prompt cannot be answered, see :meth:`check`.
         """
-        waiting, rows = enumerate(prompts), list[_Row]()
+        counted = count() if numbers is None else numbers
+        waiting, rows = zip(counted, prompts, strict=False), list[_Row]()
         cache = self.model.cache(self.batch_size)
         while True:
             self._fill(rows, waiting)

@@ -41,7 +41,9 @@ MINI = Phi3Config(
 """What microsoft/Phi-3-mini-4k-instruct publishes, for builders without a checkpoint folder."""
 
 
-def phi3(checkpoint_dir: str | Path | None, *, rope_factors: str = "auto") -> TransformerDecoder:
+def phi3(
+    checkpoint_dir: str | Path | None, *, rope_factors: str = "auto", quantize_base: bool = False
+) -> TransformerDecoder:
     """Build the model of a checkpoint folder, without adapters.
 
     The weights are zero until a checkpoint is loaded into them.
@@ -49,12 +51,14 @@ def phi3(checkpoint_dir: str | Path | None, *, rope_factors: str = "auto") -> Tr
     Args:
         checkpoint_dir: Folder in Hugging Face layout; only its config.json is read.
         rope_factors: See :func:`lora_phi3`.
+        quantize_base: Likewise; for inference, since NF4 weights cannot be trained.
 
     Raises:
-        ConfigError: config.json holds something we do not compute.
+        ConfigError: config.json holds something we do not compute, or sizes NF4 cannot store.
         MissingFileError: No such folder, or no config.json in it.
     """
-    return decoder(read_config(checkpoint_dir), lambda _, i, o: Linear(i, o), rope_factors)
+    make: MakeLinear = lambda name, i, o: Linear(i, o, quantize_base and name != HEAD)  # noqa: E731
+    return decoder(read_config(checkpoint_dir), make, rope_factors)
 
 
 def lora_phi3(

@@ -26,16 +26,19 @@ class ServedLinear(nn.Module):
     The adapters stay beside the weight: they are not merged.
     """
 
-    def __init__(self, weight: Tensor, adapters: list[Adapter], stretch: Tensor | None) -> None:
-        """Lay the weight out.
+    def __init__(
+        self, weight: Tensor, is_laid_out: bool, adapters: list[Adapter], stretch: Tensor | None
+    ) -> None:
+        """Take a weight and what is added to its products.
 
         Args:
-            weight: ``[O, I]``, plain or NF4.
+            weight: ``[O, I]``, plain or NF4, or as :func:`laid_out` returns it.
+            is_laid_out: Which of them.
             adapters: For rows of it that do not overlap.
             stretch: What each row is multiplied with in the end, ``[O]``.
         """
         super().__init__()
-        self.weight, self.is_laid_out = laid_out(weight)
+        self.weight, self.is_laid_out = weight, is_laid_out
         self.starts = [adapter.start for adapter in adapters]
         dtype = weight.dtype
         self.a = [adapter.a.detach().to(dtype) for adapter in adapters]
@@ -79,22 +82,34 @@ def _has_layout(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-@torch.no_grad()
-def serve(model: nn.Module) -> nn.Module:
-    """Make a loaded model ready to answer, in place; it can be neither trained nor saved then.
+def serve(*models: nn.Module) -> None:
+    """Make loaded models ready to answer, in place; they can be neither trained nor saved then.
 
     Args:
-        model: torchtune's decoder as this package builds it, with its weights.
+        *models: torchtune's decoders as this package builds them, with their weights. Those that
+            share weights, such as a base and the same with an adapter, still share them then.
     """
-    for parent, name, layer in list(_layers(model)):
-        setattr(parent, name, served(layer))
-    if isinstance(model.output, TiedLinear):
-        model.output = ServedLinear(model.output.tied_module.weight, [], None)
-    return model.eval().requires_grad_(False)
+    alike = zip(*map(_layers, models), strict=True)
+    for places in list(alike):
+        laid = dict[int, tuple[Tensor, bool]]()  # by weight, while the layers hold it
+        weights = [layer.weight for _, _, layer in places]
+        for weight in weights:
+            if id(weight) not in laid:
+                laid[id(weight)] = laid_out(weight)
+        for (parent, name, layer), weight in zip(places, weights, strict=True):
+            setattr(parent, name, served(layer, laid[id(weight)]))
+    for model in models:
+        model.eval().requires_grad_(False)
 
 
-def served(layer: Any) -> ServedLinear:
-    """Return what stands for a linear layer."""
+@torch.no_grad()
+def served(layer: Any, laid: tuple[Tensor, bool] | None = None) -> ServedLinear:
+    """Return what stands for a linear layer.
+
+    Args:
+        layer: With or without adapters, or a head that is tied to the embedding.
+        laid: Its weight as :func:`laid_out` returns it.
+    """
     weight, stretch, adapters = layer.weight, None, list[Adapter]()
     if isinstance(layer, MergedLoRALinear):
         adapters = layer.active()
@@ -103,11 +118,13 @@ def served(layer: Any) -> ServedLinear:
         if isinstance(layer, DoRALinear):
             factors = layer.lora_a.weight, layer.lora_b.weight
             stretch = layer.magnitude / row_norms(weight, *factors, layer.scaling)
-    return ServedLinear(weight, adapters, stretch)
+    return ServedLinear(*(laid or laid_out(weight)), adapters, stretch)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in model.modules():
-        for name, layer in parent.named_children():
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear | LoRALinear):
                 yield parent, name, layer
+    if isinstance(model.output, TiedLinear):
+        yield model, "output", model.output.tied_module

@@ -10,6 +10,7 @@ from phi3_plugin.checkpoint import Phi3Checkpointer
 from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.export import load_trained
 from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.identity import base_hash
 from phi3_plugin.checkpoint.peft import check_same, load_adapter, load_origin
 from phi3_plugin.checkpoint.split import INNER, PARTS
 from phi3_plugin.errors import CheckpointError
@@ -94,6 +95,7 @@ def test_bf16_comes_back_bit_for_bit_and_the_folder_names_the_parts(base, tmp_pa
     folder = save(base, tmp_path / "out", model)
     assert load_origin(folder) == {
         "layout": "fused",
+        "base_hash": base_hash(base),
         "modules": {
             f"layers.{layer}.attn.{module}": [R, ALPHA / R]
             for layer in range(3)

@@ -1,0 +1,196 @@
+"""The conversation of `phi3_plugin.recipes.phi3_chat`: what was said, and its commands."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from phi3_plugin.recipes.phi3_generate import CUT, writer
+from phi3_plugin.recipes.phi3_generate_options import check_system, prompt_ids, too_long
+from phi3_plugin.recipes.phi3_generate_output import as_line
+
+from phi3_plugin.data.tokenizer import Phi3Tokenizer
+from phi3_plugin.data.turns import Turn, make_turn
+from phi3_plugin.errors import DataError, Phi3Error
+from phi3_plugin.generate.engine import Generator
+from phi3_plugin.train.stock_keys import closest
+
+HELP = """\
+/reset        start a new conversation
+/system TEXT  set the system message; without a text, remove it
+/retry        answer the last message again
+/save FILE    add the conversation to a .jsonl file, as a row to train on
+/help         this list
+/exit         leave, as Ctrl-D does
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next.
+A message that starts with / needs a space before it."""
+
+SAME = "At temperature 0 the answer would be the same. Start with --temperature 0.7 to vary it."
+
+
+class Chat:
+    """A conversation, and who answers."""
+
+    def __init__(
+        self, ready: Generator, tokenizer: Phi3Tokenizer, positions: int, system: str | None
+    ) -> None:
+        """Start with nothing said.
+
+        Args:
+            ready: Answers.
+            tokenizer: Renders the conversation.
+            positions: How many tokens the model can take.
+            system: The system message.
+        """
+        self.ready, self.tokenizer, self.positions = ready, tokenizer, positions
+        self.system = system
+        self.said: list[Turn] = []  # the user and the assistant by turns
+        self._first = 0  # before it, nothing is seen any more
+        self._stopped = False  # whether the last answer is not whole
+        self._show = writer()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self.reset,
+            "/system": self.set_system,
+            "/retry": self.retry,
+            "/save": self.save,
+            "/help": lambda _: tell(HELP),
+        }
+
+    def take(self, text: str) -> bool:
+        """Do what a message or a command asks for; return whether to go on."""
+        name, rest = [*text.split(maxsplit=1), "", ""][:2]
+        if name in ("/exit", "/quit"):
+            return False
+        try:
+            if not text.startswith("/"):
+                self.ask(text.strip())
+            elif command := self._commands.get(name):
+                command(rest.strip())
+            else:
+                tell(self._unknown(name))
+        except Phi3Error as error:
+            tell(str(error))
+        return True
+
+    def _unknown(self, name: str) -> str:
+        meant = closest(name, self._commands)
+        advice = f"Did you mean {meant}?" if meant else "/help lists commands."
+        return f"There is no {name}. {advice} To say it to the model, put a space before it."
+
+    def ask(self, text: str) -> None:
+        """Answer a message. One that gets no answer is taken back."""
+        if not text:
+            return
+        self.said.append(make_turn("user", text))
+        if reply := self._reply():
+            self.said.append(reply)
+        else:
+            self.said.pop()
+
+    def retry(self, _: str = "") -> None:
+        """Answer the last message again; the answer before stays if there is no other."""
+        if not self.said:
+            return tell("There is no answer yet.")
+        if not (self._stopped or self.ready.sampling.temperature):
+            return tell(SAME)
+        before = self.said.pop()
+        self.said.append(self._reply() or before)
+
+    def _reply(self) -> Turn | None:
+        """Let the model answer; None if it says nothing."""
+        pieces, reason = list[str](), ""
+
+        def hear(piece: str) -> None:
+            pieces.append(piece)
+            self._show(piece)
+
+        try:
+            reason = self.ready.answer(self._prompt(), hear).reason
+        except KeyboardInterrupt:
+            reason = "stopped"
+        except DataError as error:
+            tell(f"Not sent: {error}.")
+            return None
+        except torch.OutOfMemoryError:
+            tell("The device has no memory left for a conversation of this length. Try /reset.")
+            return None
+        text = "".join(pieces)
+        self._end(text, reason)
+        return make_turn("assistant", text) if text.strip() else None
+
+    def _end(self, text: str, reason: str) -> None:
+        self._stopped = reason == "stopped"
+        if text or self._stopped:
+            self._show("\n")
+        if reason in CUT:
+            tell(f"(Cut {CUT[reason].format(self.ready.sampling)}.)")
+        if not text.strip():
+            tell("(No answer. Your message was taken back.)")
+
+    def _prompt(self) -> list[int]:
+        """Return what the model reads; where it has no room for all, the oldest is left out.
+
+        Raises:
+            DataError: There is no room for the last message alone.
+        """
+        first, last = self._first, len(self.said) - 1
+        room = min(self.ready.sampling.max_new_tokens, self.positions // 4)
+        while len(ids := self._ids(first)) + room > self.positions and first < last:
+            first += 2
+        if len(ids) >= self.positions:
+            raise DataError(too_long(len(ids), self.positions))
+        if first > self._first:
+            tell(f"(The model sees {self.positions:,} tokens: your first {first // 2} no longer.)")
+        self._first = first
+        return ids
+
+    def _ids(self, first: int) -> list[int]:
+        return prompt_ids(self.tokenizer, [*self._head(), *self.said[first:]])
+
+    def _head(self) -> list[Turn]:
+        return [make_turn("system", self.system)] if self.system else []
+
+    def reset(self, _: str = "") -> None:
+        """Forget what was said."""
+        self.said, self._first, self._stopped = [], 0, False
+        tell("A new conversation.")
+
+    def set_system(self, text: str) -> None:
+        """Set the system message, or remove it; what was said stays."""
+        check_system(text, self.tokenizer)
+        self.system = text or None
+        tell(f"The system message is {'set' if text else 'removed'}; /reset starts anew under it.")
+
+    def save(self, name: str) -> None:
+        """Add the conversation to a file as a row of chat data."""
+        file = Path(name).expanduser()
+        if not self.said:
+            return tell("There is nothing to save yet.")
+        if file.suffix != ".jsonl":
+            return tell("Name a file that ends in .jsonl, as in /save chats.jsonl.")
+        turns = [*self._head(), *self.said]
+        row = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+        try:
+            add_line(file, as_line(row))
+        except OSError as error:
+            return tell(f"{file} cannot be written: {error.strerror or error}.")
+        tell(f"Added a conversation of {len(turns)} messages to {file}.")
+
+
+def is_terminal() -> bool:
+    """Whether a person types, and reads the answers."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def tell(text: str) -> None:
+    """Tell the user what is no answer, and keep it out of answers that a program reads."""
+    print(text, file=sys.stdout if is_terminal() else sys.stderr, flush=True)
+
+
+def add_line(file: Path, line: str) -> None:
+    """Add a line to a file, after the end of the last one."""
+    with file.open("a+b") as opened:
+        if opened.tell():
+            opened.seek(-1, 2)
+            line = line if opened.read(1) == b"\n" else "\n" + line
+        opened.write(line.encode())

@@ -1,0 +1,135 @@
+"""The command: lines in and answers out, a terminal, interrupts, and the end."""
+
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from phi3_plugin.recipes import phi3_chat
+from phi3_plugin.recipes.phi3_chat import run, talk
+from phi3_plugin.recipes.phi3_generate import generator
+from phi3_plugin.recipes.phi3_generate_conversation import Chat
+from phi3_plugin.recipes.phi3_generate_options import checked
+
+from phi3_plugin.data import phi3_tokenizer
+from phi3_plugin.errors import ConfigError
+from tests.recipes.prompted import keys, said
+
+
+def test_lines_go_in_and_answers_come_out(inputs, monkeypatch, capsys):
+    data = b"Add: one\\\ntwo\n\n/reset\nAdd: one\nAdd: \xff\n/exit\nnever"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert run(options(inputs)) == 0
+    out, error = capsys.readouterr()
+    assert out and ">>>" not in out
+    assert error.count("(Cut at 6 tokens") == 2 and "half a surrogate pair" in error
+
+
+def options(inputs, **more):
+    return {**keys(**more), "checkpoint_dir": str(inputs / "base")}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stop": ["<|ende|>"]}, "stop: '<.ende.>' would never be written"),
+        ({"temperature": -1.0}, "temperature: -1.0 must be"),
+        ({"raw": True}, "raw: True is given, but chat has no such key"),
+    ],
+)
+def test_mistakes_are_told(inputs, given, message):
+    with pytest.raises(ConfigError, match=message):
+        run(options(inputs, **given))
+
+
+class Typed:
+    """Stands in for input(): gives lines, and raises what a terminal would."""
+
+    def __init__(self, *events):
+        self.events = list(events)
+
+    def __call__(self, prompt=""):
+        event = self.events.pop(0)
+        if isinstance(event, type):
+            raise event
+        return event
+
+
+@pytest.mark.parametrize(
+    ("events", "left"),
+    [
+        ((KeyboardInterrupt, "four", KeyboardInterrupt, KeyboardInterrupt, "never"), 1),
+        (("four", EOFError, "never"), 1),
+        (("four\\", EOFError, EOFError, "never"), 1),
+        (("four", "/exit", "never"), 1),
+    ],
+)
+def test_it_is_left_by_a_second_interrupt_or_the_end(monkeypatch, events, left):
+    typed, heard = Typed(*events), []
+    chat = SimpleNamespace(take=lambda text: heard.append(text) or text != "/exit")
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(phi3_chat, "is_terminal", lambda: True)
+    assert talk(chat) == 0
+    assert len(typed.events) == left and heard[0].startswith("four")
+
+
+def test_an_interrupted_answer_leaves_the_next_as_it_would_be(inputs, monkeypatch, capsys):
+    answers = []
+    for stops in (True, False):
+        chat = real_chat(inputs)
+        if stops:
+            chat._show = stopping(3)
+            chat.take("Add: four")
+            chat._show, chat.said = lambda _: None, chat.said[:-2]
+        chat.take("Add: one plus two")
+        answers.append(said(chat))
+    assert answers[0] == answers[1]
+
+
+def real_chat(inputs):
+    o = checked(options(inputs, max_new_tokens=20), phi3_chat.CHAT, "chat")
+    tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
+    return Chat(generator(o, tokenizer), tokenizer, 512, None)
+
+
+def stopping(count):
+    pieces = []
+
+    def show(piece):
+        pieces.append(piece)
+        if len(pieces) == count:
+            raise KeyboardInterrupt
+
+    return show
+
+
+@pytest.mark.slow
+def test_in_a_terminal_an_interrupt_stops_an_answer_and_no_more(cwd):
+    command = [Path(sys.executable).parent / "phi3-tune", "chat", "--base", "base"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        wait_for(ours, ">>> ")
+        os.write(ours, b"Add: one\n")
+        wait_for(ours, "Add: one\r\n")
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        wait_for(ours, ">>> ")
+        os.write(ours, b"/save chats.jsonl\n")
+        wait_for(ours, "Added a conversation of 2 messages")
+        wait_for(ours, ">>> ")
+        os.write(ours, b"\x04")
+        assert process.wait(30) == 0
+    os.close(ours)
+
+
+def wait_for(terminal, text):
+    seen = ""
+    while text not in seen:
+        seen += os.read(terminal, 1000).decode("utf-8", "replace")
