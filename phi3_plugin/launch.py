@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
+STOPPED = 130
+"""What a worker returns that was stopped and has said so."""
+
 
 def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection[str]) -> None:
     """Let `tune run` take local configs first, refuse lonely nodes, and pass signals on.
@@ -91,8 +94,10 @@ def signals_for_workers() -> Iterator[None]:
     By itself torchrun ends with an error and kills workers that need more than 30 seconds. That is
     still what a second signal does, and a signal before there are workers. A worker that is not
     yet listening dies of the signal it is passed; then torchrun ends as for any failed worker.
+    Workers that end with 130, for nothing is to be saved, are no failure: the command does too.
     """
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     stock, asked = PContext.start, list[signal.Signals]()
 
@@ -105,6 +110,11 @@ def signals_for_workers() -> Iterator[None]:
     PContext.start = start  # type: ignore[assignment, method-assign]
     try:
         yield
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if not asked or codes != {STOPPED}:
+            raise
+        raise SystemExit(STOPPED) from None
     finally:
         PContext.start = stock  # type: ignore[method-assign]
 

@@ -1,5 +1,6 @@
 """Products with NF4 weights, which are dequantized for each and kept by none."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def _dequantized(weight: Any) -> Tensor:
         with torch.inference_mode(False):  # or training could not write to it later
             _memory[key] = torch.empty(count, dtype=weight.dtype, device=codes.device)
     out = _memory[key][:count]
-    pairs = _pairs(weight.nf4)
+    codes, values = _words(codes, weight.nf4)
+    each = count // len(codes)
     scalers = weight.dequantize_scalers(
         weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
     )
@@ -61,7 +63,7 @@ def _dequantized(weight: Any) -> Tensor:
     for first in range(0, count, step):
         last = min(first + step, count)
         piece = out[first:last]
-        found = pairs.index_select(0, codes[first // 2 : last // 2].int())
+        found = values.index_select(0, codes[first // each : last // each].int())
         torch.mul(
             found.view(weight.dtype).view(-1, GROUP),
             scalers[first // GROUP : last // GROUP, None],
@@ -70,8 +72,22 @@ def _dequantized(weight: Any) -> Tensor:
     return out.view(weight.shape)
 
 
-def _pairs(levels: Tensor) -> Tensor:
-    """Return for each byte the two levels that it stands for, as one number."""
+def _words(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes as words, and for each word the levels that it stands for, as one number.
+
+    A word is a byte, of two codes, or on a CPU two bytes where the levels have as many: half as
+    many places of memory to look up.
+    """
+    if codes.device.type == "cpu" and levels.dtype.itemsize == 2 and len(codes) % 2 == 0:
+        return codes.view(torch.uint16), _fours(levels.dtype, tuple(levels.tolist()))
     byte = torch.arange(256, device=levels.device)
     both = torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1)
-    return both.view(torch.int32 if levels.dtype.itemsize == 2 else torch.int64)[:, 0]
+    return codes, both.view(torch.int32 if levels.dtype.itemsize == 2 else torch.int64)[:, 0]
+
+
+@lru_cache(maxsize=4)
+def _fours(dtype: torch.dtype, levels: tuple[float, ...]) -> Tensor:
+    with torch.inference_mode(False):  # as above
+        word, known = torch.arange(1 << 16), torch.tensor(levels, dtype=dtype)
+        places = [word >> shift & 15 for shift in (4, 0, 12, 8)]  # the first byte is the lower one
+        return torch.stack([known[place] for place in places], dim=1).view(torch.int64)[:, 0]
