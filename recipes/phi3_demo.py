@@ -2,49 +2,45 @@
 
     python -m phi3_plugin.recipes.phi3_demo [--output DIR] [--keep] [--processes N]
 
-Four steps, each a function below: build a checkpoint folder that knows nothing, train it with
-``tune run``, load the adapter as any user of PEFT would, and ask both models questions that
-were not in the training file. Needs no download and no GPU. Exits with 1 if it learned nothing.
+Five steps: build a checkpoint folder that knows nothing, train it with ``tune run``, load the
+adapter as any user of PEFT would, ask both models questions that were not in the training file,
+and evaluate both with ``tune run``. Needs no download and no GPU. Exits with 1 if it learned
+nothing.
 """
 
 import argparse
 import itertools
 import logging
 import os
-import re
-import shlex
 import shutil
-import subprocess
 import sys
-import sysconfig
 import time
 import warnings
 from pathlib import Path
-from typing import TextIO
 
 from phi3_plugin.recipes import phi3_demo_task as task
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
+from phi3_plugin.recipes.phi3_demo_commands import (
+    CHECKPOINT,
+    CONTENT,
+    EVALUATION,
+    HELDOUT,
+    LOG,
+    RESULT,
+    TRAIN,
+    evaluate,
+    losses,
+    train,
+)
 
 from phi3_plugin.checkpoint.check import hf_tokenizer, load_base_with_hf, load_with_peft
-from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError, Phi3Error
+from phi3_plugin.errors import OutputError, Phi3Error
 
 MARK = "made_by_phi3_demo"
 """A folder with this file is an earlier run, which may be replaced."""
 
-CONTENT = ("checkpoint", "finetuned", "train.jsonl", "heldout.jsonl", "tune.log")
-CHECKPOINT, RESULT, TRAIN, HELDOUT, LOG = CONTENT
-
-BATCH = 32
-"""Samples a step, shared by the processes."""
-
 KNEW_NOTHING, LEARNED = 0.05, 0.95
 """Exact match, at most before training and at least after it."""
-
-PROGRESS = re.compile(r"step +(\d+)/(\d+) +\d+%  loss (\S+)")
-"""A line of the recipe: step  32/384    8%  loss 1.2345  lr ..."""
-
-ASKED = "Reverse: t o r c h"
-"""The report shows how the model answers this before and after training."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,11 +101,13 @@ def demo(folder: Path, processes: int) -> int:
     questions, expected = task.read_questions(folder / HELDOUT)
     before, after = (task.ask(model, tokenizer, questions) for model in models)
     task.show_answers(questions, before, after)
-    scores = task.score(before, expected), task.score(after, expected)
-    code = judge(*scores, losses(folder / RESULT))
-    print(f"\n  adapter   {adapter}\n  report    {folder / RESULT / 'report.html'}")
-    print(f"  losses    {folder / RESULT / 'metrics.jsonl'}")
-    print(f"  tune log  {folder / LOG}\n  time      {time.monotonic() - started:.0f} s")
+    in_peft = task.score(before, expected), task.score(after, expected)
+    heading(5, "Evaluate base and adapter on them")
+    code = judge(in_peft, evaluate(folder, adapter), losses(folder / RESULT))
+    print(f"\n  adapter     {adapter}\n  report      {folder / RESULT / 'report.html'}")
+    print(f"  losses      {folder / RESULT / 'metrics.jsonl'}")
+    print(f"  evaluation  {folder / EVALUATION / 'evaluation.html'}")
+    print(f"  tune log    {folder / LOG}\n  time        {time.monotonic() - started:.0f} s")
     return code
 
 
@@ -148,79 +146,24 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def train(folder: Path, processes: int) -> Path:
-    """Train from the command line, as a user would, and return the folder of the final adapter.
+def judge(in_peft: tuple[float, float], here: tuple[float, float], losses: list[float]) -> int:
+    """Print the result and return the exit code: 0 if the model learned the task, else 1.
 
     Args:
-        folder: Holds the checkpoint and the training file.
-        processes: How many share the work.
-
-    Raises:
-        CheckpointError: Training failed; the end of what it printed is part of the message.
-        MissingFileError: There is no ``tune`` in this environment.
+        in_peft: Exact match of base and adapter as transformers and PEFT answer.
+        here: The same as the evaluation found it.
+        losses: Of all steps.
     """
-    tune = Path(sysconfig.get_path("scripts")) / "tune"
-    if not tune.is_file():
-        raise MissingFileError(f"{tune} is missing. Install the package with its dependencies.")
-    shared = ["--nproc_per_node", str(processes)] if processes > 1 else []
-    arguments = ["run", *shared, "phi3_lora_finetune", "--config", "phi3_demo"]
-    keys = {"checkpoint_dir": CHECKPOINT, "output_dir": RESULT, "dataset.source": TRAIN}
-    overrides = [f"{key}={folder / name}" for key, name in keys.items()]
-    overrides += [f"batch_size={BATCH // processes}", "val_fraction=0.05"]
-    overrides += ["run_val_every_n_steps=64", f'sample_prompts=["{ASKED}"]']
-    lines = [f"tune {shlex.join(arguments)}", *map(shlex.quote, overrides)]
-    print("  $ " + " \\\n      ".join(lines) + "\n", flush=True)
-    with (folder / LOG).open("w", encoding="utf-8") as log:
-        code = run([str(tune), *arguments, *overrides], log)
-    if code:
-        end = "\n".join((folder / LOG).read_text(encoding="utf-8").splitlines()[-15:])
-        raise CheckpointError(f"training ended with exit code {code}. The end of its log:\n{end}")
-    return folder / RESULT / "final"
-
-
-def run(command: list[str], log: TextIO) -> int:
-    """Run a command, log what it prints, show its progress and return its exit code.
-
-    Args:
-        command: Program and arguments.
-        log: Open file that takes the output.
-    """
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
-        for line in process.stdout or ():
-            log.write(line)
-            if found := PROGRESS.match(line):
-                show_progress(int(found[1]), int(found[2]), float(found[3]))
-    return process.returncode
-
-
-def show_progress(step: int, total: int, loss: float) -> None:
-    """Draw a bar, on a terminal over the one before it."""
-    bar = f"  [{'#' * (24 * step // total):<24}] step {step:3}/{total}  loss {loss:.3f}"
-    if sys.stdout.isatty():
-        print(f"\r{bar}", end="\n" if step == total else "", flush=True)
-    elif step % 32 < 4 or step == total:  # the recipe writes about a hundred lines
-        print(bar, flush=True)
-
-
-def losses(folder: Path) -> list[float]:
-    """Return the loss of every step of the run in this folder."""
-    from phi3_plugin.train.history import History  # after prepare_process() has hushed libraries
-
-    return [line["loss"] for line in History.read(folder / "metrics.jsonl") if "loss" in line]
-
-
-def judge(before: float, after: float, losses: list[float]) -> int:
-    """Print the result and return the exit code: 0 if the model learned the task, else 1."""
+    before, after = here
     print(f"\n  exact match  {before:6.1%}  ->  {after:6.1%}")
     print(f"  loss         {losses[0]:6.3f}  ->  {losses[-1]:6.3f}\n")
+    if here != in_peft:
+        print(
+            f"  FAILED: in PEFT exact match is {in_peft[0]:.1%} before and {in_peft[1]:.1%} after."
+        )
+        return 1
     if before <= KNEW_NOTHING and after >= LEARNED:
-        print("  It learned to reverse. PEFT runs what torchtune trained.")
+        print("  It learned to reverse. PEFT runs what torchtune trained, and answers alike.")
         return 0
     print(
         f"  FAILED: expected exact match of at most {KNEW_NOTHING:.0%} before and at least "
@@ -231,7 +174,7 @@ def judge(before: float, after: float, losses: list[float]) -> int:
 
 def heading(number: int, text: str) -> None:
     """Announce a step."""
-    print(f"\n[{number}/4] {text}", flush=True)
+    print(f"\n[{number}/5] {text}", flush=True)
 
 
 def prepare_process() -> None:

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from phi3_plugin.recipes import phi3_demo
+from phi3_plugin.recipes import phi3_demo_commands as commands
 
 
 def run_demo(*arguments, cwd):
@@ -15,12 +16,14 @@ def test_the_demo_learns_and_can_be_repeated(tmp_path):
     done = run_demo(cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    for said in ("tune run phi3_lora_finetune", "step 366/366", "exact match", "Reverse: "):
+    ran = "tune run phi3_lora_finetune", "step 366/366", "tune run phi3_evaluate"
+    for said in (*ran, "Exact match, %", "exact match", "Reverse: "):
         assert said in done.stdout
     folder = tmp_path / "demo_run"
-    assert {path.name for path in folder.iterdir()} == {phi3_demo.MARK, *phi3_demo.CONTENT}
+    assert {path.name for path in folder.iterdir()} == {phi3_demo.MARK, *commands.CONTENT}
     assert (folder / "finetuned" / "final" / "adapter_model.safetensors").is_file()
-    losses = phi3_demo.losses(folder / "finetuned")
+    assert (folder / "evaluation" / "evaluation.html").is_file()
+    losses = commands.losses(folder / "finetuned")
     assert len(losses) == 6 * 61
     assert losses[0] > 5 > 0.5 > losses[-1]
 
@@ -66,8 +69,13 @@ def test_training_that_fails_ends_with_the_reason(tmp_path, capsys, monkeypatch)
     ("before", "after", "code"), [(0.0, 1.0, 0), (0.05, 0.95, 0), (0.06, 1.0, 1), (0.0, 0.94, 1)]
 )
 def test_exit_code_follows_both_exact_matches(before, after, code, capsys):
-    assert phi3_demo.judge(before, after, [6.0, 0.1]) == code
+    assert phi3_demo.judge((before, after), (before, after), [6.0, 0.1]) == code
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
+
+
+def test_another_result_in_peft_is_a_failure(capsys):
+    assert phi3_demo.judge((0.0, 0.99), (0.0, 1.0), [6.0, 0.1]) == 1
+    assert "in PEFT exact match is 0.0% before and 99.0% after" in capsys.readouterr().out
 
 
 def test_progress_is_shown_and_everything_logged(tmp_path, capsys):
@@ -79,7 +87,7 @@ def test_progress_is_shown_and_everything_logged(tmp_path, capsys):
     ]
     program = f"print({chr(10).join(lines)!r}); raise SystemExit(3)"
     with (tmp_path / "log").open("w") as log:
-        assert phi3_demo.run([sys.executable, "-c", program], log) == 3
+        assert commands.run([sys.executable, "-c", program], log, commands.progress) == 3
     shown = [line for line in capsys.readouterr().out.split("\n") if line]
     assert [line.split("loss ")[1] for line in shown] == ["6.250", "0.100"]
     assert "noise" in (tmp_path / "log").read_text()
@@ -89,4 +97,4 @@ def test_losses_are_read_from_the_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 6.25}\n{"step": 1, "val_loss": 2}\n{"step": 2, "loss": 0.001}\n'
     )
-    assert phi3_demo.losses(tmp_path) == [6.25, 0.001]
+    assert commands.losses(tmp_path) == [6.25, 0.001]
