@@ -1,0 +1,81 @@
+"""Drawn tokens follow the distribution of transformers' ``generate``, from logits to tokens."""
+
+import pytest
+import torch
+
+from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.generate.engine import Generator
+from phi3_plugin.generate.sampling import Sampling
+from phi3_plugin.models import phi3
+from phi3_plugin.models.serving import serve
+from tests.generate.spoken import Letters, prompts_of, served
+from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
+
+DRAWS = 3000
+CASES = [
+    {"temperature": 1.0, "top_k": 12},
+    {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.3},
+    {"temperature": 1.5, "min_p": 0.2},
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    small = {**TINY_MHA, "num_hidden_layers": 2}
+    hf = hf_model(MINI_4K, std=0.15, **small)
+    return hf, served(save_checkpoint(hf, MINI_4K, tmp_path_factory.mktemp("base"), **small))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_second_tokens_follow_the_distribution_of_transformers(models, case):
+    theirs, ours = models
+    (prompt,) = prompts_of(9)
+    asked = Sampling(max_new_tokens=2, **case)
+    answers = list(Generator(ours, Letters(), asked, batch_size=50).answers([prompt] * DRAWS))
+    # Of those that begin alike, the commonest: what follows depends on the cache
+    first = torch.tensor([answer.tokens[0] for answer in answers]).mode().values.item()
+    drawn = torch.tensor([a.tokens[1] for a in answers if a.tokens[0] == first])
+    assert len(drawn) > 200
+    counts = torch.bincount(drawn, minlength=TINY_MHA["vocab_size"]).double()
+    expected = probabilities(theirs, [*prompt, first], case) * len(drawn)
+    assert not counts[expected == 0].any()
+    assert chi_square(counts, expected) < 5  # standard deviations above what chance gives
+
+
+def probabilities(model, tokens: list[int], case: dict) -> torch.Tensor:
+    """Return what transformers draws the next token from."""
+    how = {"do_sample": True, "max_new_tokens": 1, "top_k": 0, "eos_token_id": None, **case}
+    more = {"output_scores": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    out = model.generate(torch.tensor([tokens]), **how, **more)
+    return out.scores[0][0].softmax(0).double()
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return how far the statistic lies above its mean, in its standard deviations."""
+    usual = expected >= 5  # as the test needs it; the rest is taken together
+    pairs = [(counts[usual], expected[usual])]
+    if expected[~usual].sum() >= 5:
+        pairs.append((counts[~usual].sum()[None], expected[~usual].sum()[None]))
+    squares = sum(((c - e) ** 2 / e).sum().item() for c, e in pairs)
+    freedom = sum(len(c) for c, _ in pairs) - 1
+    assert freedom > 2
+    return (squares - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_on_a_gpu(dtype, tmp_path):
+    theirs = hf_model(MINI_4K, std=0.15, **TINY_MHA)
+    folder = save_checkpoint(theirs, MINI_4K, tmp_path, **TINY_MHA)
+    ours = phi3(folder)
+    ours.load_state_dict(load_base_weights(folder))
+    theirs, ours = (model.to("cuda", dtype) for model in (theirs, ours))
+    serve(ours)
+    prompts = prompts_of(3, 40, 2100)
+    for answer in Generator(ours, Letters(), Sampling(max_new_tokens=40)).answers(prompts):
+        tokens = torch.tensor([prompts[answer.index]], device="cuda")
+        how = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = theirs.generate(tokens, **how)[0, tokens.shape[1] :].tolist()
+        # In bf16 rounding decides where two tokens are nearly as likely
+        count = 40 if dtype == torch.float32 else 1
+        assert list(answer.tokens)[:count] == expected[:count]
