@@ -1,7 +1,10 @@
 """Drawn tokens follow the distribution of transformers' ``generate``, from logits to tokens."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torchtune.training import set_default_dtype
 
 from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.generate.engine import Generator
@@ -12,6 +15,7 @@ from tests.generate.spoken import Letters, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 
 DRAWS = 3000
+GPU = "cuda"
 CASES = [
     {"temperature": 1.0, "top_k": 12},
     {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.3},
@@ -46,7 +50,8 @@ def probabilities(model, tokens: list[int], case: dict) -> torch.Tensor:
     """Return what transformers draws the next token from."""
     how = {"do_sample": True, "max_new_tokens": 1, "top_k": 0, "eos_token_id": None, **case}
     more = {"output_scores": True, "return_dict_in_generate": True, "pad_token_id": 0}
-    out = model.generate(torch.tensor([tokens]), **how, **more)
+    given = torch.tensor([tokens])
+    out = model.generate(given, attention_mask=torch.ones_like(given), **how, **more)
     return out.scores[0][0].softmax(0).double()
 
 
@@ -62,20 +67,36 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
     return (squares - freedom) / (2 * freedom) ** 0.5
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_answers_on_a_gpu(dtype, tmp_path):
+def on_gpu(dtype: torch.dtype, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return transformers' model and ours, there."""
     theirs = hf_model(MINI_4K, std=0.15, **TINY_MHA)
-    folder = save_checkpoint(theirs, MINI_4K, tmp_path, **TINY_MHA)
-    ours = phi3(folder)
+    save_checkpoint(theirs, MINI_4K, folder, **TINY_MHA)
+    with set_default_dtype(dtype), torch.device(GPU):
+        ours = phi3(folder)
     ours.load_state_dict(load_base_weights(folder))
-    theirs, ours = (model.to("cuda", dtype) for model in (theirs, ours))
     serve(ours)
+    return theirs.to(GPU), ours
+
+
+@pytest.mark.gpu
+def test_answers_on_a_gpu(tmp_path):
+    theirs, ours = on_gpu(torch.float32, tmp_path)
     prompts = prompts_of(3, 40, 2100)
     for answer in Generator(ours, Letters(), Sampling(max_new_tokens=40)).answers(prompts):
-        tokens = torch.tensor([prompts[answer.index]], device="cuda")
+        tokens = torch.tensor([prompts[answer.index]], device=GPU)
         how = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        expected = theirs.generate(tokens, **how)[0, tokens.shape[1] :].tolist()
-        # In bf16 rounding decides where two tokens are nearly as likely
-        count = 40 if dtype == torch.float32 else 1
-        assert list(answer.tokens)[:count] == expected[:count]
+        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
+        assert list(answer.tokens) == out[0, tokens.shape[1] :].tolist()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_logits_on_a_gpu_in_bf16(tmp_path):
+    theirs, ours = on_gpu(torch.bfloat16, tmp_path)
+    cache, lengths = ours.cache(2), [40, 2100]
+    tokens = torch.tensor([t for prompt in prompts_of(*lengths) for t in prompt], device=GPU)
+    step = ours.step(cache, [0, 1], lengths)
+    logits = ours(tokens[None], step=step).float()
+    for row, part in zip(logits, tokens.split(lengths), strict=True):
+        expected = theirs(part[None], logits_to_keep=1).logits[0, -1]
+        assert (row - expected).norm() <= 0.05 * expected.norm()
