@@ -82,7 +82,8 @@ def ours(model: Any, question: Question, batch: int) -> int:
 def theirs(model: Any, question: Question, batch: int) -> int:
     """Answer in batches padded on the left, and return how many tokens that gave."""
     ends, count = stops(question), 0
-    how = {"do_sample": question.ends, "top_k": 0, "eos_token_id": ends or None, "pad_token_id": 0}
+    drawn = {"do_sample": True, "top_k": 0} if question.ends else {"do_sample": False}
+    how = {**drawn, "eos_token_id": ends or None, "pad_token_id": 0}
     for first in range(0, len(question.prompts), batch):
         prompts = question.prompts[first : first + batch]
         longest = max(map(len, prompts))
@@ -112,11 +113,12 @@ def questions() -> Iterator[Question]:
     yield Question("prefill, 8 of 40 to 310", prompts(*mixed), 1)
     yield Question("decode after 64", prompts(64), 48)
     yield Question("decode after 1,024", prompts(1024), 48)
-    yield Question("batch of 8", prompts(*[128] * 8), 48)
+    yield Question("batch of 8 after 16", prompts(*[16] * 8), 48)
+    yield Question("batch of 8 after 128", prompts(*[128] * 8), 48)
     yield Question("batch of 8, mixed lengths", prompts(*mixed), 48)
     yield Question("32 prompts, answers that end", prompts(*mixed * 4), 256, ends=True)
     yield Question("decode after 64, adapter", prompts(64), 48, adapted=True)
-    yield Question("batch of 8, adapter", prompts(*[128] * 8), 48, adapted=True)
+    yield Question("batch of 8 after 16, adapter", prompts(*[16] * 8), 48, adapted=True)
 
 
 def write_base(folder: Path, layers: int, dtype: torch.dtype) -> None:
