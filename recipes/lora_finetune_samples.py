@@ -7,11 +7,15 @@ import torch
 from torch import nn
 from torchtune.data import Message
 
+from phi3_plugin.errors import CheckpointError
 from phi3_plugin.generate.engine import Generator
 from phi3_plugin.generate.sampling import Sampling
 
 TOGETHER = 8
 """Questions that are answered at a time."""
+
+BROKEN = "(no answer: the model's scores are not finite)"
+"""Stands where an answer would."""
 
 
 def answers(model: nn.Module, tokenizer: Any, prompts: Sequence[str], longest: int) -> list[str]:
@@ -27,9 +31,13 @@ def answers(model: nn.Module, tokenizer: Any, prompts: Sequence[str], longest: i
     training = model.training
     model.eval()
     # Compiled layers would be compiled again for every length that a cache can have
-    with torch.compiler.set_stance("force_eager"):
-        found = list(generator.answers(_asked(tokenizer, prompt) for prompt in prompts))
-    model.train(training)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            found = list(generator.answers(_asked(tokenizer, prompt) for prompt in prompts))
+    except CheckpointError:  # not finite; when a run is given up for that, the run decides
+        return [BROKEN] * len(prompts)
+    finally:
+        model.train(training)
     return [answer.text for answer in sorted(found, key=lambda answer: answer.index)]
 
 

@@ -7,6 +7,7 @@
 What generates, evaluates and checks starts here.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.fitting import keys_of
 from phi3_plugin.models.nf4 import is_nf4, rows_of
 from phi3_plugin.models.rope import RotaryEmbedding
+from phi3_plugin.models.serving import ServedLinear
 from phi3_plugin.train.device import pick_device
 from phi3_plugin.train.prepare import DTYPES, refuse_other_weights
 
@@ -52,7 +54,8 @@ def load(
         quantize: Store the base in NF4, as QLoRA trains over it.
         check_base: Refuse an adapter that says it was made for other base weights.
         sharing: A model that was loaded from the same folder, with the same dtype, device and
-            quantize: its base weights serve this one too and take no memory twice.
+            quantize: its base weights serve this one too and take no memory twice. Where both are
+            to answer, `serve` comes after, for both at once.
 
     Raises:
         AdapterError: The adapter is broken, or does not fit this base.
@@ -62,7 +65,9 @@ def load(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}.")
-    place, base = pick_device(device, 0), checkpoint_folder(checkpoint_dir)
+    # Of several processes on a machine, as torchrun starts them, each has a GPU of its own
+    place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    base = checkpoint_folder(checkpoint_dir)
     _refuse_adapter_folder(base)
     stored = open_weights(base)
     read = fitting_adapter(Path(adapter), base, quantize=quantize) if adapter else None
@@ -99,7 +104,9 @@ def assembled(
     with set_default_dtype(DTYPES[dtype]), torch.device("meta"):
         model = build(base, adapter, quantize=quantize)
     own = {**adapter.tensors, **adapter.saved} if adapter else {}
-    fill(model, {**stored, **_shared(sharing, model), **own}, device)
+    model.loaded_from = base.resolve()
+    shared = _shared(sharing, model, device) if sharing else {}
+    fill(model, {**stored, **shared, **own}, device)
     return model.eval().requires_grad_(False)
 
 
@@ -184,21 +191,25 @@ def fill(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> N
             part.rope_init(device)
 
 
-def _shared(given: nn.Module | None, model: nn.Module) -> dict[str, nn.Parameter]:
+def _shared(given: nn.Module, model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
     """Return the weights that a model can take from another.
 
     Raises:
-        ConfigError: They are another kind.
+        ConfigError: They are others, or of another kind.
     """
-    if given is None:
-        return {}
+    if (folder := getattr(given, "loaded_from", None)) != model.loaded_from:
+        raise ConfigError(f"sharing: the model is of {folder}, but this is {model.loaded_from}.")
+    if any(isinstance(module, ServedLinear) for module in given.modules()):
+        raise ConfigError("sharing: the model was made ready by serve(). Load all, then serve all.")
     theirs, ours = dict(given.named_parameters()), dict(model.named_parameters())
     if any(name.endswith((A, B)) for name in theirs):
         raise ConfigError("sharing: the model has an adapter. Share one that was loaded without.")
     for name in theirs.keys() & ours.keys():
         one, other = theirs[name], ours[name]
-        if (one.dtype, is_nf4(one)) != (other.dtype, is_nf4(other)):
-            raise ConfigError("sharing: the model was loaded with another dtype or quantize.")
+        if (one.dtype, is_nf4(one), one.device) != (other.dtype, is_nf4(other), device):
+            raise ConfigError(
+                "sharing: the model was loaded with another dtype or quantize, or elsewhere."
+            )
     return {name: theirs[name] for name in theirs.keys() & ours.keys()}
 
 

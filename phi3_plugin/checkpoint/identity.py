@@ -15,7 +15,7 @@ import torch
 from phi3_plugin.checkpoint.hf import open_weights
 from phi3_plugin.checkpoint.names import to_hf
 from phi3_plugin.checkpoint.stored import StoredTensor
-from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
+from phi3_plugin.errors import AdapterError, Phi3Error
 
 PLACES = (0, 5 / 8, 3 / 4, 1)
 """Of the rows that are read: each of q, k, v, gate and up has one, however many heads there are."""
@@ -38,7 +38,8 @@ def base_hash(checkpoint_dir: Path) -> str:
         MissingFileError: Files are missing.
     """
     folder = checkpoint_dir.resolve()
-    return _hash_of(folder, tuple(sorted(map(_stamp, folder.glob("*.safetensors")))))
+    files = [file for file in folder.glob("*.safetensors") if file.exists()]  # no broken links
+    return _hash_of(folder, tuple(sorted(map(_stamp, files))))
 
 
 def known_hash(checkpoint_dir: Path) -> str:
@@ -48,7 +49,7 @@ def known_hash(checkpoint_dir: Path) -> str:
     """
     try:
         return base_hash(checkpoint_dir)
-    except (CheckpointError, MissingFileError, OSError):
+    except (Phi3Error, OSError):
         return ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi3_plugin.errors import DataError
+from phi3_plugin.errors import CheckpointError, ConfigError, DataError
 from phi3_plugin.generate.sampling import Sampling, choose
 from phi3_plugin.generate.text import Decoder, Text
 
@@ -46,8 +46,8 @@ class _Row:
 
     def answer(self) -> Answer:
         """Return the finished answer."""
-        said = tuple(self.tokens[self.prompt :])
-        return Answer(self.index, self.text.said, said, self.reason, self.prompt)
+        said, text = tuple(self.tokens[self.prompt :]), self.text.said
+        return Answer(self.index, text, said, self.reason, self.prompt)
 
 
 class Generator:
@@ -62,8 +62,10 @@ class Generator:
             model: torchtune's decoder as this package builds it, in evaluation mode.
             tokenizer: Of the checkpoint.
             sampling: What is asked of each answer.
-            batch_size: Answers in the making at a time.
+            batch_size: Answers in the making at a time, 1 or more.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: {batch_size!r} must be a whole number from 1.")
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.batch_size = batch_size
         # A special token never shows in a text, so a stop text that is one is a stop token.
@@ -83,9 +85,9 @@ class Generator:
             prompt: Its tokens.
 
         Raises:
-            DataError: It has no token, or no room is left for an answer.
+            DataError: It has no token or unknown ones, or leaves no room for an answer.
         """
-        limit = self.model.max_seq_len
+        limit, known = self.model.max_seq_len, self.model.tok_embeddings.num_embeddings
         if not len(prompt):
             raise DataError(f"prompt {index + 1} is empty. Give it some text, or leave it out.")
         if len(prompt) >= limit:
@@ -93,6 +95,9 @@ class Generator:
                 f"prompt {index + 1} has {len(prompt)} tokens, but the model has {limit} "
                 "positions for prompt and answer. Shorten it."
             )
+        if strange := next((token for token in prompt if not 0 <= token < known), None):
+            told = f"prompt {index + 1} has the token {strange}, but the model knows {known}."
+            raise DataError(f"{told} Use the tokenizer of its own folder.")
 
     def answers(
         self,
@@ -108,8 +113,7 @@ class Generator:
         Args:
             prompts: Tokens of each; taken as there is room.
             on_text: Told how the answers grow.
-            numbers: Of the prompts, where others before them are answered already: what is drawn
-                for a prompt goes by its number.
+            numbers: Of the prompts, if not from 0 on: what is drawn for one goes by its number.
 
         Raises:
             DataError: A prompt cannot be answered, see :meth:`check`.
@@ -139,10 +143,11 @@ class Generator:
         self.check(0, prompt)
         tell = None if on_text is None else lambda _, piece: on_text(piece)
         cache = self._alone = self._alone or self.model.cache(1)
-        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(self._heard, prompt, strict=False))
+        heard, self._heard = self._heard, []  # until it is known again, whatever happens
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(heard, prompt, strict=False))
         # The last token is always read: what follows it is asked for.
         same = min(sum(1 for _ in pairs), len(prompt) - 1)
-        cache.keep(0, same if self.model.turns_alike(len(self._heard), len(prompt)) else 0)
+        cache.keep(0, same if self.model.turns_alike(len(heard), len(prompt)) else 0)
         row, self._asked = self._row(self._asked, prompt), self._asked + 1
         try:
             while not row.reason:
@@ -172,6 +177,8 @@ class Generator:
             on_text(row.index, rest)
         return row.answer()
 
+    # A cache outlives a call, and is written in place: not as a tensor of inference mode
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _extend(self, cache: Any, rows: list[_Row], on_text: OnText | None) -> None:
         """Add a token to every row."""
@@ -193,13 +200,19 @@ class Generator:
         unread = [rows[number].tokens[cache.lengths[number] :] for number in group]
         tokens = torch.tensor([token for row in unread for token in row], device=self._device)
         step = self.model.step(cache, group, [len(row) for row in unread])
-        logits: Tensor = self.model(tokens[None], step=step)
+        with torch.autocast(self._device.type, enabled=False):  # the model's dtype is the cache's
+            logits: Tensor = self.model(tokens[None], step=step)
         return logits
 
     def _chosen(self, rows: list[_Row], logits: Tensor) -> list[int]:
-        asked = self.sampling
+        asked, (highest, likeliest) = self.sampling, logits.max(dim=-1)
+        if not highest.isfinite().all():
+            raise CheckpointError(
+                "the model's scores are not finite: its weights or those of the adapter are "
+                "damaged. Download or train them again."
+            )
         if asked.temperature == 0 and asked.repetition_penalty == 1:
-            return logits.argmax(dim=-1).tolist()
+            return likeliest.tolist()
         return [
             choose(scores, torch.tensor(row.tokens), asked, row.random)
             for row, scores in zip(rows, logits, strict=True)

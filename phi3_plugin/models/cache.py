@@ -48,14 +48,11 @@ class Cache:
             device: Of the model.
         """
         self.window, self.lengths = window, [0] * rows
+        self.written = [0] * rows  # tokens of each row, those of a step that was given up included
+        self.places = 0  # C, tokens of a row that there is memory for
         shape = rows, heads, 0, head_dim
         kept = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
         self.keys, self.values = kept[:layers], kept[layers:]
-
-    @property
-    def places(self) -> int:
-        """C, tokens of a row that there is memory for."""
-        return self.keys[0].shape[2]
 
     def place(self, position: int) -> int:
         """Return where in its row a token lies."""
@@ -70,25 +67,29 @@ class Cache:
         held = self.held(self.lengths[row])
         for kept in (*self.keys, *self.values):
             kept[to, :, :held] = kept[row, :, :held]
+        self.written[to] = self.written[row]
         self.lengths[to], self.lengths[row] = self.lengths[row], 0
 
-    def keep(self, row: int, length: int) -> int:
-        """Forget all but the first tokens of a row; return how many are left.
+    def keep(self, row: int, length: int) -> None:
+        """Forget all but the first tokens of a row.
 
-        None are where a ring has written over some of them.
+        All are forgotten where a ring has written over some that the next token sees.
         """
-        gone = self.window is not None and self.lengths[row] > self.window
-        whole = length >= self.lengths[row]
-        self.lengths[row] = 0 if gone and not whole else min(length, self.lengths[row])
-        return self.lengths[row]
+        length = min(length, self.lengths[row])
+        is_whole = self.held(self.written[row]) == self.written[row]
+        self.lengths[row] = length if is_whole or length + 1 >= self.written[row] else 0
+        if is_whole or not self.lengths[row]:
+            self.written[row] = self.lengths[row]
 
     def reserve(self, length: int) -> None:
         """Take memory for rows of this length."""
         needed = self.held(-(-length // ROOM) * ROOM)
-        if needed > self.places:
-            grown = 0, 0, 0, needed - self.places
-            self.keys = [F.pad(kept, grown) for kept in self.keys]
-            self.values = [F.pad(kept, grown) for kept in self.values]
+        if needed <= self.places:
+            return
+        for tensors in (self.keys, self.values):
+            for layer, kept in enumerate(tensors):  # each makes way for its larger copy
+                tensors[layer] = F.pad(kept, (0, 0, 0, needed - kept.shape[2]))
+        self.places = needed
 
     def past(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Return the kept keys and values of a row in their order, each ``[1, K, held, F]``."""
@@ -138,6 +139,8 @@ class Step:
         self.starts = [cache.lengths[row] for row in self.rows]
         ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
         cache.reserve(max(ends))
+        for row, end in zip(self.rows, ends, strict=True):
+            cache.written[row] = max(cache.written[row], end)
         spans = zip(self.starts, ends, strict=True)
         positions = torch.cat([torch.arange(*span) for span in spans]).to(device)
         self.cos, self.sin = self.rope.turns_of(positions, ends, self.lengths, dtype)

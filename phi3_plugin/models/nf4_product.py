@@ -1,5 +1,6 @@
 """Products with NF4 weights, which are dequantized for each and kept by none."""
 
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -43,17 +44,24 @@ def plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _dequantized(weight).to(dtype)
 
 
-_memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+class _Memory(threading.local):
+    """Of one thread: what another dequantizes meanwhile is not to be written over it."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_memory = _Memory()
 
 
 def _dequantized(weight: Any) -> Tensor:
     """Return what torchao's ``get_original_weight`` does, bit for bit, in memory used before."""
     codes, count = weight.quantized_data, weight.numel()
     key = weight.dtype, codes.device
-    if key not in _memory or _memory[key].numel() < count:
+    if key not in _memory.of or _memory.of[key].numel() < count:
         with torch.inference_mode(False):  # or training could not write to it later
-            _memory[key] = torch.empty(count, dtype=weight.dtype, device=codes.device)
-    out = _memory[key][:count]
+            _memory.of[key] = torch.empty(count, dtype=weight.dtype, device=codes.device)
+    out = _memory.of[key][:count]
     codes, values = _words(codes, weight.nf4)
     each = count // len(codes)
     scalers = weight.dequantize_scalers(

@@ -89,15 +89,16 @@ def serve(*models: nn.Module) -> None:
         *models: torchtune's decoders as this package builds them, with their weights. Those that
             share weights, such as a base and the same with an adapter, still share them then.
     """
-    alike = zip(*map(_layers, models), strict=True)
-    for places in list(alike):
+    for path, name in dict.fromkeys(place for model in models for place in _places(model)):
+        parents = [model.get_submodule(path) for model in models]
+        found = [(parent, _linear(getattr(parent, name))) for parent in parents]
+        layers = [(parent, layer) for parent, layer in found if layer is not None]
         laid = dict[int, tuple[Tensor, bool]]()  # by weight, while the layers hold it
-        weights = [layer.weight for _, _, layer in places]
-        for weight in weights:
-            if id(weight) not in laid:
-                laid[id(weight)] = laid_out(weight)
-        for (parent, name, layer), weight in zip(places, weights, strict=True):
-            setattr(parent, name, served(layer, laid[id(weight)]))
+        for _, layer in layers:
+            if id(layer.weight) not in laid:
+                laid[id(layer.weight)] = laid_out(layer.weight)
+        for parent, layer in layers:
+            setattr(parent, name, served(layer, laid[id(layer.weight)]))
     for model in models:
         model.eval().requires_grad_(False)
 
@@ -121,10 +122,15 @@ def served(layer: Any, laid: tuple[Tensor, bool] | None = None) -> ServedLinear:
     return ServedLinear(*(laid or laid_out(weight)), adapters, stretch)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, Linear | LoRALinear):
-                yield parent, name, layer
-    if isinstance(model.output, TiedLinear):
-        yield model, "output", model.output.tied_module
+def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the paths of the modules that have a linear layer, and its name there."""
+    for path, parent in model.named_modules():
+        yield from ((path, name) for name, child in parent.named_children() if _linear(child))
+    yield "", "output"  # which is no module where it is tied
+
+
+def _linear(layer: Any) -> Any:
+    """Return what is to be served of a layer; None where that is nothing, or is done."""
+    if isinstance(layer, TiedLinear):
+        return layer.tied_module
+    return layer if isinstance(layer, Linear | LoRALinear) else None

@@ -72,6 +72,18 @@ def test_a_folder_that_is_written_again_is_read_again(bases, tmp_path, monkeypat
     assert len(reads) == 2
 
 
+def test_links_are_followed_and_broken_ones_do_not_count(bases, tmp_path):
+    for file in bases["mini"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "consolidated.safetensors").symlink_to(tmp_path / "gone")
+    assert known_hash(tmp_path) == base_hash(bases["mini"])
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text("{")
+    assert known_hash(tmp_path) == base_hash(bases["mini"])  # of the same files
+    identity._hash_of.cache_clear()
+    assert known_hash(tmp_path) == ""
+
+
 @pytest.mark.parametrize("form", ["peft", "patterns", "torchtune", "loralib"])
 def test_every_form_says_for_which_base_it_is_and_comes_back(bases, form, tmp_path):
     base, config = bases["mini"], read_config(bases["mini"])

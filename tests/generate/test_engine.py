@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phi3_plugin.errors import DataError
+from phi3_plugin.errors import CheckpointError, ConfigError, DataError
 from phi3_plugin.generate.engine import Generator
 from phi3_plugin.generate.sampling import Sampling
 from tests.generate.spoken import Letters, ours, prompts_of, served
@@ -168,12 +168,62 @@ def test_goes_on_after_an_interrupt(model):
     assert asked.answer(first).tokens == expected.tokens
 
 
+@pytest.mark.parametrize("heard", [30, 44, 60])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_an_interrupted_reading_wrote_over_is_read_anew(model, monkeypatch, heard, layer):
+    asked, first = generator(model, max_new_tokens=4), prompts_of(heard)[0]
+    answer = asked.answer(first)
+    second = [*first, *answer.tokens, *prompts_of(30, seed=1)[0]]  # more than the window
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(model.layers[layer].mlp, "forward", interrupt)
+        asked.answer(second)
+    third = [*second[: heard + 4], *prompts_of(5, seed=2)[0]]
+    assert asked.answer(third).tokens == generator(model, max_new_tokens=4).answer(third).tokens
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_sizes_of_what_is_read_at_once_are_bounded(model, monkeypatch):
     monkeypatch.setattr("phi3_plugin.generate.engine.TOGETHER", 40)
     sizes, prompts = fed(model, monkeypatch), prompts_of(*LENGTHS)
     found = by_number(generator(model, batch_size=8, max_new_tokens=3).answers(prompts))
     assert max(sizes) == 60 and sizes[0] == 34
     assert [list(a.tokens) for a in found] == ours(model, prompts, 3, batch_size=1)
+
+
+@pytest.mark.parametrize("token", [160, -1])
+def test_refuses_tokens_that_the_model_does_not_know(model, token):
+    with pytest.raises(DataError, match=rf"1 has the token {token}, but the model knows 160"):
+        generator(model).answer([3, token])
+
+
+def test_refuses_to_answer_none_at_a_time(model):
+    with pytest.raises(ConfigError, match=r"batch_size: 0 must be a whole number from 1\."):
+        generator(model, batch_size=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("asked", [{}, {"temperature": 1.0}, {"repetition_penalty": 1.2}])
+def test_a_broken_model_says_nothing(model, monkeypatch, value, asked):
+    monkeypatch.setattr(model.norm.scale, "data", torch.full_like(model.norm.scale, value))
+    with pytest.raises(CheckpointError, match="scores are not finite"):
+        generator(model, **asked).answer([3, 4])
+
+
+def test_inference_mode_may_come_and_go(model):
+    asked, first = generator(model, max_new_tokens=4), prompts_of(20)[0]
+    with torch.inference_mode():
+        inside = asked.answer(first)
+    assert asked.answer(first).tokens == inside.tokens
+
+
+def test_autocast_changes_nothing(model):
+    prompts = prompts_of(20, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ours(model, prompts, 4)
+    assert found == ours(model, prompts, 4)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Dequantizing gives torchao's bits, and products keep nothing of it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -19,10 +21,22 @@ def test_dequantizing_gives_torchaos_bits(size, dtype, monkeypatch):
 
 def test_training_goes_on_after_inference():
     weight, x = to_nf4(weight_of(256, 512, torch.float32)), torch.randn(3, 512)
-    module._memory.clear()
+    module._memory.of.clear()
     with torch.inference_mode():
         first = nf4_linear(x, weight)
     assert torch.equal(nf4_linear(x.requires_grad_(), weight), first)
+
+
+def test_threads_do_not_write_over_each_other():
+    one, x = weight_of(256, 512, torch.float32), torch.eye(512)
+    weight = to_nf4(one), to_nf4(-one)
+    expected = [w.get_original_weight().t() for w in weight]
+
+    def differences(w, right):
+        return sum(not torch.equal(nf4_linear(x, w), right) for _ in range(200))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(differences, weight, expected)) == [0, 0]
 
 
 def test_a_product_keeps_nothing_dequantized():

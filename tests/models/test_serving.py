@@ -1,12 +1,14 @@
 """Layers that only answer compute what those they stand for do."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torchtune.training import set_default_dtype
 
 from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.models import phi3
+from phi3_plugin.models import phi3, serving
 from phi3_plugin.models.lora import DoRALinear, Linear, LoRALinear, LowRank
 from phi3_plugin.models.merged import MergedLoRALinear
 from phi3_plugin.models.serving import ServedLinear, serve, served
@@ -104,3 +106,32 @@ def test_models_that_share_weights_still_do(tmp_path):
     pairs = zip(base.modules(), adapted.modules(), strict=True)
     shared = [one.weight is two.weight for one, two in pairs if isinstance(one, ServedLinear)]
     assert len(shared) == 2 * 4 + 1 and all(shared)
+
+
+def test_weights_are_laid_out_one_layer_at_a_time(tmp_path, monkeypatch):
+    _, folder = base_of("mini", tmp_path)
+    model = phi3(folder)
+    plain = [weakref.ref(module.weight) for module in model.modules() if type(module) is Linear]
+    left = []
+
+    def laid(weight):
+        left.append(sum(one() is not None for one in plain))
+        return weight.detach().clone(), False
+
+    monkeypatch.setattr(serving, "laid_out", laid)
+    serve(model)
+    assert left == [*range(len(plain), 0, -1)]
+
+
+@torch.no_grad()
+def test_what_is_ready_stays_so(tmp_path):
+    _, folder = base_of("tied", tmp_path)
+    base, adapted = phi3(folder), ours(folder)
+    base.load_state_dict(load_base_weights(folder))
+    train_by_hand(adapted)
+    before = base(BATCH), adapted(BATCH)
+    serve(base)
+    serve(base)
+    serve(base, adapted)
+    for model, logits in zip((base, adapted), before, strict=True):
+        torch.testing.assert_close(model(BATCH), logits, rtol=0, atol=1e-5)

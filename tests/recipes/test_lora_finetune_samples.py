@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from phi3_plugin.recipes.lora_finetune_samples import answers
+from phi3_plugin.recipes.lora_finetune_samples import BROKEN, answers
 
 from tests.chosen import some
 from tests.own import TINY, finished, own_run, started, tiny_inputs
@@ -62,6 +62,13 @@ def test_answers_are_what_the_whole_model_says(cwd, compiled):
         model.eval()
         for prompt, text in zip(PROMPTS, found, strict=True):
             assert text == by_hand(model, tokenizer, prompt)
+
+
+def test_a_model_that_diverged_is_no_reason_to_stop(cwd):
+    with started(*ASKED, "output_dir=diverged", cwd=cwd) as recipe, torch.no_grad():
+        recipe.model.norm.scale.fill_(torch.inf)
+        assert answers(recipe.model, recipe.feed.tokenizer, PROMPTS, 9) == [BROKEN] * len(PROMPTS)
+        assert recipe.model.training
 
 
 @torch.no_grad()

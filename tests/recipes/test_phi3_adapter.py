@@ -128,22 +128,6 @@ def test_check_fails_where_peft_itself_does(place, tmp_path, capsys, monkeypatch
     assert "It says KeyError: 'x'" in capsys.readouterr().out
 
 
-def test_an_adapter_for_another_base_is_told(place, tmp_path, capsys):
-    """Of the same shapes, so that nothing else could."""
-    other = hf_model(MEDIUM_4K, seed=1, **TINY_GQA)
-    save_checkpoint(other, MEDIUM_4K, tmp_path / "other", **TINY_GQA)
-    ours, elsewhere = str(tmp_path / "ours"), {"checkpoint_dir": str(tmp_path / "other")}
-    assert run(options(place, "convert", "plain", to="peft", output_dir=ours, **base(place))) == 0
-    capsys.readouterr()
-    assert run({"verb": "check", "adapter": ours, "json": True, **base(place)}) == 0
-    assert json.loads(capsys.readouterr().out)["other_base"] is None
-    assert run({"verb": "check", "adapter": ours, **elsewhere}) == 1
-    assert "Another base: the adapter was made for weights" in capsys.readouterr().out
-    merged = str(tmp_path / "merged")
-    assert run({"verb": "merge", "adapter": ours, "output_dir": merged, **elsewhere}) == 0
-    assert "Warning: the adapter was made for weights" in capsys.readouterr().err
-
-
 def test_a_base_without_weights_gives_no_proof(place, tmp_path, capsys):
     import shutil
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from phi3_plugin.recipes import phi3_load
 from phi3_plugin.recipes.phi3_load import load
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,7 @@ from phi3_plugin.errors import (
 )
 from phi3_plugin.models import phi3
 from phi3_plugin.models.nf4 import is_nf4, nearest_nf4
+from phi3_plugin.models.serving import serve
 from tests.checkpoint.adapters import BASES, PARTS, WHOLE, adapter, base_folder, merged_logits
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_logits, hf_model
 from tests.oracles import save_checkpoint as save
@@ -157,6 +159,28 @@ def test_only_the_same_kind_of_base_is_shared(place):
         load(place / "wide", **FP32, quantize=True, sharing=base)
     with pytest.raises(ConfigError, match="the model has an adapter"):
         load(place / "gqa", **FP32, sharing=adapted)
+
+
+def test_only_the_same_base_is_shared_and_before_it_is_served(place, tmp_path):
+    base, other = load(place / "gqa", **FP32), other_weights(place, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"sharing: the model is of .*gqa, but this is .*other"):
+        load(other, **FP32, sharing=base)
+    with pytest.raises(ConfigError, match=r"sharing: the model is of None"):
+        load(other, **FP32, sharing=torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="or elsewhere"):
+        load(place / "gqa", **FP32, sharing=load(place / "gqa", **FP32).to("meta"))
+    serve(base)
+    with pytest.raises(ConfigError, match=r"made ready by serve\(\)"):
+        load(place / "gqa", place / "whole", **FP32, sharing=base)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_each_process_of_a_machine_has_its_own_gpu(place, monkeypatch, rank):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(phi3_load, "assembled", lambda *given, **_: given[4])
+    assert load(place / "gqa") == torch.device("cuda", rank)
 
 
 def other_weights(place, folder):
