@@ -46,8 +46,11 @@ PARSED = {
 def main() -> None:
     """Run `phi3-tune` with the command line of this process."""
     autoload.register()
-    if sys.argv[1:2] and sys.argv[1] in PARSED:
+    verb, words = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if verb in PARSED:
         sys.exit(_run_parsed(sys.argv[1:]))
+    if verb in VERBS and {"-h", "--help"} & {*words}:
+        return print(_help(verb), end="")
     from torchtune._cli.tune import TuneCLIParser  # not earlier: importing torchtune must find us
 
     tune = TuneCLIParser()
@@ -85,8 +88,18 @@ def _parsed(words: list[str]) -> Any:
     return words[1:] if words[0] == "lm-eval" else adapter_cli.parse(words)[1]
 
 
+def _help(verb: str) -> str:
+    """Return the help of a verb that is a recipe, for which `run` would ask for a config."""
+    recipe, does = VERBS[verb]
+    return (
+        f"usage: phi3-tune {verb} [TORCHRUN-OPTIONS] --config CONFIG [KEY=VALUE ...]\n\n"
+        f"{does}. CONFIG is that of a training run; KEY=VALUE replaces what it says.\n"
+        f"The same as phi3-tune run {recipe}. docs/{verb.partition('-')[0]}.md lists the keys.\n"
+    )
+
+
 def _run_recipes() -> None:
-    """Write a verb of ours as the `run` that it stands for; its `--help` is that of `run`."""
+    """Write a verb of ours as the `run` that it stands for."""
     if sys.argv[1:2] and sys.argv[1] in VERBS:
         sys.argv[1:2] = ["run", VERBS[sys.argv[1]][0]]
 

@@ -94,7 +94,7 @@ def signals_for_workers() -> Iterator[None]:
     By itself torchrun ends with an error and kills workers that need more than 30 seconds. That is
     still what a second signal does, and a signal before there are workers. A worker that is not
     yet listening dies of the signal it is passed; then torchrun ends as for any failed worker.
-    Workers that end with 130, for nothing is to be saved, are no failure: the command does too.
+    A worker that ends with 130, for nothing is to be saved, is no failure: the command does too.
     """
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -112,7 +112,7 @@ def signals_for_workers() -> Iterator[None]:
         yield
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if not asked or codes != {STOPPED}:
+        if not asked or STOPPED not in codes:  # torchrun ends the others when the first has ended
             raise
         raise SystemExit(STOPPED) from None
     finally:

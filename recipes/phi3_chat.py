@@ -3,7 +3,9 @@
 What was said before is not computed again: the model reads only what is new.
 """
 
+import math
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from phi3_plugin.recipes.phi3_generate import generator
 from phi3_plugin.recipes.phi3_generate_conversation import Chat, is_terminal, tell
 from phi3_plugin.recipes.phi3_generate_options import check_stop, check_system, checked
+from phi3_plugin.recipes.phi3_generate_output import open_streams, set_stdout
 
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
@@ -18,6 +21,9 @@ from phi3_plugin.generate_cli import CHAT
 
 MAX_NEW_TOKENS = 1024
 """Of an answer, by default: whoever reads along can stop it."""
+
+SOON = 3.0
+"""Seconds within which a second Ctrl-C leaves; a later one may clear another line."""
 
 
 def run(options: Mapping[str, Any]) -> int:
@@ -37,13 +43,16 @@ def run(options: Mapping[str, Any]) -> int:
     chat = Chat(generator(o, tokenizer), tokenizer, positions, o.system)
     if is_terminal():
         tell("/help lists what you can type. Ctrl-C stops an answer, Ctrl-D leaves.")
-    return talk(chat)
+    with suppress(BrokenPipeError):  # `| head` has seen enough
+        return talk(chat)
+    return 1
 
 
 def prepare() -> None:
     """Let lines be edited, and odd characters be no reason to end."""
+    open_streams()
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    set_stdout(errors="replace")
     if is_terminal():
         with suppress(ImportError):
             import readline  # input() uses it once it is there
@@ -53,7 +62,7 @@ def prepare() -> None:
 
 def talk(chat: Chat) -> int:
     """Read and answer until the input ends; at the prompt, Ctrl-C leaves when it is repeated."""
-    warned = False
+    warned = -math.inf
     while True:
         try:
             text = message()
@@ -62,13 +71,12 @@ def talk(chat: Chat) -> int:
                 print()
             return 0
         except KeyboardInterrupt:
-            if warned or not is_terminal():
+            if time.monotonic() - warned < SOON or not is_terminal():
                 print()
                 return 0 if is_terminal() else 130
             tell("\n(Ctrl-C again leaves, as Ctrl-D and /exit do.)")
-            warned = True
+            warned = time.monotonic()
             continue
-        warned = False
         if text.strip() and not chat.take(text):
             return 0
 

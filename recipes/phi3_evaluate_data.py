@@ -64,7 +64,8 @@ def held(s: Settings, tokenizer: Any, *, limit: int | None, positions: int | Non
         raise DataError("dataset: there is no sample in it to evaluate.")
     chats = {} if positions is None else chats_of(dataset, count, section, tokenizer)
     items = [_item(dataset, i, chats, tokenizer, positions) for i in range(count)]
-    return Held(items, _in_words(s, section, count, len(dataset)), section)
+    words = _in_words(s, section, count, len(dataset)) + _too_long(dataset, count)
+    return Held(items, words, section)
 
 
 def unpacked(section: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -165,4 +166,16 @@ def _in_words(s: Settings, section: Mapping[str, Any], count: int, total: int) -
         how = f"held out by val_fraction={s.val_fraction:g}"
     number = f"{count:,}" if count == total else f"The first {count:,} of {total:,}"
     source = section.get("source") or section["_component_"]
+    source = ", ".join(map(str, source)) if isinstance(source, list | tuple) else source
     return f"{number} {'sample' if total == 1 else 'samples'} of {source}, {how}."
+
+
+def _too_long(dataset: Any, count: int) -> str:
+    """Say what tokenizer.max_seq_len takes from the numbers; empty where that is nothing."""
+    if not hasattr(dataset, "lost"):
+        return ""
+    lost, cut = len(dataset.lost), int((dataset.full > dataset.lengths)[:count].sum())
+    said = f" Cut at tokenizer.max_seq_len for the loss: {cut:,}." if cut else ""
+    if lost:
+        said += f" Left out, with no answer within tokenizer.max_seq_len: {lost:,} more."
+    return said

@@ -7,7 +7,6 @@
 takes a prompt as it is typed: `phi3-tune generate --base A "What is 2 + 2?"`.
 """
 
-import os
 import re
 import sys
 from collections import Counter
@@ -31,7 +30,10 @@ from phi3_plugin.recipes.phi3_generate_output import (
     Row,
     as_line,
     check_output,
+    open_streams,
+    put,
     safe,
+    set_stdout,
 )
 from phi3_plugin.recipes.phi3_generate_prompts import Prompt, read_prompts
 from phi3_plugin.recipes.phi3_load import load
@@ -77,12 +79,12 @@ def _run(options: Mapping[str, Any], known: Sequence[str]) -> int:
         say("Stopped before the first answer.")
         return STOPPED
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def _answer(o: Options) -> int:
     """Find out all that can be wrong before the model is loaded, then load it and let it answer."""
+    open_streams()
     o = replace(o, output=None) if o.output == STDIN else o
     if o.raw and o.system:
         raise ConfigError("system: there is no system message without a chat template (raw).")
@@ -107,7 +109,7 @@ def generator(o: Options, tokenizer: Phi3Tokenizer) -> Generator:
 
 def speak(ready: Generator, prompts: Sequence[Prompt]) -> int:
     """Print answers as they are written."""
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    set_stdout(errors="replace")
     show = writer()
     for n, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
@@ -126,13 +128,9 @@ def speak(ready: Generator, prompts: Sequence[Prompt]) -> int:
 
 def writer() -> Callable[[str], None]:
     """Return what prints a piece of text at once; to a terminal, nothing that could drive it."""
-    is_terminal = sys.stdout.isatty()
-
-    def write(piece: str) -> None:
-        sys.stdout.write(safe(piece) if is_terminal else piece)
-        sys.stdout.flush()
-
-    return write
+    if sys.stdout.isatty():
+        return lambda piece: put(safe(piece))
+    return put
 
 
 def fill(o: Options, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt]) -> int:
@@ -141,7 +139,7 @@ def fill(o: Options, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt]) -> int
     if o.output is not None:
         sink = Part(Path(o.output), identity(o, prompts), overwrite=o.overwrite)
     else:
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        set_stdout(encoding="utf-8")
     with sink:
         todo = [number for number in range(len(prompts)) if number not in sink.done]
         if sink.done:

@@ -11,7 +11,7 @@ from phi3_plugin.recipes.phi3_generate_output import as_line
 
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.data.turns import Turn, make_turn
-from phi3_plugin.errors import DataError, Phi3Error
+from phi3_plugin.errors import DataError, OutputError, Phi3Error
 from phi3_plugin.generate.engine import Generator
 from phi3_plugin.train.stock_keys import closest
 
@@ -68,6 +68,8 @@ class Chat:
                 command(rest.strip())
             else:
                 tell(self._unknown(name))
+        except OutputError:  # nobody would see the answers
+            raise
         except Phi3Error as error:
             tell(str(error))
         return True

@@ -30,6 +30,42 @@ def safe(text: str) -> str:
     return UNSAFE.sub("", text)
 
 
+def open_streams() -> None:
+    """Let standard input and error be empty where they are closed, which Python has as None."""
+    sys.stdin = sys.stdin or Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
+def set_stdout(**how: str) -> None:
+    """Set how answers are written to standard output.
+
+    Raises:
+        OutputError: It is closed.
+    """
+    if sys.stdout is None:
+        raise OutputError("standard output is closed: there is nowhere to write answers to.")
+    sys.stdout.reconfigure(**how)  # type: ignore[union-attr]
+
+
+def put(text: str) -> None:
+    """Write to standard output at once.
+
+    Raises:
+        BrokenPipeError: Its reader has seen enough, as `| head` has.
+        OutputError: It cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Or what waits to be written would fail once more as the process ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        reason = error.strerror or error
+        raise OutputError(f"standard output cannot be written: {reason}.") from error
+
+
 def as_line(row: Mapping[str, Any]) -> str:
     """Return a row as JSON that every reader takes for one line, with its end."""
     text = json.dumps(row, ensure_ascii=False)
@@ -59,6 +95,11 @@ def check_output(o: Options) -> None:
         raise OutputError(f"output: {out} is inside the base model {base}. Choose another place.")
 
 
+def answers_of(count: int) -> str:
+    """Return a number of answers."""
+    return f"{count:,} answer{'s' * (count != 1)}"
+
+
 class Printed:
     """Standard output: answers in the order of the prompts, each as soon as its turn has come."""
 
@@ -69,20 +110,16 @@ class Printed:
     def __enter__(self) -> "Printed":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """Print also those that waited for others, which will not come."""
-        if kind is not BrokenPipeError:
-            for number in sorted(n for n in self.done if n >= self._next):
-                sys.stdout.write(as_line(self.done[number]))
-            sys.stdout.flush()
+        put("".join(as_line(self.done[n]) for n in sorted(self.done) if n >= self._next))
 
     def add(self, number: int, row: Row) -> None:
         """Take the answer to a prompt."""
         self.done[number] = row
         while self._next in self.done:
-            sys.stdout.write(as_line(self.done[self._next]))
             self._next += 1
-        sys.stdout.flush()
+            put(as_line(self.done[self._next - 1]))
 
     def finish(self) -> str:
         """Return what there is to say at the end."""
@@ -118,7 +155,8 @@ class Part:
             self._lock()
             self._read()
         except BaseException:
-            self._file.close()
+            with suppress(OSError):  # of what it could not write, which is told
+                self._file.close()
             raise
         return self
 
@@ -152,7 +190,7 @@ class Part:
         keys = {**theirs, **self.identity}
         if other := [key for key in keys if theirs.get(key) != self.identity.get(key)]:
             raise OutputError(
-                f"{self.part} holds {len(self.done)} answers of a run with another "
+                f"{self.part} holds {answers_of(len(self.done))} of a run that differs in "
                 f"{', '.join(other)}. Repeat that command, or remove the file to start anew."
             )
         self._file.truncate(len(whole))
@@ -200,11 +238,10 @@ class Part:
         except OSError as error:
             whole.unlink(missing_ok=True)
             raise self._failed(error) from error
-        count = len(self.done)
-        return f"Wrote {count:,} answer{'s' * (count > 1)} to {self.out}."
+        return f"Wrote {answers_of(len(self.done))} to {self.out}."
 
     def _failed(self, error: OSError) -> OutputError:
-        kept = f" {len(self.done)} answers are in {self.part}." if self.done else ""
+        kept = f" {self.part} holds {answers_of(len(self.done))}." if self.done else ""
         return OutputError(f"{self.out} cannot be written: {error.strerror or error}.{kept}")
 
     @property

@@ -152,6 +152,8 @@ def _turns(row: Any, o: Options) -> list[Turn]:
         if not row[key].strip():
             raise DataError("the prompt is empty")
         turns = [make_turn("user", row[key])]
+    elif key == "prompt" and not isinstance(row[key], list):
+        raise DataError(f"prompt is {kind(row[key])}, expected a text")
     elif o.raw:
         raise DataError(f"{key} is {kind(row[key])}; without a chat template, prompt is a text")
     else:

@@ -6,6 +6,7 @@ Everything else goes to the harness's own command line as it is. See docs/lm_eva
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import sys
@@ -40,8 +41,9 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError("lm_eval is not installed: pip install 'phi3-plugin[lm_eval]'")
     line = as_typed_for_the_harness(words)
     from lm_eval.__main__ import cli_evaluate
-    from phi3_plugin.recipes import phi3_lm_eval_model  # noqa: F401  # registers the model
 
+    if "--model" in line:  # help and the like need none
+        importlib.import_module("phi3_plugin.recipes.phi3_lm_eval_model")  # registers it
     try:
         with _typed(line):
             cli_evaluate()

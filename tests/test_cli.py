@@ -66,6 +66,20 @@ def test_each_verb_names_itself(phi3_tune, verb):
     assert not re.search(r"\$ tune\b", out)
 
 
+@pytest.mark.parametrize("verb", ["inspect-data", "evaluate"])
+def test_the_help_of_a_recipe_needs_no_config_and_is_quick(fresh_python, verb):
+    code = f"""if True:
+        import sys
+        from phi3_plugin import cli
+        sys.argv = ["phi3-tune", "{verb}", "--help"]
+        cli.main()
+        assert "torch" not in sys.modules"""
+    said = fresh_python(code)
+    assert said.startswith(f"usage: phi3-tune {verb} ")
+    (page,) = re.findall(r"docs/\w+\.md", said)
+    assert (Path(__file__).parents[1] / page).is_file()
+
+
 def test_mistakes_are_reported_under_its_name(phi3_tune):
     code, out = phi3_tune("run", RECIPE)
     assert code == 2 and "phi3-tune run: error: " in out

@@ -8,6 +8,7 @@ import time
 import pytest
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from phi3_plugin.launch import signals_for_workers
 
@@ -144,6 +145,22 @@ def test_torchrun_is_unchanged_afterwards(start):
     start(DEAF)
     with pytest.raises(SignalException):
         signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("codes", [(130, 130), (-signal.SIGTERM, 130), (1, 130), (1, -2)])
+@pytest.mark.parametrize("asked", [True, False])
+def test_workers_that_were_stopped_and_said_so_are_no_failure(start, codes, asked):
+    failures = {
+        rank: ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file="none")
+        for rank, code in enumerate(codes)
+    }
+    kind = SystemExit if asked and 130 in codes else ChildFailedError
+    with pytest.raises(kind) as ended, signals_for_workers():
+        start(DEAF)
+        if asked:
+            signal.raise_signal(signal.SIGINT)
+        raise ChildFailedError("recipe", failures)
+    assert kind is ChildFailedError or ended.value.code == 130
 
 
 @pytest.fixture

@@ -16,6 +16,9 @@ from phi3_plugin.evaluate.outcomes import ADAPTER, BASE, Evaluation, Outcome, Sa
 from phi3_plugin.evaluate.scores import Scorer
 
 Floats = NDArray[np.float64]
+FEWEST = 6
+"""Samples that can tell something: chance makes 5 of 5 better or worse in 6 of 100 cases."""
+
 BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 
 
@@ -61,8 +64,8 @@ class Result:
         """Whether the adapter is better, worse, or not clearly either; empty without one."""
         if self.difference is None:
             return ""
-        value, low, high = self.difference
-        if value == low == high == 0 or not (low > 0 or high < 0):
+        _, low, high = self.difference
+        if self.samples < FEWEST or not (low > 0 or high < 0):
             return UNCLEAR
         return BETTER if (high < 0) == self.measure.lower_is_better else WORSE
 
@@ -117,10 +120,11 @@ def results(
 
 def _result(measure: Measure, tables: list[Floats], draws: list[Floats]) -> Result:
     values = [float(measure.value(table.sum(0, keepdims=True))[0]) for table in tables]
-    drawn = [measure.value(sums) for sums in draws]
+    count = int(tables[0].any(1).sum())
+    # One sample is drawn again as itself, which tells nothing
+    drawn = [measure.value(sums if count > 1 else sums[:0]) for sums in draws]
     pairs = zip((BASE, ADAPTER), values, drawn, strict=False)
     models = {name: estimate(value, some) for name, value, some in pairs}
-    count = int(tables[0].any(1).sum())
     if len(tables) == 1:
         return Result(measure, models, count)
     difference = estimate(values[1] - values[0], drawn[1] - drawn[0])

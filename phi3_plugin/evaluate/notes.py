@@ -14,10 +14,12 @@ def notes(samples: Sequence[Sample], outcomes: Mapping[str, Sequence[Outcome]]) 
 
 
 def _few(samples: Sequence[Sample]) -> Iterator[str]:
-    if len(samples) < FEW:
+    if len(samples) == 1:
+        yield "Only 1 sample, which has no interval and tells nothing about others."
+    elif len(samples) < FEW:
         yield (
-            f"Only {len(samples)} {'sample' if len(samples) == 1 else 'samples'}: the intervals "
-            "are rough, and narrower than they should be."
+            f"Only {len(samples)} samples: the intervals are rough, and narrower than they should "
+            "be."
         )
 
 

@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal
 
-MARKED = re.compile(r"####\s*(\S[^\n]*)")
+MARK = "####"
 """GSM8K ends its answers in a line like ``#### 1,234``."""
 
 NUMBER = re.compile(r"-?\$?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\$?\.\d+")
@@ -15,8 +15,8 @@ def marked_number(text: str) -> Decimal | None:
     Source: Cobbe et al. 2021, grade-school-math/dataset.py, ``extract_answer``; more than its
     ``-?[0-9.,]+`` the last mark counts, a ``$`` may stand before the number, and 5.0 is 5.
     """
-    marks: list[str] = MARKED.findall(text)
-    found = NUMBER.search(marks[-1]) if marks else None
+    marked = [after for part in text.split(MARK)[1:] if (after := part.strip())]
+    found = NUMBER.search(_plain(marked[-1].splitlines()[0])) if marked else None
     return _value(found[0]) if found else None
 
 
@@ -24,8 +24,13 @@ def last_number(text: str) -> Decimal | None:
     """Return the number after the last ``####``, or else the last number of a text."""
     if (marked := marked_number(text)) is not None:
         return marked
+    text = _plain(text)
     found: list[re.Match[str]] = list(NUMBER.finditer(text))
     return _value(_unjoined(found[-1], text)) if found else None
+
+
+def _plain(text: str) -> str:
+    return text.replace("\N{MINUS SIGN}", "-")  # which models write as well
 
 
 def _unjoined(found: re.Match[str], text: str) -> str:

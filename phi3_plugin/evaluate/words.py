@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from phi3_plugin.evaluate.bootstrap import Estimate
-from phi3_plugin.evaluate.measures import BETTER, UNCLEAR, WORSE, Result
+from phi3_plugin.evaluate.measures import BETTER, FEWEST, UNCLEAR, WORSE, Result
 from phi3_plugin.evaluate.outcomes import ADAPTER, BASE, Evaluation
 
 ENDED = {
@@ -61,7 +61,9 @@ def verdict(found: Sequence[Result]) -> tuple[str, str]:
     if better and worse:
         return f"Mixed: better in {_listed(better)}; worse in {_listed(worse)}.", UNCLEAR
     if not better and not worse:
-        return "No clear difference: every interval of a difference holds 0.", UNCLEAR
+        few = all(result.samples < FEWEST for result in found)
+        why = f"the samples are fewer than {FEWEST}" if few else "every interval of it holds 0"
+        return f"No clear difference: {why}.", UNCLEAR
     sign, which = (BETTER, better) if better else (WORSE, worse)
     rest = f"; no clear difference in {_listed(unclear)}" if unclear else ""
     every = _listed(which) if unclear else "every measure"

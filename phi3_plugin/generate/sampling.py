@@ -38,12 +38,12 @@ class Sampling:
 
 _RULES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
     "max_new_tokens": (int, lambda n: n >= 1, "a whole number from 1"),
-    "temperature": ((int, float), lambda t: 0 <= t < math.inf, "a number from 0"),
+    "temperature": ((int, float), lambda t: 0 <= t <= 1e6, "a number from 0 to a million"),
     "top_k": (int, lambda k: k >= 0, "a whole number from 0, which is off"),
     "top_p": ((int, float), lambda p: 0 < p <= 1, "above 0 and at most 1, which is off"),
     "min_p": ((int, float), lambda p: 0 <= p < 1, "from 0, which is off, and below 1"),
-    "repetition_penalty": ((int, float), lambda r: 0 < r < math.inf, "a number above 0"),
-    "seed": (int, lambda n: 0 <= n < 2**63, "a whole number from 0"),
+    "repetition_penalty": ((int, float), lambda r: 1e-6 <= r <= 1e6, "from 1e-6 to a million"),
+    "seed": (int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1"),
     "max_time": ((int, float), lambda s: 0 < s < math.inf, "a number of seconds above 0"),
     "stop": (tuple, lambda texts: all(_is_text(text) for text in texts), "texts, none empty"),
 }

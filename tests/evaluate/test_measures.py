@@ -76,6 +76,13 @@ def test_verdicts(wanted):
         assert result.shares in (None, (0, 0, 1))
 
 
+@pytest.mark.parametrize(("count", "kind"), [(1, UNCLEAR), (5, UNCLEAR), (6, BETTER)])
+def test_too_few_samples_tell_nothing(wanted, count, kind):
+    got = found(made(rows=ROWS[:1] * count), wanted)
+    assert got["loss"].verdict == got["numeric"].verdict == kind
+    assert math.isnan(got["loss"].difference.low) == (count == 1)
+
+
 def test_pairs_make_the_interval_of_a_difference_narrow(wanted):
     """Samples differ much, the models by the same on each."""
     got = found(made(times=20), wanted)["loss"]
@@ -102,7 +109,7 @@ def test_without_answers_only_tokens_are_measured():
     for wanted in (measures(None), measures(Scorer())):
         got = found(evaluation, wanted)
         assert list(got) == ["loss", "perplexity", "accuracy"]
-        assert got["loss"].models[BASE] == (0.5, 0.5, 0.5)
+        assert got["loss"].models[BASE].value == 0.5
 
 
 def test_a_sample_without_labels_or_answer_takes_no_part(wanted):

@@ -20,4 +20,4 @@ def test_what_limits_the_numbers():
 def test_nothing_to_say():
     evaluation = made(rows=ROWS[:4], times=8)
     assert notes(evaluation.samples, evaluation.outcomes) == []
-    assert notes(evaluation.samples[:1], evaluation.outcomes)[0].startswith("Only 1 sample:")
+    assert notes(evaluation.samples[:1], evaluation.outcomes)[0].startswith("Only 1 sample, ")

@@ -51,7 +51,7 @@ def test_one_model():
 def test_the_verdict(kinds, text, sign):
     class Result:
         def __init__(self, verdict, title):
-            self.verdict = verdict
+            self.verdict, self.samples = verdict, 9
             self.measure = type("Measure", (), {"title": title})
 
     got = verdict([Result(kind, title) for kind, title in zip(kinds, ("A, %", "B"), strict=True)])

@@ -18,7 +18,7 @@ from phi3_plugin.recipes.phi3_generate_conversation import Chat
 from phi3_plugin.recipes.phi3_generate_options import checked
 
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.errors import ConfigError
+from phi3_plugin.errors import ConfigError, OutputError
 from tests.recipes.prompted import keys, said
 
 
@@ -29,6 +29,23 @@ def test_lines_go_in_and_answers_come_out(inputs, monkeypatch, capsys):
     out, error = capsys.readouterr()
     assert out and ">>>" not in out
     assert error.count("(Cut at 6 tokens") == 2 and "half a surrogate pair" in error
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_it_ends_where_nobody_reads_the_answers(inputs, monkeypatch, full):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Add: one\n" * 3)))
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(io.FileIO("/dev/full" if full else writing, "w"))
+    )
+    if full:
+        os.close(writing)
+        with pytest.raises(OutputError, match="standard output cannot be written"):
+            run(options(inputs))
+    else:
+        assert run(options(inputs)) == 1
+    sys.stdout.close()
 
 
 def options(inputs, **more):

@@ -102,6 +102,29 @@ def test_a_prompt_is_whole_where_training_cuts_it(held):
     assert short.sample.reference == "four five six seven"
 
 
+def test_what_is_too_long_is_told(held, cwd):
+    asked, filler = message("user", "one"), "two three " * 60
+    rows = [
+        conversation(asked, message("assistant", "two")),
+        conversation(asked, message("assistant", filler)),
+        conversation(message("user", filler), message("assistant", "two")),
+    ]
+    found = held(rows=rows)
+    assert len(found.items) == 2 and found.items[1].sample.reference == filler
+    assert found.evaluated == (
+        f"2 samples of {cwd / 'own.jsonl'}, the whole data set. "
+        "Cut at tokenizer.max_seq_len for the loss: 1. "
+        "Left out, with no answer within tokenizer.max_seq_len: 1 more."
+    )
+
+
+def test_several_sources_are_named(held, cwd):
+    file = cwd / "rows.jsonl"
+    section = ("_component_=phi3_plugin.data.chat_dataset", f"source=[{file},{file}]")
+    found = held(*(f"dataset_val.{part}" for part in section))
+    assert f" of {file}, {file}, set as dataset_val" in found.evaluated
+
+
 def test_a_system_prompt_of_the_run(held):
     found = held("dataset.system_prompt=seven", limit=1)
     assert found.items[0].sample.prompt.startswith("<|system|>\nseven<|end|>\n<|user|>")

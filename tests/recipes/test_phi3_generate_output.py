@@ -1,7 +1,10 @@
 """No answer is lost, and no file that is not ours: interrupts, repeats, odd places."""
 
 import fcntl
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from phi3_plugin.recipes import phi3_generate
 from phi3_plugin.recipes.phi3_generate import run
 from phi3_plugin.recipes.phi3_generate_output import as_line, safe
 
-from phi3_plugin.errors import MissingFileError, OutputError
+from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from tests.recipes.prompted import ROWS, keys, of_file, read, stop_after, write
 
 
@@ -53,10 +56,12 @@ def test_answers_of_another_run_are_kept_and_told(here, monkeypatch):
     run(of_file())
     before = Path("out.jsonl.part").read_bytes()
     undo()
-    with pytest.raises(OutputError, match="holds 1 answers of a run with another temperature, se"):
+    with pytest.raises(
+        OutputError, match="holds 1 answer of a run that differs in temperature, se"
+    ):
         run(of_file(temperature=1.0, seed=3))
     write("prompts.jsonl", ROWS[::-1])
-    with pytest.raises(OutputError, match=r"of a run with another prompts. Repeat that command"):
+    with pytest.raises(OutputError, match=r"of a run that differs in prompts. Repeat that command"):
         run(of_file())
     assert Path("out.jsonl.part").read_bytes() == before
 
@@ -93,6 +98,29 @@ def test_an_interrupt_prints_what_is_there(here, capsys, monkeypatch):
     assert said.err.splitlines()[-1].startswith("Stopped after 2 of 3 prompts; their answers are")
 
 
+def test_a_disk_that_is_full_at_once_is_told(here, monkeypatch):
+    class Full(io.RawIOBase):
+        readable = writable = seekable = lambda self: True
+        fileno, seek, truncate = lambda self: 2**20, lambda self, *_: 0, lambda self, *_: 0
+
+        def readinto(self, buffer):
+            return 0
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    stock = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda self, mode="r", **how: (
+            io.BufferedRandom(Full()) if self.suffix == ".part" else stock(self, mode, **how)
+        ),
+    )
+    with pytest.raises(OutputError, match=r"out.jsonl cannot be written: No space left on device"):
+        run(of_file())
+
+
 def test_a_file_that_came_meanwhile_is_not_replaced(here, monkeypatch):
     stock = phi3_generate.generator
 
@@ -101,9 +129,36 @@ def test_a_file_that_came_meanwhile_is_not_replaced(here, monkeypatch):
         return stock(*arguments)
 
     monkeypatch.setattr(phi3_generate, "generator", slow)
-    with pytest.raises(OutputError, match=r"it is there by now. 3 answers are in out.jsonl.part"):
+    with pytest.raises(OutputError, match=r"it is there by now. out.jsonl.part holds 3 answers"):
         run(of_file())
     assert Path("out.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize("what", [{"prompt": ["Add: one"]}, {"prompts": "prompts.jsonl"}])
+def test_a_standard_output_that_cannot_be_written_is_told(here, monkeypatch, what):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OutputError, match="standard output is closed"):
+        run(keys(**what))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO("/dev/full", "w")))
+    with pytest.raises(OutputError, match=r"standard output cannot be written: No space left"):
+        run(keys(**what))
+    sys.stdout.close()  # with nothing left in it that fails again
+
+
+def test_who_has_seen_enough_is_told_nothing(here, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO(writing, "w")))
+    assert run(keys(prompts="prompts.jsonl")) == 1
+    sys.stdout.close()
+
+
+def test_closed_streams_are_empty_ones(here, monkeypatch):
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(DataError, match="standard input holds no prompts"):
+        run(keys(prompts="-"))
+    assert run(of_file()) == 0 and len(read("out.jsonl")) == 3
 
 
 def test_lines_are_lines_for_every_reader():

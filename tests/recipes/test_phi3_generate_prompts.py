@@ -70,7 +70,7 @@ def test_messages_are_asked_without_the_reference(here):
         ([{"prompts": "a"}], "line 1: there is neither .*; did you mean 'prompt' by 'prompts'?"),
         ([{"prompt": "a", "messages": []}], "line 1: there are prompt and messages"),
         ([["a"]], "line 1: list, expected an object"),
-        ([{"prompt": 3}], "line 1: prompt is int, expected a list"),
+        ([{"prompt": 3}], "line 1: prompt is int, expected a text"),
         ([{"messages": []}], "line 1: messages is empty"),
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "line 1: nothing is said"),
         ([{"messages": [{"role": "user"}]}], "line 1: .*content"),
