@@ -81,7 +81,7 @@ class Typed:
 @pytest.mark.parametrize(
     ("events", "left"),
     [
-        ((KeyboardInterrupt, "four", KeyboardInterrupt, KeyboardInterrupt, "never"), 1),
+        (("four", KeyboardInterrupt, KeyboardInterrupt, "never"), 1),
         (("four", EOFError, "never"), 1),
         (("four\\", EOFError, EOFError, "never"), 1),
         (("four", "/exit", "never"), 1),
@@ -94,6 +94,15 @@ def test_it_is_left_by_a_second_interrupt_or_the_end(monkeypatch, events, left):
     monkeypatch.setattr(phi3_chat, "is_terminal", lambda: True)
     assert talk(chat) == 0
     assert len(typed.events) == left and heard[0].startswith("four")
+
+
+def test_an_interrupt_long_after_another_clears_a_line_and_no_more(monkeypatch):
+    typed, heard = Typed(KeyboardInterrupt, KeyboardInterrupt, "four", EOFError), []
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(phi3_chat, "is_terminal", lambda: True)
+    monkeypatch.setattr(phi3_chat, "SOON", 0.0)
+    assert talk(SimpleNamespace(take=lambda text: heard.append(text) or True)) == 0
+    assert heard == ["four"] and not typed.events
 
 
 def test_an_interrupted_answer_leaves_the_next_as_it_would_be(inputs, monkeypatch, capsys):
