@@ -189,7 +189,11 @@ def test_our_errors_end_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [{}, OFF], ids=["hook on", "hook off"])
+@pytest.mark.parametrize(
+    "environment",
+    [pytest.param({}, marks=pytest.mark.exhaustive), OFF],
+    ids=["hook on", "hook off"],
+)
 def test_workers_see_the_registry(tmp_path, environment):
     (tmp_path / "my_recipe.py").write_text(READ_REGISTRY)
     words = ["run", "--nproc_per_node", "1", "my_recipe.py", "--config", NAMES[0]]

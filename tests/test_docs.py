@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DRIVER = f"torchrun --standalone --nproc_per_node 2 {ROOT / 'tests' / 'stock_distributed.py'}"
+OFTEN = ("README", "recipe", "evaluate", "generate", "inspect", "lm_eval", "serving", "speed")
+"""Pages that every run of the tests types; `make test-all` types the others too."""
 NOT_RUN = ("make demo", "pip install")  # the demo has a test of its own; installing needs a network
 
 TINY_SPLIT = """
@@ -100,8 +102,12 @@ def shell(code, cwd):
     assert done.returncode == 0, f"{code}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
 
 
+def marks(page):
+    return () if page.stem in OFTEN else pytest.mark.exhaustive
+
+
 COMMANDS = [
-    pytest.param(code, id=f"{page.stem}-{i}")
+    pytest.param(code, id=f"{page.stem}-{i}", marks=marks(page))
     for page in PAGES
     for i, code in enumerate(blocks(page, "bash"))
     if not code.startswith(NOT_RUN) and not (page == PAGES[0] and "tune run" in code)
@@ -124,7 +130,12 @@ def test_every_run_left_an_adapter(place):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=marks(page))
+        for page in PAGES
+        if blocks(page, "python")
+    ],
 )
 def test_python_code_runs(page, place):
     code = "\n".join(blocks(page, "python"))

@@ -66,7 +66,7 @@ def both(cwd, settings, **config):
     return alone, cwd / "two"
 
 
-@pytest.mark.parametrize("variant", some(VARIANTS, quick={"qdora"}))
+@pytest.mark.parametrize("variant", some(VARIANTS, quick={}))
 def test_adapters_train_alike_on_one_process_and_two_and_peft_agrees(variant, cwd):
     recompute = f"enable_activation_checkpointing={variant == 'qlora'}"
     one, two = both(cwd, (*TINY, *VARIANTS[variant], recompute, "epochs=2"))
@@ -74,6 +74,7 @@ def test_adapters_train_alike_on_one_process_and_two_and_peft_agrees(variant, cw
     peft_agrees(cwd, two / "final", dora="dora" in variant, quantized="q" in variant)
 
 
+@pytest.mark.exhaustive
 def test_all_weights_do_too(cwd):
     settings = [s for s in TINY if "lora" not in s] + ["epochs=2"]
     one, two = both(cwd, settings, config=cwd / "full.yaml")

@@ -149,6 +149,7 @@ def test_two_processes_whose_launcher_gets_a_signal_end_in_the_same_bits_too(
     assert_same_end(cwd / "out", whole_of_two)
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path):
     kills.prepare(tmp_path, rows=80)
     rows = list(kills.kill_and_resume(tmp_path, 3, random.Random(0), epochs=8))

@@ -118,6 +118,7 @@ def two_processes(cwd, *settings):
 
 
 @pytest.mark.parametrize("component", [TORCHAO, BITSANDBYTES])
+@pytest.mark.exhaustive
 def test_two_processes_do_too(component, cwd):
     settings = (using(component), f"fsdp_replicas={1 if 'torchao' in component else 2}")
     two_processes(cwd, *settings, "output_dir=whole")

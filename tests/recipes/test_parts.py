@@ -7,6 +7,7 @@ import torch
 
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import CheckpointError
+from tests.chosen import some
 from tests.own import TINY, finished, own_run, started
 from tests.parity import losses, peft_agrees, same_losses, same_weights
 from tests.resumed import RUN, assert_same_end, leave_until, train
@@ -24,9 +25,7 @@ def modules(names):
     return f"model.lora_attn_modules=[{','.join(names)}]"
 
 
-@pytest.mark.parametrize(
-    "quantized", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["lora", "qlora"]
-)
+@pytest.mark.parametrize("quantized", some([False, True], []))
 def test_one_process_and_two_are_one_run_that_peft_computes(quantized, cwd):
     settings = (*TINY, modules(PARTS), f"model.quantize_base={quantized}", "batch_size=1")
     settings += ("max_steps=8", "optimizer.lr=5e-3")
@@ -64,6 +63,7 @@ def test_a_resume_with_other_parts_is_one_clear_error(cwd):
         pass
 
 
+@pytest.mark.exhaustive
 def test_torchtunes_recipe_trains_saves_and_resumes(cwd):
     settings = ("--config", "phi3_mini_lora", *TINY, modules(OTHERS), "epochs=2", "batch_size=2")
     settings += ("gradient_accumulation_steps=2", "optimizer.lr=5e-3", "output_dir=out")

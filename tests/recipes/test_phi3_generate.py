@@ -126,6 +126,7 @@ def test_answers_of_answers_keep_all():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_recipe_does_the_same(here):
     words = [f"{key}={value}" for key, value in of_file(temprature=1).items()]
     command = (TUNE, "run", "phi3_generate", "--config", "phi3_generate")
