@@ -3,10 +3,11 @@
 import io
 import os
 import pty
+import re
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,15 +137,16 @@ def stopping(count):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # by the clock: an answer that ends before the signal is none to stop
 def test_in_a_terminal_an_interrupt_stops_an_answer_and_no_more(cwd):
     command = [Path(sys.executable).parent / "phi3-tune", "chat", "--base", "base"]
     ours, theirs = pty.openpty()
-    with subprocess.Popen(command, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
+    process = subprocess.Popen(command, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
         wait_for(ours, ">>> ")
         os.write(ours, b"Add: one\n")
-        wait_for(ours, "Add: one\r\n")
-        time.sleep(0.1)
+        wait_for(ours, "Add: one\r\n", more=1)  # the answer has begun
         process.send_signal(signal.SIGINT)
         wait_for(ours, ">>> ")
         os.write(ours, b"/save chats.jsonl\n")
@@ -152,10 +154,19 @@ def test_in_a_terminal_an_interrupt_stops_an_answer_and_no_more(cwd):
         wait_for(ours, ">>> ")
         os.write(ours, b"\x04")
         assert process.wait(30) == 0
-    os.close(ours)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
 
 
-def wait_for(terminal, text):
+MODES = r"\x1b\[\?\d+[lh]\r?"
+"""What readline tells a terminal between a line and its answer."""
+
+
+def wait_for(terminal, text, more=0):
+    """Read until a text has come, and so many characters after it."""
     seen = ""
-    while text not in seen:
+    while text not in seen or len(re.sub(MODES, "", seen.partition(text)[2])) < more:
+        assert select.select([terminal], [], [], 60)[0], seen
         seen += os.read(terminal, 1000).decode("utf-8", "replace")
