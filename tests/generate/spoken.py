@@ -58,3 +58,14 @@ def ours(model: nn.Module, prompts: list[list[int]], count: int, **how) -> list[
     generator = Generator(model, Letters(stops), sampling, batch_size=batch_size)
     answers = sorted(generator.answers(prompts), key=lambda answer: answer.index)
     return [list(answer.tokens) for answer in answers]
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
+    """Return the statistic of what was counted against what was expected, and its freedom."""
+    usual = expected >= 5  # as the test needs it; the rest is taken together
+    pairs = [(counts[usual], expected[usual])]
+    if expected[~usual].sum() >= 5:
+        pairs.append((counts[~usual].sum()[None], expected[~usual].sum()[None]))
+    squares = sum(((c - e) ** 2 / e).sum().item() for c, e in pairs)
+    freedom = sum(len(c) for c, _ in pairs) - 1
+    return squares, freedom

@@ -11,7 +11,7 @@ from phi3_plugin.generate.engine import Generator
 from phi3_plugin.generate.sampling import Sampling
 from phi3_plugin.models import phi3
 from phi3_plugin.models.serving import serve
-from tests.generate.spoken import Letters, prompts_of, served
+from tests.generate.spoken import Letters, chi_square, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 
 DRAWS = 3000
@@ -43,7 +43,7 @@ def test_second_tokens_follow_the_distribution_of_transformers(models, case):
     counts = torch.bincount(drawn, minlength=TINY_MHA["vocab_size"]).double()
     expected = probabilities(theirs, [*prompt, first], case) * len(drawn)
     assert not counts[expected == 0].any()
-    assert chi_square(counts, expected) < 5  # standard deviations above what chance gives
+    assert above_chance(counts, expected) < 5  # standard deviations above what chance gives
 
 
 def probabilities(model, tokens: list[int], case: dict) -> torch.Tensor:
@@ -55,14 +55,9 @@ def probabilities(model, tokens: list[int], case: dict) -> torch.Tensor:
     return out.scores[0][0].softmax(0).double()
 
 
-def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+def above_chance(counts: torch.Tensor, expected: torch.Tensor) -> float:
     """Return how far the statistic lies above its mean, in its standard deviations."""
-    usual = expected >= 5  # as the test needs it; the rest is taken together
-    pairs = [(counts[usual], expected[usual])]
-    if expected[~usual].sum() >= 5:
-        pairs.append((counts[~usual].sum()[None], expected[~usual].sum()[None]))
-    squares = sum(((c - e) ** 2 / e).sum().item() for c, e in pairs)
-    freedom = sum(len(c) for c, _ in pairs) - 1
+    squares, freedom = chi_square(counts, expected)
     assert freedom > 2
     return (squares - freedom) / (2 * freedom) ** 0.5
 

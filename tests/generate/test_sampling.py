@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
 
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.generate.sampling import Sampling, choose, penalized, probabilities, read_sampling
+from tests.generate.spoken import chi_square
 
 SEEN = torch.tensor([3, 3, 7, 11])
 CASES = [
@@ -61,12 +62,7 @@ def test_draws_follow_the_probabilities(case):
     counts = torch.bincount(torch.tensor(draws), minlength=16).double()
     expected = theirs(logits(), sampling).double() * len(draws)
     assert not counts[expected == 0].any()
-    usual = expected >= 5  # as the test needs it; the rest is taken together
-    pairs = [(counts[usual], expected[usual])]
-    if expected[~usual].sum() >= 5:
-        pairs.append((counts[~usual].sum()[None], expected[~usual].sum()[None]))
-    squares = sum(((c - e) ** 2 / e).sum().item() for c, e in pairs)
-    freedom = sum(len(c) for c, _ in pairs) - 1
+    squares, freedom = chi_square(counts, expected)
     # Beyond the 99.99 % quantile (Wilson and Hilferty's formula) once in ten thousand seeds
     limit = (
         freedom * (1 - 2 / (9 * max(freedom, 1)) + 3.72 * (2 / (9 * max(freedom, 1))) ** 0.5) ** 3
