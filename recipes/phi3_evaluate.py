@@ -47,14 +47,12 @@ from phi3_plugin.evaluate.scores import PACKAGES, Scorer
 from phi3_plugin.evaluate.tokens import by_document, token_scores
 from phi3_plugin.evaluate.words import report
 from phi3_plugin.generate.engine import Generator
+from phi3_plugin.launch import STOPPED
 from phi3_plugin.models.serving import serve
 from phi3_plugin.train.feed import build
 from phi3_plugin.train.memory import give_memory_back
 from phi3_plugin.train.step import ready
 from phi3_plugin.train.world import World
-
-STOPPED = 130
-"""What a command returns that was stopped with Ctrl-C."""
 
 
 class Recipe:

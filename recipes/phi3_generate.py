@@ -47,10 +47,8 @@ from phi3_plugin.errors import ConfigError
 from phi3_plugin.generate.engine import Answer, Generator
 from phi3_plugin.generate.sampling import Sampling
 from phi3_plugin.generate_cli import OPTIONS, RECIPE
+from phi3_plugin.launch import STOPPED
 from phi3_plugin.models.serving import serve
-
-STOPPED = 130
-"""Exit code after Ctrl-C."""
 
 CUT = {
     "length": "at {0.max_new_tokens} tokens (max_new_tokens)",
