@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
+from phi3_plugin.data import phi3_tokenizer
 from tests.assets import assets_dir
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants the network is a mistake
+from tests.data.tiny import write_checkpoint
+from tests.data.variants import BUILT, FROM_ASSETS
+from tests.own import tiny_inputs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +36,45 @@ def fresh_python(tmp_path):
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny checkpoint and 40 chats, made once for a file of tests."""
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
+
+
+@pytest.fixture
+def cwd(inputs, tmp_path):
+    """A folder of a test's own that has them."""
+    for name in ("base", "rows.jsonl"):
+        (tmp_path / name).symlink_to(inputs / name)
+    return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny checkpoint's tokenizer files."""
+    return write_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return phi3_tokenizer(folder)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[*BUILT, *(pytest.param(name, marks=pytest.mark.assets) for name in FROM_ASSETS)],
+)
+def supported(request, tmp_path_factory):
+    """A checkpoint folder of each revision."""
+    folder = tmp_path_factory.mktemp("supported") / request.param
+    if request.param in BUILT:
+        return BUILT[request.param](folder)
+    if assets_dir() is None:
+        pytest.skip("the published tokenizers are not here: set PHI3_ASSETS")
+    return FROM_ASSETS[request.param](folder)
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,7 @@ from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError
 from tests.checkpoint.adapters import base_folder, merged_logits
-from tests.checkpoint.test_foreign import FUSED, trained_by_peft
+from tests.contract.test_foreign import FUSED, trained_by_peft
 
 COPY = "base_model.model.model.embed_tokens.base_layer.weight"
 

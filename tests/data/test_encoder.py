@@ -5,7 +5,7 @@ from hypothesis import given
 
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.turns import Written, make_turn
-from tests.data.test_family import MANY, TURNS
+from tests.contract.test_ids import MANY, TURNS
 from tests.data.variants import phi4
 
 SPOKEN = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"

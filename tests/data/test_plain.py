@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from phi3_plugin.data.plain import is_plain
 from phi3_plugin.data.template import ChatTemplate
 from phi3_plugin.data.turns import make_turn
+from tests.contract.test_ids import TURNS
 from tests.data import variants
-from tests.data.test_family import TURNS
 from tests.data.tiny import MEDIUM, MINI, PHI35, ROLES
 
 PLAIN = {

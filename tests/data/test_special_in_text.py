@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import ConfigError
-from tests.data.test_family import CONTENT, SPECIAL, TURNS
-from tests.data.test_family import tokenize as tokens_of
+from tests.contract.test_ids import CONTENT, SPECIAL, TURNS
+from tests.contract.test_ids import tokenize as tokens_of
 from tests.data.variants import ENDS
 
 HARMLESS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

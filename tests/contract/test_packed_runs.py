@@ -1,6 +1,6 @@
 """Packed runs and runs grouped by length: the same for two processes, and when resumed.
 
-tests/recipes/test_resume.py stops the packed run after every step, and goes on with one process
+tests/contract/test_resume.py stops the packed run after every step, and goes on with one process
 where two stopped.
 """
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.data.findings import DROPPED
 from phi3_plugin.errors import ConfigError, DataError
-from tests.data.test_fuzz_rows import JSON, QUICK, ROWS, rows
+from tests.contract.test_rows_fuzzed import JSON, QUICK, ROWS, rows
 from tests.data.tiny import MEDIUM, write_checkpoint
 
 OPTIONS = st.fixed_dictionaries(
