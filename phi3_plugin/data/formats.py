@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 from phi3_plugin.data.fields import check_layout
 from phi3_plugin.data.messages import MessageList
-from phi3_plugin.data.notebook import PlainWords
 from phi3_plugin.data.preference import Preference
 from phi3_plugin.data.shapes import OUTSIDE, Alpaca, Columns, Text, key_names, pair
 from phi3_plugin.data.turns import ROLES, Chat
@@ -29,20 +28,13 @@ class Format(Protocol):
 LISTS = ("messages", "sharegpt")
 """Formats of a list of messages: other columns of such rows are taken for notes about it."""
 
-ALONE = ("text", "sharegpt_plain")
-"""Formats that rows of another format may look like: read as these only if there is no other."""
-
-ONLY_NAMED = ("sharegpt_plain",)
-"""Formats that are not recognized."""
-
 
 def _formats(tool_calls: str | None = None) -> dict[str, Format]:
     messages = MessageList("messages", "role", tool_calls=tool_calls)
-    sharegpt = MessageList("conversations", "from", mapped=True, tool_calls=tool_calls)
     alpaca = {"input", "system"}
     return {
         "messages": messages,
-        "sharegpt": sharegpt,
+        "sharegpt": MessageList("conversations", "from", mapped=True, tool_calls=tool_calls),
         "preference": Preference(messages),
         "alpaca": Alpaca(
             pair("instruction", "output", [name for name in OUTSIDE if name not in alpaca])
@@ -56,7 +48,6 @@ def _formats(tool_calls: str | None = None) -> dict[str, Format]:
             "input", "output", [*OUTSIDE, "instruction", "prompt", "question", "query"]
         ),
         "text": Text("text"),
-        "sharegpt_plain": PlainWords(sharegpt),
     }
 
 
@@ -140,13 +131,9 @@ def _recognized(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _fitting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    fitting = [
-        name
-        for name, format in FORMATS.items()
-        if name not in ONLY_NAMED and all(map(format.fits, rows))
-    ]
+    fitting = [name for name, format in FORMATS.items() if all(map(format.fits, rows))]
     lists = [name for name in fitting if name in LISTS]
-    others = [name for name in fitting if name not in ALONE]
+    others = [name for name in fitting if name != "text"]
     return lists or others or fitting
 
 

@@ -48,8 +48,7 @@ class Lesson:
                 raise DataError(
                     "dataset.system_prompt cannot be put in front of a text that is written already"
                 )
-            ends = self.add_eos or chat.eos
-            return self._follow(tokenizer.closed(chat) if ends else chat, tokenizer)
+            return self._follow(tokenizer.closed(chat) if self.add_eos else chat, tokenizer)
         return self.write(self.prepare(chat), tokenizer)
 
     def write(self, turns: Sequence[Turn], tokenizer: Phi3Tokenizer) -> Rendered:

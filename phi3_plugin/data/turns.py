@@ -32,8 +32,6 @@ class Written(NamedTuple):
     text: str
     said: tuple[tuple[int, int], ...] | None
     """[start, end) of what the assistant says; None: the chat template's own marks tell."""
-    eos: bool = False
-    """Whether the end-of-text token is put after it."""
 
 
 Chat = Sequence[Turn] | Written

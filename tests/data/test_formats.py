@@ -34,14 +34,7 @@ def test_formats_are_recognized_and_named(name):
 
 
 def test_every_format_has_a_row_here():
-    assert FORMATS.keys() == {*ROWS, "sharegpt_plain"}
-
-
-def test_what_is_only_named():
-    row = ROWS["sharegpt"]
-    assert pick_format(None, None, [row]) is FORMATS["sharegpt"]
-    assert FORMATS["sharegpt_plain"].fits(row)
-    assert pick_format("sharegpt_plain", None, [row]) is FORMATS["sharegpt_plain"]
+    assert FORMATS.keys() == ROWS.keys()
 
 
 @pytest.mark.parametrize(

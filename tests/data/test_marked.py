@@ -156,18 +156,6 @@ def test_a_text_that_ends_within_an_answer(tokenizer, tmp_path):
     assert said(tokenizer, sample) == "b the"
 
 
-def test_the_notebooks_plain_format(tokenizer, tmp_path):
-    turns = [("system", "s"), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
-    row = {"conversations": [{"from": name, "value": value} for name, value in turns]}
-    file = write(tmp_path / "talk.jsonl", [row])
-    expected = "system\n s\n\nuser\n a\n\nassistant\n b\n\nuser\n c\n\nassistant\n d\n"
-    (sample,) = chat_dataset(tokenizer, file, format="sharegpt_plain", train_on="all")
-    assert sample["tokens"] == tokenizer.encode(expected, add_eos=True)
-    (sample,) = chat_dataset(tokenizer, file, format="sharegpt_plain")
-    # " b" and " d" are words of their own; what follows the last is how the model learns to stop
-    assert said(tokenizer, sample) == "b d\n<|endoftext|>"
-
-
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_the_end_of_text_comes_where_the_template_has_none(tmp_path, folder, train_on):
     file = write(tmp_path / "chats.jsonl", [{"messages": TALK[1:3]}])
