@@ -1,13 +1,14 @@
-"""Rows of one local file, read as a stream: JSON, JSON lines, CSV, Parquet or Arrow."""
+"""Rows of one local file: JSON lines, CSV, Parquet and Arrow as a stream, a JSON list whole."""
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from phi3_plugin.data.json_files import BLOCK, elements, is_list, is_spread, lines
+from phi3_plugin.data.json_files import elements, is_spread, lines
 from phi3_plugin.data.tables import arrow_rows, csv_rows, parquet_rows, without_added
 from phi3_plugin.data.turns import kind
 from phi3_plugin.errors import DataError
@@ -18,6 +19,11 @@ SUFFIXES = (
     *(".arrow", ".parquet"),
 )
 """How a file's name tells what it holds, in upper or lower case."""
+
+EXPECTED_JSON = "Expected one list of objects, or one object a line."
+
+BLOCK = 1 << 16
+"""Characters read at once."""
 
 KINDS = " or ".join([", ".join(SUFFIXES[:-1]), SUFFIXES[-1]])
 
@@ -40,7 +46,8 @@ def suffix_of(name: str) -> str:
 def file_rows(file: Path) -> Iterator[Row]:
     """Read the rows of a file; one that is broken by itself becomes an error in its place.
 
-    Little more than one row is held at a time, however long the file is.
+    Little more than one row is held at a time, however long the file is; only the text of a JSON
+    list is held whole.
 
     Raises:
         DataError: The file cannot be read at all, or not from some place on.
@@ -75,28 +82,35 @@ def _csv(file: Path) -> Iterator[Row]:
 
 
 def _json(file: Path) -> Iterator[Row]:
-    # A list is told from lines by its bracket: many .json files are JSON lines
     with _opened(file) as stream:
-        listed = is_list(stream)
-    yield from _listed(file) if listed else _lines(file)
+        head = stream.read(BLOCK).lstrip()
+    # A list is told from lines by its bracket: many .json files are JSON lines
+    if head.startswith("["):
+        yield from _listed(file)
+    elif is_spread(head):
+        raise DataError(
+            f"dataset.source: {file}: an object is written over several lines. {EXPECTED_JSON}"
+        )
+    else:
+        yield from _lines(file)
 
 
 def _listed(file: Path) -> Iterator[Row]:
     with _opened(file) as stream:
-        yield from _indexed(file, elements(stream, file))
+        text = stream.read()
+    try:
+        yield from _indexed(file, elements(text))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"dataset.source: {file} is broken JSON: {error.msg} (line {error.lineno}). "
+            f"{EXPECTED_JSON}"
+        ) from error
 
 
 def _lines(file: Path) -> Iterator[Row]:
     with _opened(file) as stream:
-        if is_spread(stream, file):
-            raise DataError(
-                f"dataset.source: {file}: an object is written over several lines. Expected one "
-                "list of objects, or one object a line."
-            )
-    with _opened(file) as stream:
-        name = str(file)
         for line, value in lines(stream):
-            yield Row(f"{name}:{line}", as_row(value))
+            yield Row(f"{file}:{line}", as_row(value))
 
 
 @contextmanager

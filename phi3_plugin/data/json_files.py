@@ -1,40 +1,26 @@
-"""Values of a JSON file, one at a time: one a line, or the elements of one list."""
+"""Values of a JSON text: one a line, or the elements of one list."""
 
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any
 
 from phi3_plugin.errors import DataError
-
-BLOCK = 1 << 16
-"""Characters read at once."""
-
-NEAR = 16
-"""A word or an escape that the end of a block cuts off is shorter."""
 
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def is_list(stream: IO[str]) -> bool:
-    """Whether the text is one JSON list, judged by the first character that is no space."""
-    while block := stream.read(BLOCK):
-        if found := block.lstrip():
-            return found[0] == "["
-    return False
+def is_spread(text: str) -> bool:
+    """Whether the first value is written over several lines, as by a pretty-printer.
 
-
-def is_spread(stream: IO[str], file: Path) -> bool:
-    """Whether the first value is written over several lines, as by a pretty-printer."""
-    reader = _Reader(stream, file)
-    reader.peek()
-    first = reader.line()
+    Args:
+        text: The beginning of a file, without space before it.
+    """
     try:
-        reader.value()
-    except DataError:
+        _, end = SKIPPER.raw_decode(text)
+    except (ValueError, RecursionError):
         return False
-    return reader.line() > first
+    return "\n" in text[:end]
 
 
 def lines(stream: Iterable[str]) -> Iterator[tuple[int, Any]]:
@@ -44,22 +30,23 @@ def lines(stream: Iterable[str]) -> Iterator[tuple[int, Any]]:
     return ((n, _value(line)) for n, line in enumerate(stream, 1) if not line.isspace())
 
 
-def elements(stream: IO[str], file: Path) -> Iterator[Any]:
+def elements(text: str) -> Iterator[Any]:
     """Return the elements of a list: each its value, or why there is none.
 
     Raises:
-        DataError: The list is broken.
+        json.JSONDecodeError: The list is broken.
     """
-    reader = _Reader(stream, file)
-    reader.take("[")
-    if reader.peek() != "]":
-        yield reader.value()
-        while reader.peek() != "]":
-            reader.take(",")
-            yield reader.value()
-    reader.take("]")
-    if reader.peek():
-        reader.fail("Extra data after the list")
+    at = _after(text, text.index("[") + 1)
+    if not text.startswith("]", at):
+        value, at = _element(text, at)
+        yield value
+        while text.startswith(",", at):
+            value, at = _element(text, _after(text, at + 1))
+            yield value
+    if not text.startswith("]", at):
+        raise json.JSONDecodeError("Expecting ','", text, at)
+    if (at := _after(text, at + 1)) < len(text):
+        raise json.JSONDecodeError("Extra data after the list", text, at)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -74,84 +61,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 SKIPPER = json.JSONDecoder(parse_int=len)
-"""Finds where a value ends that JSON allows and :data:`DECODER` does not."""
+"""Finds where a value ends, also one that JSON allows and :data:`DECODER` does not."""
 
 
-def _value(line: str) -> Any:
+def _value(text: str) -> Any:
     try:
-        return DECODER.decode(line)
+        return DECODER.decode(text)
     except ValueError as error:
         return DataError(f"broken JSON: {error}")
     except RecursionError:
         return DataError("broken JSON: nested too deeply")
 
 
-class _Reader:
-    """A text of which only what is not read yet is held, and a block at most beyond that."""
+def _element(text: str, at: int) -> tuple[Any, int]:
+    """Return the value at a place, or why there is none, and the place of what comes next."""
+    try:
+        _, end = SKIPPER.raw_decode(text, at)
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", text, at) from error
+    # By itself, so that a key that is there twice is an error of this row and not of the file
+    return _value(text[at:end]), _after(text, end)
 
-    def __init__(self, stream: IO[str], file: Path) -> None:
-        self._stream, self._file = stream, file
-        self._text, self._at, self._line = "", 0, 1
 
-    def peek(self) -> str:
-        """Return the next character that is no space; at the end the empty text."""
-        while True:
-            found = SPACE.match(self._text, self._at)
-            self._at = found.end() if found else self._at
-            if self._at < len(self._text) or not self._more():
-                return self._text[self._at : self._at + 1]
-
-    def take(self, expected: str) -> None:
-        """Go past a character."""
-        if self.peek() != expected:
-            self.fail(f"Expecting {expected!r}")
-        self._at += 1
-
-    def value(self) -> Any:
-        """Return the next value, or why there is none."""
-        self.peek()
-        while True:
-            try:
-                value, end = self._decode()
-            except json.JSONDecodeError as error:
-                if not self._is_cut(error) or not self._more():
-                    self.fail(error.msg, error.pos)
-                continue
-            # What ends near the end of the text may go on, as 1 does in 1e+9
-            if end < len(self._text) - NEAR or not self._more():
-                self._at = end
-                return value
-
-    def fail(self, problem: str, at: int | None = None) -> NoReturn:
-        """Say what is broken, and in which line."""
-        raise DataError(
-            f"dataset.source: {self._file} is broken JSON: {problem} (line {self.line(at)}). "
-            "Expected one list of objects, or one object a line."
-        )
-
-    def line(self, at: int | None = None) -> int:
-        """Return the line of a place in the text; by default of what is read next."""
-        return self._line + self._text.count("\n", 0, self._at if at is None else at)
-
-    def _decode(self) -> tuple[Any, int]:
-        try:
-            return DECODER.raw_decode(self._text, self._at)
-        except json.JSONDecodeError:
-            raise
-        except ValueError as error:
-            end = SKIPPER.raw_decode(self._text, self._at)[1]
-            return DataError(f"broken JSON: {error}"), end
-        except RecursionError:
-            self.fail("nested too deeply")
-
-    def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        # A string is reported where it starts, all else where the text ends
-        return error.msg.startswith("Unterminated") or error.pos > len(self._text) - NEAR
-
-    def _more(self) -> bool:
-        # Twice as much for a value that is longer than a block, so that it is not tried often
-        block = self._stream.read(max(BLOCK, len(self._text) - self._at))
-        if block:
-            self._line += self._text.count("\n", 0, self._at)
-            self._text, self._at = self._text[self._at :] + block, 0
-        return bool(block)
+def _after(text: str, at: int) -> int:
+    """Return the next place that is no space."""
+    space = SPACE.match(text, at)
+    assert space is not None  # It matches the empty text too
+    return space.end()

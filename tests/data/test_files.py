@@ -99,6 +99,23 @@ def test_names_in_upper_case(tmp_path, suffix):
     assert [row.value for row in read(tmp_path)] == [A, B]
 
 
+@pytest.mark.parametrize("text", ['[{"a": 1},\n{"b": [\n]}]\n', '\n\r\n {"a": 1}\n{"b": []}'])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_a_list_is_told_from_lines_by_its_bracket(tmp_path, text, start):
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_bytes(start + text.encode())
+        assert [row.value for row in found(tmp_path / name)] == [{"a": 1}, {"b": []}]
+
+
+def test_a_key_that_is_there_twice_is_an_error_of_its_row(tmp_path):
+    text = '[{"a": 1}, {"b": [{"a": 1, "a": 1}]}, {"a": 2}]'
+    (tmp_path / "a.json").write_text(text)
+    one, broken, other = found(tmp_path / "a.json")
+    assert (one.value, other.value) == ({"a": 1}, {"a": 2})
+    assert broken.where == f"{tmp_path}/a.json[1]"
+    assert str(broken.value) == "broken JSON: the key 'a' is there twice"
+
+
 def test_csv_as_spreadsheets_write_it(tmp_path):
     text = '\r\nquestion,answer,""\r\n"a ""b""",c,\r\n\r\n d ,e,f\r\n'
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -133,7 +150,14 @@ def test_csv_row_of_another_length(tmp_path):
         ("a.csv", b"q;a\n1;2\n", r"a\.csv: .* not by ';'\. Write it again with commas"),
         ("a.csv", b"q\ta\n1\t2\n", r"a\.csv: .* not by tabs\. Write it again with commas"),
         ("a.json", b'{\n"a": 1\n}\n', r"a\.json: .* over several lines\. Expected one list"),
+        (
+            "a.json",
+            b'\n [{"a": 1},\n\n{"a" 1}]',
+            r"a\.json is broken JSON: .* \(line 4\)\. Expected one",
+        ),
         ("a.JSONL", b"[1, 2", r"a\.JSONL is broken JSON"),
+        ("a.json", b"[" * 10**5, r"a\.json is broken JSON: nested too deeply \(line 1\)"),
+        ("a.json", b'[{"a": "\xff"}]', r"a\.json is not UTF-8 text"),
         ("a.csv", b"q,a\n", r"a\.csv has no rows"),
         ("a.csv", b"", r"a\.csv has no rows"),
         ("a.parquet", b"", r"a\.parquet cannot be read as Parquet: .*\. Write it again"),
@@ -201,7 +225,6 @@ LONG = json.dumps(A | {"answer": "x" * 1000})
     [
         ("a.jsonl", f"{LONG}\n" * 4000),
         ("a.jsonl.gz", f"{LONG}\n" * 4000),
-        ("a.json", f"[{', '.join([LONG] * 4000)}]"),
         ("a.csv", "question,answer\n" + f'"{"x" * 500}",{"y" * 500}\n' * 4000),
     ],
 )
