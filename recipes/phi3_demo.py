@@ -90,8 +90,8 @@ def demo(folder: Path, processes: int) -> int:
     started = time.monotonic()
     heading(1, f"Build a tiny Phi-3 checkpoint with random weights in {folder / CHECKPOINT}")
     build_checkpoint(folder / CHECKPOINT, words=task.words())
-    shutil.copyfile(task.TRAIN_FILE, folder / TRAIN)
-    shutil.copyfile(task.HELDOUT_FILE, folder / HELDOUT)
+    for name, chats in zip((TRAIN, HELDOUT), task.make_chats(), strict=True):
+        (folder / name).write_text(task.to_jsonl(chats), encoding="utf-8")
     heading(2, f"Fine-tune it with LoRA on {task.TRAIN_CHATS} chats")
     adapter = train(folder, processes)
     heading(3, "Load the adapter in transformers + PEFT")

@@ -1,6 +1,4 @@
-"""The demo's task, reversing five letters: its chat files, and the exam on them.
-
-    python -m phi3_plugin.recipes.phi3_demo_task   # writes the two files beside this one
+"""The demo's task, reversing five letters: its chats, and the exam on them.
 
 There are almost eight million questions; a model that answers ones it never saw has learned
 to reverse, not to remember.
@@ -17,9 +15,6 @@ LETTERS = string.ascii_lowercase
 LENGTH = 5
 COMMAND = "Reverse:"
 TRAIN_CHATS, HELDOUT_CHATS = 2048, 200
-
-TRAIN_FILE = Path(__file__).with_name("phi3_demo_train.jsonl")
-HELDOUT_FILE = Path(__file__).with_name("phi3_demo_heldout.jsonl")
 
 Chat = dict[str, Any]
 
@@ -48,7 +43,7 @@ def make_chats(seed: int = 0) -> tuple[list[Chat], list[Chat]]:
     """Return the training chats and the held-out chats, which share no question.
 
     Args:
-        seed: Seed of the choice; the shipped files are those of the default.
+        seed: Seed of the choice.
     """
     rng = random.Random(seed)
     # A dict keeps the order of the draws and drops repetitions.
@@ -64,7 +59,7 @@ def to_jsonl(chats: Iterable[Chat]) -> str:
     return "".join(json.dumps(chat) + "\n" for chat in chats)
 
 
-def read_questions(file: Path = HELDOUT_FILE) -> tuple[list[str], list[str]]:
+def read_questions(file: Path) -> tuple[list[str], list[str]]:
     """Return the questions of a chat file and the answers expected to them.
 
     Args:
@@ -107,13 +102,3 @@ def show_answers(questions: list[str], before: list[str], after: list[str], rows
         # An untrained model says anything, half letters and control characters too.
         question, *answers = ("".join(c if " " <= c <= "~" else "?" for c in t) for t in row)
         print(f"  {question:<22}{answers[0][:23]:<26}{answers[1][:23]}")
-
-
-def main() -> None:
-    """Write the files."""
-    for file, chats in zip((TRAIN_FILE, HELDOUT_FILE), make_chats(), strict=True):
-        file.write_text(to_jsonl(chats), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -57,8 +57,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def test_training_that_fails_ends_with_the_reason(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(phi3_demo.task, "TRAIN_FILE", tmp_path / "broken.jsonl")
-    (tmp_path / "broken.jsonl").write_text('{"no": "chat"}\n')
+    monkeypatch.setattr(phi3_demo.task, "make_chats", lambda: ([{"no": "chat"}], []))
     assert phi3_demo.main(["--output", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert "training ended with exit code 1" in error

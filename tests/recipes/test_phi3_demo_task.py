@@ -1,4 +1,5 @@
-import pytest
+from hashlib import sha256
+
 from phi3_plugin.recipes import phi3_demo_task as task
 
 
@@ -6,11 +7,12 @@ def prompts(chats):
     return [chat["messages"][0]["content"] for chat in chats]
 
 
-@pytest.mark.parametrize("part", ["train", "heldout"])
-def test_shipped_files_are_what_the_generator_writes(part):
-    file = {"train": task.TRAIN_FILE, "heldout": task.HELDOUT_FILE}[part]
-    chats = dict(zip(("train", "heldout"), task.make_chats(), strict=True))[part]
-    assert file.read_text(encoding="utf-8") == task.to_jsonl(chats)
+def test_the_chats_depend_on_the_seed_alone():
+    """And on no version of Python: what the demo learns is known for these."""
+    train, heldout = task.make_chats()
+    digest = sha256(task.to_jsonl([*train, *heldout]).encode()).hexdigest()
+    assert digest == "6d534059cdc55a54d8855b5fde209666494436c394ec47d20c8b731d94f5c646"
+    assert task.make_chats(seed=1) == task.make_chats(seed=1) != (train, heldout)
 
 
 def test_held_out_questions_are_many_and_unseen():
@@ -26,8 +28,10 @@ def test_chat_reverses():
     assert answer == {"role": "assistant", "content": "z q a f k"}
 
 
-def test_questions_come_with_their_answers():
-    questions, answers = task.read_questions()
+def test_questions_come_with_their_answers(tmp_path):
+    file = tmp_path / "heldout.jsonl"
+    file.write_text(task.to_jsonl(task.make_chats()[1]))
+    questions, answers = task.read_questions(file)
     assert len(questions) == task.HELDOUT_CHATS
     for question, answer in zip(questions, answers, strict=True):
         assert question.split()[1:] == answer.split()[::-1]
