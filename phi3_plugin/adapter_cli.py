@@ -32,7 +32,6 @@ OPTIONS = {
     "adapter": Option(
         (), {"help": "folder of the adapter, or its file; check: a folder", "metavar": "ADAPTER"}
     ),
-    "other": Option((), {"help": "folder or file of another adapter", "metavar": "OTHER"}),
     "checkpoint_dir": Option(
         ("--base", "--checkpoint-dir"),
         {"metavar": "DIR", "help": "folder of the base model, as it was downloaded"},
@@ -136,11 +135,6 @@ VERBS = {
         ("adapter", "checkpoint_dir", "output_dir"),
         ("alpha", "enable_lora", "rank"),
     ),
-    "diff": Verb(
-        "Compare two adapters of one base, module by module.",
-        ("adapter", "other"),
-        ("checkpoint_dir", "json"),
-    ),
 }
 
 
@@ -159,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of both commands."""
     top = argparse.ArgumentParser(prog="phi3-tune")
     commands = top.add_subparsers(dest="command", required=True)
-    does = "Check, convert, merge, import and compare adapters."
+    does = "Check, convert, merge and import adapters."
     adapter = commands.add_parser("adapter", help=does, description=does)
     verbs = adapter.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():

@@ -34,7 +34,7 @@ PARSED = {
     "generate": ("phi3_generate", generate_cli.VERBS["generate"][0]),
     "chat": ("phi3_chat", generate_cli.VERBS["chat"][0]),
     "lm-eval": ("phi3_lm_eval", "Run tasks of lm-evaluation-harness"),
-    "adapter": ("phi3_adapter", "Check, convert, merge, import and compare adapters"),
+    "adapter": ("phi3_adapter", "Check, convert, merge and import adapters"),
     "import-config": (
         "phi3_import_config",
         "Turn the dictionaries of Microsoft's samples into our YAML",

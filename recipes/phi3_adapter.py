@@ -1,4 +1,4 @@
-"""Check, convert, merge, import and compare adapters.
+"""Check, convert, merge and import adapters.
 
     tune run phi3_adapter --config phi3_adapter verb=check adapter=A checkpoint_dir=B
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from phi3_plugin.recipes.phi3_adapter_diff import diff
 from phi3_plugin.recipes.phi3_adapter_forms import FORMS, read, read_from_base, to_peft
 from phi3_plugin.recipes.phi3_load import assembled, keys_for
 from torch import Tensor
@@ -204,7 +203,7 @@ def in_nf4(stored: StoredTensor) -> Tensor:
     return rows_of(stored, like, 0, 1, torch.device("cpu")).to(stored.dtype)
 
 
-VERBS = {"check": check, "convert": convert, "merge": merge, "import": import_, "diff": diff}
+VERBS = {"check": check, "convert": convert, "merge": merge, "import": import_}
 
 
 def run(options: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from phi3_plugin.errors import ConfigError
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"verb": "chek"}, "verb: 'chek' must be one of check, convert, merge, import, diff."),
+        ({"verb": "chek"}, "verb: 'chek' must be one of check, convert, merge, import."),
         ({"verb": "check"}, "adapter is not set. Add adapter=... to the command."),
         ({"verb": "check", "adapter": "a", "to": "peft"}, "to: 'peft' is given, but check takes"),
         ({"verb": "check", "adapter": "a", "runtime": "tgi"}, "runtime: 'tgi' must be one of"),

@@ -177,19 +177,8 @@ def test_import_writes_a_folder_that_training_goes_on_from(place, tmp_path, caps
     text = capsys.readouterr().out
     assert "apply_lora_to_mlp: True" in text and "apply_lora_to_output: False" in text
     assert f"init_adapter: {out}" in text and "lora_rank: 4" in text and "rank_pattern" in text
-    assert run(options(place, "diff", "patterns", other=str(out), **base(place))) == 0
-
-
-def test_diff(place, capsys, tmp_path):
-    assert run(options(place, "diff", "plain", other=str(place / "plain"), **base(place))) == 0
-    out = capsys.readouterr().out
-    assert "layers.0.attn.qkv_proj           0.000e+00" in out and out.endswith("The same.\n")
-    other = str(place / "rslora")
-    assert run(options(place, "diff", "plain", other=other, json=True, **base(place))) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert len(found) == 12 and all(0 < d["relative"] <= 2 for d in found)
-    with pytest.raises(MissingFileError, match="Name their base"):
-        run(options(place, "diff", "plain", other=other))
+    one, other = (load_file(f / "adapter_model.safetensors") for f in (place / "patterns", out))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_what_no_keys_say_is_not_taken_in(place, tmp_path):
