@@ -66,14 +66,6 @@ OPTIONS = {
         ("--from",),
         {"metavar": "MODEL", "help": "ollama: what it calls the base model, or its GGUF file"},
     ),
-    "refit_rank": Option(
-        ("--refit-rank",),
-        {
-            "type": int,
-            "metavar": "RANK",
-            "help": "write DoRA as the nearest LoRA of this rank, and say what is lost",
-        },
-    ),
     "alpha": Option(
         ("--alpha",),
         {"type": float, "help": "what the file does not say: the scale is alpha / rank"},
@@ -123,7 +115,7 @@ VERBS = {
     "convert": Verb(
         "Write an adapter in another form.",
         ("adapter", "to", "checkpoint_dir", "output_dir"),
-        ("alpha", "enable_lora", "merged_linear", "from_model", "refit_rank"),
+        ("alpha", "enable_lora", "merged_linear", "from_model"),
     ),
     "merge": Verb(
         "Write a checkpoint folder in which the adapter is part of the weights.",

@@ -11,11 +11,9 @@ from phi3_plugin.checkpoint.export import export_adapter
 from phi3_plugin.checkpoint.folder import whole_folder
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf_file import write_gguf
-from phi3_plugin.checkpoint.hf import open_weights
 from phi3_plugin.checkpoint.identity import other_base
 from phi3_plugin.checkpoint.loralib_file import write_loralib
 from phi3_plugin.checkpoint.ollama import go_template, modelfile
-from phi3_plugin.checkpoint.refit import refit
 from phi3_plugin.checkpoint.stops import stop_tokens
 from phi3_plugin.checkpoint.torchtune_file import write_torchtune
 from phi3_plugin.config import Phi3Config, read_config
@@ -39,15 +37,11 @@ def read(path: Path, sizes: Phi3Config, o: Options) -> Adapter:
 
 
 def read_from_base(o: Options) -> Adapter:
-    """Read the adapter of a verb that needs the base; a DoRA as the nearest LoRA if asked for."""
+    """Read the adapter of a verb that needs the base, and warn where it is for another one."""
     base = Path(o["checkpoint_dir"])
     adapter = read(Path(o["adapter"]), read_config(base), o)
     if hashes := other_base(adapter.base_hash, base):
         print(f"Warning: the adapter was made for weights with the hash {hashes}.", file=sys.stderr)
-    if "refit_rank" not in o:
-        return adapter
-    adapter, error = refit(adapter, open_weights(base), read_config(base), o["refit_rank"])
-    print(f"DoRA as LoRA of rank {o['refit_rank']}: {error:.1%} of its change is left out.")
     return adapter
 
 

@@ -77,7 +77,7 @@ def unfit(adapter: Adapter, config: Phi3Config) -> Iterator[str]:
         config: Of the base.
     """
     if adapter.is_dora:
-        yield f"magnitude: it knows no DoRA. {MERGE}, or refit the adapter at a rank."
+        yield f"magnitude: it knows no DoRA. {MERGE}."
     if adapter.saved:
         yield f"{', '.join(sorted(adapter.saved))}: it replaces no whole weights. {MERGE}."
     if config.tie_word_embeddings and (tied := {EMBEDDING, HEAD} & adapter.ranks.keys()):

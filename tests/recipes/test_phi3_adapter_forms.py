@@ -108,18 +108,10 @@ def test_a_base_file_is_named_as_ollama_finds_it(place, tmp_path, monkeypatch):
     assert lines[0] == f"FROM {tmp_path / 'base.gguf'}"
 
 
-@needs_gguf
-def test_dora_is_refitted_where_it_is_not_known(place, tmp_path, capsys):
-    with pytest.raises(AdapterError, match="it knows no DoRA"):
+def test_dora_for_llama_cpp_is_to_be_merged(place, tmp_path):
+    with pytest.raises(AdapterError, match=r"it knows no DoRA\. Merge it into the base"):
         convert(place, "gguf", tmp_path / "out.gguf", "dora")
-    assert convert(place, "gguf", tmp_path / "out.gguf", "dora", refit_rank=16) == 0
-    assert "DoRA as LoRA of rank 16: " in capsys.readouterr().out
-
-
-def test_a_refitted_dora_is_a_lora_for_all_runtimes(place, tmp_path):
-    assert convert(place, "peft", tmp_path / "out", "dora", refit_rank=16) == 0
-    runtimes = ["PEFT", "vLLM", "llama.cpp", "ollama"]
-    assert run({"verb": "check", "adapter": str(tmp_path / "out"), "runtime": runtimes}) == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
