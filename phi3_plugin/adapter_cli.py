@@ -14,8 +14,8 @@ from phi3_plugin.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-RUNTIMES = ("PEFT", "vLLM", "llama.cpp", "ollama")
-FORMS = ("peft", "peft-patterns", "torchtune", "loralib", "gguf", "ollama")
+RUNTIMES = ("PEFT", "vLLM", "llama.cpp")
+FORMS = ("peft", "peft-patterns", "torchtune", "loralib", "gguf")
 TARGETS = ("as-published", "as-intended", "as-intended-parts")
 
 
@@ -54,17 +54,12 @@ OPTIONS = {
             "choices": FORMS,
             "help": "a folder of PEFT's that every runtime reads alike; one that keeps each "
             "module's rank and alpha, for PEFT alone; a folder for torchtune's Phi-3; a .pt or "
-            ".safetensors file for loralib; a .gguf file for llama.cpp; a folder with such a file "
-            "and a Modelfile",
+            ".safetensors file for loralib; a .gguf file for llama.cpp",
         },
     ),
     "merged_linear": Option(
         ("--merged-linear",),
         {"action": "store_true", "help": "loralib: qkv_proj and gate_up_proj are MergedLinear"},
-    ),
-    "from_model": Option(
-        ("--from",),
-        {"metavar": "MODEL", "help": "ollama: what it calls the base model, or its GGUF file"},
     ),
     "alpha": Option(
         ("--alpha",),
@@ -107,15 +102,15 @@ class Verb(NamedTuple):
 
 VERBS = {
     "check": Verb(
-        "Say what PEFT, vLLM, llama.cpp and ollama make of an adapter as it lies there. With the "
-        "base at hand, compare its logits in PEFT and here. Ends with 1 if it is broken.",
+        "Say what PEFT, vLLM and llama.cpp make of an adapter as it lies there. With the base at "
+        "hand, compare its logits in PEFT and here. Ends with 1 if it is broken.",
         ("adapter",),
         ("checkpoint_dir", "runtime", "json", "dtype"),
     ),
     "convert": Verb(
         "Write an adapter in another form.",
         ("adapter", "to", "checkpoint_dir", "output_dir"),
-        ("alpha", "enable_lora", "merged_linear", "from_model"),
+        ("alpha", "enable_lora", "merged_linear"),
     ),
     "merge": Verb(
         "Write a checkpoint folder in which the adapter is part of the weights.",

@@ -13,13 +13,8 @@ from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf_file import write_gguf
 from phi3_plugin.checkpoint.identity import other_base
 from phi3_plugin.checkpoint.loralib_file import write_loralib
-from phi3_plugin.checkpoint.ollama import go_template, modelfile
-from phi3_plugin.checkpoint.stops import stop_tokens
 from phi3_plugin.checkpoint.torchtune_file import write_torchtune
 from phi3_plugin.config import Phi3Config, read_config
-from phi3_plugin.data.sandbox import run_template
-from phi3_plugin.data.turns import make_turn
-from phi3_plugin.data.vocabulary import read_vocabulary
 from phi3_plugin.errors import ConfigError
 
 Options = Mapping[str, Any]
@@ -72,30 +67,6 @@ def to_gguf(o: Options, base: Path, out: Path) -> None:
     write_gguf(out, read_from_base(o), base)
 
 
-def to_ollama(o: Options, base: Path, out: Path) -> None:
-    """Write a folder with adapter.gguf and a Modelfile."""
-    if "from_model" not in o:
-        raise ConfigError(
-            "from_model is not set. Say what ollama calls the base model, such as phi3:mini, or "
-            "name its GGUF file."
-        )
-    named = Path(o["from_model"])  # of a file; from the Modelfile's folder it is elsewhere
-    model = str(named.resolve()) if named.is_file() else o["from_model"]
-    adapter, words = read_from_base(o), read_vocabulary(base)
-
-    def render(messages: Sequence[tuple[str, str]]) -> str:
-        turns = [make_turn(role, said) for role, said in messages]
-        names = words.names
-        source = words.template.source
-        return run_template(source, turns, add_generation_prompt=True, special_tokens=names)
-
-    template = go_template(render, words.names.get("bos_token", ""))
-    text = modelfile(model, "./adapter.gguf", template, list(stop_tokens(base)))
-    with whole_folder(out) as folder:
-        write_gguf(folder / "adapter.gguf", adapter, base, name=out.name)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
-
-
 def _check_suffix(out: Path, suffixes: Sequence[str]) -> None:
     if out.suffix not in suffixes:
         raise ConfigError(f"output_dir: {out} must be a file that ends in {' or '.join(suffixes)}.")
@@ -115,6 +86,5 @@ FORMS: dict[str, Callable[[Options, Path, Path], None]] = {
     "torchtune": to_torchtune,
     "loralib": to_loralib,
     "gguf": to_gguf,
-    "ollama": to_ollama,
 }
 """Of `convert`, by what --to calls them."""

@@ -69,7 +69,7 @@ def test_the_list_of_verbs_has_whole_sentences(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         adapter_cli.parse(["adapter", "--help"])
     out = capsys.readouterr().out
-    assert "PEFT, vLLM, llama.cpp and ollama make of an adapter as it lies there\n" in out
+    assert "PEFT, vLLM and llama.cpp make of an adapter as it lies there\n" in out
     assert "Write an adapter in another form\n" in out
 
 

@@ -33,14 +33,13 @@ HEAD = "output"
 MERGE = "Merge it into the base and convert that with convert_hf_to_gguf.py instead"
 
 
-def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path, *, name: str = "") -> None:
-    """Write an adapter for llama.cpp and ollama; fp32, with one rank and an integer alpha.
+def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
+    """Write an adapter for llama.cpp; fp32, with one rank and an integer alpha.
 
     Args:
         file: The file to create.
         adapter: Our names; parts are made whole, and rsLoRA's scale becomes part of B.
         checkpoint_dir: The base it is for.
-        name: What llama.cpp shows as its name; by default the file's.
 
     Raises:
         AdapterError: llama.cpp cannot compute it.
@@ -58,7 +57,7 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path, *, name: str 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(partial, "phi3")
-        _write(gguf, writer, next(iter(whole.alphas.values())), name or file.stem)
+        _write(gguf, writer, next(iter(whole.alphas.values())), file.stem)
         for tensor_name, value in _tensors(names, whole.tensors):
             writer.add_tensor(tensor_name, value.float().contiguous().numpy())
         _finish(writer)

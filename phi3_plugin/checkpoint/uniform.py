@@ -1,6 +1,6 @@
 """One rank and one scale for every module of an adapter, and the way back to what it was.
 
-vLLM ignores rank and alpha patterns, llama.cpp the latter, and ollama reads alpha as an integer. So
+vLLM ignores rank and alpha patterns, llama.cpp the latter, and PEFT declares alpha an integer. So
 modules of a smaller rank are padded with zeros, which is exact, and B carries what an integer alpha
 cannot say. Where that rounds, the few bits that division does not bring back are kept as text.
 """

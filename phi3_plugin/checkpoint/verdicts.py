@@ -6,7 +6,6 @@ Read from the sources of the runtimes, of which only PEFT is run in our tests:
     vLLM       main of 2026, lora/peft_helper.py, lora/lora_model.py, lora/utils.py, config/lora.py,
                models/phi3.py, models/llama.py
     llama.cpp  0b03ada, convert_lora_to_gguf.py; src/llama-adapter.{h,cpp}, src/llama-graph.cpp
-    ollama     convert/convert.go of 01cf744; server/create.go of 0029bb5 (0.34.1 and later)
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +56,7 @@ class Verdict:
 
 
 def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict]:
-    """Say what PEFT, vLLM, llama.cpp and ollama make of an adapter folder, ours or anyone's.
+    """Say what PEFT, vLLM and llama.cpp make of an adapter folder, ours or anyone's.
 
     The header is read, and the values only to look for NaN.
 
@@ -201,14 +200,6 @@ def _llama_cpp(adapter: PeftFolder, base: Phi3Config | None) -> Iterator[Finding
     yield from _misscaled(adapter, theirs, "alpha_pattern and use_rslora are ignored")
 
 
-def _ollama(adapter: PeftFolder, base: Phi3Config | None) -> Iterator[Finding]:
-    yield from _llama_cpp(adapter, base)
-    alpha = adapter.config.get("lora_alpha", 0)
-    if not isinstance(alpha, int):
-        yield REJECTED, f"lora_alpha: {alpha!r} is read as a whole number"
-    yield LOADS, "from 0.34.1 on ollama takes no adapters: merge instead"
-
-
 def _misscaled(adapter: PeftFolder, theirs: Mapping[str, float], why: str) -> Iterator[Finding]:
     factors = {m: theirs[m] / adapter.scale(m) for m in adapter.adapted if m in theirs}
     wrong = {m: factor for m, factor in factors.items() if abs(factor - 1) > 1e-6}
@@ -221,7 +212,6 @@ RUNTIMES: dict[str, Callable[[PeftFolder, Phi3Config | None], Iterator[Finding]]
     "PEFT": _peft,
     "vLLM": _vllm,
     "llama.cpp": _llama_cpp,
-    "ollama": _ollama,
 }
 """Each runtime, and what it makes of an adapter beyond what is wrong with it for all."""
 
@@ -236,7 +226,6 @@ USE: dict[str, Callable[[str, PeftFolder], str]] = {
     "PEFT": lambda folder, _: f"PeftModel.from_pretrained(base, {folder!r})",
     "vLLM": _vllm_flags,
     "llama.cpp": lambda folder, _: f"convert_lora_to_gguf.py --base BASE {folder}, then --lora",
-    "ollama": lambda *_: "an ADAPTER line with the file of llama.cpp's converter",
 }
 """What to pass to a runtime that loads the adapter."""
 
@@ -244,6 +233,5 @@ INSTEAD = {
     "PEFT": "phi3-tune adapter convert --to peft, or correct what is named",
     "vLLM": "phi3-tune adapter convert --to peft; where that keeps what is named, merge",
     "llama.cpp": "phi3-tune adapter convert --to gguf; where that cannot, merge",
-    "ollama": "phi3-tune adapter convert --to ollama; where that cannot, merge",
 }
 """What to do where a runtime does not load the adapter as it is."""

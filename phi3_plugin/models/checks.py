@@ -162,8 +162,8 @@ def _wrong_numbers(s: "LoRASettings") -> Iterator[str]:
         yield f"lora_rank: {s.lora_rank!r} must be a whole number above 0."
     if not _is_whole(s.lora_alpha):
         yield (
-            f"lora_alpha: {s.lora_alpha!r} must be a whole number above 0, since ollama "
-            "and others read it as an integer."
+            f"lora_alpha: {s.lora_alpha!r} must be a whole number above 0, since PEFT "
+            "declares it an integer."
         )
     p = s.lora_dropout
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:

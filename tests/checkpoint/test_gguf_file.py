@@ -103,9 +103,9 @@ def test_names_values_and_metadata_are_the_converters(gguf, base, tmp_path):
 def test_embedding_and_head_of_a_base_that_does_not_tie_them(gguf, base, tmp_path):
     torch.manual_seed(1)
     tensors = random_pair("output", 160, 64) | random_pair("tok_embeddings", 64, 160)
-    write_gguf(tmp_path / "a.gguf", Adapter.of(tensors, 2.0), base, name="mine")
+    write_gguf(tmp_path / "a.gguf", Adapter.of(tensors, 2.0), base)
     fields, _, found = read(gguf, tmp_path / "a.gguf")
-    assert fields["general.name"] == "mine"
+    assert fields["general.name"] == "a"
     assert torch.equal(found["token_embd.weight.lora_a"], tensors["tok_embeddings.lora_a.weight"].T)
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     assert shapes == {

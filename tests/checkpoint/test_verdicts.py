@@ -96,66 +96,66 @@ def unknown(_, tensors):
     tensors["transformer.h.0.lora_A"] = torch.ones(4, 4)
 
 
-# What LoraConfig is told, what is then changed, and the status in PEFT, vLLM, llama.cpp, ollama.
+# What LoraConfig is told, what is then changed, and the status in PEFT, vLLM, llama.cpp.
 CASES = {
-    "plain": ({}, None, (LOADS, LOADS, LOADS, LOADS)),
-    "rslora": ({"use_rslora": True}, None, (LOADS, LOADS, MISSCALED, MISSCALED)),
-    "rank_pattern": ({"rank_pattern": {"o_proj": 2}}, None, (LOADS, MISSCALED, LOADS, LOADS)),
+    "plain": ({}, None, (LOADS, LOADS, LOADS)),
+    "rslora": ({"use_rslora": True}, None, (LOADS, LOADS, MISSCALED)),
+    "rank_pattern": ({"rank_pattern": {"o_proj": 2}}, None, (LOADS, MISSCALED, LOADS)),
     "alpha_pattern": (
         {"alpha_pattern": {"o_proj": 2}},
         None,
-        (LOADS, MISSCALED, MISSCALED, MISSCALED),
+        (LOADS, MISSCALED, MISSCALED),
     ),
     "patterns that cancel": (
         {"alpha_pattern": {"o_proj": 4}, "rank_pattern": {"o_proj": 2}},
         None,
-        (LOADS, LOADS, MISSCALED, MISSCALED),
+        (LOADS, LOADS, MISSCALED),
     ),
     "pattern of one layer": (
         {"alpha_pattern": {r"layers\.1\.self_attn\.o_proj": 3}},
         None,
-        (LOADS, MISSCALED, MISSCALED, MISSCALED),
+        (LOADS, MISSCALED, MISSCALED),
     ),
-    "dora": ({"use_dora": True}, None, (LOADS, REJECTED, REJECTED, REJECTED)),
+    "dora": ({"use_dora": True}, None, (LOADS, REJECTED, REJECTED)),
     "dora, unsaid": (
         {"use_dora": True},
         set_key(use_dora=False),
-        (MISREAD, REJECTED, REJECTED, REJECTED),
+        (MISREAD, REJECTED, REJECTED),
     ),
     "modules_to_save": (
         {"modules_to_save": ["lm_head"]},
         None,
-        (LOADS, REJECTED, REJECTED, REJECTED),
+        (LOADS, REJECTED, REJECTED),
     ),
-    "head": ({"target_modules": [*FOUR, "lm_head"]}, None, (LOADS, LOADS, LOADS, LOADS)),
-    "embedding": ({"target_modules": [*FOUR, "embed_tokens"]}, None, (LOADS, LOADS, LOADS, LOADS)),
-    "bias": ({"bias": "all"}, None, (LOADS, REJECTED, LOADS, LOADS)),
-    "lora_bias": ({"lora_bias": True}, None, (LOADS, REJECTED, REJECTED, REJECTED)),
-    "alpha of no integer": ({"lora_alpha": 6.5}, None, (LOADS, LOADS, LOADS, REJECTED)),
+    "head": ({"target_modules": [*FOUR, "lm_head"]}, None, (LOADS, LOADS, LOADS)),
+    "embedding": ({"target_modules": [*FOUR, "embed_tokens"]}, None, (LOADS, LOADS, LOADS)),
+    "bias": ({"bias": "all"}, None, (LOADS, REJECTED, LOADS)),
+    "lora_bias": ({"lora_bias": True}, None, (LOADS, REJECTED, REJECTED)),
+    "alpha of no integer": ({"lora_alpha": 6.5}, None, (LOADS, LOADS, LOADS)),
     "names of nothing": (
         {"target_modules": ["q_proj", "o_proj", "down_proj"]},
         None,
-        (LOADS, LOADS, LOADS, LOADS),
+        (LOADS, LOADS, LOADS),
     ),
-    "all-linear": ({"target_modules": "all-linear"}, None, (LOADS, LOADS, LOADS, LOADS)),
-    "some layers": ({"layers_to_transform": [1]}, None, (LOADS, LOADS, LOADS, LOADS)),
+    "all-linear": ({"target_modules": "all-linear"}, None, (LOADS, LOADS, LOADS)),
+    "some layers": ({"layers_to_transform": [1]}, None, (LOADS, LOADS, LOADS)),
     "other layers": (
         {},
         set_key(layers_to_transform=[1]),
-        (MISREAD, LOADS, LOADS, LOADS),
+        (MISREAD, LOADS, LOADS),
     ),
-    "excluded": ({}, set_key(exclude_modules=["o_proj"]), (MISREAD, LOADS, LOADS, LOADS)),
-    "not targeted": ({}, set_key(target_modules=["o_proj"]), (MISREAD, LOADS, LOADS, LOADS)),
-    "pissa": ({"init_lora_weights": "pissa"}, None, (LOADS, MISREAD, MISREAD, MISREAD)),
-    "no target": ({}, set_key(target_modules=["w1"]), (REJECTED, LOADS, LOADS, LOADS)),
-    "another's names": ({}, rename, (MISREAD, REJECTED, REJECTED, REJECTED)),
-    "no task_type": ({}, drop_key("task_type"), (LOADS, LOADS, LOADS, LOADS)),
-    "no rank": ({}, drop_key("r"), (REJECTED, REJECTED, MISREAD, MISREAD)),
-    "wrong rank": ({}, set_key(r=8), (REJECTED, MISREAD, MISREAD, MISREAD)),
-    "no B": ({}, drop_tensor(name(kind="lora_B.weight")), (REJECTED,) * 4),
-    "wrong shape": ({}, transpose, (REJECTED,) * 4),
-    "nan": ({}, put_nan, (MISREAD,) * 4),
-    "unknown name": ({}, unknown, (MISREAD, REJECTED, REJECTED, REJECTED)),
+    "excluded": ({}, set_key(exclude_modules=["o_proj"]), (MISREAD, LOADS, LOADS)),
+    "not targeted": ({}, set_key(target_modules=["o_proj"]), (MISREAD, LOADS, LOADS)),
+    "pissa": ({"init_lora_weights": "pissa"}, None, (LOADS, MISREAD, MISREAD)),
+    "no target": ({}, set_key(target_modules=["w1"]), (REJECTED, LOADS, LOADS)),
+    "another's names": ({}, rename, (MISREAD, REJECTED, REJECTED)),
+    "no task_type": ({}, drop_key("task_type"), (LOADS, LOADS, LOADS)),
+    "no rank": ({}, drop_key("r"), (REJECTED, REJECTED, MISREAD)),
+    "wrong rank": ({}, set_key(r=8), (REJECTED, MISREAD, MISREAD)),
+    "no B": ({}, drop_tensor(name(kind="lora_B.weight")), (REJECTED,) * 3),
+    "wrong shape": ({}, transpose, (REJECTED,) * 3),
+    "nan": ({}, put_nan, (MISREAD,) * 3),
+    "unknown name": ({}, unknown, (MISREAD, REJECTED, REJECTED)),
 }
 
 
@@ -163,7 +163,7 @@ CASES = {
 def test_status_in_each_runtime(saved, base, case):
     keys, change, expected = CASES[case]
     found = verdicts(saved(change, **keys))
-    assert [verdict.runtime for verdict in found] == ["PEFT", "vLLM", "llama.cpp", "ollama"]
+    assert [verdict.runtime for verdict in found] == ["PEFT", "vLLM", "llama.cpp"]
     assert tuple(verdict.status for verdict in found) == expected, found
     assert all(verdict.reasons for verdict in found if verdict.status != LOADS)
 
@@ -180,12 +180,12 @@ def test_peft_does_what_is_said_of_it(saved, base, case):
 
 
 def test_reasons_name_what_is_wrong(saved):
-    peft, vllm, llama, ollama = verdicts(saved(alpha_pattern={"o_proj": 16}))
+    peft, vllm, llama = verdicts(saved(alpha_pattern={"o_proj": 16}))
     assert peft.use == f"PeftModel.from_pretrained(base, {str(saved())!r})"
     (reason,) = vllm.reasons
     assert "model.layers.0.self_attn.o_proj would count 0.5 times, 3 modules so" in reason
     assert "convert --to peft" in vllm.use
-    assert "0.34.1" in ollama.reasons[-1] and llama.status == MISSCALED
+    assert llama.status == MISSCALED
 
 
 def test_names_that_match_nothing_are_listed(saved):
@@ -230,6 +230,6 @@ def test_shapes_are_compared_with_the_base(saved, base, tmp_path):
 def test_a_tied_base_changes_what_llama_cpp_does(saved, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**MINI_4K, **TIED}))
     tied = read_config(tmp_path)
-    _, vllm, llama, _ = verdicts(saved(target_modules=["lm_head"]), tied)
+    _, vllm, llama = verdicts(saved(target_modules=["lm_head"]), tied)
     assert (vllm.status, llama.status) == (LOADS, REJECTED)
     assert verdicts(saved(target_modules=["embed_tokens"]), tied)[2].status == MISREAD

@@ -28,7 +28,7 @@ def place(tmp_path_factory):
 
 def test_each_runtime_is_named(place):
     line = hook.served_by(place / "lora")
-    assert line == "lora: PEFT loads, vLLM loads, llama.cpp loads, ollama loads."
+    assert line == "lora: PEFT loads, vLLM loads, llama.cpp loads."
     line = hook.served_by(place / "dora")
     assert line.startswith("dora: PEFT loads, vLLM rejected (DoRA is not supported), llama.cpp ")
 

@@ -88,26 +88,6 @@ def test_a_file_for_llama_cpp(place, tmp_path):
     assert len(reader.tensors) == 2 * 4 * 4
 
 
-@needs_gguf
-def test_a_folder_for_ollama(place, tmp_path):
-    assert convert(place, "ollama", tmp_path / "out", from_model="phi3:mini") == 0
-    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
-    assert lines[:2] == ["FROM phi3:mini", "ADAPTER ./adapter.gguf"]
-    assert lines[-3:] == [
-        f'PARAMETER stop "{token}"' for token in ("<|endoftext|>", "<|assistant|>", "<|end|>")
-    ]
-    assert (tmp_path / "out" / "adapter.gguf").is_file()
-
-
-@needs_gguf
-def test_a_base_file_is_named_as_ollama_finds_it(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "base.gguf").write_bytes(b"")
-    assert convert(place, "ollama", tmp_path / "out", from_model="base.gguf") == 0
-    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
-    assert lines[0] == f"FROM {tmp_path / 'base.gguf'}"
-
-
 def test_dora_for_llama_cpp_is_to_be_merged(place, tmp_path):
     with pytest.raises(AdapterError, match=r"it knows no DoRA\. Merge it into the base"):
         convert(place, "gguf", tmp_path / "out.gguf", "dora")
@@ -120,7 +100,6 @@ def test_dora_for_llama_cpp_is_to_be_merged(place, tmp_path):
         ("gguf", "out", {}, "must be a file that ends in .gguf"),
         ("loralib", "out.bin", {}, "must be a file that ends in .pt or .safetensors"),
         ("gguf", "no/such/out.gguf", {}, "is no folder"),
-        ("ollama", "out", {}, "from_model is not set"),
         ("peft", "out", {"enable_lora": "true,maybe"}, "'maybe' must be true or false"),
     ],
 )
