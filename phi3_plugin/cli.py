@@ -2,7 +2,7 @@
 
 Beside the verbs of `tune` it has one for each recipe of ours that is not a training run:
 `phi3-tune inspect-data ...` is `phi3-tune run phi3_inspect_data ...`. Those that take free text or
-are no recipe have a parser of their own: adapter_cli.py, generate_cli.py, phi3_lm_eval.py.
+are no recipe have a parser of their own: adapter_cli.py, generate_cli.py.
 
 The hook (autoload.py) can be switched off for us alone or for every backend of torch, and both
 switches reach the workers that `tune run` starts. `phi3-tune` changes neither. It registers in its
@@ -33,7 +33,6 @@ VERBS = {
 PARSED = {
     "generate": ("phi3_generate", generate_cli.VERBS["generate"][0]),
     "chat": ("phi3_chat", generate_cli.VERBS["chat"][0]),
-    "lm-eval": ("phi3_lm_eval", "Run tasks of lm-evaluation-harness"),
     "adapter": ("phi3_adapter", "Check, convert, merge and import adapters"),
     "import-config": (
         "phi3_import_config",
@@ -85,7 +84,7 @@ def _run_parsed(words: list[str]) -> int:
 def _parsed(words: list[str]) -> Any:
     if words[0] in generate_cli.VERBS:
         return generate_cli.parse(words)
-    return words[1:] if words[0] == "lm-eval" else adapter_cli.parse(words)[1]
+    return adapter_cli.parse(words)[1]
 
 
 def _help(verb: str) -> str:

@@ -15,7 +15,7 @@ from tests.test_registration import BIN, NAMES, READ_REGISTRY, RECIPE, command
 SWITCHES = ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
 OFF = dict.fromkeys(SWITCHES, "0")
 VERBS = ["download", "ls", "cp", "run", "validate", "cat"]
-OURS = ["inspect-data", "evaluate", "generate", "chat", "lm-eval", "adapter", "import-config"]
+OURS = ["inspect-data", "evaluate", "generate", "chat", "adapter", "import-config"]
 
 
 @pytest.fixture
@@ -127,12 +127,10 @@ def test_verbs_with_a_parser_run_their_module(phi3_tune, monkeypatch):
     monkeypatch.setattr("phi3_plugin.cli.import_module", import_module)
     assert phi3_tune("generate", "2 + 2?", "--base", "b")[0] == 3
     assert phi3_tune("chat", "--base", "b")[0] == 3
-    assert phi3_tune("lm-eval", "--base", "b", "--tasks", "x")[0] == 3
     assert phi3_tune("adapter", "check", "a")[0] == 3
     assert seen == [
         ("phi3_plugin.recipes.phi3_generate", {"checkpoint_dir": "b", "prompt": ["2 + 2?"]}),
         ("phi3_plugin.recipes.phi3_chat", {"checkpoint_dir": "b"}),
-        ("phi3_plugin.recipes.phi3_lm_eval", ["--base", "b", "--tasks", "x"]),
         ("phi3_plugin.recipes.phi3_adapter", {"verb": "check", "adapter": "a"}),
     ]
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DRIVER = f"torchrun --standalone --nproc_per_node 2 {ROOT / 'tests' / 'stock_distributed.py'}"
-OFTEN = ("README", "recipe", "evaluate", "generate", "inspect", "lm_eval", "serving", "speed")
+OFTEN = ("README", "recipe", "evaluate", "generate", "inspect", "serving", "speed")
 """Pages that every run of the tests types; `make test-all` types the others too."""
 NOT_RUN = ("make demo", "pip install")  # the demo has a test of its own; installing needs a network
 
