@@ -21,16 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 from load_memory import CONFIG
-from phi3_plugin.recipes.phi3_load import load
 from safetensors.torch import save_file
 from torch import Tensor
 from training_limit import machine, synchronize
 
-from phi3_plugin.checkpoint.names import expected_shapes
+from phi3_plugin.checkpoint.base import expected_shapes
 from phi3_plugin.config import parse_config
-from phi3_plugin.generate.engine import Generator
-from phi3_plugin.generate.sampling import Sampling
-from phi3_plugin.models.serving import serve
+from phi3_plugin.generate import Generator, Sampling
+from phi3_plugin.load import load
+from phi3_plugin.models.cache import serve
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RANK, ALPHA, STD = 16, 32, 0.02

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from phi3_plugin.recipes import phi3_demo_task as task
+from phi3_plugin.recipes import phi3_demo as task
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 
-from phi3_plugin.checkpoint import run
 from phi3_plugin.checkpoint.peft import load_adapter
-from phi3_plugin.train.history import MEASURED, History
+from phi3_plugin.train import checkpoints as run
+from phi3_plugin.train.monitor import MEASURED, History
 
 COMMAND = (
     *(Path(sys.executable).with_name("tune"), "run", "phi3_lora_finetune"),

@@ -27,7 +27,7 @@ from environments import setting, table
 from safetensors.torch import save_file
 from torch import nn
 
-from phi3_plugin.train.settings import Settings
+from phi3_plugin.settings import Settings
 from phi3_plugin.train.world import World
 
 CONFIG = {
@@ -156,7 +156,7 @@ def stock(quantize_base: bool) -> Callable[[Path], nn.Module]:
     """The way of torchtune's recipes, with our model and our checkpointer."""
     from torchtune.training import set_default_dtype
 
-    from phi3_plugin.checkpoint.checkpointer import Phi3Checkpointer
+    from phi3_plugin.checkpoint.torchtune import Phi3Checkpointer
     from phi3_plugin.models import lora_phi3
 
     def load(folder: Path) -> nn.Module:
@@ -229,7 +229,7 @@ def random_checkpoint(folder: Path, layers: int) -> None:
 
 def shards(layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
     """Yield the names and shapes of each file."""
-    from phi3_plugin.checkpoint.names import expected_shapes
+    from phi3_plugin.checkpoint.base import expected_shapes
     from phi3_plugin.config import parse_config
 
     shapes = expected_shapes(parse_config({**CONFIG, "num_hidden_layers": layers}))

@@ -117,7 +117,7 @@ def merging(dora: bool = False, nf4: bool = False) -> Callable[[Path, int], Call
 def random_adapter(folder: Path, rank: int, dora: bool) -> object:
     """Return an adapter on the four fused layers."""
     from phi3_plugin.checkpoint.adapter import Adapter
-    from phi3_plugin.checkpoint.hf import open_weights
+    from phi3_plugin.checkpoint.base import open_weights
 
     torch.manual_seed(0)
     tensors = {}

@@ -5,8 +5,7 @@ import time
 
 import torch
 
-from phi3_plugin.models.nf4 import to_nf4
-from phi3_plugin.models.nf4_product import plain
+from phi3_plugin.models.nf4 import plain, to_nf4
 
 SHAPE = 16384, 3072  # gate_up_proj of Phi-3-mini
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.names import to_hf, to_peft
+from phi3_plugin.checkpoint.base import load_base_weights, to_hf, to_peft
 from phi3_plugin.models import qlora_phi3
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

@@ -21,12 +21,11 @@ import torch
 from environments import setting, table
 
 from phi3_plugin.data.collate import concatenate
-from phi3_plugin.models.builders import MINI, adapted
-from phi3_plugin.models.settings import LoRASettings
-from phi3_plugin.models.targets import TARGETS
-from phi3_plugin.train.estimate import Work, estimate
+from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
+from phi3_plugin.models.phi3 import MINI, adapted
+from phi3_plugin.settings import give_memory_back
 from phi3_plugin.train.losses import summed_loss
-from phi3_plugin.train.memory import give_memory_back
+from phi3_plugin.train.plan import Work, estimate
 from phi3_plugin.train.prepare import prepare
 from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World

@@ -37,16 +37,7 @@ import torch
 from environments import setting, table
 from training_cases import PRESETS, Case, Samples, Setup, Skipped, ours, torchtune
 from training_footer import footer
-from training_limit import (
-    Roofline,
-    Work,
-    least,
-    machine,
-    simple,
-    skippable,
-    synchronize,
-    work_of,
-)
+from training_limit import Roofline, Work, least, machine, simple, skippable, synchronize, work_of
 from training_peft import peft, trl
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer

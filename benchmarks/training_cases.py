@@ -19,12 +19,12 @@ from load_memory import CONFIG, TARGETS
 from torch import Tensor, nn
 from torchtune.data import padded_collate_packed, padded_collate_sft
 
-from phi3_plugin.checkpoint.names import expected_shapes, to_hf
+from phi3_plugin.checkpoint.base import expected_shapes, to_hf
 from phi3_plugin.config import parse_config
 from phi3_plugin.data.collate import IGNORED, concatenate
-from phi3_plugin.models.builders import adapted
+from phi3_plugin.models.lora_settings import LoRASettings
 from phi3_plugin.models.nf4 import is_nf4, rows_of
-from phi3_plugin.models.settings import LoRASettings
+from phi3_plugin.models.phi3 import adapted
 from phi3_plugin.train.losses import summed_loss
 from phi3_plugin.train.prepare import prepare
 from phi3_plugin.train.step import train_step

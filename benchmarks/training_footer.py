@@ -14,7 +14,7 @@ from pathlib import Path
 from training_cases import ALPHA, RANK, Case, Setup
 
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.export import TOKENIZER_FILES, export_adapter
+from phi3_plugin.checkpoint.peft import TOKENIZER_FILES, export_adapter
 
 IMPORTS = {
     "ours": "phi3_plugin.recipes.lora_finetune",

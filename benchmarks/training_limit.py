@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phi3_plugin.checkpoint.names import expected_shapes
+from phi3_plugin.checkpoint.base import expected_shapes
 from phi3_plugin.config import parse_config
 from phi3_plugin.data.collate import concatenate
 from phi3_plugin.train.losses import with_targets

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchtune.data import padded_collate_sft
 from training_cases import ALPHA, RANK, Case, Samples, Setup, Skipped, adamw, pack
 
-from phi3_plugin.checkpoint.names import to_peft
+from phi3_plugin.checkpoint.base import to_peft
 
 
 # Shapes: B batch, S sequence

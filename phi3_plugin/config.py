@@ -1,17 +1,152 @@
-"""Read a published Phi-3 ``config.json`` strictly.
-
-Every key is either used, required to have the one value we implement, or known to
-have no influence on training. Anything else is refused: a key that is skipped
-silently is a model that is computed wrongly.
-"""
+"""A checkpoint folder's config.json and generation_config.json, read strictly."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phi3_plugin.errors import ConfigError, MissingFileError
-from phi3_plugin.positions import Rope, read_rope
+
+# How a ``config.json`` says that positions are encoded: rotary frequencies and LongRoPE.
+#
+# Older files have ``rope_theta`` and ``rope_scaling``, those that transformers 5 saves one
+# ``rope_parameters``; both come out alike here.
+#
+# Source: transformers 5.23, ``Phi3Config`` and ``modeling_rope_utils``; Ding et al. 2024, LongRoPE.
+
+PLAIN = "default"
+LONG = ("longrope", "su", "yarn")
+"""Names of the one scaling that Phi-3 has; the last two are those of April 2024."""
+
+ORIGINAL = 4096
+"""What transformers takes for ``original_max_position_embeddings`` where a file has none."""
+
+KNOWN = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "short_factor",
+    "long_factor",
+    "original_max_position_embeddings",
+    "factor",
+    "attention_factor",
+}
+
+
+@dataclass(frozen=True)
+class LongRoPE:
+    """Two sets of divisors for the frequencies, and when each is used."""
+
+    short_factor: tuple[float, ...]
+    """One for each pair of rotated dimensions."""
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    """The long set is for batches with a position at or beyond this."""
+    attention_factor: float
+    """Multiplies cosines and sines of both sets."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of one checkpoint."""
+
+    theta: float
+    rotary_dim: int
+    """Dimensions of a head that rotate: the first so many."""
+    scaling: LongRoPE | None = None
+
+
+def read_rope(keys: Mapping[str, Any], head_dim: int) -> tuple[Rope | None, list[str]]:
+    """Read what a config.json says of positions.
+
+    Args:
+        keys: The file's content; its sizes are right.
+        head_dim: Width of one head.
+
+    Returns:
+        The rotary positions, or None and what is wrong, a line each.
+    """
+    rope, name = _section(keys)
+    problems = [f"{name}.{key}: {rope[key]!r} is an unknown key." for key in {*rope} - KNOWN]
+    theta = rope.get("rope_theta", keys.get("rope_theta"))
+    if not _is_positive(theta):
+        problems.append(f"rope_theta: {theta!r} must be a number above 0.")
+    share = rope.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
+    if not _is_positive(share) or share > 1:
+        return None, [*problems, f"partial_rotary_factor: {share!r} must be above 0, at most 1."]
+    rotary_dim = int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        problems.append(f"partial_rotary_factor: {share!r} of {head_dim} is not an even number.")
+    kind = rope.get("rope_type", rope.get("type", PLAIN))
+    if kind not in (PLAIN, *LONG):
+        problems.append(f"{name}.type: {kind!r} is not supported; only 'longrope' is.")
+    if kind in LONG:
+        problems += _wrong_scaling(rope, keys, name, rotary_dim // 2)
+    if problems:
+        return None, problems
+    return Rope(float(theta), rotary_dim, _scaling(rope, keys) if kind in LONG else None), []
+
+
+def _section(keys: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    # transformers prefers rope_scaling where a file has both
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(keys.get(name), dict) and keys[name]:
+            return keys[name], name
+    return {}, "rope_scaling"
+
+
+def _wrong_scaling(
+    rope: Mapping[str, Any], keys: Mapping[str, Any], name: str, pairs: int
+) -> list[str]:
+    problems = []
+    for key in ("short_factor", "long_factor"):
+        factors = rope.get(key)
+        if not isinstance(factors, list) or len(factors) != pairs:
+            found = len(factors) if isinstance(factors, list) else factors
+            problems.append(f"{name}.{key}: {found!r} factors, expected {pairs}, one for each "
+                            "pair of rotated dimensions.")  # fmt: skip
+        elif not all(map(_is_positive, factors)):
+            problems.append(f"{name}.{key}: every factor must be a number above 0.")
+    original = keys.get("original_max_position_embeddings", ORIGINAL)
+    if type(original) is not int or original < 2:
+        problems.append(f"original_max_position_embeddings: {original!r} must be at least 2.")
+    inner = rope.get("original_max_position_embeddings", original)
+    if inner != original:
+        problems.append(
+            f"{name}.original_max_position_embeddings: {inner!r} differs from {original!r} at the "
+            "top of the file, which transformers follows. Make them equal."
+        )
+    problems += [
+        f"{name}.{key}: {rope[key]!r} must be a number above 0."
+        for key in ("factor", "attention_factor")
+        if rope.get(key) is not None and not _is_positive(rope[key])
+    ]
+    return problems
+
+
+def _scaling(rope: Mapping[str, Any], keys: Mapping[str, Any]) -> LongRoPE:
+    original = keys.get("original_max_position_embeddings", ORIGINAL)
+    stretch = rope.get("factor") or keys["max_position_embeddings"] / original
+    attention = rope.get("attention_factor")
+    if attention is None:
+        more = math.log(stretch) / math.log(original) if stretch > 1 else 0.0
+        attention = math.sqrt(1 + more)
+    short, long = (tuple(map(float, rope[key])) for key in ("short_factor", "long_factor"))
+    return LongRoPE(short, long, original, attention)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+# Read a published Phi-3 ``config.json`` strictly.
+#
+# Every key is either used, required to have the one value we implement, or known to
+# have no influence on training. Anything else is refused: a key that is skipped
+# silently is a model that is computed wrongly.
 
 SIZES = (
     "hidden_size",
@@ -231,3 +366,86 @@ def _is_whole(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# At which tokens generation ends, read from a checkpoint's own files.
+#
+# ``<|end|>`` closes a turn, ``<|endoftext|>`` a conversation, and a model that writes the header
+# ``<|assistant|>`` has begun another turn. Phi-3's are 32007, 32000 and 32001.
+
+ENDS = ("<|end|>", "<|endoftext|>", "<|assistant|>", "<|im_end|>")
+GENERATION = "generation_config.json"
+
+
+def stop_tokens(checkpoint_dir: Path) -> dict[str, int]:
+    """Return the tokens of a checkpoint that end generation, and their ids, in the ids' order.
+
+    Raises:
+        ConfigError: A tokenizer file is not valid JSON, or lists no tokens.
+    """
+    added, settings = _added_tokens(checkpoint_dir), read_json(_tokenizer_config(checkpoint_dir))
+    eos = settings.get("eos_token")
+    named = eos.get("content") if isinstance(eos, dict) else eos
+    found = {token: number for token, number in added.items() if token in (*ENDS, named)}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def generation_config(checkpoint_dir: Path) -> dict[str, Any]:
+    """Return generation_config.json of a checkpoint, with all its stop ids if it has one or none.
+
+    Raises:
+        ConfigError: A file is not valid JSON, or a stop is not a number.
+    """
+    keys, config = (read_json(checkpoint_dir / name) for name in (GENERATION, "config.json"))
+    ids = _as_list(keys.get("eos_token_id"))
+    if len(ids) > 1:
+        return keys
+    more = {*_as_list(config.get("eos_token_id")), *stop_tokens(checkpoint_dir).values()}
+    special = ("bos_token_id", "pad_token_id")
+    known: dict[str, Any] = {name: config[name] for name in special if name in config}
+    return {**known, **keys, "eos_token_id": [*ids, *sorted(more.difference(ids))]}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; one that is not there is empty.
+
+    Raises:
+        ConfigError: The file holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        keys = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{file} must hold a JSON object, not {type(keys).__name__}.")
+    return keys
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    decoder = read_json(_tokenizer_config(folder)).get("added_tokens_decoder") or {}
+    listed = read_json(folder / "tokenizer.json").get("added_tokens") or []
+    plain = read_json(folder / "added_tokens.json")
+    try:
+        return {
+            **{token: int(number) for token, number in plain.items()},
+            **{token["content"]: int(number) for number, token in decoder.items()},
+            **{token["content"]: int(token["id"]) for token in listed},
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: its files list added tokens in an unknown way: {error!r}. Download "
+            "tokenizer.json, tokenizer_config.json and added_tokens.json again."
+        ) from error
+
+
+def _tokenizer_config(folder: Path) -> Path:
+    return folder / "tokenizer_config.json"
+
+
+def _as_list(ids: Any) -> list[int]:
+    many = [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+    if wrong := [number for number in many if type(number) is not int]:
+        raise ConfigError(f"eos_token_id: {wrong[0]!r} must be a whole number.")
+    return many

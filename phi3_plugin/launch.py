@@ -1,6 +1,6 @@
 """What we change in `tune run`.
 
-autoload.py calls :func:`change_run` when torchtune's module has been imported, so this file keeps
+hook.py calls :func:`change_run` when torchtune's module has been imported, so this file keeps
 to its rule: the standard library alone at import. Each function puts a method in the place of
 torchtune's, which it calls in the end.
 """

@@ -9,42 +9,73 @@ The loop is `Finetune.train`. What differs between one process and many is in
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from phi3_plugin.recipes.lora_finetune_plan import memory_choices, plan
-from phi3_plugin.recipes.lora_finetune_samples import answers
-from phi3_plugin.recipes.lora_finetune_start import (
-    NF4_BASE,
-    check_base,
-    made,
-    starting_weights,
-    trained,
-)
 from phi3_plugin.recipes.lora_finetune_verdict import proof, served_by
+from torch import nn
 from torchtune import config
+from torchtune.data import Message
 
-from phi3_plugin.checkpoint import run
-from phi3_plugin.checkpoint.export import export_adapter, export_model
-from phi3_plugin.checkpoint.folder import check_output
-from phi3_plugin.checkpoint.peft import check_trained
-from phi3_plugin.checkpoint.saver import Saver
+from phi3_plugin import settings as strict
+from phi3_plugin.checkpoint.files import check_output
+from phi3_plugin.checkpoint.peft import check_trained, export_adapter, export_model
+from phi3_plugin.data.order import shares
 from phi3_plugin.errors import CheckpointError
+from phi3_plugin.generate import Generator, Sampling
 from phi3_plugin.models.nf4 import rows_of
-from phi3_plugin.train import settings as strict
+from phi3_plugin.train import checkpoints as run
+from phi3_plugin.train.checkpoints import Saver
 from phi3_plugin.train.feed import build, make_feed
 from phi3_plugin.train.losses import summed_loss
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import check_shards
-from phi3_plugin.train.order import shares
+from phi3_plugin.train.plan import memory_choices, plan
 from phi3_plugin.train.prepare import DTYPES, is_adapted, parameter_groups, prepare
+from phi3_plugin.train.start import NF4_BASE, check_base, made, starting_weights, trained
 from phi3_plugin.train.step import train_step, validate
 from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
+
+# Answers to a few fixed questions while `phi3_plugin.recipes.lora_finetune` trains.
+
+TOGETHER = 8
+"""Questions that are answered at a time."""
+
+BROKEN = "(no answer: the model's scores are not finite)"
+"""Stands where an answer would."""
+
+
+def answers(model: nn.Module, tokenizer: Any, prompts: Sequence[str], longest: int) -> list[str]:
+    """Answer each question greedily; every process of a sharded model must ask.
+
+    Args:
+        model: Evaluated, then trained on.
+        tokenizer: Renders a conversation and knows where an answer stops.
+        prompts: What the user says.
+        longest: Tokens of an answer.
+    """
+    generator = Generator(model, tokenizer, Sampling(max_new_tokens=longest), batch_size=TOGETHER)
+    training = model.training
+    model.eval()
+    # Compiled layers would be compiled again for every length that a cache can have
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            found = list(generator.answers(_asked(tokenizer, prompt) for prompt in prompts))
+    except CheckpointError:  # not finite; when a run is given up for that, the run decides
+        return [BROKEN] * len(prompts)
+    finally:
+        model.train(training)
+    return [answer.text for answer in sorted(found, key=lambda answer: answer.index)]
+
+
+def _asked(tokenizer: Any, prompt: str) -> list[int]:
+    sample = tokenizer({"messages": [Message(role="user", content=prompt)]}, inference=True)
+    return list(sample["tokens"])
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from phi3_plugin.recipes.phi3_adapter import proven
 
+from phi3_plugin.checkpoint.check import LOADS, verdicts
 from phi3_plugin.checkpoint.peft import load_origin
-from phi3_plugin.checkpoint.verdicts import LOADS, verdicts
 
 MEMINFO = Path("/proc/meminfo")
 

@@ -20,37 +20,46 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from phi3_plugin.recipes.phi3_evaluate_data import Held, held
-from phi3_plugin.recipes.phi3_evaluate_options import read_options
-from phi3_plugin.recipes.phi3_load import assembled, fitting_adapter
-from phi3_plugin.recipes.phi3_load import build as build_model
 from torch import nn
 from torchtune import config
 from tqdm import tqdm
 
+from phi3_plugin import evaluate as files
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.folder import check_output
-from phi3_plugin.checkpoint.hf import open_weights
-from phi3_plugin.checkpoint.identity import refuse_other_base
+from phi3_plugin.checkpoint.base import open_weights, refuse_other_base
+from phi3_plugin.checkpoint.files import check_output
 from phi3_plugin.checkpoint.peft import CONFIG as ADAPTER_CONFIG
 from phi3_plugin.config import read_config
 from phi3_plugin.data.collate import concatenate
-from phi3_plugin.data.inspection.shown import harmless
-from phi3_plugin.data.inspection.terminal import for_stdout
 from phi3_plugin.errors import MissingFileError
-from phi3_plugin.evaluate import files
-from phi3_plugin.evaluate.measures import measures, results
-from phi3_plugin.evaluate.notes import notes
-from phi3_plugin.evaluate.outcomes import ADAPTER, BASE, Evaluation, Outcome, Said
-from phi3_plugin.evaluate.page import render
-from phi3_plugin.evaluate.scores import PACKAGES, Scorer
-from phi3_plugin.evaluate.tokens import by_document, token_scores
-from phi3_plugin.evaluate.words import report
-from phi3_plugin.generate.engine import Generator
+from phi3_plugin.evaluate import (
+    ADAPTER,
+    BASE,
+    PACKAGES,
+    Evaluation,
+    Held,
+    Outcome,
+    Said,
+    Scorer,
+    by_document,
+    held,
+    measures,
+    notes,
+    read_options,
+    report,
+    results,
+    token_scores,
+)
+from phi3_plugin.generate import Generator
+from phi3_plugin.inspect import harmless
 from phi3_plugin.launch import STOPPED
-from phi3_plugin.models.serving import serve
+from phi3_plugin.load import assembled, fitting_adapter
+from phi3_plugin.load import build as build_model
+from phi3_plugin.models.cache import serve
+from phi3_plugin.pages.evaluation import render
+from phi3_plugin.pages.inspection import for_stdout
+from phi3_plugin.settings import give_memory_back
 from phi3_plugin.train.feed import build
-from phi3_plugin.train.memory import give_memory_back
 from phi3_plugin.train.step import ready
 from phi3_plugin.train.world import World
 

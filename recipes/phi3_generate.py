@@ -17,38 +17,36 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from phi3_plugin.recipes.phi3_generate_options import (
-    STDIN,
-    Options,
-    check_stop,
-    check_system,
-    checked,
-)
-from phi3_plugin.recipes.phi3_generate_output import (
-    Part,
-    Printed,
-    Row,
-    as_line,
-    check_output,
-    open_streams,
-    put,
-    safe,
-    set_stdout,
-)
-from phi3_plugin.recipes.phi3_generate_prompts import Prompt, read_prompts
-from phi3_plugin.recipes.phi3_load import load
 from torchtune import config
 from tqdm import tqdm
 
+from phi3_plugin.cli import GENERATE_OPTIONS, RECIPE
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.generate.engine import Answer, Generator
-from phi3_plugin.generate.sampling import Sampling
-from phi3_plugin.generate_cli import OPTIONS, RECIPE
+from phi3_plugin.generate import Answer, Generator, Sampling
 from phi3_plugin.launch import STOPPED
-from phi3_plugin.models.serving import serve
+from phi3_plugin.load import load
+from phi3_plugin.models.cache import serve
+from phi3_plugin.prompts import (
+    STDIN,
+    Options,
+    Part,
+    Printed,
+    Prompt,
+    Row,
+    as_line,
+    check_output,
+    check_stop,
+    check_system,
+    checked,
+    open_streams,
+    put,
+    read_prompts,
+    safe,
+    set_stdout,
+)
 
 CUT = {
     "length": "at {0.max_new_tokens} tokens (max_new_tokens)",
@@ -67,7 +65,7 @@ def run(options: Mapping[str, Any]) -> int:
     Args:
         options: By key, see phi3_plugin/generate_cli.py; those that are not given are absent.
     """
-    return _run(options, tuple(OPTIONS))
+    return _run(options, tuple(GENERATE_OPTIONS))
 
 
 def _run(options: Mapping[str, Any], known: Sequence[str]) -> int:

@@ -22,30 +22,33 @@ import numpy as np
 from omegaconf import DictConfig
 from torchtune import config
 
+from phi3_plugin import inspect as st
+from phi3_plugin import settings as strict
 from phi3_plugin.checkpoint.check import hf_ids
 from phi3_plugin.config import read_config
-from phi3_plugin.data.inspection import statistics as st
-from phi3_plugin.data.inspection.advice import problems
-from phi3_plugin.data.inspection.compared import (
+from phi3_plugin.data.order import Order
+from phi3_plugin.data.packing import Packs
+from phi3_plugin.errors import ConfigError
+from phi3_plugin.inspect import (
     Compared,
+    Samples,
+    Shown,
+    Speller,
+    alike,
     as_trained,
     compare,
     conversations,
+    cuts,
     marked,
+    problems,
+    show,
+    survey,
 )
-from phi3_plugin.data.inspection.limits import cuts
-from phi3_plugin.data.inspection.page import write_page
-from phi3_plugin.data.inspection.shown import Shown, Speller, show
-from phi3_plugin.data.inspection.survey import Samples, alike, survey
-from phi3_plugin.data.inspection.terminal import Terminal, for_stdout
-from phi3_plugin.data.packing import Packs
-from phi3_plugin.errors import ConfigError
-from phi3_plugin.train import settings as strict
+from phi3_plugin.pages.inspection import Terminal, for_stdout, write_page
+from phi3_plugin.settings import Settings
 from phi3_plugin.train.feed import Feed, make_feed
-from phi3_plugin.train.order import Order
-from phi3_plugin.train.settings import Settings
 
-CHAT_DATASETS = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.chat.chat_dataset")
+CHAT_DATASETS = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat_dataset")
 
 COMPARED = 1000
 """Samples that are compared at most; transformers takes a millisecond for each."""

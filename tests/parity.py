@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import load_with_peft
-from phi3_plugin.checkpoint.export import export_model, load_trained
-from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.peft import export_model, load_trained
 from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS
 from tests.own import metrics
 
 VARIANTS = {

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from phi3_plugin.recipes.lora_finetune import Finetune
 
-from phi3_plugin.checkpoint import run
 from phi3_plugin.checkpoint.peft import load_adapter
-from phi3_plugin.train.history import MEASURED, History
+from phi3_plugin.train import checkpoints as run
+from phi3_plugin.train.monitor import MEASURED, History
 from tests.own import CONFIG, TINY, started
 
 RUN = (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from phi3_plugin import adapter_cli
+from phi3_plugin import cli as adapter_cli
 from phi3_plugin.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ def test_wrong_keys_are_named(given, message):
 
 def test_the_shipped_config_has_every_key():
     keys = OmegaConf.load(Path(__file__).parents[1] / "configs" / "phi3_adapter.yaml")
-    assert set(keys) == {"verb", *adapter_cli.OPTIONS}
+    assert set(keys) == {"verb", *adapter_cli.ADAPTER_OPTIONS}
     assert adapter_cli.checked({**keys, "adapter": "a"}) == {"verb": "check", "adapter": "a"}
     runtime = {**keys, "adapter": "a", "runtime": "vLLM"}
     assert adapter_cli.checked(runtime)["runtime"] == ["vLLM"]
@@ -49,25 +49,25 @@ def test_the_shipped_config_has_every_key():
 def test_every_verb_and_form_has_its_function():
     from phi3_plugin.recipes import phi3_adapter
 
-    assert list(phi3_adapter.VERBS) == list(adapter_cli.VERBS)
+    assert list(phi3_adapter.VERBS) == list(adapter_cli.ADAPTER_VERBS)
     assert tuple(phi3_adapter.FORMS) == adapter_cli.FORMS
 
 
-@pytest.mark.parametrize("verb", adapter_cli.VERBS)
+@pytest.mark.parametrize("verb", adapter_cli.ADAPTER_VERBS)
 def test_help_lists_what_a_verb_takes(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
-        adapter_cli.parse(["adapter", verb, "--help"])
+        adapter_cli.parse_adapter(["adapter", verb, "--help"])
     out = capsys.readouterr().out
     assert stopped.value.code == 0 and out.startswith(f"usage: phi3-tune adapter {verb} ")
-    needs, takes = adapter_cli.VERBS[verb][1:]
-    flags = [adapter_cli.OPTIONS[key].flags for key in (*needs, *takes)]
+    needs, takes = adapter_cli.ADAPTER_VERBS[verb][1:]
+    flags = [adapter_cli.ADAPTER_OPTIONS[key].flags for key in (*needs, *takes)]
     assert all(names[0] in out for names in flags if names)
 
 
 def test_the_list_of_verbs_has_whole_sentences(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        adapter_cli.parse(["adapter", "--help"])
+        adapter_cli.parse_adapter(["adapter", "--help"])
     out = capsys.readouterr().out
     assert "PEFT, vLLM and llama.cpp make of an adapter as it lies there\n" in out
     assert "Write an adapter in another form\n" in out
@@ -76,11 +76,14 @@ def test_the_list_of_verbs_has_whole_sentences(capsys, monkeypatch):
 def test_words_become_keys():
     words = ["adapter", "convert", "a", "--to", "peft", "--base", "b", "-o", "c", "--alpha", "3"]
     expected = {"verb": "convert", "adapter": "a", "to": "peft", "checkpoint_dir": "b"}
-    assert adapter_cli.parse(words) == ("adapter", {**expected, "output_dir": "c", "alpha": 3.0})
+    assert adapter_cli.parse_adapter(words) == (
+        "adapter",
+        {**expected, "output_dir": "c", "alpha": 3.0},
+    )
     words = ["adapter", "import", "a", "--base", "b", "-o", "c", "--alpha", "0", "--rank", "0"]
-    assert adapter_cli.parse(words)[1].items() >= {("alpha", 0.0), ("rank", 0)}
+    assert adapter_cli.parse_adapter(words)[1].items() >= {("alpha", 0.0), ("rank", 0)}
     words = ["adapter", "check", "a", "--runtime", "vLLM", "--runtime", "PEFT", "--json"]
-    assert adapter_cli.parse(words)[1]["runtime"] == ["vLLM", "PEFT"]
+    assert adapter_cli.parse_adapter(words)[1]["runtime"] == ["vLLM", "PEFT"]
 
 
 def test_help_needs_the_standard_library_alone(fresh_python):

@@ -130,7 +130,7 @@ def test_verbs_with_a_parser_run_their_module(phi3_tune, monkeypatch):
     assert phi3_tune("adapter", "check", "a")[0] == 3
     assert seen == [
         ("phi3_plugin.recipes.phi3_generate", {"checkpoint_dir": "b", "prompt": ["2 + 2?"]}),
-        ("phi3_plugin.recipes.phi3_chat", {"checkpoint_dir": "b"}),
+        ("phi3_plugin.chat", {"checkpoint_dir": "b"}),
         ("phi3_plugin.recipes.phi3_adapter", {"verb": "check", "adapter": "a"}),
     ]
 

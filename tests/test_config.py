@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from phi3_plugin.config import Phi3Config, parse_config, read_config
+from phi3_plugin.config import LongRoPE, Phi3Config, Rope, parse_config, read_config
 from phi3_plugin.errors import ConfigError, MissingFileError
-from phi3_plugin.positions import LongRoPE, Rope
 from tests.assets import assets_dir
 from tests.oracles import MEDIUM_4K, MINI_4K
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from phi3_plugin import generate_cli
-from phi3_plugin.generate.sampling import Sampling
+from phi3_plugin import cli as generate_cli
+from phi3_plugin.generate import Sampling
 
 CONFIG = Path(__file__).parents[1] / "configs" / "phi3_generate.yaml"
 
 
 def test_words_become_keys_in_any_order():
     words = ["generate", "--base", "b", "2 + 2?", "--temperature", "0", "--stop", "a", "3 + 3?"]
-    assert generate_cli.parse([*words, "--stop", "b", "--raw"]) == {
+    assert generate_cli.parse_generate([*words, "--stop", "b", "--raw"]) == {
         "checkpoint_dir": "b",
         "prompt": ["2 + 2?", "3 + 3?"],
         "temperature": 0.0,
@@ -23,12 +23,12 @@ def test_words_become_keys_in_any_order():
     }
     words = ["generate", "--base", "b", "--file", "-", "-o", "out.jsonl", "--quantize"]
     expected = {"checkpoint_dir": "b", "prompts": "-", "output": "out.jsonl", "quantize": True}
-    assert generate_cli.parse(words) == expected
+    assert generate_cli.parse_generate(words) == expected
     expected = {"checkpoint_dir": "b", "prompts": "-"}
-    assert generate_cli.parse(["generate", "-", "--base", "b"]) == expected
+    assert generate_cli.parse_generate(["generate", "-", "--base", "b"]) == expected
     chat = ["chat", "--base", "b", "--adapter", "a", "--system", "Be brief", "--top-k", "5"]
     expected = {"checkpoint_dir": "b", "adapter": "a", "system": "Be brief", "top_k": 5}
-    assert generate_cli.parse(chat) == expected
+    assert generate_cli.parse_generate(chat) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_words_become_keys_in_any_order():
 )
 def test_mistakes_are_told(words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        generate_cli.parse(words)
+        generate_cli.parse_generate(words)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -57,7 +57,7 @@ def test_the_shipped_config_has_every_key():
     assert all(value is None for value in keys.values())
 
 
-@pytest.mark.parametrize("verb", generate_cli.VERBS)
+@pytest.mark.parametrize("verb", generate_cli.GENERATE_VERBS)
 def test_help_needs_the_standard_library_alone(fresh_python, verb):
     out = fresh_python(f"""
 import sys
@@ -70,4 +70,4 @@ except SystemExit as stopped:
 assert not {{"torch", "torchtune", "omegaconf"}} & set(sys.modules)
 """)
     assert out.startswith(f"usage: phi3-tune {verb} ")
-    assert all(generate_cli.OPTIONS[key].flags[0] in out for key in generate_cli.CHAT)
+    assert all(generate_cli.GENERATE_OPTIONS[key].flags[0] in out for key in generate_cli.CHAT)

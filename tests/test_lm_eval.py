@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from phi3_plugin.recipes import phi3_demo_checkpoint
 
 from phi3_plugin.checkpoint.check import load_with_peft
-from phi3_plugin.checkpoint.export import export_adapter
+from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
 from tests.checkpoint.adapters import PARTS, adapter
 from tests.own import WORDS
@@ -14,8 +16,6 @@ from tests.test_docs import ROOT, blocks, shell
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'phi3-plugin[lm_eval]'")
 
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 pytestmark = pytest.mark.slow
 

@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_package_and_nothing_at_the_top(wheel):
 def test_the_wheel_announces_the_hook_to_torch(wheel):
     (name,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/entry_points.txt"))
     text = zipfile.ZipFile(wheel).read(name).decode()
-    assert "[torch.backends]\nphi3_plugin = phi3_plugin.autoload:install" in text
+    assert "[torch.backends]\nphi3_plugin = phi3_plugin.hook:install" in text
 
 
 def test_installing_and_removing_leaves_torchtune_untouched(wheel, tmp_path):
@@ -80,7 +80,7 @@ def test_installing_and_removing_leaves_torchtune_untouched(wheel, tmp_path):
         "phi3_plugin",
         f"phi3_plugin-{importlib.metadata.version('phi3-plugin')}.dist-info",
     }
-    code = "from phi3_plugin.autoload import _config_files as files; print(*files())"
+    code = "from phi3_plugin.hook import _config_files as files; print(*files())"
     found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout.split() == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
 

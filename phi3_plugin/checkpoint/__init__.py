@@ -1,5 +1,5 @@
 """Checkpoints in, adapters out."""
 
-from phi3_plugin.checkpoint.checkpointer import Phi3Checkpointer
+from phi3_plugin.checkpoint.torchtune import Phi3Checkpointer
 
 __all__ = ["Phi3Checkpointer"]

@@ -1,8 +1,6 @@
-"""An adapter put into the weights it was trained on, as a checkpoint folder of its own.
+"""An adapter put into the weights it was trained on, as a checkpoint folder of its own."""
 
-Weights are read, changed and written some rows at a time. Sums are in fp32 and rounded once.
-"""
-
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,20 +11,268 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.folder import check_output, whole_folder
-from phi3_plugin.checkpoint.hf import open_weights
-from phi3_plugin.checkpoint.merged_folder import write_card, write_settings
-from phi3_plugin.checkpoint.names import to_hf
-from phi3_plugin.checkpoint.places import Change, changes_of, check_shapes
-from phi3_plugin.checkpoint.stored import StoredTensor
-from phi3_plugin.checkpoint.stream import SHARD_BYTES, Entry, write_shards
-from phi3_plugin.config import read_config
+from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B
+from phi3_plugin.checkpoint.base import (
+    INNER,
+    SHARD_BYTES,
+    Entry,
+    fused_name,
+    open_weights,
+    part_rows,
+    to_hf,
+    write_shards,
+)
+from phi3_plugin.checkpoint.files import StoredTensor, check_output, whole_folder
+from phi3_plugin.checkpoint.peft import base_name, copy_tokenizer, table, targets_of
+from phi3_plugin.config import GENERATION, Phi3Config, generation_config, read_config, read_json
 from phi3_plugin.errors import AdapterError, ConfigError
+
+# Where in the base model's weights a module of an adapter acts.
+
+EMBEDDING = "tok_embeddings"
+
+# Shapes: R rank, n rows of the weight that the module is for, in its columns
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a module adds to some rows of a weight: ``scale B A``; DoRA then sets their norms.
+
+    DoRA's norms are those of the rows by which a layer multiplies. An embedding has them as its
+    columns: their norms are over the whole vocabulary, and only who sees all of it can set them.
+    """
+
+    module: str
+    a: Tensor
+    """``[R, in]``, fp32."""
+    b: Tensor
+    """``[n, R]``, fp32."""
+    scale: float
+    rows: slice | None = None
+    """The rows, or None for all."""
+    magnitude: Tensor | None = None
+    """``[n]``, the norms that DoRA gives the rows; of an embedding ``[in]``, for its columns."""
+
+    @property
+    def by_column(self) -> bool:
+        """Whether the magnitude is of the columns, and so is left to the caller."""
+        return self.module == EMBEDDING and self.magnitude is not None
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+        return self.rows.start if self.rows else 0
+
+    @property
+    def stop(self) -> int:
+        """The row after the last."""
+        return self.start + len(self.b)
+
+    def apply(self, piece: Tensor, start: int) -> None:
+        """Change rows of the weight in place.
+
+        Args:
+            piece: ``[rows, in]``, fp32.
+            start: Which row of the weight its first is.
+
+        Source: Hu et al. 2021, LoRA, section 4.1; Liu et al. 2024, DoRA, equation 5.
+        """
+        first, last = max(start, self.start), min(start + len(piece), self.stop)
+        if first >= last:
+            return
+        rows, own = (
+            piece[first - start : last - start],
+            slice(first - self.start, last - self.start),
+        )
+        rows.addmm_(self.b[own], self.a, alpha=self.scale)
+        if self.magnitude is not None and not self.by_column:
+            rows *= self.factors(rows.norm(dim=1), own)[:, None]
+
+    def factors(self, norms: Tensor, own: slice = slice(None)) -> Tensor:
+        """Return what DoRA multiplies rows by, or the columns of an embedding.
+
+        Args:
+            norms: That they have by now.
+            own: Which of its rows they are.
+
+        Raises:
+            AdapterError: One is zero, and stays so by whatever it is multiplied.
+        """
+        if self.magnitude is None:
+            return torch.ones_like(norms)
+        if not norms.all():
+            raise AdapterError(
+                f"{self.module}: DoRA divides by the norm of weights that are all zero in this "
+                "base, so every answer would be NaN. Use the adapter's own base."
+            )
+        return self.magnitude[own] / norms
+
+
+def changes_of(adapter: Adapter, config: Phi3Config) -> dict[str, list[Change]]:
+    """Return the changes that an adapter makes, by our name of the weight.
+
+    Raises:
+        AdapterError: A module has no B or no scale.
+    """
+    changes: dict[str, list[Change]] = {}
+    for module in adapter.ranks:
+        whole, rows = place_of(module, config)
+        changes.setdefault(f"{whole}.weight", []).append(_change(adapter, module, rows))
+    return changes
+
+
+def place_of(module: str, config: Phi3Config) -> tuple[str, slice | None]:
+    """Return the module whose weight a module of an adapter changes, and which rows if not all.
+
+    Args:
+        module: Our name, of a part too: ``layers.3.attn.qkv_proj.v_proj``; or the split model's.
+        config: Sizes of the model.
+    """
+    fused = fused_name(module)
+    if fused == module:
+        return module, None
+    inner = _inner(module)
+    return fused, part_rows(_inner(fused), config)[INNER.get(inner, inner)]
+
+
+def _inner(module: str) -> str:
+    """Return ``attn.qkv_proj`` of ``layers.3.attn.qkv_proj``."""
+    return module.split(".", 2)[2]
+
+
+def check_shapes(
+    changes: Mapping[str, list[Change]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check that every change has its place in the base.
+
+    Args:
+        changes: By our name of the weight.
+        shapes: Of the base's weights.
+
+    Raises:
+        AdapterError: A layer is not there or of another shape; all are listed.
+    """
+    wrong = [
+        f"  {change.module}: {problem}"
+        for name, found in changes.items()
+        for change in found
+        if (problem := _misfit(change, shapes.get(name)))
+    ]
+    if wrong:
+        listed = "\n".join(wrong)
+        raise AdapterError(
+            f"The adapter is not for this base:\n{listed}\n"
+            "Merge it into the checkpoint it was trained on."
+        )
+
+
+def _change(adapter: Adapter, module: str, rows: slice | None) -> Change:
+    if module + B not in adapter.tensors or module not in adapter.scales:
+        raise AdapterError(f"{module}: the adapter has no {B[1:]} or no scale for it.")
+    a, b = adapter.tensors[module + A].float(), adapter.tensors[module + B].float()
+    if module == EMBEDDING:  # its rows are the inputs: (B A)^T = A^T B^T
+        a, b = b.T, a.T
+    magnitude = adapter.tensors.get(module + MAGNITUDE)
+    norms = None if magnitude is None else magnitude.float()
+    return Change(module, a, b, adapter.scales[module], rows, norms)
+
+
+def _misfit(change: Change, shape: tuple[int, ...] | None) -> str:
+    ours, norms = [len(change.b), change.a.shape[1]], change.magnitude
+    if shape is None:
+        return f"it is for a layer of {ours}, which in this base is not there"
+    if change.a.shape[0] != change.b.shape[1]:
+        return f"A has rank {change.a.shape[0]} and B {change.b.shape[1]}"
+    if norms is not None and norms.shape != (ours[int(change.by_column)],):
+        return f"it has {norms.numel()} magnitudes for a layer of {ours}"
+    part = change.rows.stop - change.rows.start if change.rows else shape[0]
+    if ours != [part, *shape[1:]]:
+        return f"it is for a layer of {ours}, which in this base is {[part, *shape[1:]]}"
+    numbers = (change.a, change.b, *(() if norms is None else (norms,)))
+    finite = all(torch.isfinite(t).all() for t in numbers)
+    return "" if finite else "it holds NaN or infinite numbers"
+
+
+# What lies beside merged weights: tokenizer, settings, and the README.md that says what it is.
+
+CARD = """---
+base_model: {base}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- phi3
+- torchtune
+---
+
+# {base} with {kind} merged into it
+
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(MODEL)  # MODEL: this folder or its repository
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+```
+
+The prompt must follow the chat template of the tokenizer, as
+`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` does.
+Generation must stop at the ids in generation_config.json. The license is that of the base model.
+"""
+
+
+def write_settings(folder: Path, checkpoint_dir: Path, dtype: str, *, untied: bool) -> None:
+    """Copy the tokenizer, and write the settings of a model that was changed.
+
+    Args:
+        folder: Of the merged weights.
+        checkpoint_dir: Of the base model.
+        dtype: Of the weights, as config.json names it.
+        untied: Whether a tied head got weights of its own.
+    """
+    copy_tokenizer(checkpoint_dir, folder)
+    keys = read_json(checkpoint_dir / "config.json")
+    keys.pop("auto_map", None)  # names code files that are not in this folder, nor needed
+    keys["dtype" if "dtype" in keys else "torch_dtype"] = dtype
+    if untied:
+        keys["tie_word_embeddings"] = False
+    _write(folder / "config.json", keys)
+    _write(folder / GENERATION, generation_config(checkpoint_dir))
+
+
+def write_card(
+    folder: Path, checkpoint_dir: Path, adapter: Adapter, rows: Mapping[str, Any]
+) -> None:
+    """Write README.md: the base, the adapter, and how they were merged.
+
+    Args:
+        folder: Of the merged weights.
+        checkpoint_dir: Of the base model.
+        adapter: Our names.
+        rows: More rows of the table.
+    """
+    base, kind = base_name(checkpoint_dir), "a DoRA" if adapter.is_dora else "a LoRA"
+    ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
+    said = {"adapter": f"{kind} of rank {ranks} on {', '.join(targets_of(adapter.tensors))}"}
+    if not adapter.ranks:
+        kind, said = "trained weights", {}
+    if adapter.saved:
+        said["trained whole"] = ", ".join(sorted(adapter.saved))
+    text = CARD.format(base=base, kind=kind, table=table("merged", {**said, **rows}))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _write(file: Path, keys: dict[str, Any]) -> None:
+    file.write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+
+
+# An adapter put into the weights it was trained on, as a checkpoint folder of its own.
+#
+# Weights are read, changed and written some rows at a time. Sums are in fp32 and rounded once.
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MERGED_INTO = {"original": "the base model", "nf4": "what NF4 makes of the base model"}
-EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+EMBEDDING_WEIGHT, HEAD_WEIGHT = "tok_embeddings.weight", "output.weight"
 PIECE = 1 << 18
 """Weights that are changed at a time, about: what the processor's cache holds."""
 
@@ -123,9 +369,11 @@ def merge_into(
     config, base = read_config(checkpoint_dir), open_weights(checkpoint_dir)
     check_output(out, checkpoint_dir)
     changes, saved = changes_of(adapter, config), adapter.saved
-    untied = config.tie_word_embeddings and bool({EMBEDDING, HEAD} & {*changes, *saved})
+    untied = config.tie_word_embeddings and bool(
+        {EMBEDDING_WEIGHT, HEAD_WEIGHT} & {*changes, *saved}
+    )
     if untied:
-        base[HEAD] = base[EMBEDDING]
+        base[HEAD_WEIGHT] = base[EMBEDDING_WEIGHT]
     _check_fit(base, changes, saved)
     wanted, difference = DTYPES.get(dtype or ""), Difference() if quantizer else None
     entries = {

@@ -1,13 +1,14 @@
 """Samples of several lengths in one batch: in one row to train, padded left to generate."""
 
-# Shapes: B batch, S the longest sample
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+# Shapes: B batch, S the longest sample
+
 
 Sample = Mapping[str, Sequence[int]]
 IGNORED = -100

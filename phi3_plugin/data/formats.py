@@ -1,14 +1,699 @@
 """The formats of data rows we know, by name, and which of them rows have."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from reprlib import repr as shortened
+from typing import Any, NamedTuple, Protocol
 
-from phi3_plugin.data.fields import check_layout
-from phi3_plugin.data.messages import MessageList
-from phi3_plugin.data.preference import Preference
-from phi3_plugin.data.shapes import OUTSIDE, Alpaca, Columns, Text, key_names, pair
-from phi3_plugin.data.turns import ROLES, Chat
 from phi3_plugin.errors import ConfigError, DataError
+
+# Checks of values that come from a YAML file; ``key`` is the key as the user typed it.
+
+
+def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ConfigError unless the value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{key}: {value!r} must be one of: {', '.join(choices)}.")
+
+
+def check_switch(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is a bool; a text like "no" would count as True."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: {value!r} must be True or False.")
+
+
+def check_text(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is a string; YAML reads 2024 as a number."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{key}: {value!r} must be text; put quotes around a number.")
+
+
+def check_length(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is None or a positive whole number."""
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigError(f"{key}: {value!r} must be a whole number above 0, or null for no limit.")
+
+
+def check_share(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is a number from 0 up to, but not including, 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"{key}: {value!r} must be a number from 0 up to, but without, 1.")
+
+
+# What was noticed about rows of data, counted, with the places where it happened.
+
+BROKEN = "cannot be read"
+UNUSABLE = "cannot be used"
+FILTERED = "do not pass the filter"
+CUT_AWAY = "have nothing to train on within max_seq_len"
+TOO_LONG = "are longer than max_seq_len"
+DROPPED = (BROKEN, UNUSABLE, FILTERED, CUT_AWAY, TOO_LONG)
+"""Why a row gives no sample."""
+
+TRUNCATED = "are cut at max_seq_len"
+DROPPED_MESSAGE = "have a message that the chat template leaves out"
+NO_FINAL_ANSWER = "do not end with an assistant turn"
+BLANK_ANSWER = "have an answer that says nothing, and would be trained on"
+SPECIAL_IN_TEXT = "have special tokens written in a message"
+PASSED_OVER = "have weight or train fields that dataset.train_on passes over"
+NOTICED = (
+    *(TRUNCATED, DROPPED_MESSAGE, NO_FINAL_ANSWER),
+    *(BLANK_ANSWER, SPECIAL_IN_TEXT, PASSED_OVER),
+)
+"""What was noticed about rows that do."""
+
+LISTED = 1000
+"""Places of one kind that are kept; all are counted."""
+
+
+class Findings:
+    """Counts, and the first places of each kind with what there is to say about them."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[tuple[str, str]]] = {}
+
+    def add(self, kind: str, where: str, detail: str = "") -> None:
+        """Count one row.
+
+        Args:
+            kind: One of :data:`DROPPED` or :data:`NOTICED`.
+            where: The row's place, as in ``chats.jsonl:7``.
+            detail: What in particular, if there is more to say.
+        """
+        self.counts[kind] += 1
+        places = self.places.setdefault(kind, [])
+        if len(places) < LISTED:
+            places.append((where, detail))
+
+    @property
+    def dropped(self) -> int:
+        """Rows that give no sample."""
+        return sum(self.counts[kind] for kind in DROPPED)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`from_json` takes."""
+        return {"counts": dict(self.counts), "places": self.places}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Findings":
+        """Return findings that were written to a file."""
+        findings = cls()
+        findings.counts.update(content["counts"])
+        for kind, places in content["places"].items():
+            findings.places[kind] = [(where, detail) for where, detail in places]
+        return findings
+
+
+# The messages of a conversation, checked.
+
+ROLES = ("system", "user", "assistant")
+"""The roles that every format of data rows has; a chat template may know others."""
+
+ROLE = re.compile(r"\w[\w-]*")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Turn(NamedTuple):
+    """One checked message of a conversation."""
+
+    role: str
+    content: str
+    trained: bool
+    """Whether the loss counts the content and the token that ends it."""
+    tools: str | None = None
+    """Description of the tools that the assistant may call, as the template writes it."""
+    wanted: bool | None = None
+    """Whether the message itself asks to be trained on; None where it does not say."""
+
+
+class Written(NamedTuple):
+    """A conversation that is rendered already."""
+
+    text: str
+    said: tuple[tuple[int, int], ...] | None
+    """[start, end) of what the assistant says; None: the chat template's own marks tell."""
+
+
+Chat = Sequence[Turn] | Written
+"""One row of data, read."""
+
+
+def make_turn(
+    role: object,
+    content: object,
+    trained: bool | None = None,
+    tools: object = None,
+    wanted: bool | None = None,
+) -> Turn:
+    """Check one message.
+
+    Args:
+        role: Who speaks; whether the template knows the role shows when it is rendered.
+        content: What is said.
+        trained: Whether the loss counts it; by default what the assistant says counts.
+        tools: Text, or None.
+        wanted: What the message itself says about being trained on.
+
+    Raises:
+        DataError: The role is not a word, or the content or the tools are not text.
+    """
+    # Templates write the role where special tokens are: text in it could speak for another
+    if not isinstance(role, str) or not ROLE.fullmatch(role):
+        raise DataError(f"unknown role {role!r}, expected a word such as {', '.join(ROLES)}")
+    said = _field_text(f"the {role} content", content)
+    described = None if tools is None else _field_text(f"tools of the {role} message", tools)
+    counts = role == "assistant" if trained is None else trained
+    return Turn(role, said, counts, described, wanted)
+
+
+def kind(value: object) -> str:
+    """Name the type of a JSON value for an error message."""
+    return "null" if value is None else type(value).__name__
+
+
+def _field_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {kind(value)}, expected a string")
+    if not value.isascii() and SURROGATE.search(value):
+        raise DataError(f"{name} is not valid Unicode: it has half a surrogate pair")
+    return value
+
+
+# Rows that keep a conversation in columns of text.
+
+UNSEEN = ("functions", "image", "images", "audio", "audios", "video", "videos")
+"""Columns of what was shown or offered to the assistant, which no format here reads."""
+
+BESIDE = ("system", "system_prompt", "tools", *UNSEEN)
+"""Columns that are a part of a conversation that is whole but for them."""
+
+OUTSIDE = ("system", "system_prompt", "context", "input", "history", "tools", *UNSEEN)
+"""Columns that some data sets keep a part of the prompt in."""
+
+NONE = ("[]", "{}", "null")
+"""How some data sets write that there is nothing, beside null and the empty text."""
+
+NAMES_LISTED = 20
+"""An error names no more keys than this."""
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """Return a column of a row, or a field of a message.
+
+    Raises:
+        DataError: It has none of this name.
+    """
+    if name not in row:
+        raise DataError(f"there is no {name!r}; the keys are: {key_names(row)}")
+    return row[name]
+
+
+def key_names(keys: Iterable[str]) -> str:
+    """Write keys for an error message, whatever they hold."""
+    named = [printable(str(key)) for key in keys]
+    return ", ".join([*named[:NAMES_LISTED], *(["…"] if len(named) > NAMES_LISTED else [])])
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal can show, half surrogate pairs written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def refuse_filled(row: Mapping[str, Any], names: Iterable[str], advice: str) -> None:
+    """Raise a DataError if one of the columns is filled, which the format would drop."""
+    for name in names:
+        if row.get(name) and row[name] not in NONE:
+            raise DataError(f"there is a {name!r} too, which this format would drop; {advice}")
+
+
+NAME_COLUMNS = "name the columns to read with dataset.columns"
+"""What to do about rows that keep a part of the prompt in a column of its own."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One column a message; a conversation has one message of each role named."""
+
+    names: Mapping[str, str]
+    """Role to column."""
+    unless: frozenset[str] = frozenset()
+    """Columns that would belong to the prompt too: rows that have them are of another shape."""
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the columns and none that would be left out."""
+        return row.keys() >= set(self.names.values()) and self.unless.isdisjoint(row)
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read system, user and assistant message, in this order."""
+        if not self.unless.isdisjoint(row):
+            refuse_filled(row, [name for name in row if name in self.unless], NAME_COLUMNS)
+        return [
+            make_turn(role, column(row, self.names[role])) for role in ROLES if role in self.names
+        ]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return ", ".join(self.names.values())
+
+
+def pair(user: str, assistant: str, unless: Sequence[str] = OUTSIDE) -> Columns:
+    """Return the shape of rows that have a question and an answer."""
+    return Columns({"user": user, "assistant": assistant}, frozenset(unless) - {user, assistant})
+
+
+@dataclass(frozen=True)
+class Alpaca:
+    r"""``instruction``, ``output`` and, in rows that need them, ``input`` and ``system``.
+
+    The user says ``{instruction}\n Input: {input}``, as in Microsoft's samples; where the input
+    is absent, null or empty, the instruction alone.
+    """
+
+    pair: Columns
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the two columns that all rows have."""
+        return self.pair.fits(row)
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the system, the user and the assistant message."""
+        user, assistant = self.pair.read(row)
+        extra = row.get("input")
+        if extra:
+            text = f"{user.content}\n Input: {_column_text('input', extra)}"
+            user = make_turn("user", text)
+        system = row.get("system")
+        if not system:
+            return [user, assistant]
+        return [make_turn("system", _column_text("system", system)), user, assistant]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return f"{self.pair} and perhaps input and system"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A column of conversations that are written as the chat template writes them."""
+
+    name: str
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the column."""
+        return self.name in row
+
+    def read(self, row: Mapping[str, Any]) -> Written:
+        """Read the text; the marks in it tell later who says what."""
+        # A turn's content is checked, and so is this
+        text = make_turn(self.name, column(row, self.name)).content
+        lost = [name for name in BESIDE if name in row and not _holds(text, name, row[name])]
+        refuse_filled(row, lost, "write it in the text, or remove the column")
+        return Written(text, None)
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return f"{self.name}, written as the chat template writes it"
+
+
+def _holds(text: str, name: str, value: Any) -> bool:
+    return name not in UNSEEN and isinstance(value, str) and value.strip() in text
+
+
+def _column_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {kind(value)}, expected a string")
+    return value
+
+
+# The fields of one message beside who speaks: what is said, the tools, what is trained on.
+
+LOST = (
+    *("function_call", "refusal", "reasoning", "reasoning_content", "thinking"),
+    *("image", "images", "audio", "audios", "video", "videos", "file", "files", "attachments"),
+    *("loss", "train_detail"),
+)
+"""Fields that change what is learned and that nothing here reads.
+
+All others (``id``, ``name``, ``tool_call_id``, ``timestamp``, …) say nothing that a template of
+the family writes, and are passed over.
+"""
+
+
+def check_layout(layout: object) -> None:
+    """Raise a ConfigError unless the option ``tool_calls`` is a text with one place to fill."""
+    if layout is not None and (not isinstance(layout, str) or layout.count("{}") != 1):
+        raise ConfigError(
+            f"dataset.tool_calls: {layout!r} must be a text with one {{}}, where the calls are "
+            "written, as in <|tool_call|>{}<|/tool_call|>"
+        )
+
+
+def check_lost(message: Mapping[str, Any]) -> None:
+    """Refuse a message that says more than can be read.
+
+    Raises:
+        DataError: A field of :data:`LOST` has a value.
+    """
+    for name in LOST:
+        # False is what `loss` says of a message that is not learned
+        if name in message and message[name] not in (None, "", [], {}):
+            raise DataError(f"a message has {name}, which nothing reads; {_advice(name)}")
+
+
+def _advice(name: str) -> str:
+    if name in ("loss", "train_detail"):
+        return "write it as train: true or false"
+    return "write it as content, or remove it"
+
+
+def said(role: Any, content: Any) -> Any:
+    """Return the content; where OpenAI's parts are all text, the texts as one.
+
+    Raises:
+        DataError: The content is a list of something else.
+    """
+    if not isinstance(content, list):
+        return content
+    return "".join(_part(role, part) for part in content) if content else content
+
+
+def _part(role: Any, part: Any) -> str:
+    form = part.get("type") if isinstance(part, dict) else part
+    text = part.get("text") if isinstance(part, dict) else None
+    if form == "text" and isinstance(text, str):
+        return text
+    raise DataError(
+        f"the {printable(str(role))} content is list, expected a string or parts such as "
+        f"{{type: text, text: …}}; one part is {shown(form)}"
+    )
+
+
+def wanted(message: Mapping[str, Any]) -> bool | None:
+    """Return what the message says about being trained on, by ``weight`` or ``train``.
+
+    Raises:
+        DataError: One has another value than 0, 1, true or false, or they disagree.
+    """
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise DataError(f"weight is {shown(weight)}, expected 0 or 1")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"train is {shown(train)}, expected true or false")
+    if weight is not None and train is not None and bool(weight) is not train:
+        raise DataError(f"weight is {shown(weight)} and train is {shown(train)}: remove one")
+    return train if weight is None else bool(weight)
+
+
+def with_calls(content: Any, calls: Any, layout: str | None) -> str:
+    """Put the calls of tools after what is said.
+
+    Args:
+        content: What is said, or None.
+        calls: ``[{"name", "arguments"}]``, or as OpenAI writes them.
+        layout: The option ``tool_calls``.
+
+    Raises:
+        DataError: There is no layout, or the calls are broken.
+    """
+    if layout is None:
+        raise DataError(
+            "a message has tool_calls, and nothing says how to write them; set dataset.tool_calls, "
+            "as in <|tool_call|>{}<|/tool_call|>, or write them as content"
+        )
+    if not isinstance(calls, list):
+        raise DataError(f"tool_calls is {kind(calls)}, expected a list")
+    if content is not None and not isinstance(content, str):
+        raise DataError(f"the content beside tool_calls is {kind(content)}, expected a string")
+    written = as_json("tool_calls", [_call(call) for call in calls], ensure_ascii=False)
+    return (content or "") + layout.replace("{}", written)
+
+
+def _call(call: Any) -> dict[str, Any]:
+    inner = call.get("function") or call if isinstance(call, dict) else call
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise DataError("a tool call has no name, expected {name, arguments}")
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        arguments = from_json("arguments of a tool call", arguments)
+    if not isinstance(arguments, dict):
+        raise DataError(f"arguments of a tool call is {kind(arguments)}, expected an object")
+    return {"name": inner["name"], "arguments": arguments}
+
+
+def tools_text(tools: Any) -> Any:
+    """Return a list of tools as JSON, and anything else as it is."""
+    # As Phi-4-mini's model card writes them: the template puts text between <|tool|> and <|/tool|>
+    return as_json("tools", tools) if isinstance(tools, list | dict) else tools
+
+
+def as_json(name: str, value: Any, ensure_ascii: bool = True) -> str:
+    """Write a value as JSON.
+
+    Raises:
+        DataError: JSON has no such value.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{name} cannot be written as JSON: {error}") from error
+
+
+def from_json(name: str, text: str) -> Any:
+    """Read a value from JSON.
+
+    Raises:
+        DataError: The text is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is broken JSON: {error}") from error
+
+
+def shown(value: Any) -> str:
+    """Write a value for an error message, shortened."""
+    return printable(shortened(value))
+
+
+# Rows that list messages.
+
+SPEAKERS = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "function", "function_response", "observation"), "tool"),
+    "tool_response": "tool_response",
+}
+"""The name of each role in ShareGPT's data, to ours."""
+
+CALLS = "function_call"
+"""Who says that tools are called, in some of these data sets."""
+
+KEYS = {"role": "content", "from": "value"}
+"""The field that holds who speaks, and the one that holds what is said."""
+
+SYSTEMS = ("system", "system_prompt")
+
+
+@dataclass(frozen=True)
+class MessageList:
+    """A column that lists messages: ``{role, content}`` or ``{from, value}``."""
+
+    column: str
+    role: str
+    """``role`` or ``from``, where a message has both."""
+    mapped: bool = False
+    """Whether roles are those of :data:`SPEAKERS`, and not taken as they are."""
+    tool_calls: str | None = None
+    """How calls of tools are written, with {} for them."""
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the column."""
+        return self.column in row
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the listed messages, and the system message and the tools beside them."""
+        return with_rest(self.listed(column(row, self.column), self.column), row)
+
+    def listed(self, messages: Any, name: str) -> list[Turn]:
+        """Read a list of messages.
+
+        Raises:
+            DataError: It is no list, is empty, or a message is broken.
+        """
+        if not isinstance(messages, list):
+            raise DataError(f"{name} is {kind(messages)}, expected a list")
+        if not messages:
+            raise DataError(f"{name} is empty")
+        return [self._turn(message) for message in messages]
+
+    def _turn(self, message: Any) -> Turn:
+        if not isinstance(message, dict):
+            raise DataError(f"a message is {kind(message)}, expected an object")
+        key = self._key(message)
+        theirs = column(message, key)
+        if theirs == CALLS and (self.mapped or key == "from"):
+            calls = column(message, KEYS[key])
+            return self._calling({**message, "tool_calls": _calls(calls)}, "assistant", None)
+        role = self._our(theirs) if self.mapped or key == "from" else theirs
+        if not isinstance(role, str):
+            raise DataError(f"unknown role {shown(role)}, expected a string")
+        if message.get("tool_calls"):
+            return self._calling(message, role, message.get(KEYS[key]))
+        return _checked(message, role, column(message, KEYS[key]))
+
+    def _key(self, message: Mapping[str, Any]) -> str:
+        known = [key for key in (self.role, *KEYS) if message.get(key) is not None]
+        return known[0] if known else self.role
+
+    def _our(self, role: Any) -> str:
+        if not isinstance(role, str) or role not in SPEAKERS:
+            raise DataError(
+                f"unknown role {shown(role)}, expected one of: {', '.join([*SPEAKERS, CALLS])}"
+            )
+        return SPEAKERS[role]
+
+    def _calling(self, message: Mapping[str, Any], role: str, content: Any) -> Turn:
+        if role != "assistant":
+            raise DataError("a message has tool_calls and is not the assistant's")
+        text = with_calls(said(role, content), message["tool_calls"], self.tool_calls)
+        return _checked(message, role, text)
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return f"{self.column}: [{{{self.role}, {KEYS[self.role]}}}]"
+
+
+def with_rest(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
+    """Add what columns beside the messages say: the system message and the tools.
+
+    Raises:
+        DataError: They are there twice, or a column shows what no format here reads.
+    """
+    if row.keys().isdisjoint(BESIDE):
+        return list(turns)
+    for name in UNSEEN:
+        if row.get(name):
+            raise DataError(f"there is a column {name!r}, which nothing reads; remove it")
+    return _with_tools(_with_system(turns, row), row.get("tools"))
+
+
+def _checked(message: Mapping[str, Any], role: str, content: Any) -> Turn:
+    if len(message) == len(KEYS):  # Most messages: no field but these
+        return make_turn(role, said(role, content))
+    check_lost(message)
+    tools = tools_text(message.get("tools"))
+    return make_turn(role, said(role, content), tools=tools, wanted=wanted(message))
+
+
+def _calls(value: Any) -> Any:
+    calls = from_json(CALLS, value) if isinstance(value, str) else value
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _with_system(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
+    given = [make_turn("system", row[name]) for name in SYSTEMS if row.get(name)]
+    found = {turn.content: turn for turn in given}
+    listed = {turn.content for turn in turns if turn.role == "system"}
+    if found.keys() <= listed:
+        return list(turns)
+    if listed or len(found) > 1:
+        raise DataError("there is a column for the system message and another system message")
+    return [*found.values(), *turns]
+
+
+def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
+    if not tools or tools in NONE:
+        return turns
+    systems = [i for i, turn in enumerate(turns) if turn.role == "system"]
+    if not systems:
+        turns, systems = [make_turn("system", ""), *turns], [0]
+    first = turns[systems[0]]
+    if first.tools:
+        raise DataError("there is a column 'tools' and a system message that has tools")
+    described = make_turn(first.role, first.content, tools=tools_text(tools), wanted=first.wanted)
+    return [*turns[: systems[0]], described, *turns[systems[0] + 1 :]]
+
+
+# Rows of a better and a worse answer, of which the better one is learned.
+
+PROMPTS = ("prompt", "question", "instruction", "input")
+"""Columns that may hold what the answers are given to; a row has one of them."""
+
+NOT_KEPT = ("context", "history")
+"""Columns that may be a part of the prompt too, and that this format does not read."""
+
+SPEAKER = re.compile(r"\n\nHuman:|\n\nAssistant:")
+HUMAN = "\n\nHuman:"
+"""How a conversation begins that is written as in the data set HH-RLHF."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """``chosen`` beside ``rejected``: an answer, messages, or a text as in HH-RLHF."""
+
+    messages: MessageList
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has both answers."""
+        return "chosen" in row and "rejected" in row
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the prompt and the chosen answer; the rejected one is not looked at."""
+        refuse_filled(row, NOT_KEPT, NAME_COLUMNS)
+        chosen = row.get("chosen")
+        if isinstance(chosen, str):
+            return with_rest(self._answer(chosen, row), row)
+        if not isinstance(chosen, list):
+            raise DataError(f"chosen is {kind(chosen)}, expected a text or a list of messages")
+        turns = self.messages.listed(chosen, "chosen")
+        # A whole conversation says again what the prompt says
+        before = self._prompt(row) if turns[0].role == "assistant" else []
+        return with_rest([*before, *turns], row)
+
+    def _answer(self, chosen: str, row: Mapping[str, Any]) -> list[Turn]:
+        if chosen.startswith(HUMAN):
+            return _transcript(chosen)
+        before = self._prompt(row)
+        if isinstance(_value(row), str) and before[-1].role == "assistant":
+            # The prompt is written up to the name of who speaks next
+            before, chosen = before[:-1], before[-1].content + chosen.strip()
+        return [*before, make_turn("assistant", chosen)]
+
+    def _prompt(self, row: Mapping[str, Any]) -> list[Turn]:
+        prompt = _value(row)
+        if isinstance(prompt, list):
+            return self.messages.listed(prompt, "the prompt")
+        if isinstance(prompt, str) and prompt.startswith(HUMAN):
+            return _transcript(prompt)
+        return [make_turn("user", prompt)]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return "chosen, rejected and perhaps prompt"
+
+
+def _value(row: Mapping[str, Any]) -> Any:
+    found = [name for name in PROMPTS if row.get(name)]
+    if not found:
+        raise DataError(f"chosen has no prompt before it; the keys are: {key_names(row)}")
+    if len(found) > 1:
+        raise DataError(f"the prompt may be any of: {', '.join(found)}; remove the others")
+    return row[found[0]]
+
+
+def _transcript(text: str) -> list[Turn]:
+    names, said = SPEAKER.findall(text), SPEAKER.split(text)[1:]
+    roles = ["user" if name == HUMAN else "assistant" for name in names]
+    return [make_turn(role, part.strip()) for role, part in zip(roles, said, strict=True)]
+
+
+# The formats of data rows we know, by name, and which of them rows have.
 
 
 class Format(Protocol):

@@ -1,6 +1,6 @@
 """Phi-3 for torchtune, under Hugging Face's names for its fused layers."""
 
-from phi3_plugin.models.builders import (
+from phi3_plugin.models.phi3 import (
     lora_phi3,
     lora_phi3_mini,
     phi3,

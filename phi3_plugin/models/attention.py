@@ -1,4 +1,4 @@
-"""Self-attention over Phi-3's fused ``qkv_proj``, shaped for torchtune's decoder shell."""
+"""Self-attention over Phi-3's fused ``qkv_proj``: causal, windowed, within documents, or cached."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,8 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtune.modules import KVCache
 
 from phi3_plugin.models.cache import Step
-from phi3_plugin.models.documents import Documents, attend_within, take
-from phi3_plugin.models.masks import Mask, windowed
+from phi3_plugin.models.masks import Documents, Mask, attend_within, take, windowed
 from phi3_plugin.models.rope import RotaryEmbedding, rotate
 
 

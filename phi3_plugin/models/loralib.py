@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from phi3_plugin.errors import AdapterError
-from phi3_plugin.models.merged import MergedLoRALinear
-from phi3_plugin.models.whole import WholeEmbedding, WholeLinear
+from phi3_plugin.models.lora import MergedLoRALinear, WholeEmbedding, WholeLinear
 
 BIASES = ("none", "all", "lora_only")
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phi3_plugin.config import Rope
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.positions import Rope
 
 FACTORS = ("auto", "short", "long")
 """Which of LongRoPE's sets turns a batch: the longest position decides, or always the one."""

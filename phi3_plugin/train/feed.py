@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 
-from phi3_plugin.train.order import Collate, Order, hold_out
-from phi3_plugin.train.settings import Settings
+from phi3_plugin.data.order import Collate, Order, hold_out
+from phi3_plugin.settings import Settings
 
 PACKED_COLLATE = "phi3_plugin.data.collate.concatenate"
 

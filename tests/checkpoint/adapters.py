@@ -4,9 +4,7 @@ import torch
 from transformers import Phi3ForCausalLM
 
 from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B
-from phi3_plugin.checkpoint.modules import module_sizes
-from phi3_plugin.checkpoint.names import to_hf
-from phi3_plugin.checkpoint.split import INNER, part_rows
+from phi3_plugin.checkpoint.base import INNER, module_sizes, part_rows, to_hf
 from tests.oracles import (
     MEDIUM_4K,
     MINI_4K,

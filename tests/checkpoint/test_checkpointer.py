@@ -13,7 +13,7 @@ from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
 from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 STATE = {"optimizer": {"state": {}}, "seed": 7, "epochs_run": 1, "total_epochs": 3}
@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 
 
 def trained_model(base, targets=TARGETS, dtype=torch.float32):
-    from phi3_plugin.checkpoint.hf import load_base_weights
+    from phi3_plugin.checkpoint.base import load_base_weights
 
     model = lora_phi3(
         base,

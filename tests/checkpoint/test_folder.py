@@ -3,8 +3,8 @@
 import pytest
 from safetensors import SafetensorError
 
-from phi3_plugin.checkpoint import folder as module
-from phi3_plugin.checkpoint.folder import check_writable, restore, sweep, whole_folder
+from phi3_plugin.checkpoint import files as module
+from phi3_plugin.checkpoint.files import check_writable, restore, sweep, whole_folder
 from phi3_plugin.errors import OutputError
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.gguf_file import write_gguf
+from phi3_plugin.checkpoint.gguf import write_gguf
 from phi3_plugin.errors import AdapterError, MissingFileError, OutputError
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA
 

@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from phi3_plugin.checkpoint.hf import (
+from phi3_plugin.checkpoint.base import (
     INDEX,
     load_base_weights,
     open_weights,
     row_norms,
     save_weights,
+    to_hf,
+    to_ours,
 )
-from phi3_plugin.checkpoint.names import to_hf, to_ours
 from phi3_plugin.errors import CheckpointError, ConfigError, MissingFileError
 from tests.oracles import MINI_4K, TINY_MHA, hf_logits, hf_model, save_checkpoint
 

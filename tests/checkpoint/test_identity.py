@@ -7,14 +7,20 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from phi3_plugin.checkpoint import identity
-from phi3_plugin.checkpoint.export import export_adapter
+from phi3_plugin.checkpoint import base as identity
+from phi3_plugin.checkpoint.base import (
+    base_hash,
+    known_hash,
+    load_base_weights,
+    other_base,
+    refuse_other_base,
+    save_weights,
+)
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.hf import load_base_weights, save_weights
-from phi3_plugin.checkpoint.identity import base_hash, known_hash, other_base, refuse_other_base
-from phi3_plugin.checkpoint.loralib_file import write_loralib
+from phi3_plugin.checkpoint.loralib import write_loralib
 from phi3_plugin.checkpoint.merge import merge_into
-from phi3_plugin.checkpoint.torchtune_file import write_torchtune
+from phi3_plugin.checkpoint.peft import export_adapter
+from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, MissingFileError
 from tests.checkpoint.adapters import BASES, PARTS, WHOLE, adapter, base_folder, same

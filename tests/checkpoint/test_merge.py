@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from phi3_plugin.checkpoint import stored
+from phi3_plugin.checkpoint import files as stored
 from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.base import load_base_weights, open_weights
 from phi3_plugin.checkpoint.check import load_base_with_hf
-from phi3_plugin.checkpoint.hf import load_base_weights, open_weights
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError
 from phi3_plugin.models import qlora_phi3
@@ -201,7 +201,7 @@ def test_nothing_is_left_of_a_merge_that_fails(mha, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("phi3_plugin.checkpoint.stream._bytes", fails)
+    monkeypatch.setattr("phi3_plugin.checkpoint.base._bytes", fails)
     with pytest.raises(OutputError, match="disk full"):
         merge_into(tmp_path / "out", mha, random_adapter(mha))
     assert not list(tmp_path.iterdir())

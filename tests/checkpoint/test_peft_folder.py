@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from phi3_plugin.checkpoint.peft_folder import is_plain, read_peft_folder, split_name
+from phi3_plugin.checkpoint.peft import is_plain, read_peft_folder, split_name
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["o_proj"]}

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from phi3_plugin.checkpoint.peft_settings import read_settings
+from phi3_plugin.checkpoint.peft import read_settings
 from phi3_plugin.errors import AdapterError
 
 GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 12}

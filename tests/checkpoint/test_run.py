@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3_plugin.checkpoint import run
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
+from phi3_plugin.train import checkpoints as run
 
 STATE = {"optimizer": {"w": torch.arange(4.0)}, "best": float("inf"), "scheduler": None}
 

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from phi3_plugin.checkpoint import run
-from phi3_plugin.checkpoint.saver import Saver
 from phi3_plugin.errors import OutputError
+from phi3_plugin.train import checkpoints as run
+from phi3_plugin.train.checkpoints import Saver
 
 
 class Writer:

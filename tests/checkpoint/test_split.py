@@ -7,10 +7,9 @@ import torch
 from torchtune.models.phi3._component_builders import lora_phi3 as torchtune_lora_phi3
 
 from phi3_plugin.checkpoint import Phi3Checkpointer
+from phi3_plugin.checkpoint.base import is_split, load_base_weights, split_weights
 from phi3_plugin.checkpoint.check import load_with_peft
-from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.peft import load_adapter
-from phi3_plugin.checkpoint.split import is_split, split_weights
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import CheckpointError
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from phi3_plugin.checkpoint.stops import generation_config, stop_tokens
+from phi3_plugin.config import generation_config, stop_tokens
 from phi3_plugin.errors import ConfigError
 from tests.assets import assets_dir
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from phi3_plugin.checkpoint import stored
-from phi3_plugin.checkpoint.stored import equal, stored_tensors
+from phi3_plugin.checkpoint import files as stored
+from phi3_plugin.checkpoint.files import equal, stored_tensors
 from phi3_plugin.errors import CheckpointError
 
 

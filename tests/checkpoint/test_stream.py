@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from phi3_plugin.checkpoint.stored import stored_tensors
-from phi3_plugin.checkpoint.stream import Entry, write_shards, write_tensors
+from phi3_plugin.checkpoint.base import Entry, write_shards, write_tensors
+from phi3_plugin.checkpoint.files import stored_tensors
 from phi3_plugin.errors import OutputError
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from phi3_plugin.checkpoint.adapter import A, B
+from phi3_plugin.checkpoint.files import read_tensors
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.tensor_file import read_tensors
 from phi3_plugin.config import parse_config
 from phi3_plugin.errors import AdapterError
 from tests.checkpoint.adapters import adapter

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phi3_plugin.checkpoint.uniform import exact, rescale, restore, whole_alpha
+from phi3_plugin.checkpoint.adapter import exact, rescale, restore, whole_alpha
 from phi3_plugin.errors import AdapterError
 
 B = "m.lora_b.weight"

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phi3_plugin.checkpoint.check import load_with_peft
-from phi3_plugin.checkpoint.verdicts import (
+from phi3_plugin.checkpoint.check import (
     LOADS,
     MISREAD,
     MISSCALED,
     REJECTED,
     VLLM_RANKS,
+    load_with_peft,
     verdicts,
 )
 from phi3_plugin.config import read_config

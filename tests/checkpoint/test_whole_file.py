@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from phi3_plugin.checkpoint.loralib_file import write_loralib
-from phi3_plugin.checkpoint.torchtune_file import write_torchtune
-from phi3_plugin.checkpoint.whole_file import whole_files
+from phi3_plugin.checkpoint.files import whole_files
+from phi3_plugin.checkpoint.loralib import write_loralib
+from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import parse_config
 from phi3_plugin.errors import OutputError
 from tests.checkpoint.adapters import WHOLE, adapter

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from phi3_plugin.checkpoint import served
-from phi3_plugin.checkpoint.export import export_adapter, load_trained
+from phi3_plugin.checkpoint import adapter as served
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.loralib_file import write_loralib
+from phi3_plugin.checkpoint.loralib import write_loralib
+from phi3_plugin.checkpoint.peft import export_adapter, load_trained
 from phi3_plugin.config import read_config
 from tests.checkpoint.adapters import PARTS, adapter, base_folder, same
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phi3_plugin.models import documents as module
-from phi3_plugin.models.documents import Documents, attend_within, borders_of, take
+from phi3_plugin.models import masks as module
+from phi3_plugin.models.masks import Documents, attend_within, borders_of, take
 
 CPU = torch.device("cpu")
 HEADS = {"mha": [4, 4, 4], "gqa": [4, 2, 2]}

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torchtune.training import set_default_dtype
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.generate.engine import Generator
-from phi3_plugin.generate.sampling import Sampling
+from phi3_plugin.checkpoint.base import load_base_weights
+from phi3_plugin.generate import Generator, Sampling
 from phi3_plugin.models import phi3
-from phi3_plugin.models.serving import serve
+from phi3_plugin.models.cache import serve
 from tests.generate.spoken import Letters, chi_square, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 

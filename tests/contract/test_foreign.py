@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint.adapter import A, B
+from phi3_plugin.checkpoint.base import hf_name
 from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.modules import hf_name
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, MissingFileError
 from tests.checkpoint.adapters import BASES, PARTS, adapter, base_folder, merged_logits

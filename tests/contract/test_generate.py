@@ -2,7 +2,7 @@
 
 import pytest
 
-from phi3_plugin.models.serving import serve
+from phi3_plugin.models.cache import serve
 from tests.chosen import some
 from tests.family import LONG, published, sizes
 from tests.generate.spoken import ours, prompts_of, served, theirs

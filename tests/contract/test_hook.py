@@ -27,7 +27,7 @@ import torch, torchtune.training, torchao.dtypes.nf4tensor
 from torchtune import _recipe_registry as registry
 from torchtune.modules.peft import LoRALinear
 assert registry.__loader__ is registry.__spec__.loader
-assert type(registry.__loader__).__module__ != "phi3_plugin.autoload"
+assert type(registry.__loader__).__module__ != "phi3_plugin.hook"
 names = {c.name for r in registry.get_all_recipes() for c in r.configs}
 assert "phi3_mini_lora" in names and not any(name.endswith(".yaml") for name in names)
 assert sys.excepthook is sys.__excepthook__
@@ -43,7 +43,7 @@ pathlib.Path("torchtune").mkdir()
 for name in ("__init__", "part", "_recipe_registry"):
     pathlib.Path("torchtune", name + ".py").write_text("ran = True\\n")
 sys.path.insert(0, ".")
-from phi3_plugin import autoload
+from phi3_plugin import hook as autoload
 """
 
 FAKE_TORCHAO = """
@@ -53,7 +53,7 @@ def module(name, **members):
     made.__dict__.update(members, __path__=[])
     made.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec(name, None)
     return made
-from phi3_plugin import autoload
+from phi3_plugin import hook as autoload
 """
 
 
@@ -61,7 +61,7 @@ from phi3_plugin import autoload
 def test_a_process_without_torchtune_sees_no_difference(fresh_python, switch):
     with_plugin = json.loads(fresh_python(SNAPSHOT))
     without = json.loads(fresh_python(SNAPSHOT, **{switch: "0"}))
-    ours = {"phi3_plugin", "phi3_plugin.autoload"}
+    ours = {"phi3_plugin", "phi3_plugin.hook"}
     assert ours <= set(with_plugin["modules"])
     for seen in (with_plugin, without):
         seen["modules"] = [name for name in seen["modules"] if name not in ours]
@@ -84,7 +84,7 @@ assert not any(type(f).__module__.startswith("phi3_plugin") for f in sys.meta_pa
 def test_install_takes_less_than_a_millisecond(fresh_python):
     code = """
 import sys, time
-from phi3_plugin import autoload
+from phi3_plugin import hook as autoload
 def once():
     before = list(sys.meta_path)
     start = time.perf_counter()
@@ -101,7 +101,7 @@ print(min(once() for _ in range(200)))
 def test_install_adds_one_finder_however_often_it_is_called(fresh_python):
     code = """
 import sys
-from phi3_plugin import autoload
+from phi3_plugin import hook as autoload
 autoload.install()
 once = list(sys.meta_path)
 autoload.install()
@@ -115,7 +115,7 @@ assert sys.meta_path == once
 def test_install_warns_and_returns_where_it_cannot_work(fresh_python, broken, action):
     code = f"""
 import sys, warnings
-from phi3_plugin import autoload
+from phi3_plugin import hook as autoload
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter({action!r})
     path, sys.meta_path = sys.meta_path, {broken}

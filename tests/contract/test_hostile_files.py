@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from phi3_plugin.checkpoint.files import read_state, read_tensors
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.resume import read_state
-from phi3_plugin.checkpoint.tensor_file import read_tensors
 from phi3_plugin.config import parse_config
 from phi3_plugin.errors import AdapterError, CheckpointError
 from tests.oracles import MINI_4K, TINY_MHA

@@ -11,7 +11,7 @@ import pytest
 from phi3_plugin.recipes import lora_finetune
 
 from benchmarks import kills
-from phi3_plugin.checkpoint import run
+from phi3_plugin.train import checkpoints as run
 from tests.own import own_run, tiny_inputs
 from tests.resumed import RUN, assert_same_end, lines, same, state, train
 from tests.stock import TUNE

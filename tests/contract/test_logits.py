@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.models import lora_phi3, phi3
 from tests.assets import assets_dir
 from tests.oracles import (

@@ -5,12 +5,11 @@ import itertools
 import pytest
 import torch
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.names import to_hf, to_peft
+from phi3_plugin.checkpoint.base import load_base_weights, to_hf, to_peft
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.models import lora_phi3, lora_phi3_mini, phi3_mini, qlora_phi3, qlora_phi3_mini
+from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.models.nf4 import is_nf4
-from phi3_plugin.models.targets import TARGETS
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 NF4_SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.names import to_hf
+from phi3_plugin.checkpoint.base import load_base_weights, to_hf
 from phi3_plugin.config import read_config
 from phi3_plugin.data.collate import pad_left
 from phi3_plugin.errors import AdapterError, ConfigError

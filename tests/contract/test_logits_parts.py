@@ -6,13 +6,12 @@ import torch.nn.functional as F
 from torchtune.models.phi3._component_builders import lora_phi3 as torchtune_lora_phi3
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.split import split_weights
+from phi3_plugin.checkpoint.base import load_base_weights, split_weights
 from phi3_plugin.config import read_config
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora import LoRALinear
+from phi3_plugin.models.lora_settings import LoRASettings
 from phi3_plugin.models.nf4 import is_nf4
-from phi3_plugin.models.settings import LoRASettings
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 D, R, SCALE = 64, 3, 5 / 3

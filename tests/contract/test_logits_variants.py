@@ -5,19 +5,10 @@ import torch
 
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.fitting import keys_of, keys_of_model
-from phi3_plugin.models.start import adapter_scales, initial_adapter
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS, keys_of, keys_of_model
+from phi3_plugin.train.start import adapter_scales, initial_adapter
 from tests.chosen import some
-from tests.models.twins import (
-    BATCH,
-    FAMILIES,
-    assert_same,
-    base_of,
-    ours,
-    train_by_hand,
-    twin,
-)
+from tests.models.twins import BATCH, FAMILIES, assert_same, base_of, ours, train_by_hand, twin
 
 RANKS = {
     "rank_pattern": {"o_proj": 2, "1.qkv_proj": 5, "qkv_proj": 3},

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.names import to_hf
+from phi3_plugin.checkpoint.base import load_base_weights, to_hf
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models import loralib as ours

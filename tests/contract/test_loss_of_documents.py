@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch._dynamo.utils import counters
 from torchtune.modules.peft import disable_adapter
 
-from phi3_plugin.checkpoint.names import to_peft
+from phi3_plugin.checkpoint.base import to_peft
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.train.prepare import prepare
 from tests.chosen import some

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import load_base_with_hf
-from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.config import read_config
 from phi3_plugin.models import lora_phi3

@@ -2,11 +2,11 @@
 
 import pytest
 
-from phi3_plugin.checkpoint.names import expected_shapes, from_peft, to_hf, to_ours, to_peft
+from phi3_plugin.checkpoint.base import expected_shapes, from_peft, to_hf, to_ours, to_peft
 from phi3_plugin.config import parse_config
 from phi3_plugin.errors import CheckpointError
-from phi3_plugin.models.builders import decoder
 from phi3_plugin.models.lora import Linear, LoRALinear
+from phi3_plugin.models.phi3 import decoder
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model
 
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import Subset
 
 from phi3_plugin.data.collate import pad_right
+from phi3_plugin.data.order import Order, hold_out, shares
 from phi3_plugin.errors import DataError
-from phi3_plugin.train.order import Order, hold_out, shares
 
 ROWS = 23
 

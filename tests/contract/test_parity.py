@@ -7,34 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchtune
-from peft import (
-    LoraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from phi3_plugin.recipes import lora_finetune_start
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from torchtune._recipe_registry import get_all_recipes
 from transformers import get_cosine_schedule_with_warmup
 
+from phi3_plugin.checkpoint.base import load_base_weights, to_hf, to_peft
 from phi3_plugin.checkpoint.check import load_base_with_hf
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.names import to_hf, to_peft
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.data.collate import pad_right
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS
+from phi3_plugin.train import start as lora_finetune_start
 from tests.chosen import some
-from tests.own import (
-    CONFIG,
-    TINY,
-    finished,
-    full_config,
-    merged,
-    own_run,
-    started,
-    tiny_inputs,
-)
+from tests.own import CONFIG, TINY, finished, full_config, merged, own_run, started, tiny_inputs
 from tests.parity import VARIANTS, losses, peft_agrees, same_losses, same_weights
 
 pytestmark = pytest.mark.slow

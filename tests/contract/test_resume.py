@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from phi3_plugin.checkpoint import run
-from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.errors import CheckpointError
-from phi3_plugin.train.history import History
+from phi3_plugin.train import checkpoints as run
+from phi3_plugin.train.monitor import History
 from tests.own import full_config, own_run, started, tiny_inputs
 from tests.resumed import RUN, assert_same_end, leave_until, lines, same, state, train
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
-from phi3_plugin.checkpoint.export import export_model, load_trained
-from phi3_plugin.checkpoint.hf import load_base_weights
+from phi3_plugin.checkpoint.peft import export_model, load_trained
 from phi3_plugin.errors import CheckpointError
 from tests.chosen import some
 from tests.own import TINY, own_run, started

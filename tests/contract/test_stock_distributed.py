@@ -9,7 +9,7 @@ import torch
 from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS
 from tests.chosen import some
 from tests.stock import gsm8k, tiny_checkpoint, torchrun_stock
 
@@ -75,8 +75,7 @@ def test_two_processes_resume_and_peft(variant, inputs, tmp_path):
 
 def peft_equals_ours(base, folder, dora, quantized):
     """Compare logits; PEFT's base gets our dequantized weights where ours are NF4."""
-    from phi3_plugin.checkpoint.hf import load_base_weights
-    from phi3_plugin.checkpoint.names import to_hf
+    from phi3_plugin.checkpoint.base import load_base_weights, to_hf
 
     targets = list(TARGETS)
     keys = {"lora_rank": 16, "lora_alpha": 32, "use_dora": dora, "quantize_base": quantized}

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import load_with_peft
-from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS
 from tests.chosen import some
 from tests.stock import gsm8k, tiny_checkpoint, tune_run
 

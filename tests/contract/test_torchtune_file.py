@@ -6,19 +6,12 @@ import pytest
 import torch
 
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.export import export_adapter
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.torchtune_file import write_torchtune
+from phi3_plugin.checkpoint.peft import export_adapter
+from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, OutputError
-from tests.checkpoint.adapters import (
-    PARTS,
-    WHOLE,
-    adapter,
-    base_folder,
-    merged_logits,
-    same,
-)
+from tests.checkpoint.adapters import PARTS, WHOLE, adapter, base_folder, merged_logits, same
 from tests.checkpoint.test_split import adapter_of, split_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")

@@ -1,7 +1,7 @@
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 
-from phi3_plugin.data.added import Disguise, token_pattern
+from phi3_plugin.data.template import Disguise, token_pattern
 
 
 def test_the_leftmost_and_longest_token_is_found():

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from phi3_plugin.data import cache, chat_dataset, phi3_tokenizer
+from phi3_plugin.data import chat_dataset, phi3_tokenizer
+from phi3_plugin.data import dataset as cache
 from phi3_plugin.errors import ConfigError, DataError, OutputError
 from tests.chosen import some
 from tests.data.tiny import MEDIUM, edit_json, write_checkpoint

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.turns import Written, make_turn
+from phi3_plugin.data.formats import Written, make_turn
 from tests.contract.test_ids import MANY, TURNS
 from tests.data.variants import phi4
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from phi3_plugin.data.fields import LOST, check_layout, check_lost, said, shown, wanted, with_calls
+from phi3_plugin.data.formats import LOST, check_layout, check_lost, said, shown, wanted, with_calls
 from phi3_plugin.errors import ConfigError, DataError
 
 CALL = {"name": "f", "arguments": {"city": "Köln"}}

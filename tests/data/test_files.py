@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from phi3_plugin.data.files import SUFFIXES, file_rows
-from phi3_plugin.data.sources import read_sources
+from phi3_plugin.data.sources import SUFFIXES, file_rows, read_sources
 from phi3_plugin.errors import DataError
 
 A, B = {"question": "007", "answer": "x, y\r\n\u2028z"}, {"question": "é", "answer": ""}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_plugin.data.json_files import elements, is_spread, lines
+from phi3_plugin.data.sources import elements, is_spread, lines
 from phi3_plugin.errors import DataError
 
 DEEP = "[" * 100_000 + "]" * 100_000

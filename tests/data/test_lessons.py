@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.lessons import TRAIN_ON
+from phi3_plugin.data.tokenizer import TRAIN_ON
 from phi3_plugin.errors import ConfigError, DataError
 
 SYSTEM, USER, ASSISTANT = ("system", "s s"), ("user", "a"), ("assistant", "b")

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.findings import BLANK_ANSWER, NO_FINAL_ANSWER, PASSED_OVER
+from phi3_plugin.data.formats import BLANK_ANSWER, NO_FINAL_ANSWER, PASSED_OVER
 from phi3_plugin.errors import ConfigError, DataError
 from tests.data.tiny import MEDIUM, write_checkpoint
 from tests.data.variants import BUILT
@@ -122,7 +122,7 @@ def test_a_text_that_the_template_wrote_gives_the_same_as_its_messages(tmp_path,
 
 
 def text(tokenizer, chat):
-    from phi3_plugin.data.turns import make_turn
+    from phi3_plugin.data.formats import make_turn
 
     return tokenizer.render([make_turn(m["role"], m["content"]) for m in chat]).text
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from phi3_plugin.data.formats import FORMATS
-from phi3_plugin.data.messages import CALLS, SPEAKERS, MessageList
+from phi3_plugin.data.formats import CALLS, FORMATS, SPEAKERS, MessageList
 from phi3_plugin.errors import DataError
 
 SYSTEM = {"role": "system", "content": "s"}

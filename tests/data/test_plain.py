@@ -3,9 +3,8 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from phi3_plugin.data.plain import is_plain
-from phi3_plugin.data.template import ChatTemplate
-from phi3_plugin.data.turns import make_turn
+from phi3_plugin.data.formats import make_turn
+from phi3_plugin.data.template import ChatTemplate, is_plain
 from tests.contract.test_ids import TURNS
 from tests.data import variants
 from tests.data.tiny import MEDIUM, MINI, PHI35, ROLES

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_plugin.data.plan import CARRIED, plan
+from phi3_plugin.data.packing import CARRIED, plan
 from phi3_plugin.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=80)
@@ -77,7 +77,7 @@ def test_a_plan_depends_on_seed_and_lengths_and_on_nothing_else(fresh_python):
     code = """
 import hashlib
 import numpy as np
-from phi3_plugin.data.plan import plan
+from phi3_plugin.data.packing import plan
 lengths = np.random.RandomState(0).randint(1, 512, 2000).astype(np.int32)
 for split in (False, True):
     planned = plan(lengths, 512, seed=7, split_documents=split)

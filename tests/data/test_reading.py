@@ -5,8 +5,8 @@ import json
 import pytest
 
 from phi3_plugin.data import chat_dataset
-from phi3_plugin.data import findings as f
-from phi3_plugin.data.reading import Reading
+from phi3_plugin.data import formats as f
+from phi3_plugin.data.dataset import Reading
 from phi3_plugin.errors import DataError
 
 

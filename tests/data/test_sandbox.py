@@ -3,8 +3,8 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from phi3_plugin.data.sandbox import FilterFailed, compile_filter, run_template
-from phi3_plugin.data.turns import make_turn
+from phi3_plugin.data.formats import make_turn
+from phi3_plugin.data.template import FilterFailed, compile_filter, run_template
 from phi3_plugin.errors import ConfigError
 
 TURNS = [make_turn("system", "é <s>", tools="[f]"), make_turn("user", " a\n"), make_turn("x", "")]

@@ -2,9 +2,7 @@
 
 import pytest
 
-from phi3_plugin.data.formats import FORMATS
-from phi3_plugin.data.shapes import LISTED, Text, key_names, pair
-from phi3_plugin.data.turns import Written
+from phi3_plugin.data.formats import FORMATS, NAMES_LISTED, Text, Written, key_names, pair
 from phi3_plugin.errors import DataError
 
 ALPACA = FORMATS["alpaca"]
@@ -92,4 +90,4 @@ def test_no_tools_written_as_json():
 
 def test_keys_can_always_be_shown():
     assert key_names({"a": 1, "\ud800": 2}) == "a, \\ud800"
-    assert key_names(map(str, range(99))).count(",") == LISTED
+    assert key_names(map(str, range(99))).count(",") == NAMES_LISTED

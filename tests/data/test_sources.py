@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from phi3_plugin.data.sandbox import FilterFailed
 from phi3_plugin.data.sources import Source, read_rows, read_sources
+from phi3_plugin.data.template import FilterFailed
 from phi3_plugin.errors import DataError
 from tests.data.rows import A, B, ids, streamed
 

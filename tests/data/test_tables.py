@@ -3,9 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from phi3_plugin.data.files import file_rows
-from phi3_plugin.data.messages import MessageList
-from phi3_plugin.data.tables import without_added
+from phi3_plugin.data.formats import MessageList
+from phi3_plugin.data.sources import file_rows, without_added
 from tests.data.test_files import write
 
 

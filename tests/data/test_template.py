@@ -1,8 +1,7 @@
 import pytest
 
-from phi3_plugin.data.layout import Piece
-from phi3_plugin.data.template import ChatTemplate
-from phi3_plugin.data.turns import Turn, make_turn
+from phi3_plugin.data.formats import Turn, make_turn
+from phi3_plugin.data.template import ChatTemplate, Piece
 from phi3_plugin.errors import DataError, TokenizerError
 from tests.data.tiny import MINI, PHI35
 from tests.data.variants import APRIL, MINI_TOKENS, MINI_TOOLS, PHI4_MINI, TRIMMING

@@ -6,7 +6,7 @@ import pytest
 from torchtune.data import Message
 
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.turns import make_turn
+from phi3_plugin.data.formats import make_turn
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
 from tests.assets import assets_dir
 from tests.data.tiny import edit_json, write_checkpoint

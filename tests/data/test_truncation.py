@@ -5,8 +5,8 @@ import json
 import pytest
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.encoder import Encoder
-from phi3_plugin.data.findings import CUT_AWAY, TOO_LONG, TRUNCATED
+from phi3_plugin.data.formats import CUT_AWAY, TOO_LONG, TRUNCATED
+from phi3_plugin.data.tokenizer import Encoder
 from phi3_plugin.errors import ConfigError, DataError
 
 SYSTEM = ("system", "s s s")

@@ -1,7 +1,6 @@
 """An evaluation without any model, of texts that are written here."""
 
-from phi3_plugin.evaluate.outcomes import ADAPTER, BASE, Evaluation, Outcome, Said, Sample
-from phi3_plugin.evaluate.scores import Scorer
+from phi3_plugin.evaluate import ADAPTER, BASE, Evaluation, Outcome, Said, Sample, Scorer
 
 HOSTILE = '<script>alert("x")</script> & {{ 7 * 7 }} \u202e\x1b[31m</div>'
 

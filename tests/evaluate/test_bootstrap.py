@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from phi3_plugin.evaluate import bootstrap
-from phi3_plugin.evaluate.bootstrap import estimate, resampled
+from phi3_plugin import evaluate as bootstrap
+from phi3_plugin.evaluate import estimate, resampled
 
 
 def test_sums_are_those_of_samples_drawn_again():

@@ -5,11 +5,9 @@ import os
 
 import pytest
 
+from phi3_plugin import evaluate as files
 from phi3_plugin.errors import OutputError
-from phi3_plugin.evaluate import files
-from phi3_plugin.evaluate.measures import measures, results
-from phi3_plugin.evaluate.outcomes import BASE, Evaluation, Outcome, Sample
-from phi3_plugin.evaluate.scores import Scorer
+from phi3_plugin.evaluate import BASE, Evaluation, Outcome, Sample, Scorer, measures, results
 from tests.evaluate.made import HOSTILE, made
 
 

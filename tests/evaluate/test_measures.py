@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from phi3_plugin.evaluate.measures import BETTER, UNCLEAR, WORSE, measures, results
-from phi3_plugin.evaluate.outcomes import ADAPTER, BASE, Evaluation, Outcome, Sample
-from phi3_plugin.evaluate.scores import Scorer
+from phi3_plugin.evaluate import (
+    ADAPTER,
+    BASE,
+    BETTER,
+    UNCLEAR,
+    WORSE,
+    Evaluation,
+    Outcome,
+    Sample,
+    Scorer,
+    measures,
+    results,
+)
 from tests.evaluate.made import ROWS, made
 
 

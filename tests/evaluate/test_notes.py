@@ -1,5 +1,4 @@
-from phi3_plugin.evaluate.notes import notes
-from phi3_plugin.evaluate.outcomes import Sample
+from phi3_plugin.evaluate import Sample, notes
 from tests.evaluate.made import ROWS, made
 
 

@@ -2,7 +2,7 @@ from decimal import Decimal
 
 import pytest
 
-from phi3_plugin.evaluate.numeric import last_number, marked_number
+from phi3_plugin.evaluate import last_number, marked_number
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from phi3_plugin.data.inspection.shown import harmless
-from phi3_plugin.evaluate.measures import measures, results
-from phi3_plugin.evaluate.outcomes import BASE, Evaluation, Outcome, Sample
-from phi3_plugin.evaluate.page import LONGEST, render
-from phi3_plugin.evaluate.scores import Scorer
+from phi3_plugin.evaluate import BASE, Evaluation, Outcome, Sample, Scorer, measures, results
+from phi3_plugin.inspect import harmless
+from phi3_plugin.pages.evaluation import LONGEST, render
 from tests.evaluate.made import HOSTILE, made
 
 WANTED = measures(Scorer())

@@ -1,4 +1,4 @@
-from phi3_plugin.evaluate.ranking import changed, worst
+from phi3_plugin.evaluate import changed, worst
 from tests.evaluate.made import ROWS, made
 
 

@@ -8,7 +8,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from phi3_plugin.errors import MissingFileError
-from phi3_plugin.evaluate.scores import ROUGE, Scorer
+from phi3_plugin.evaluate import ROUGE, Scorer
 
 PAIRS = [
     ("The cats were running.", "A cat runs."),

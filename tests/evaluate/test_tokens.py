@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from phi3_plugin.data.collate import concatenate
-from phi3_plugin.evaluate.tokens import by_document, token_scores
-from phi3_plugin.models import head_loss
+from phi3_plugin.evaluate import by_document, token_scores
+from phi3_plugin.models import logps as head_loss
 from phi3_plugin.train.losses import summed_loss, with_targets
 from phi3_plugin.train.step import validate
 from phi3_plugin.train.world import World

@@ -2,9 +2,7 @@
 
 import pytest
 
-from phi3_plugin.evaluate.measures import measures, results
-from phi3_plugin.evaluate.scores import Scorer
-from phi3_plugin.evaluate.words import report, value, verdict
+from phi3_plugin.evaluate import Scorer, measures, report, results, value, verdict
 from tests.evaluate.made import made
 
 WANTED = measures(Scorer())

@@ -7,11 +7,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.generate.engine import Generator
-from phi3_plugin.generate.sampling import Sampling
+from phi3_plugin.checkpoint.base import load_base_weights
+from phi3_plugin.generate import Generator, Sampling
 from phi3_plugin.models import phi3
-from phi3_plugin.models.serving import serve
+from phi3_plugin.models.cache import serve
 
 
 class Letters:

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from phi3_plugin.errors import CheckpointError, ConfigError, DataError
-from phi3_plugin.generate.engine import Generator
-from phi3_plugin.generate.sampling import Sampling
+from phi3_plugin.generate import Generator, Sampling
 from tests.generate.spoken import Letters, ours, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 
@@ -186,7 +185,7 @@ def interrupt(*_):
 
 
 def test_sizes_of_what_is_read_at_once_are_bounded(model, monkeypatch):
-    monkeypatch.setattr("phi3_plugin.generate.engine.TOGETHER", 40)
+    monkeypatch.setattr("phi3_plugin.generate.TOGETHER", 40)
     sizes, prompts = fed(model, monkeypatch), prompts_of(*LENGTHS)
     found = by_number(generator(model, batch_size=8, max_new_tokens=3).answers(prompts))
     assert max(sizes) == 60 and sizes[0] == 34

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
 )
 
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.generate.sampling import Sampling, choose, penalized, probabilities, read_sampling
+from phi3_plugin.generate import Sampling, choose, penalized, probabilities, read_sampling
 from tests.generate.spoken import chi_square
 
 SEEN = torch.tensor([3, 3, 7, 11])

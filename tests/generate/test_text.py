@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_plugin.generate.text import Text
+from phi3_plugin.generate import Text
 
 
 class Bytes:

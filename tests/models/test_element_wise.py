@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phi3_plugin.models.mlp import swiglu
-from phi3_plugin.models.norm import RMSNorm
+from phi3_plugin.models.phi3 import RMSNorm, swiglu
 from phi3_plugin.models.rope import rotate
 from tests.models.test_lora_linear import kept_by
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from phi3_plugin.models import lora_linear as module
-from phi3_plugin.models.lora_linear import Adapter, lora_linear
+from phi3_plugin.models import lora as module
+from phi3_plugin.models.lora import Adapter, lora_linear
 from phi3_plugin.models.nf4 import nf4_zeros
 
 INPUT, OUTPUT, RANK = 6, 10, 3

@@ -5,9 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from phi3_plugin.models import nf4_product as module
-from phi3_plugin.models.nf4 import is_nf4, to_nf4
-from phi3_plugin.models.nf4_product import nf4_linear, plain
+from phi3_plugin.models import nf4 as module
+from phi3_plugin.models.nf4 import is_nf4, nf4_linear, plain, to_nf4
 from tests.models.test_nf4 import DTYPES, weight_of
 
 

@@ -7,12 +7,18 @@ import torch
 from torch import nn
 from torchtune.training import set_default_dtype
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.models import phi3, serving
-from phi3_plugin.models.lora import DoRALinear, Linear, LoRALinear, LowRank
-from phi3_plugin.models.merged import MergedLoRALinear
-from phi3_plugin.models.serving import ServedLinear, serve, served
-from phi3_plugin.models.whole import WholeLinear
+from phi3_plugin.checkpoint.base import load_base_weights
+from phi3_plugin.models import cache as serving
+from phi3_plugin.models import phi3
+from phi3_plugin.models.cache import ServedLinear, serve, served
+from phi3_plugin.models.lora import (
+    DoRALinear,
+    Linear,
+    LoRALinear,
+    LowRank,
+    MergedLoRALinear,
+    WholeLinear,
+)
 from tests.models.twins import BATCH, base_of, ours, train_by_hand
 
 IN, OUT = 256, 384

@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from phi3_plugin.checkpoint.hf import load_base_weights, open_weights
-from phi3_plugin.checkpoint.names import to_hf
+from phi3_plugin.checkpoint.base import load_base_weights, open_weights, to_hf
 from phi3_plugin.errors import AdapterError
+from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.models.nf4 import nearest_nf4
-from phi3_plugin.models.start import (
+from phi3_plugin.train.start import (
     A,
     B,
     Residual,
@@ -19,7 +19,6 @@ from phi3_plugin.models.start import (
     split,
     split_names,
 )
-from phi3_plugin.models.targets import TARGETS
 from tests.models.twins import BATCH, assert_same, base_of, ours, train_by_hand, trained, twin
 
 CPU = torch.device("cpu")

@@ -7,10 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.names import to_peft
+from phi3_plugin.checkpoint.base import load_base_weights, to_peft
 from phi3_plugin.models import lora_phi3
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.train.prepare import prepare
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import load_base_with_hf
-from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.checkpoint.peft import load_adapter
 from tests.chosen import some
 from tests.oracles import hf_model

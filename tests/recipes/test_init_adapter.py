@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.errors import AdapterError, ConfigError, Phi3Error
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS
 from tests.chosen import some
 from tests.own import TINY, full_config, started
 from tests.recipes.computed import BATCH, logits

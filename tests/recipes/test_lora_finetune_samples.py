@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from phi3_plugin.recipes.lora_finetune_samples import BROKEN, answers
+from phi3_plugin.recipes.lora_finetune import BROKEN, answers
 
 from tests.chosen import some
 from tests.own import TINY, finished, own_run, started, tiny_inputs

@@ -8,8 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from phi3_plugin import settings as strict
 from phi3_plugin.errors import CheckpointError, ConfigError
-from phi3_plugin.train import settings as strict
 from tests.own import CONFIG, merged, metrics, own_run, tiny_inputs
 from tests.resumed import RUN, assert_same_end, leave_until, lines, train
 

@@ -10,7 +10,8 @@ import torch
 from phi3_plugin.recipes.phi3_adapter import run
 from safetensors.torch import load_file, save_file
 
-from phi3_plugin import adapter_cli, cli
+from phi3_plugin import cli
+from phi3_plugin import cli as adapter_cli
 from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.errors import AdapterError, MissingFileError, OutputError, Phi3Error
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, hf_logits, hf_model, save_checkpoint

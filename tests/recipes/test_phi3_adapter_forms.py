@@ -8,8 +8,8 @@ import torch
 from phi3_plugin.recipes.phi3_adapter import run
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 
+from phi3_plugin.checkpoint.adapter import served
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.served import served
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError
 

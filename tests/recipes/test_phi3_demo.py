@@ -3,7 +3,7 @@ import sys
 
 import pytest
 from phi3_plugin.recipes import phi3_demo
-from phi3_plugin.recipes import phi3_demo_commands as commands
+from phi3_plugin.recipes import phi3_demo as commands
 
 
 def run_demo(*arguments, cwd):

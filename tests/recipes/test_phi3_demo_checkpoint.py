@@ -4,13 +4,13 @@ import warnings
 
 import pytest
 import torch
-from phi3_plugin.recipes import phi3_demo_task as task
+from phi3_plugin.recipes import phi3_demo as task
 from phi3_plugin.recipes.phi3_demo_checkpoint import ADDED_TOKENS, build_checkpoint
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import hf_tokenizer, load_base_with_hf
-from phi3_plugin.checkpoint.hf import load_base_weights
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.models import phi3

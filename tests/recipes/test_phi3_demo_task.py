@@ -1,6 +1,6 @@
 from hashlib import sha256
 
-from phi3_plugin.recipes import phi3_demo_task as task
+from phi3_plugin.recipes import phi3_demo as task
 
 
 def prompts(chats):

@@ -5,15 +5,13 @@ import shutil
 
 import pytest
 from phi3_plugin.recipes import phi3_evaluate as recipe
-from phi3_plugin.recipes.phi3_load import load
 
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.turns import make_turn
+from phi3_plugin.data.formats import make_turn
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError
-from phi3_plugin.evaluate.files import NAMES
-from phi3_plugin.evaluate.scores import Scorer
-from phi3_plugin.generate.engine import Generator
-from phi3_plugin.generate.sampling import Sampling
+from phi3_plugin.evaluate import NAMES, Scorer
+from phi3_plugin.generate import Generator, Sampling
+from phi3_plugin.load import load
 from tests.own import CONFIG, TINY, finished, full_config, merged
 from tests.stock import TUNE, _run
 

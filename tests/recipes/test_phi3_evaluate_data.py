@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from phi3_plugin.recipes import phi3_evaluate_data as data
 
+from phi3_plugin import evaluate as data
+from phi3_plugin import settings as strict
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.errors import DataError
-from phi3_plugin.train import settings as strict
 from phi3_plugin.train.feed import build
 from tests.own import TINY, chat, merged
 

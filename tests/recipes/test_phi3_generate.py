@@ -13,7 +13,7 @@ from phi3_plugin.recipes.phi3_generate import answered, run
 from safetensors.torch import save_file
 
 from phi3_plugin.errors import AdapterError, ConfigError, DataError, MissingFileError, OutputError
-from phi3_plugin.generate.engine import Answer
+from phi3_plugin.generate import Answer
 from tests.recipes.prompted import ROWS, keys, of_file, read, without_system, write
 from tests.stock import TUNE, _run
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi3_plugin.recipes.phi3_generate_conversation import Chat
 
+from phi3_plugin.chat import Chat
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.generate.engine import Answer
-from phi3_plugin.generate.sampling import Sampling
+from phi3_plugin.generate import Answer, Sampling
 from tests.recipes.prompted import said, without_system
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from phi3_plugin.recipes.phi3_import_config import run
 
-from phi3_plugin import adapter_cli
+from phi3_plugin import cli as adapter_cli
+from phi3_plugin import settings
 from phi3_plugin.errors import ConfigError, MissingFileError, OutputError
-from phi3_plugin.train import settings
+from phi3_plugin.import_config import run
 
 NOTEBOOK = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 
@@ -25,7 +25,9 @@ def sample(tmp_path):
 
 def given(sample, *words):
     out = sample.with_name("my.yaml")
-    command, options = adapter_cli.parse(["import-config", str(sample), "-o", str(out), *words])
+    command, options = adapter_cli.parse_adapter(
+        ["import-config", str(sample), "-o", str(out), *words]
+    )
     assert command == "import-config"
     return out, options
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from phi3_plugin.recipes import phi3_inspect_data as recipe
 
-from phi3_plugin.data.inspection.compared import Compared
-from phi3_plugin.train import settings as strict
+from phi3_plugin import settings as strict
+from phi3_plugin.inspect import Compared
 from tests.data.tiny import MEDIUM, MINI, PHI35, edit_json
 from tests.own import TINY, merged, tiny_inputs
 

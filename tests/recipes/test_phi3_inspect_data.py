@@ -9,9 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from phi3_plugin.recipes import phi3_inspect_data as recipe
 
+from phi3_plugin import settings as strict
 from phi3_plugin.data.collate import pad_right
 from phi3_plugin.errors import ConfigError, DataError
-from phi3_plugin.train import settings as strict
 from phi3_plugin.train.feed import make_feed
 from tests.assets import assets_dir
 from tests.own import CONFIG, TINY, chat, merged, tiny_inputs

@@ -5,16 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from phi3_plugin.recipes import phi3_load
-from phi3_plugin.recipes.phi3_load import load
 from safetensors.torch import load_file, save_file
 
+from phi3_plugin import load as phi3_load
 from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import load_with_peft
-from phi3_plugin.checkpoint.export import export_adapter
-from phi3_plugin.checkpoint.hf import load_base_weights
-from phi3_plugin.checkpoint.loralib_file import write_loralib
-from phi3_plugin.checkpoint.torchtune_file import write_torchtune
+from phi3_plugin.checkpoint.loralib import write_loralib
+from phi3_plugin.checkpoint.peft import export_adapter
+from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import (
     AdapterError,
@@ -23,9 +22,10 @@ from phi3_plugin.errors import (
     MissingFileError,
     Phi3Error,
 )
+from phi3_plugin.load import load
 from phi3_plugin.models import phi3
+from phi3_plugin.models.cache import serve
 from phi3_plugin.models.nf4 import is_nf4, nearest_nf4
-from phi3_plugin.models.serving import serve
 from tests.checkpoint.adapters import BASES, PARTS, WHOLE, adapter, base_folder, merged_logits
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_logits, hf_model
 from tests.oracles import save_checkpoint as save

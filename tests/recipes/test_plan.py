@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from phi3_plugin.recipes import lora_finetune_plan as planner
 
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.train.settings import read
+from phi3_plugin.settings import read
+from phi3_plugin.train import plan as planner
 from phi3_plugin.train.world import World
 from tests.own import TINY, finished, merged, metrics, own_run
 

@@ -7,14 +7,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.models.builders import adapted, decoder
 from phi3_plugin.models.lora import Linear
-from phi3_plugin.models.settings import LoRASettings
-from phi3_plugin.models.targets import TARGETS
-from phi3_plugin.train.estimate import Estimate, Work, estimate, fewest, size_of, weights
-from phi3_plugin.train.footprint import footprint
+from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
+from phi3_plugin.models.phi3 import adapted, decoder
+from phi3_plugin.settings import bytes_of, in_gib
 from phi3_plugin.train.losses import summed_loss, with_targets
-from phi3_plugin.train.memory import bytes_of, in_gib
+from phi3_plugin.train.plan import Estimate, Work, estimate, fewest, footprint, size_of, weights
 from phi3_plugin.train.prepare import prepare
 from tests.train.tiny import CONFIG
 

@@ -6,9 +6,9 @@ from itertools import chain
 import pytest
 from omegaconf import OmegaConf
 
+from phi3_plugin.data.order import shares
+from phi3_plugin.settings import read
 from phi3_plugin.train.feed import make_feed
-from phi3_plugin.train.order import shares
-from phi3_plugin.train.settings import read
 from tests.data.tiny import write_checkpoint
 from tests.own import chat
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from phi3_plugin.errors import CheckpointError, OutputError
-from phi3_plugin.train.history import MEASURED, RESUMED, History, mean, series, thin
+from phi3_plugin.train.monitor import MEASURED, RESUMED, History, mean, series, thin
 
 
 def refuse(constant):

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phi3_plugin.models import head_loss
+from phi3_plugin.models import logps as head_loss
 from phi3_plugin.train.losses import shifted, summed_loss, with_targets
 from tests.train.tiny import tiny_batch, tiny_model
 

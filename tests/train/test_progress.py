@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from phi3_plugin.train.progress import Progress
+from phi3_plugin.train.monitor import Progress
 
 
 class Terminal(io.StringIO):

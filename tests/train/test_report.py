@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from phi3_plugin.errors import OutputError
-from phi3_plugin.train.report import Facts, versions, write_report
+from phi3_plugin.pages.report import Facts, versions, write_report
 
 FACTS = Facts(
     ending="Finished after 3 epochs.",

@@ -4,11 +4,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from phi3_plugin import settings
 from phi3_plugin.errors import ConfigError
+from phi3_plugin.import_config import HANDLED, NO_EFFECT, ONLY, SAME, translate
 from phi3_plugin.models import lora_phi3_mini
-from phi3_plugin.train import settings
-from phi3_plugin.train.sample_config import translate
-from phi3_plugin.train.sample_keys import HANDLED, NO_EFFECT, ONLY, SAME
 
 # What the sample script says, with the two values that it hands to its trainer.
 SAMPLE = {

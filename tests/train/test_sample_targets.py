@@ -5,8 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.train.sample_config import translate
-from phi3_plugin.train.sample_targets import path
+from phi3_plugin.import_config import path, translate
 from tests.oracles import MINI_4K, TINY_MHA, hf_model
 from tests.train.test_sample_config import sample
 

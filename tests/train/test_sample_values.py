@@ -3,7 +3,7 @@
 import pytest
 
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.train.sample_config import translate
+from phi3_plugin.import_config import translate
 from tests.train.test_sample_config import SAMPLE, sample
 
 WRONG = [

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.train.settings import Settings, read
+from phi3_plugin.settings import Settings, read
 
 YAML = Path(__file__).parents[2] / "configs" / "phi3_mini_lora.yaml"
 TRAIN = [f for f in sorted(YAML.parent.glob("*.yaml")) if "optimizer:" in f.read_text("utf-8")]

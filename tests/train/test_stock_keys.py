@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from phi3_plugin.train.settings import read
-from phi3_plugin.train.stock_keys import STOCK_KEYS, section_problems, stock_problems
+from phi3_plugin.settings import STOCK_KEYS, read, section_problems, stock_problems
 
 REFUSED = {
     "max_steps_per_epoch": (3, "max_steps,"),

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from phi3_plugin.models.builders import MINI, adapted, decoder
 from phi3_plugin.models.lora import Linear
-from phi3_plugin.models.settings import LoRASettings
-from phi3_plugin.models.targets import TARGETS
+from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
+from phi3_plugin.models.phi3 import MINI, adapted, decoder
 
 CONFIG = replace(
     MINI,

@@ -5,18 +5,19 @@ from typing import Any
 
 import numpy as np
 
-from phi3_plugin.data.findings import Findings
-from phi3_plugin.data.inspection.limits import Cut
-from phi3_plugin.data.inspection.shown import Shown, Unit
-from phi3_plugin.data.inspection.statistics import (
+from phi3_plugin.data.formats import Findings
+from phi3_plugin.inspect import (
     PACKED,
     PLAIN,
+    Alike,
     Batching,
+    Cut,
     Lengths,
+    Shown,
     Statistics,
+    Unit,
     histogram,
 )
-from phi3_plugin.data.inspection.survey import Alike
 
 FULL = np.array([10] * 50 + [40] * 40 + [200] * 10)
 FOUND = Statistics(

@@ -2,12 +2,21 @@
 
 import pytest
 
-from phi3_plugin.data import findings as f
-from phi3_plugin.data.inspection.advice import count, loss, percent, problems
-from phi3_plugin.data.inspection.compared import Compared
-from phi3_plugin.data.inspection.limits import Cut
-from phi3_plugin.data.inspection.statistics import GROUPED, PACKED, PLAIN, Batching, Part
-from phi3_plugin.data.inspection.survey import Alike
+from phi3_plugin.data import formats as f
+from phi3_plugin.inspect import (
+    GROUPED,
+    PACKED,
+    PLAIN,
+    Alike,
+    Batching,
+    Compared,
+    Cut,
+    Part,
+    count,
+    loss,
+    percent,
+    problems,
+)
 from tests.data.inspection.inspected import FOUND, findings, numbers
 
 CHAT = FOUND.options

@@ -5,14 +5,7 @@ import json
 import pytest
 
 from phi3_plugin.data import chat_dataset
-from phi3_plugin.data.inspection.compared import (
-    Compared,
-    as_trained,
-    compare,
-    conversations,
-    difference,
-    marked,
-)
+from phi3_plugin.inspect import Compared, as_trained, compare, conversations, difference, marked
 
 OURS = [1, 2, 3], [False, True, True]
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.inspection.limits import Cut, cuts
-from phi3_plugin.data.inspection.survey import survey
+from phi3_plugin.inspect import Cut, cuts, survey
 from tests.data.inspection.test_survey import STOP, Rows
 
 NONE = np.array([], dtype=np.int64)

@@ -5,12 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from phi3_plugin.data.findings import BROKEN, UNUSABLE
-from phi3_plugin.data.inspection.advice import problems
-from phi3_plugin.data.inspection.limits import Cut
-from phi3_plugin.data.inspection.page import HEAD, TAIL, render, write_page
-from phi3_plugin.data.inspection.shown import Unit
+from phi3_plugin.data.formats import BROKEN, UNUSABLE
 from phi3_plugin.errors import OutputError
+from phi3_plugin.inspect import Cut, Unit, problems
+from phi3_plugin.pages.inspection import HEAD, TAIL, render, write_page
 from tests.data.inspection.inspected import findings, numbers, sample
 
 MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}{% if %}"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.inspection.shown import Speller, harmless, show
+from phi3_plugin.inspect import Speller, harmless, show
 from tests.assets import assets_dir
 
 

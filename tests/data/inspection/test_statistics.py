@@ -5,17 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as draw
 
-from phi3_plugin.data.findings import Findings
-from phi3_plugin.data.inspection.statistics import (
-    Bin,
-    epoch,
-    histogram,
-    lengths_of,
-    padding,
-    part,
-    unpacked,
-)
+from phi3_plugin.data.formats import Findings
 from phi3_plugin.data.packing import Packs
+from phi3_plugin.inspect import Bin, epoch, histogram, lengths_of, padding, part, unpacked
 from tests.data.inspection.test_survey import STOP, Rows, survey
 
 

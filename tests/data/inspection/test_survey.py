@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from phi3_plugin.data.inspection.survey import Alike, alike, survey
 from phi3_plugin.errors import DataError
+from phi3_plugin.inspect import Alike, alike, survey
 
 STOP = 9
 

@@ -4,10 +4,9 @@ import re
 
 import pytest
 
-from phi3_plugin.data.findings import UNUSABLE
-from phi3_plugin.data.inspection.limits import Cut
-from phi3_plugin.data.inspection.shown import Unit
-from phi3_plugin.data.inspection.terminal import TAIL, Terminal, columns, seen
+from phi3_plugin.data.formats import UNUSABLE
+from phi3_plugin.inspect import Cut, Unit
+from phi3_plugin.pages.inspection import TAIL_LINES, Terminal, columns, seen
 from tests.data.inspection.inspected import findings, numbers, sample
 
 EVIL = "\x1b]0;title\x07\x1b[2J\r\u202e中文" * 20
@@ -99,7 +98,7 @@ def test_a_long_sample_is_shortened_in_the_middle():
     text = shown(sample(*((f"line {n}\n", True) for n in range(100))))
     assert "+ line·0⏎" in lines(text) and "+ line·99⏎" in lines(text)
     assert "+ line·50⏎" not in lines(text)
-    assert f"  … {100 - 9 - TAIL} more lines in the page" in lines(text)
+    assert f"  … {100 - 9 - TAIL_LINES} more lines in the page" in lines(text)
 
 
 def test_white_space_can_be_seen():

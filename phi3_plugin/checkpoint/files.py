@@ -1,0 +1,555 @@
+"""Files that are whole or not there, and tensors read from files that a stranger wrote."""
+
+import io
+import json
+import math
+import os
+import pickletools
+import re
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
+
+# Write a folder so that it is either whole or not there.
+#
+# best -> .partial-old-best       replacing is two renames; a kill between them leaves no ``best``,
+# .partial-best -> best           and `restore` puts the old one back
+
+PARTIAL = ".partial-"
+"""Marks folders that a killed run left half-written."""
+_OLD = f"{PARTIAL}old-"
+
+
+@contextmanager
+def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give an empty folder beside ``final`` and rename it into place when the block ends well.
+
+    Args:
+        final: The folder to create.
+        replace: Whether it may exist; it is then removed once the new one is in its place.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        OutputError: ``final`` exists, or writing fails (disk full, no permission).
+    """
+    if final.exists() and not replace:
+        raise OutputError(f"{final} exists and would be overwritten. Move it or choose another.")
+    partial = final.with_name(f"{PARTIAL}{final.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        _swap(partial, final)
+        _sync(final.parent)
+    except OutputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{final} could not be written: {error}. Earlier checkpoints are untouched."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def restore(parent: Path) -> None:
+    """Put back every folder whose replacement was killed before the new one had its name.
+
+    Every process may call this at once: one of them renames, the others find it done.
+
+    Args:
+        parent: Where :func:`whole_folder` wrote; need not exist.
+    """
+    for old in parent.glob(f"{_OLD}*"):
+        final = parent / old.name.removeprefix(_OLD)
+        if not final.exists():
+            with suppress(FileNotFoundError):
+                old.rename(final)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what killed runs left half-written.
+
+    Args:
+        parent: Where :func:`whole_folder` wrote; nothing may be writing there now.
+    """
+    restore(parent)
+    for folder in parent.glob(f"{PARTIAL}*"):
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(output_dir: Path, checkpoint_dir: Path) -> None:
+    """Check that results can be written, and not into the base model.
+
+    Raises:
+        OutputError: They cannot.
+    """
+    inside = checkpoint_dir.resolve()
+    if inside in (output_dir.resolve(), *output_dir.resolve().parents):
+        raise OutputError(
+            f"output_dir: {output_dir} is inside checkpoint_dir {checkpoint_dir}. Choose a folder "
+            "elsewhere, so that the base model stays as it was downloaded."
+        )
+    check_writable(output_dir, "output_dir")
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Check that a folder can be created and written, leaving nothing behind.
+
+    Args:
+        folder: The folder, which may not exist yet.
+        key: How the user calls it.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    probe = existing / f"{PARTIAL}probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"{key}: {folder} cannot be written: {error.strerror or error}. "
+            "Choose a folder that you may write to."
+        ) from error
+
+
+def _swap(new: Path, final: Path) -> None:
+    old = final.with_name(f"{_OLD}{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    # A rename may reach the disk before the data does; a crash would leave empty files.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Write a file so that it is either whole or not there.
+
+
+@contextmanager
+def whole_files(*finals: Path) -> Iterator[list[Path]]:
+    """Give a name beside each file, and rename all into place when the block ends well.
+
+    Args:
+        finals: The files to create; the last one is what readers look for.
+
+    Yields:
+        Where to write them.
+
+    Raises:
+        OutputError: One exists, or writing fails (disk full, no permission).
+    """
+    # Other than Path.exists, also where a link leads nowhere; and a name may be too long to ask.
+    if exists := [final for final in finals if os.path.lexists(final)]:
+        raise OutputError(
+            f"{exists[0]} exists and would be overwritten. Move it or choose another."
+        )
+    partials = [final.with_name(f"{PARTIAL}{final.name}") for final in finals]
+    try:
+        yield partials
+        for partial, final in zip(partials, finals, strict=True):
+            partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{finals[-1]} could not be written: {error}.") from error
+    finally:
+        for partial in partials:
+            with suppress(OSError):  # which is told above, such as a name that is too long
+                partial.unlink(missing_ok=True)
+
+
+# Read tensors from a file that a stranger wrote: nothing in it is run, and no size is believed.
+
+HEADER_BYTES = 100_000_000
+"""The largest header that safetensors reads."""
+PICKLE_BYTES = 4_000_000
+"""Each may become an object of 60; that of an adapter has some 300 for each tensor."""
+ENTRIES = 100_000
+"""Of a zip archive; an adapter of Phi-3-medium on all parts has 561."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+TENSOR_GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double")),
+}
+"""What the pickle of a dictionary of tensors names. Others could only be refused later, and torch
+lets some pass that ask for any amount of memory."""
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a .safetensors, .pt or .bin file, and the metadata of the first kind.
+
+    Args:
+        file: Read as what its name says.
+
+    Raises:
+        AdapterError: It is damaged, asks for more than reading tensors, or holds other things.
+        MissingFileError: There is no such file.
+    """
+    if not file.is_file():
+        raise MissingFileError(f"{file} is not there.")
+    if file.suffix == ".safetensors":
+        tensors, metadata = _from_safetensors(file)
+    else:
+        tensors, metadata = _from_zip(file), {}
+    _check(tensors, file)
+    # A tensor may repeat what little is stored; written out here it must not be more than that.
+    if (total := sum(value.nbytes for value in tensors.values())) > file.stat().st_size:
+        raise AdapterError(
+            f"{file} ({file.stat().st_size} bytes) holds tensors that repeat their numbers up to "
+            f"{total} bytes, or share them. Save each with .clone()."
+        )
+    return {name: value.detach().clone().contiguous() for name, value in tensors.items()}, metadata
+
+
+def _from_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    header = safetensors_header(file)
+    metadata = header.pop("__metadata__", {})
+    kinds = ("F32", "BF16", "F16")
+    if wrong := [(n, h.get("dtype")) for n, h in header.items() if h.get("dtype") not in kinds]:
+        name, kind = map(shown, wrong[0])
+        raise AdapterError(f"{file}: {name} is {kind}, expected one of {', '.join(kinds)}.")
+    try:
+        return load_file(file), metadata
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file} is damaged or cut short: {error}. Copy it again.") from error
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Return the header of a file, names unique and of the right kinds.
+
+    Raises:
+        AdapterError: It is not one.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        if size < 10 or length > min(size - 8, HEADER_BYTES):
+            raise AdapterError(
+                f"{file} ({size} bytes) says that its header has {length}, so it is damaged or no "
+                "safetensors file. Copy it again."
+            )
+        text = data.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file}: its header is broken: {error}. Copy it again.") from error
+    if not isinstance(header, dict) or not all(isinstance(h, dict) for h in header.values()):
+        raise AdapterError(f"{file}: its header is no table of tensors. Copy it again.")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{shown(twice)} is there twice")
+    return out
+
+
+def _from_zip(file: Path) -> dict[str, Tensor]:
+    _check_globals(_pickle_of(file), file)
+    try:
+        # Mapped, a storage cannot reach beyond the file, whatever the pickle says of its size.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises every kind, for the many ways to be broken
+        raise AdapterError(
+            f"{file} cannot be read as tensors ({type(error).__name__}); nothing in it was run. "
+            "Save a dictionary of tensors with torch.save, or better as safetensors."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise AdapterError(f"{file} holds a {type(state).__name__}, expected names and tensors.")
+    return state
+
+
+BROKEN = (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, OverflowError)
+"""RuntimeError is for entries marked as encrypted, OverflowError for offsets beyond any file."""
+
+
+def _pickle_of(file: Path) -> bytes:
+    """Return the pickle of an archive as torch.save writes it, after looking at all its sizes."""
+    size = file.stat().st_size
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            pickles = [e for e in entries if e.filename.rpartition("/")[2] == "data.pkl"]
+            packed = [e for e in entries if e.compress_type or e.file_size != e.compress_size]
+            if packed or sum(e.file_size for e in entries) > size or len(entries) > ENTRIES:
+                raise AdapterError(
+                    f"{file} ({size} bytes) unpacks to {sum(e.file_size for e in entries)} bytes "
+                    f"in {len(entries)} entries. torch.save does not compress: it was made to fill "
+                    "the memory, or by another program."
+                )
+            if len(pickles) != 1 or pickles[0].file_size > PICKLE_BYTES:
+                raise AdapterError(f"{file} has no data.pkl of a sensible size. {AS_SAVED}")
+            return archive.read(pickles[0])
+    except BROKEN as error:
+        what = f"{file} is not an archive of torch.save: {error}."
+        raise AdapterError(f"{what} {AS_SAVED}") from error
+
+
+AS_SAVED = "Old and foreign pickles are not read: load it where you trust it, save as safetensors."
+
+
+def _check_globals(pickled: bytes, file: Path) -> None:
+    """Look through a pickle without running it."""
+    asked = set()
+    try:
+        for code, argument, _ in pickletools.genops(io.BytesIO(pickled)):
+            if code.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"):
+                asked.add(f"{code.name} {argument or ''}".strip())
+            elif code.name == "GLOBAL":
+                asked.add(str(argument))
+    except (ValueError, IndexError, OverflowError, UnicodeError) as error:
+        raise AdapterError(f"{file}: its pickle is broken: {error}. {AS_SAVED}") from error
+    if foreign := sorted(asked - TENSOR_GLOBALS):
+        raise AdapterError(
+            f"{file} asks for {', '.join(shown(name) for name in foreign[:5])}, which tensors do "
+            "not need. Nothing in it was run. If you trust it, save its tensors as safetensors."
+        )
+
+
+def _check(tensors: Mapping[str, Any], file: Path) -> None:
+    for name, value in tensors.items():
+        plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
+        if not plain or value.device.type != "cpu":
+            what = f"{file}: {shown(name)} is a {type(value).__name__}"
+            raise AdapterError(f"{what}, expected a plain tensor.")
+        if value.dtype not in FLOATS:
+            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
+            raise AdapterError(f"{file}: {shown(name)} is {value.dtype}, expected {kinds}.")
+    if not tensors:
+        raise AdapterError(f"{file} holds no tensors.")
+
+
+def shown(name: object) -> str:
+    """Return a name as it can be printed: one line, not too long."""
+    text = repr(name)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+# Tensors that stay in a safetensors file until they are needed, and then are read, not mapped.
+#
+# Source: the safetensors format: a little-endian uint64, that many bytes of JSON, the data.
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""What weights can be stored in; others need scales that a Phi-3 checkpoint does not have."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Rows of it are read when it is sliced: ``stored[2:5]``, or ``stored[:]`` for all.
+
+    Pages of a mapped file would count as this process's memory for as long as anything holds the
+    map. What is read here belongs to the caller, who lets go of it.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Where in the file it begins."""
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Read consecutive rows.
+
+        Raises:
+            CheckpointError: The file has become shorter.
+            ValueError: The slice leaves rows out.
+        """
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"Only consecutive rows can be read, not every {step}.")
+        out = torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype)
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        read_into(self.file, self.offset + start * row, out)
+        return out
+
+
+def read_into(file: Path, offset: int, out: Tensor) -> None:
+    """Fill a new tensor with the bytes at an offset.
+
+    Raises:
+        CheckpointError: The file ends before it is full.
+    """
+    left = out.flatten().view(torch.uint8).numpy().data  # the same memory
+    with file.open("rb", buffering=0) as data:
+        data.seek(offset)
+        while left:  # one call reads 2 GB at most
+            count = data.readinto(left)
+            if not count:
+                raise CheckpointError(f"{file} became shorter while it was read. Try again.")
+            left = left[count:]
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a file by name; only the header is read.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds what is not a floating-point number.
+    """
+    try:
+        with safe_open(file, framework="pt"):  # checks that the data is as long as it should be
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} ({file.stat().st_size} bytes) is damaged or cut short: {error}. "
+            "Download it again."
+        ) from error
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        header = json.loads(data.read(length))
+    header.pop("__metadata__", None)
+    if wrong := [f"{n} is {h['dtype']}" for n, h in header.items() if h["dtype"] not in DTYPES]:
+        raise CheckpointError(
+            f"{file} holds {len(wrong)} tensors that are not in {', '.join(DTYPES)}: "
+            f"{', '.join(wrong[:3])}. Use files that are not quantized."
+        )
+    return {
+        name: StoredTensor(
+            file, DTYPES[h["dtype"]], tuple(h["shape"]), 8 + length + h["data_offsets"][0]
+        )
+        for name, h in header.items()
+    }
+
+
+def equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
+    """Whether two tensors have the same shape, dtype and values; reads some rows at a time."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    steps = (slice(start, start + rows) for start in range(0, one.shape[0], rows))
+    return all(torch.equal(one[step], other[step]) for step in steps)
+
+
+# The part of a checkpoint folder that lets a run go on, and finding the folder to go on from.
+
+STATE = "recipe_state.pt"
+_EPOCH = re.compile(r"epoch_(\d+)")
+
+
+def epoch_folders(output_dir: Path) -> list[Path]:
+    """Return the epoch folders of a run, oldest first."""
+    matches = [(path, _EPOCH.fullmatch(path.name)) for path in output_dir.glob("epoch_*")]
+    numbered = [(int(match.group(1)), path) for path, match in matches if match]
+    return [path for _, path in sorted(numbered)]
+
+
+def refuse_other_run(output_dir: Path) -> None:
+    """Refuse an output folder that holds a run's checkpoints.
+
+    Raises:
+        OutputError: It does.
+    """
+    if folders := epoch_folders(output_dir):
+        raise OutputError(
+            f"output_dir: {output_dir} holds the checkpoints of another run "
+            f"({', '.join(path.name for path in folders)}). Choose another folder, or continue "
+            "that run with resume_from_checkpoint=True."
+        )
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write optimizer and recipe state beside the adapter."""
+    write_state(folder / STATE, state)
+
+
+def latest_epoch(output_dir: Path) -> Path:
+    """Return the newest epoch folder of an interrupted run.
+
+    Raises:
+        CheckpointError: The run is finished.
+        MissingFileError: There is nothing to resume from.
+    """
+    folders = epoch_folders(output_dir)
+    if not folders:
+        raise MissingFileError(
+            f"resume_from_checkpoint: {output_dir} has no epoch_* folder to resume from. "
+            "Set output_dir to the folder of the interrupted run, or start anew with "
+            "resume_from_checkpoint=False."
+        )
+    newest = folders[-1]
+    if not (newest / STATE).is_file():
+        raise CheckpointError(
+            f"resume_from_checkpoint: {newest} is the last epoch of a finished run; torchtune's "
+            "recipe keeps no optimizer state there. Its adapter is ready to use. To train "
+            "longer, start a new run with more epochs, or move this folder away to go on from "
+            "the epoch before it."
+        )
+    return newest
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read the optimizer and recipe state of an epoch folder.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds more than tensors and plain values.
+    """
+    advice = f" Move {folder} away to go on from the epoch before it."
+    return read_state(folder / STATE, advice)
+
+
+def write_state(file: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values.
+
+    Raises:
+        OSError: The disk is full; torch alone hides that behind a RuntimeError.
+    """
+    try:
+        with file.open("wb") as stream:
+            torch.save(state, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
+def read_state(file: Path, advice: str = "") -> dict[str, Any]:
+    """Read tensors and plain values; nothing in the file is run.
+
+    Args:
+        file: What ``torch.save`` wrote.
+        advice: Ends the message of an error.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds more than tensors and plain values.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises every kind, for the many ways to be broken
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{file} cannot be read: {problem}.{advice}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, no state.{advice}")
+    return state

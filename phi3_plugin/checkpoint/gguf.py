@@ -1,0 +1,124 @@
+"""An adapter as llama.cpp reads it: one GGUF file, as its convert_lora_to_gguf.py makes it.
+
+Needs llama.cpp's own ``gguf`` package, which comes with ``phi3-plugin[gguf]``. llama.cpp keeps
+Phi-3's layers fused, so nothing is split or permuted::
+
+    model.layers.3.self_attn.qkv_proj    blk.3.attn_qkv.weight.lora_a [R, in], .lora_b [out, R]
+    model.layers.3.self_attn.o_proj      blk.3.attn_output.weight.…
+    model.layers.3.mlp.gate_up_proj      blk.3.ffn_up.weight.…
+    model.layers.3.mlp.down_proj         blk.3.ffn_down.weight.…
+    lm_head                              output.weight.…
+    model.embed_tokens                   token_embd.weight.lora_a [V, R], .lora_b [D, R]
+
+It multiplies each pair with ``adapter.lora.alpha``, one number for all, over the rank of its B.
+"""
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B, served
+from phi3_plugin.checkpoint.base import to_hf
+from phi3_plugin.checkpoint.files import PARTIAL
+from phi3_plugin.checkpoint.merge import EMBEDDING
+from phi3_plugin.config import Phi3Config, read_config
+from phi3_plugin.errors import AdapterError, MissingFileError, OutputError
+
+HEAD = "output"
+MERGE = "Merge it into the base and convert that with convert_hf_to_gguf.py instead"
+
+
+def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
+    """Write an adapter for llama.cpp; fp32, with one rank and an integer alpha.
+
+    Args:
+        file: The file to create.
+        adapter: Our names; parts are made whole, and rsLoRA's scale becomes part of B.
+        checkpoint_dir: The base it is for.
+
+    Raises:
+        AdapterError: llama.cpp cannot compute it.
+        MissingFileError: The package is not installed.
+        OutputError: The file exists or cannot be written.
+    """
+    config = read_config(checkpoint_dir)
+    if problems := list(unfit(adapter, config)):
+        raise AdapterError("llama.cpp cannot use this adapter:\n  " + "\n  ".join(problems))
+    gguf, whole = _package(), served(adapter, config, _no_norms)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
+    if file.exists():
+        raise OutputError(f"{file} exists and would be overwritten. Move it or choose another.")
+    partial = file.with_name(f"{PARTIAL}{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        writer = gguf.GGUFWriter(partial, "phi3")
+        _write(gguf, writer, next(iter(whole.alphas.values())), file.stem)
+        for tensor_name, value in _tensors(names, whole.tensors):
+            writer.add_tensor(tensor_name, value.float().contiguous().numpy())
+        _finish(writer)
+        os.replace(partial, file)
+    except OSError as error:
+        raise OutputError(f"{file} could not be written: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unfit(adapter: Adapter, config: Phi3Config) -> Iterator[str]:
+    """Yield what llama.cpp cannot compute, and what to do instead.
+
+    Args:
+        adapter: Our names.
+        config: Of the base.
+    """
+    if adapter.is_dora:
+        yield f"magnitude: it knows no DoRA. {MERGE}."
+    if adapter.saved:
+        yield f"{', '.join(sorted(adapter.saved))}: it replaces no whole weights. {MERGE}."
+    if config.tie_word_embeddings and (tied := {EMBEDDING, HEAD} & adapter.ranks.keys()):
+        yield (
+            f"{', '.join(sorted(tied))}: in this base one tensor is embedding and head, and it "
+            f"would change both or none. {MERGE}."
+        )
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise MissingFileError(
+            "A GGUF file is written by llama.cpp's gguf package, which is not installed. "
+            "Install it: pip install 'phi3-plugin[gguf]'"
+        ) from error
+
+
+def _write(gguf: Any, writer: Any, alpha: float, name: str) -> None:
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_name(name)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _tensors(names: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what goes into the file, in the order in which PEFT's file has it."""
+    modules = {n.removesuffix(A): to_hf(f"{n.removesuffix(A)}.weight") for n in tensors if A in n}
+    for module, hf_name in sorted(modules.items(), key=lambda item: item[1]):
+        name = f"{names.get_name(hf_name.removesuffix('.weight'))}.weight"
+        a, b = tensors[module + A], tensors[module + B]
+        yield f"{name}.lora_a", a.T if module == EMBEDDING else a
+        yield f"{name}.lora_b", b
+
+
+def _finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _no_norms(module: str) -> Tensor:
+    raise AdapterError(f"{module}{MAGNITUDE}: llama.cpp knows no DoRA.")

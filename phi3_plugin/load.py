@@ -1,0 +1,220 @@
+"""A model for use: the base, or base and adapter, with weights that are read once and not copied.
+
+    from phi3_plugin.load import load
+
+    model = load("Phi-3-mini-4k", "my_adapter/epoch_0")
+
+What generates, evaluates and checks starts here.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.training import set_default_dtype
+
+from phi3_plugin.checkpoint.adapter import A, Adapter, B
+from phi3_plugin.checkpoint.base import open_weights, refuse_other_base
+from phi3_plugin.checkpoint.files import StoredTensor
+from phi3_plugin.checkpoint.foreign import read_adapter
+from phi3_plugin.checkpoint.peft import CONFIG
+from phi3_plugin.config import Phi3Config, checkpoint_folder, read_config
+from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError
+from phi3_plugin.models import lora_phi3, phi3
+from phi3_plugin.models.cache import ServedLinear
+from phi3_plugin.models.lora_settings import keys_of
+from phi3_plugin.models.nf4 import is_nf4, rows_of
+from phi3_plugin.models.rope import RotaryEmbedding
+from phi3_plugin.train.prepare import DTYPES, refuse_other_weights
+from phi3_plugin.train.world import pick_device
+
+
+def load(
+    checkpoint_dir: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: str = "bf16",
+    device: str | None = None,
+    quantize: bool = False,
+    check_base: bool = True,
+    sharing: nn.Module | None = None,
+) -> nn.Module:
+    """Return a model that is ready to compute: on the device, in eval mode, without gradients.
+
+    Args:
+        checkpoint_dir: Folder of the base model.
+        adapter: Folder or file of an adapter of PEFT, torchtune, loralib or this package; it
+            stays beside the base weights.
+        dtype: bf16 or fp32, of base and adapter.
+        device: cpu or cuda; None takes what the machine has.
+        quantize: Store the base in NF4, as QLoRA trains over it.
+        check_base: Refuse an adapter that says it was made for other base weights.
+        sharing: A model that was loaded from the same folder, with the same dtype, device and
+            quantize: its base weights serve this one too and take no memory twice. Where both are
+            to answer, `serve` comes after, for both at once.
+
+    Raises:
+        AdapterError: The adapter is broken, or does not fit this base.
+        CheckpointError: The base weights are damaged or not those of config.json.
+        ConfigError: An option has a value that it cannot have.
+        MissingFileError: A folder or file is not there.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}.")
+    # Of several processes on a machine, as torchrun starts them, each has a GPU of its own
+    place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    base = checkpoint_folder(checkpoint_dir)
+    _refuse_adapter_folder(base)
+    stored = open_weights(base)
+    read = fitting_adapter(Path(adapter), base, quantize=quantize) if adapter else None
+    if read and check_base:
+        refuse_other_base(Path(str(adapter)), read.base_hash, read.base, base)
+    return assembled(stored, base, read, dtype, place, quantize=quantize, sharing=sharing)
+
+
+def assembled(
+    stored: Mapping[str, StoredTensor],
+    base: Path,
+    adapter: Adapter | None,
+    dtype: str,
+    device: torch.device,
+    *,
+    quantize: bool = False,
+    sharing: nn.Module | None = None,
+) -> nn.Module:
+    """Return base and adapter as a model, for those who have looked at both.
+
+    Args:
+        stored: The base weights.
+        base: Their folder.
+        adapter: Over them; None is the base alone.
+        dtype: See :func:`load`, as for the rest.
+        device: Where the model goes.
+        quantize: See above.
+        sharing: See above.
+
+    Raises:
+        AdapterError: No keys of a model say where the adapter is.
+        ConfigError: The model to share weights with is of another kind.
+    """
+    with set_default_dtype(DTYPES[dtype]), torch.device("meta"):
+        model = build(base, adapter, quantize=quantize)
+    own = {**adapter.tensors, **adapter.saved} if adapter else {}
+    model.loaded_from = base.resolve()
+    shared = _shared(sharing, model, device) if sharing else {}
+    fill(model, {**stored, **shared, **own}, device)
+    return model.eval().requires_grad_(False)
+
+
+def fitting_adapter(path: Path, base: Path, *, quantize: bool) -> Adapter:
+    """Read an adapter that is to compute over a base.
+
+    Args:
+        path: Of any origin.
+        base: Folder of the base model.
+        quantize: Whether its weights are to be in NF4.
+
+    Raises:
+        AdapterError: It does not belong to such a base.
+        MissingFileError: There is no adapter.
+    """
+    adapter = read_adapter(path, config=read_config(base), base=base)
+    if adapter.origin.get("lora_init") == "loftq" and not quantize:
+        raise AdapterError(
+            f"{path} was started by LoftQ and belongs to the base in NF4; over the original "
+            "weights it computes something else. Load it with quantize=True."
+        )
+    return adapter
+
+
+def build(base: Path, adapter: Adapter | None, *, quantize: bool = False) -> nn.Module:
+    """Return a model without values, in torch's default dtype and on its default device.
+
+    Args:
+        base: Folder of the base model.
+        adapter: Whose ranks and scales it gets; None for the base alone.
+        quantize: Store base weights in NF4.
+
+    Raises:
+        AdapterError: No keys of a model say where the adapter is.
+    """
+    if adapter is None:
+        return phi3(base, quantize_base=quantize)
+    try:
+        keys = keys_for(adapter, read_config(base))
+        return lora_phi3(base, **keys, quantize_base=quantize)
+    except AdapterError as error:
+        raise AdapterError(
+            f"{error} `phi3-tune adapter merge` makes a checkpoint of adapter and base, which "
+            "computes the same and can be used in the base's place."
+        ) from error
+
+
+def keys_for(adapter: Adapter, sizes: Phi3Config) -> dict[str, Any]:
+    """Return the keys of our builder for a model with the ranks and scales of an adapter."""
+    return keys_of(
+        adapter.ranks,
+        adapter.scales,
+        set(adapter.saved),
+        layers=sizes.num_hidden_layers,
+        use_dora=adapter.is_dora,
+        use_rslora=False,
+    )
+
+
+def fill(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
+    """Give a model on the meta device its values, one parameter after the other.
+
+    Args:
+        model: See above.
+        values: By parameter name: a parameter that is taken as it is, a whole tensor, or what
+            reads rows when it is sliced.
+        device: Where they go.
+
+    Raises:
+        CheckpointError: Names or shapes are not those of the model; all are listed.
+    """
+    refuse_other_weights(model, values)
+    for name, parameter in list(model.named_parameters()):
+        value = values[name]
+        if not isinstance(value, nn.Parameter):
+            rows = rows_of(value, parameter.detach(), 0, 1, device)
+            value = nn.Parameter(rows, requires_grad=False)
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, value)
+    for part in model.modules():
+        if isinstance(part, RotaryEmbedding):
+            part.rope_init(device)
+
+
+def _shared(given: nn.Module, model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
+    """Return the weights that a model can take from another.
+
+    Raises:
+        ConfigError: They are others, or of another kind.
+    """
+    if (folder := getattr(given, "loaded_from", None)) != model.loaded_from:
+        raise ConfigError(f"sharing: the model is of {folder}, but this is {model.loaded_from}.")
+    if any(isinstance(module, ServedLinear) for module in given.modules()):
+        raise ConfigError("sharing: the model was made ready by serve(). Load all, then serve all.")
+    theirs, ours = dict(given.named_parameters()), dict(model.named_parameters())
+    if any(name.endswith((A, B)) for name in theirs):
+        raise ConfigError("sharing: the model has an adapter. Share one that was loaded without.")
+    for name in theirs.keys() & ours.keys():
+        one, other = theirs[name], ours[name]
+        if (one.dtype, is_nf4(one), one.device) != (other.dtype, is_nf4(other), device):
+            raise ConfigError(
+                "sharing: the model was loaded with another dtype or quantize, or elsewhere."
+            )
+    return {name: theirs[name] for name in theirs.keys() & ours.keys()}
+
+
+def _refuse_adapter_folder(folder: Path) -> None:
+    if (folder / CONFIG).is_file():
+        raise MissingFileError(
+            f"checkpoint_dir: {folder} is the folder of an adapter. Give the folder of its base "
+            "model here, and this one as the adapter."
+        )

@@ -1,0 +1,1 @@
+"""Pages that need no other file and no script: a run, an evaluation, a data set."""
