@@ -27,8 +27,7 @@ from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Sampling, read_sampling
-from phi3_plugin.inspect import arrays, conversations, place
-from phi3_plugin.recipes.phi3_inspect_data import CHAT_DATASETS, as_worker_of
+from phi3_plugin.inspect import CHAT_DATASETS, arrays, as_worker_of, conversations, place
 from phi3_plugin.settings import (
     STOCK_KEYS,
     Count,

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -30,12 +29,14 @@ from phi3_plugin.data.order import Order
 from phi3_plugin.data.packing import Packs
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.inspect import (
+    CHAT_DATASETS,
     Compared,
     Samples,
     Shown,
     Speller,
     alike,
     as_trained,
+    as_worker_of,
     compare,
     conversations,
     cuts,
@@ -47,8 +48,6 @@ from phi3_plugin.inspect import (
 from phi3_plugin.pages.inspection import Terminal, for_stdout, write_page
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.feed import Feed, make_feed
-
-CHAT_DATASETS = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat_dataset")
 
 COMPARED = 1000
 """Samples that are compared at most; transformers takes a millisecond for each."""
@@ -81,19 +80,6 @@ def take_options(cfg: DictConfig) -> Options:
     if wrong:
         raise ConfigError("\n".join(wrong))
     return options
-
-
-@contextmanager
-def as_worker_of(processes: int) -> Iterator[None]:
-    """Let the settings be checked as in a run of so many processes."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(processes)
-    try:
-        yield
-    finally:
-        os.environ.pop("WORLD_SIZE")
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before
 
 
 class Inspection:
