@@ -100,13 +100,11 @@ def merging(dora: bool = False, nf4: bool = False) -> Callable[[Path, int], Call
     def prepare(folder: Path, rank: int) -> Callable[[Path], None]:
         from phi3_plugin.checkpoint.merge import merge_into
 
-        adapter, quantizer = random_adapter(folder, rank, dora), None
-        if nf4:
-            quantizer = dequantized()
+        adapter = random_adapter(folder, rank, dora)
         onto = "nf4" if nf4 else "original"
 
         def run(out: Path) -> None:
-            report = merge_into(out, folder, adapter, onto=onto, quantizer=quantizer)
+            report = merge_into(out, folder, adapter, onto=onto)
             print(report.difference, file=sys.stderr)
 
         return run
@@ -130,20 +128,6 @@ def random_adapter(folder: Path, rank: int, dora: bool) -> object:
             if dora:
                 tensors[f"{module}.magnitude"] = torch.rand(out) + 0.5
     return Adapter.of(tensors, 2.0)
-
-
-def dequantized() -> Callable:
-    """Return what gives the weights that a model over NF4 computes with."""
-    from torchtune.training import set_default_dtype
-
-    from phi3_plugin.models.nf4 import nf4_zeros, rows_of
-
-    def quantizer(weight: object) -> torch.Tensor:
-        with set_default_dtype(torch.bfloat16):
-            like = nf4_zeros(*weight.shape)
-        return rows_of(weight, like, 0, 1, torch.device("cpu")).to(torch.bfloat16)
-
-    return quantizer
 
 
 CASES: dict[str, Callable[[Path, int], Callable]] = {

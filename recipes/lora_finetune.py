@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from phi3_plugin.recipes.lora_finetune_verdict import proof, served_by
 from torch import nn
 from torchtune import config
 from torchtune.data import Message
 
 from phi3_plugin import settings as strict
+from phi3_plugin.checkpoint.check import proof, served_by
 from phi3_plugin.checkpoint.files import check_output
 from phi3_plugin.checkpoint.peft import check_trained, export_adapter, export_model
 from phi3_plugin.data.order import shares

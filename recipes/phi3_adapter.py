@@ -5,7 +5,6 @@
 `phi3-tune adapter check A --base B` is the same; `phi3-tune adapter --help` lists verbs and keys.
 """
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,17 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 from torchtune import config
-from torchtune.training import set_default_dtype
 
 from phi3_plugin import cli as adapter_cli
 from phi3_plugin.checkpoint.adapter import BASE_HASH, Adapter
-from phi3_plugin.checkpoint.base import open_weights, other_base
-from phi3_plugin.checkpoint.check import LOADS, NotLoadedError, Proof, Verdict, prove, verdicts
-from phi3_plugin.checkpoint.files import StoredTensor, check_output, whole_folder
+from phi3_plugin.checkpoint.base import other_base
+from phi3_plugin.checkpoint.check import LOADS, Proof, Verdict, proven, verdicts
+from phi3_plugin.checkpoint.files import check_output, whole_folder
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf import write_gguf
 from phi3_plugin.checkpoint.loralib import write_loralib
@@ -32,9 +28,7 @@ from phi3_plugin.checkpoint.peft import export_adapter, load_origin
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import Phi3Config, read_config
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError, Phi3Error
-from phi3_plugin.load import assembled, keys_for
-from phi3_plugin.models.nf4 import nf4_zeros, rows_of
-from phi3_plugin.train.prepare import DTYPES
+from phi3_plugin.load import keys_for
 
 # The forms that `phi3_plugin.recipes.phi3_adapter` writes an adapter in.
 
@@ -114,12 +108,6 @@ FORMS: dict[str, Callable[[Options, Path, Path], None]] = {
 ALWAYS = ("apply_lora_to_mlp", "apply_lora_to_output")
 """Model keys that our configurations set, so that a False has to be said."""
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-"""How far logits may be apart, as a part of the largest, before the proof fails: the order of
-sums differs. Tiny models agree to 1e-6 in fp32."""
-
-# Shapes: B batch, S sequence, V vocabulary
-
 
 def check(o: Mapping[str, Any]) -> int:
     """Print what each runtime makes of an adapter folder, and prove it where a base is at hand."""
@@ -150,52 +138,6 @@ def another_base(folder: Path, base: Path) -> str | None:
     except Phi3Error:  # of which the verdicts speak
         return None
     return hashes and f"Another base: the adapter was made for weights with the hash {hashes}."
-
-
-def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, str]:
-    """Return the proof, whether it fails, and a sentence on it."""
-    try:
-        proof, reason = try_proof(base, folder, dtype)
-    except NotLoadedError as error:
-        return None, True, f"Proof failed: {error}"
-    if proof is None:
-        return None, False, f"No proof: {reason}"
-    limit = TOLERANCE[dtype] * proof.largest
-    numbers = (
-        f"logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter moves them "
-        f"by up to {proof.effect:.2e}; the largest is {proof.largest:.3g}."
-    )
-    if not proof.difference <= limit:  # NaN fails too
-        return proof, True, f"Proof failed: {numbers} Rounding in {dtype} allows {limit:.2e}."
-    if proof.effect <= limit:
-        hides = f"Rounding in {dtype} could hide that: {limit:.2e}."
-        return proof, False, f"No proof: {numbers} {hides}"
-    return proof, False, f"Proof: {numbers}"
-
-
-def try_proof(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, str]:
-    """Return the proof, or why there is none.
-
-    Raises:
-        NotLoadedError: PEFT does not load the adapter.
-    """
-    if not all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
-        return None, "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
-    try:
-        open_weights(base)  # else transformers would say, in its own way, that there are none
-        return prove(base, folder, partial(logits, base, folder, dtype), dtype=DTYPES[dtype]), ""
-    except NotLoadedError:
-        raise
-    except Phi3Error as error:
-        return None, str(error)
-
-
-def logits(base: Path, folder: Path, dtype: str, tokens: Tensor) -> Tensor:
-    """Return what our own model with the adapter makes of ``tokens [B, S]``: ``[B, S, V]``."""
-    adapter = read(folder, read_config(base), {})
-    model = assembled(open_weights(base), base, adapter, dtype, torch.device("cpu"))
-    out: Tensor = model(tokens)
-    return out
 
 
 def as_lines(found: list[Verdict], said: str) -> Iterator[str]:
@@ -257,10 +199,9 @@ def merge(o: Mapping[str, Any]) -> int:
     """Write a checkpoint with the adapter in its weights."""
     base, out = output(o)
     onto = o.get("onto", "original")
-    quantizer = in_nf4 if onto == "nf4" else None
     adapter, dtype = read_from_base(o), o.get("dtype")
     card = {"made from": Path(o["adapter"]).name}
-    report = merge_into(out, base, adapter, dtype=dtype, onto=onto, quantizer=quantizer, card=card)
+    report = merge_into(out, base, adapter, dtype=dtype, onto=onto, card=card)
     print(f"Wrote {out}: {len(report.changed)} weights changed, {report.dtype}.")
     if report.difference:
         d = report.difference
@@ -269,13 +210,6 @@ def merge(o: Mapping[str, Any]) -> int:
             f"{d.largest:.2e} at most, of the mean and the largest weight."
         )
     return 0
-
-
-def in_nf4(stored: StoredTensor) -> Tensor:
-    """Return what a model over NF4 computes with in the place of a weight."""
-    with set_default_dtype(stored.dtype):  # Of which NF4 takes what it computes in
-        like = nf4_zeros(*stored.shape)
-    return rows_of(stored, like, 0, 1, torch.device("cpu")).to(stored.dtype)
 
 
 VERBS = {"check": check, "convert": convert, "merge": merge, "import": import_}

@@ -1,5 +1,6 @@
 """What serves an adapter: each runtime's verdict, and a proof by loading it."""
 
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi3_plugin.checkpoint.base import EMBEDDING, HEAD
+from phi3_plugin.checkpoint.base import EMBEDDING, HEAD, open_weights
+from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import (
     KINDS,
     STARTS,
     PeftFolder,
     is_adaptable,
     listed,
+    load_origin,
     read_peft_folder,
     shape_problems,
 )
-from phi3_plugin.config import Phi3Config
-from phi3_plugin.errors import AdapterError
+from phi3_plugin.config import Phi3Config, read_config
+from phi3_plugin.errors import AdapterError, Phi3Error
+from phi3_plugin.load import assembled
+from phi3_plugin.train.prepare import DTYPES
 
 # Load what we wrote with the libraries that will serve it.
 #
@@ -48,30 +53,29 @@ class Proof:
 def prove(
     checkpoint_dir: str | Path,
     adapter_dir: str | Path,
-    ours: Callable[[Tensor], Tensor],
+    dtype: str = "fp32",
     *,
-    dtype: torch.dtype = torch.float32,
     shape: tuple[int, int] = (2, 17),
     seed: int = 0,
 ) -> Proof:
-    """Load base and adapter in transformers + PEFT, and compare its logits with another model's.
+    """Load base and adapter in transformers + PEFT, and compare its logits with our model's.
 
-    One model after the other is in memory, if ``ours`` makes its own when it is called.
+    One model after the other is in memory.
 
     Args:
         checkpoint_dir: Folder of the base model.
         adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
-        ours: Maps tokens ``[B, S]`` to logits ``[B, S, V]``.
-        dtype: What PEFT computes in.
+        dtype: What both compute in, bf16 or fp32.
         shape: B and S of the random tokens.
         seed: Of the tokens.
 
     Raises:
         NotLoadedError: PEFT does not load the adapter, or not all of it.
     """
-    theirs, base, tokens = _peft_logits(checkpoint_dir, adapter_dir, dtype, shape, seed)
+    theirs, base, tokens = _peft_logits(checkpoint_dir, adapter_dir, DTYPES[dtype], shape, seed)
     with torch.no_grad():
-        difference = (ours(tokens).float() - theirs).abs().max()
+        ours = logits(Path(checkpoint_dir), Path(adapter_dir), dtype, tokens)
+        difference = (ours.float() - theirs).abs().max()
     effect = (theirs - base).abs().max()
     return Proof(float(difference), float(effect), float(theirs.abs().max()))
 
@@ -428,3 +432,109 @@ INSTEAD = {
     "llama.cpp": "phi3-tune adapter convert --to gguf; where that cannot, merge",
 }
 """What to do where a runtime does not load the adapter as it is."""
+
+
+# The proof in words, for people and for a run that has just saved an adapter.
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""How far logits may be apart, as a part of the largest, before the proof fails: the order of
+sums differs. Tiny models agree to 1e-6 in fp32."""
+
+
+def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, str]:
+    """Return the proof, whether it fails, and a sentence on it."""
+    try:
+        proof, reason = try_proof(base, folder, dtype)
+    except NotLoadedError as error:
+        return None, True, f"Proof failed: {error}"
+    if proof is None:
+        return None, False, f"No proof: {reason}"
+    limit = TOLERANCE[dtype] * proof.largest
+    numbers = (
+        f"logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter moves them "
+        f"by up to {proof.effect:.2e}; the largest is {proof.largest:.3g}."
+    )
+    if not proof.difference <= limit:  # NaN fails too
+        return proof, True, f"Proof failed: {numbers} Rounding in {dtype} allows {limit:.2e}."
+    if proof.effect <= limit:
+        hides = f"Rounding in {dtype} could hide that: {limit:.2e}."
+        return proof, False, f"No proof: {numbers} {hides}"
+    return proof, False, f"Proof: {numbers}"
+
+
+def try_proof(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, str]:
+    """Return the proof, or why there is none.
+
+    Raises:
+        NotLoadedError: PEFT does not load the adapter.
+    """
+    if not all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
+        return None, "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
+    try:
+        open_weights(base)  # else transformers would say, in its own way, that there are none
+        return prove(base, folder, dtype), ""
+    except NotLoadedError:
+        raise
+    except Phi3Error as error:
+        return None, str(error)
+
+
+def logits(base: Path, folder: Path, dtype: str, tokens: Tensor) -> Tensor:
+    """Return what our own model with the adapter makes of ``tokens [B, S]``: ``[B, S, V]``."""
+    adapter = read_adapter(folder, config=read_config(base))
+    model = assembled(open_weights(base), base, adapter, dtype, torch.device("cpu"))
+    out: Tensor = model(tokens)
+    return out
+
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def served_by(folder: Path) -> str:
+    """Return one line: what each runtime makes of an adapter that was just saved.
+
+    Args:
+        folder: Whole and in its place.
+    """
+    words = []
+    for verdict in verdicts(folder):
+        why = "" if verdict.status == LOADS else f" ({verdict.reasons[0]})"
+        words.append(f"{verdict.runtime} {verdict.status}{why}")
+    return f"{folder.name}: {', '.join(words)}."
+
+
+def proof(folder: Path, checkpoint_dir: Path) -> str:
+    """Return one line: how far PEFT's logits are from ours; or why that cannot be said.
+
+    It takes the base model twice, one after the other, in fp32 and on the CPU. So it is left to
+    the user where memory might not suffice; whatever goes wrong, the adapter is saved.
+
+    Args:
+        folder: Of the adapter.
+        checkpoint_dir: Of its base.
+    """
+    command = f"phi3-tune adapter check {folder} --base {checkpoint_dir}"
+    if load_origin(folder).get("lora_init") == "loftq":
+        return "No proof: the adapter belongs to the NF4 base it was trained over."
+    needed, free = memory_needed(checkpoint_dir), memory_free()
+    if free is not None and free < needed:
+        return f"No proof: PEFT would take {needed / 1e9:.0f} GB of memory: {command}"
+    try:
+        return proven(checkpoint_dir, folder, "fp32")[2]
+    except Exception as error:  # of transformers and PEFT, whose models may be newer than they
+        return f"No proof: {type(error).__name__}: {error}"
+
+
+def memory_needed(checkpoint_dir: Path) -> int:
+    """Return how many bytes a model takes in fp32, with the files that are read meanwhile."""
+    stored = sum(file.stat().st_size for file in checkpoint_dir.glob("*.safetensors"))
+    return 3 * stored  # bf16 becomes fp32, beside pages of the files
+
+
+def memory_free() -> int | None:
+    """Return how many bytes can be taken, where the system says so."""
+    if not MEMINFO.is_file():
+        return None
+    lines = MEMINFO.read_text(encoding="ascii").splitlines()
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(kilobytes[0]) if kilobytes else None

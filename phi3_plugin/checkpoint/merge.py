@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torchtune.training import set_default_dtype
 
 from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B
 from phi3_plugin.checkpoint.base import (
@@ -26,6 +27,7 @@ from phi3_plugin.checkpoint.files import StoredTensor, check_output, whole_folde
 from phi3_plugin.checkpoint.peft import base_name, copy_tokenizer, table, targets_of
 from phi3_plugin.config import GENERATION, Phi3Config, generation_config, read_config, read_json
 from phi3_plugin.errors import AdapterError, ConfigError
+from phi3_plugin.models.nf4 import nf4_zeros, rows_of
 
 # Where in the base model's weights a module of an adapter acts.
 
@@ -344,7 +346,6 @@ def merge_into(
     *,
     dtype: Literal["bf16", "fp32"] | None = None,
     onto: Literal["original", "nf4"] = "original",
-    quantizer: Quantizer | None = None,
     shard_bytes: int = SHARD_BYTES,
     card: Mapping[str, Any] | None = None,
 ) -> MergeReport:
@@ -356,7 +357,6 @@ def merge_into(
         adapter: Our names.
         dtype: Of all weights; None is each one's own in the base.
         onto: ``nf4`` for an adapter that is to stay on the quantized base of its training.
-        quantizer: With ``nf4``, that base's weight for a stored one.
         shard_bytes: A shard is closed before it grows beyond this.
         card: Rows of the model card's table beside base, adapter, dtype and ``onto``.
 
@@ -365,7 +365,8 @@ def merge_into(
         ConfigError: An option is unknown.
         OutputError: ``out`` exists, cannot be written, or has not enough room.
     """
-    quantizer = _checked(dtype, onto, quantizer)
+    _check_options(dtype, onto)
+    quantizer = in_nf4 if onto == "nf4" else None
     config, base = read_config(checkpoint_dir), open_weights(checkpoint_dir)
     check_output(out, checkpoint_dir)
     changes, saved = changes_of(adapter, config), adapter.saved
@@ -383,8 +384,6 @@ def merge_into(
     }
     with whole_folder(out) as folder:
         shards = write_shards(folder, entries, shard_bytes)
-        if difference and not difference.largest:
-            raise ConfigError("onto: the quantizer gives the base's own weights, not those of NF4.")
         write_settings(folder, checkpoint_dir, name := _main_dtype(entries), untied=untied)
         rows = {**(card or {}), "weights": name, "merged into": MERGED_INTO[onto]}
         write_card(folder, checkpoint_dir, adapter, rows)
@@ -446,14 +445,18 @@ def _entry(
     return Entry(dtype, shape, pieces)
 
 
-def _checked(dtype: str | None, onto: str, quantizer: Quantizer | None) -> Quantizer | None:
+def _check_options(dtype: str | None, onto: str) -> None:
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype: {dtype!r} is unknown. Use bf16, fp32, or none for the base's.")
     if onto not in ("original", "nf4"):
         raise ConfigError(f"onto: {onto!r} is unknown. Use original or nf4.")
-    if onto == "nf4" and quantizer is None:
-        raise ConfigError("onto: nf4 needs a quantizer, which gives the base's NF4 weights.")
-    return quantizer if onto == "nf4" else None
+
+
+def in_nf4(stored: StoredTensor) -> Tensor:
+    """Return what a model over NF4 computes with in the place of a weight."""
+    with set_default_dtype(stored.dtype):  # of which NF4 takes what it computes in
+        like = nf4_zeros(*stored.shape)
+    return rows_of(stored, like, 0, 1, torch.device("cpu")).to(stored.dtype)
 
 
 def _check_fit(

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from phi3_plugin import settings as strict
+from phi3_plugin.checkpoint.check import memory_free
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.recipes.lora_finetune_verdict import memory_free
 from phi3_plugin.settings import Settings, bytes_of, give_memory_back, in_gib
 from phi3_plugin.train.feed import build
 from phi3_plugin.train.prepare import DTYPES, prepare, recompute

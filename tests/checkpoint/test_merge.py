@@ -98,13 +98,8 @@ def test_on_nf4_it_is_the_model_that_was_trained(tmp_path):
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     adapter = Adapter.of({n: p.detach() for n, p in model.named_parameters() if "lora" in n}, 2.0)
-    originals = load_base_weights(base)
     nf4 = {n: p.to(torch.float32) for n, p in model.named_parameters() if "_proj.weight" in n}
-
-    def quantized(weight):
-        return nf4[next(n for n, v in originals.items() if torch.equal(v, weight[:]))]
-
-    report = merge_into(tmp_path / "out", base, adapter, onto="nf4", quantizer=quantized)
+    report = merge_into(tmp_path / "out", base, adapter, onto="nf4")
     batch = torch.randint(0, 150, (2, 17))
     with torch.no_grad():
         found = load_base_with_hf(tmp_path / "out")(input_ids=batch).logits
@@ -186,10 +181,6 @@ def test_options_and_outputs_are_checked_first(mha, tmp_path):
         merge_into(tmp_path / "out", mha, adapter, dtype="fp16")
     with pytest.raises(ConfigError, match="onto: 'int8' is unknown"):
         merge_into(tmp_path / "out", mha, adapter, onto="int8")
-    with pytest.raises(ConfigError, match="needs a quantizer"):
-        merge_into(tmp_path / "out", mha, adapter, onto="nf4")
-    with pytest.raises(ConfigError, match="the base's own weights, not those of NF4"):
-        merge_into(tmp_path / "out", mha, adapter, onto="nf4", quantizer=lambda stored: stored)
     assert not list(tmp_path.iterdir())
     with pytest.raises(OutputError, match="exists and would be overwritten"):
         merge_into(tmp_path, mha, adapter)

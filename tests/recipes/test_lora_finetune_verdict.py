@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from phi3_plugin.recipes import lora_finetune_verdict as hook
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 
+from phi3_plugin.checkpoint import check as hook
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.models import lora_phi3

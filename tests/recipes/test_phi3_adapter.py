@@ -91,10 +91,10 @@ def test_check_fails_where_the_adapter_is_broken(place, tmp_path, capsys):
 
 
 def test_check_fails_where_logits_differ(place, monkeypatch, capsys):
-    from phi3_plugin.recipes import phi3_adapter
+    from phi3_plugin.checkpoint import check as checking
 
-    own = phi3_adapter.logits
-    monkeypatch.setattr(phi3_adapter, "logits", lambda *args: own(*args) * 1.01)
+    own = checking.logits
+    monkeypatch.setattr(checking, "logits", lambda *args: own(*args) * 1.01)
     assert run(options(place, "check", "plain", **base(place))) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("Proof failed: logits in PEFT")
 
