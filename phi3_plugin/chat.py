@@ -18,16 +18,18 @@ from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
 from phi3_plugin.generate import Generator
 from phi3_plugin.prompts import (
+    CUT,
     as_line,
     check_stop,
     check_system,
     checked,
+    generator,
     open_streams,
     prompt_ids,
     set_stdout,
     too_long,
+    writer,
 )
-from phi3_plugin.recipes.phi3_generate import CUT, generator, writer
 from phi3_plugin.settings import closest
 
 # The conversation of `phi3_plugin.chat`: what was said, and its commands.

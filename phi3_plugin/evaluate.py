@@ -27,7 +27,7 @@ from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Sampling, read_sampling
-from phi3_plugin.inspect import CHAT_DATASETS, arrays, as_worker_of, conversations, place
+from phi3_plugin.inspect import CHAT_DATASETS, arrays, conversations, place
 from phi3_plugin.settings import (
     STOCK_KEYS,
     Count,
@@ -899,7 +899,8 @@ def read_options(cfg: DictConfig) -> tuple[Settings, Options, Sampling]:
     problems += _misspelled(cfg)
     readings: dict[str, Any] = {}
     for name, read in {
-        "settings": lambda: _settings(cfg),
+        # What several processes cannot train on they can evaluate
+        "settings": lambda: strict.read(cfg, processes=1),
         "sampling": lambda: _sampling(given.get("generation")),
     }.items():
         try:
@@ -942,11 +943,6 @@ def _misspelled(cfg: DictConfig) -> list[str]:
     wrong = [str(key) for key in cfg if key not in known]
     meant = [key for key in wrong if closest(key, [*HINTS, *known]) in HINTS]
     return [unknown_key(key, cfg.pop(key), "this recipe", HINTS) for key in meant]
-
-
-def _settings(cfg: DictConfig) -> Settings:
-    with as_worker_of(1):  # what several processes cannot train on they can evaluate
-        return strict.read(cfg)
 
 
 def _sampling(section: Any) -> Sampling:

@@ -1,11 +1,9 @@
 """What is in a chat data set: numbers, warnings, and the first samples token by token."""
 
 import hashlib
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple
@@ -34,19 +32,6 @@ from phi3_plugin.errors import DataError
 
 CHAT_DATASETS = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat_dataset")
 """How a YAML calls the data set whose rows can be told apart."""
-
-
-@contextmanager
-def as_worker_of(processes: int) -> Iterator[None]:
-    """Let the settings be checked as in a run of so many processes."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(processes)
-    try:
-        yield
-    finally:
-        os.environ.pop("WORLD_SIZE")
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before
 
 
 # One pass over the samples of a data set, and which of them come more than once.

@@ -21,7 +21,9 @@ from phi3_plugin.data.formats import MessageList, Turn, kind, make_turn
 from phi3_plugin.data.sources import lines
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
-from phi3_plugin.generate import Sampling, read_sampling
+from phi3_plugin.generate import Generator, Sampling, read_sampling
+from phi3_plugin.load import load
+from phi3_plugin.models.cache import serve
 from phi3_plugin.settings import closest, shown, unknown_key
 
 # What `phi3_plugin.recipes.phi3_generate` and `phi3_chat` are asked for, checked.
@@ -141,6 +143,13 @@ def check_system(system: str | None, tokenizer: Phi3Tokenizer) -> None:
             "system: the chat template of this checkpoint leaves system messages out. Write it "
             "at the start of the prompt instead."
         )
+
+
+def generator(o: Options, tokenizer: Phi3Tokenizer) -> Generator:
+    """Load the model that answers."""
+    model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
+    serve(model)
+    return Generator(model, tokenizer, o.sampling, batch_size=o.batch_size)
 
 
 def prompt_ids(
@@ -357,6 +366,14 @@ UNWRITABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 Row = dict[str, Any]
 
 
+CUT = {
+    "length": "at {0.max_new_tokens} tokens (max_new_tokens)",
+    "time": "after {0.max_time} seconds (max_time)",
+    "context": "at the last of the model's positions",
+}
+"""What cut an answer off, by its reason."""
+
+
 def safe(text: str) -> str:
     """Return text without what drives a terminal: control characters and turns of direction."""
     return UNSAFE.sub("", text)
@@ -396,6 +413,13 @@ def put(text: str) -> None:
             raise
         reason = error.strerror or error
         raise OutputError(f"standard output cannot be written: {reason}.") from error
+
+
+def writer() -> Callable[[str], None]:
+    """Return what prints a piece of text at once; to a terminal, nothing that could drive it."""
+    if sys.stdout.isatty():
+        return lambda piece: put(safe(piece))
+    return put
 
 
 def as_line(row: Mapping[str, Any]) -> str:

@@ -358,11 +358,12 @@ def shown(value: Any) -> str:
 # What is wrong with the keys of a training YAML together.
 
 
-def conflicts(given: Mapping[str, Any]) -> list[str]:
+def conflicts(given: Mapping[str, Any], processes: int) -> list[str]:
     """Return what is wrong with keys that are right by themselves.
 
     Args:
         given: The whole configuration, resolved.
+        processes: That share the run.
     """
     section, share = given.get("dataset_val"), given.get("val_fraction")
     problems = []
@@ -375,8 +376,9 @@ def conflicts(given: Mapping[str, Any]) -> list[str]:
             for key in ("run_val_every_n_steps", "early_stop_patience")
             if given.get(key) is not None
         ]
-    groups = (_start, _memory_conflicts, _order_conflicts, _optimizer_conflicts)
-    return problems + [problem for group in groups for problem in group(given)]
+    groups = (_start, _memory_conflicts, _order_conflicts)
+    problems += [problem for group in groups for problem in group(given)]
+    return problems + _optimizer_conflicts(given, processes)
 
 
 def _start(given: Mapping[str, Any]) -> list[str]:
@@ -429,14 +431,14 @@ def _order_conflicts(given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _optimizer_conflicts(given: Mapping[str, Any]) -> list[str]:
+def _optimizer_conflicts(given: Mapping[str, Any], processes: int) -> list[str]:
     ratio, optimizer = given.get("lora_plus_ratio"), given.get("optimizer")
     problems = []
     if not isinstance(optimizer, dict):
         return []  # already said
     if ratio and "lr" not in optimizer:
         problems.append(f"lora_plus_ratio: {shown(ratio)} multiplies optimizer.lr. Set that.")
-    component, processes = optimizer.get("_component_"), int(os.environ.get("WORLD_SIZE", 1))
+    component = optimizer.get("_component_")
     if str(component).startswith("bitsandbytes.") and given.get("fsdp_replicas", 1) != processes:
         problems.append(
             f"optimizer._component_: {shown(component)} cannot update weights that processes "
@@ -546,11 +548,12 @@ HINTS = get_type_hints(Settings, include_extras=True)
 REQUIRED = [f.name for f in fields(Settings) if f.default is f.default_factory]  # both MISSING
 
 
-def read(cfg: DictConfig) -> Settings:
+def read(cfg: DictConfig, processes: int | None = None) -> Settings:
     """Check a configuration, YAML and command line merged.
 
     Args:
         cfg: As torchtune's ``config.parse`` hands it to a recipe.
+        processes: That the run is to have; None: as many as this one is of.
 
     Returns:
         The settings; sections are plain dictionaries with all interpolations resolved.
@@ -563,7 +566,9 @@ def read(cfg: DictConfig) -> Settings:
     for key in HINTS:
         if key in given:
             problems += _wrong_value(key, given)
-    problems += [*stock_problems(given), *conflicts(given)]
+    if processes is None:
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+    problems += [*stock_problems(given), *conflicts(given, processes)]
     if problems:
         raise ConfigError("\n".join(problems))
     paths = ("checkpoint_dir", "output_dir", "init_adapter")

@@ -10,7 +10,7 @@ takes a prompt as it is typed: `phi3-tune generate --base A "What is 2 + 2?"`.
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -27,9 +27,8 @@ from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.generate import Answer, Generator, Sampling
 from phi3_plugin.launch import STOPPED
-from phi3_plugin.load import load
-from phi3_plugin.models.cache import serve
 from phi3_plugin.prompts import (
+    CUT,
     STDIN,
     Options,
     Part,
@@ -41,19 +40,13 @@ from phi3_plugin.prompts import (
     check_stop,
     check_system,
     checked,
+    generator,
     open_streams,
-    put,
     read_prompts,
     safe,
     set_stdout,
+    writer,
 )
-
-CUT = {
-    "length": "at {0.max_new_tokens} tokens (max_new_tokens)",
-    "time": "after {0.max_time} seconds (max_time)",
-    "context": "at the last of the model's positions",
-}
-"""What cut an answer off, by its reason."""
 
 OURS = re.compile("(given_)*(answer|reason|tokens|prompt_tokens)")
 """Keys that a row of ours has; answers of answers keep all of them."""
@@ -96,13 +89,6 @@ def _answer(o: Options) -> int:
     return fill(o, tokenizer, prompts)
 
 
-def generator(o: Options, tokenizer: Phi3Tokenizer) -> Generator:
-    """Load the model that answers."""
-    model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
-    serve(model)
-    return Generator(model, tokenizer, o.sampling, batch_size=o.batch_size)
-
-
 def speak(ready: Generator, prompts: Sequence[Prompt]) -> int:
     """Print answers as they are written."""
     set_stdout(errors="replace")
@@ -120,13 +106,6 @@ def speak(ready: Generator, prompts: Sequence[Prompt]) -> int:
         if answer.reason in CUT:
             say(f"The answer was cut {CUT[answer.reason].format(ready.sampling)}.")
     return 0
-
-
-def writer() -> Callable[[str], None]:
-    """Return what prints a piece of text at once; to a terminal, nothing that could drive it."""
-    if sys.stdout.isatty():
-        return lambda piece: put(safe(piece))
-    return put
 
 
 def fill(o: Options, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt]) -> int:

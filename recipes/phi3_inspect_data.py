@@ -36,7 +36,6 @@ from phi3_plugin.inspect import (
     Speller,
     alike,
     as_trained,
-    as_worker_of,
     compare,
     conversations,
     cuts,
@@ -223,8 +222,7 @@ def batches(order: Order) -> Iterator[list[int]]:
 def main(cfg: DictConfig) -> int:
     """Show what a run would be trained on; see the top of this file."""
     options = take_options(cfg)
-    with as_worker_of(options.processes):
-        settings = strict.read(cfg)
+    settings = strict.read(cfg, options.processes)
     inspection = Inspection(settings, options)
     found, samples = inspection.statistics(), inspection.shown()
     page = write_page(settings.output_dir, found, samples)

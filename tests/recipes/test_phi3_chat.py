@@ -12,13 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from phi3_plugin.recipes.phi3_generate import generator
 
 from phi3_plugin import chat as phi3_chat
 from phi3_plugin.chat import Chat, run, talk
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import ConfigError, OutputError
-from phi3_plugin.prompts import checked
+from phi3_plugin.prompts import checked, generator
 from tests.recipes.prompted import keys, said
 
 

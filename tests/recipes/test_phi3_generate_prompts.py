@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from phi3_plugin.recipes import phi3_generate
 from phi3_plugin.recipes.phi3_generate import run
 
+from phi3_plugin import prompts
 from phi3_plugin.errors import DataError
 from tests.recipes.prompted import ROWS, keys, of_file, read, write
 
@@ -80,7 +80,7 @@ def test_messages_are_asked_without_the_reference(here):
     ],
 )
 def test_bad_rows_are_listed_before_a_model_is_loaded(here, monkeypatch, rows, message):
-    monkeypatch.delattr(phi3_generate, "load")
+    monkeypatch.delattr(prompts, "load")
     write("prompts.jsonl", rows)
     with pytest.raises(DataError, match=message):
         run(of_file())
