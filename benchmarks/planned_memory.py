@@ -24,7 +24,7 @@ from phi3_plugin.data.collate import concatenate
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import MINI, adapted
 from phi3_plugin.settings import give_memory_back
-from phi3_plugin.train.losses import summed_loss
+from phi3_plugin.train.losses import sft
 from phi3_plugin.train.plan import Work, estimate
 from phi3_plugin.train.prepare import prepare
 from phi3_plugin.train.step import train_step
@@ -135,7 +135,7 @@ def steps(model: Any, length: int, labelled: int) -> None:
             {"tokens": row.tolist(), "labels": targets.tolist()}
             for row, targets in zip(tokens, labels, strict=True)
         ]
-        train_step(World("cpu"), model, optimizer, summed_loss, [concatenate(samples)], 1.0)
+        train_step(World("cpu"), model, optimizer, sft, [concatenate(samples)], 1.0)
 
 
 def resident(kind: str) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from phi3_plugin.checkpoint.base import expected_shapes
 from phi3_plugin.config import parse_config
 from phi3_plugin.data.collate import concatenate
-from phi3_plugin.train.losses import with_targets
+from phi3_plugin.train.step import with_targets
 
 Keys = Mapping[str, Any]
 """A config.json."""

@@ -31,7 +31,7 @@ from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.train import checkpoints as run
 from phi3_plugin.train.checkpoints import Saver
 from phi3_plugin.train.feed import build, make_feed
-from phi3_plugin.train.losses import summed_loss
+from phi3_plugin.train.losses import sft
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import check_shards
 from phi3_plugin.train.plan import memory_choices, plan
@@ -120,7 +120,7 @@ class Finetune:
         while self.step < self.total_steps and not self.stop.now():
             batches = self.order.batches(self.step, self.world.rank, self.collate)
             result = train_step(
-                self.world, self.model, self.optimizer, summed_loss, batches, self.s.clip_grad_norm
+                self.world, self.model, self.optimizer, sft, batches, self.s.clip_grad_norm
             )
             rate = float(self.optimizer.param_groups[0]["lr"])
             if self.scheduler:
@@ -189,7 +189,7 @@ class Finetune:
     def validate(self) -> None:
         """Measure the loss on held-out data; keep the best, and stop if it stays behind."""
         batches = shares(self.feed.order_val, self.world.rank, self.feed.collate_val)
-        loss, tokens = validate(self.world, self.model, summed_loss, batches)
+        loss, tokens = validate(self.world, self.model, sft, batches)
         self.answers = self.answer()
         self.monitor.validation(self.step, loss, tokens, self.answers)
         self.validated = self.step

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset
 
+from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.formats import Chat, Turn, Written, column
 from phi3_plugin.errors import DataError
-from phi3_plugin.train.losses import IGNORED
 
 # Which samples are seen how often, and which are held out: the same on every machine.
 

@@ -1,89 +1,118 @@
-"""The loss of the head, a few rows at a time, and its gradient in the same pass.
+"""Log-probabilities of labelled tokens, a few rows of logits at a time.
 
-Logits are the widest tensors of a model by far; here they never exist beyond some rows, and the
-backward pass needs none of them.
+Logits are the widest tensors of a model by far; here they never exist beyond some rows. What row i
+gives its own token depends on nothing outside row i, so its gradient by the hidden state is worked
+out with it and the backward pass only scales it, whatever loss comes after.
 
 Source: the idea of Liger-Kernel's FusedLinearCrossEntropy (Hsu et al. 2024, section 3.2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchtune.modules import TiedLinear
 
 LOGITS = 1 << 25
 """Computed at a time, about."""
 
 
-# Shapes: N rows, D model, V vocabulary
-def summed_loss(
-    head: Callable[[Tensor], Tensor],
-    x: Tensor,
-    targets: Tensor,
-    vocabulary: int,
-    trained: Sequence[Tensor],
+# Shapes: N labelled tokens, n some of them, D model, V vocabulary
+def token_logps(
+    hidden: Tensor, head: nn.Module | TiedLinear, targets: Tensor, vocabulary: int
 ) -> Tensor:
-    """Return the sum of -log p over rows, in fp32.
+    """Return log p of each target, ``[N]`` in fp32.
 
     Args:
+        hidden: Normalized hidden states ``[N, D]``; N may be 0.
         head: Maps ``[n, D]`` to logits ``[n, V]``.
-        x: Normalized hidden states ``[N, D]``; N may be 0.
         targets: The token that each row predicts, ``[N]``.
         vocabulary: V.
-        trained: Those parameters of the head that have a gradient.
     """
-    trained = trained if torch.is_grad_enabled() else ()
     rows = max(LOGITS // vocabulary // 64 * 64, 64)
-    given = head, x, targets, rows, *trained
-    loss: Tensor = _SummedLoss.apply(*given)  # type: ignore[no-untyped-call]
-    return loss
+    trained = _trained(head) if torch.is_grad_enabled() else []
+    logps: Tensor
+    if trained:
+        logps = _TrainedHead.apply(hidden, head, targets, rows, *trained)  # type: ignore[no-untyped-call]
+    else:
+        logps = _FrozenHead.apply(hidden, head, targets, rows)  # type: ignore[no-untyped-call]
+    return logps
 
 
-class _SummedLoss(torch.autograd.Function):
+def _trained(head: nn.Module | TiedLinear) -> list[Tensor]:
+    if isinstance(head, TiedLinear):
+        head = head.tied_module
+        return [head.weight] if head.weight.requires_grad else []
+    return [parameter for parameter in head.parameters() if parameter.requires_grad]
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Works out d log p / d hidden in the forward pass: W of the target, less the mean W by p."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        head: Callable[[Tensor], Tensor],
-        x: Tensor,
-        targets: Tensor,
-        rows: int,
-        *trained: Tensor,
+        ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, rows: int
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[1] or bool(trained)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        # In fp32: many pieces would round many times
-        sums = [torch.zeros_like(value, dtype=torch.float32) for value in trained]
-        sums = [torch.zeros_like(x), *sums] if wanted else []
-        for first in range(0, len(x), rows):
+        wanted = ctx.needs_input_grad[0]
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slopes = torch.empty_like(hidden) if wanted else None
+        for first in range(0, len(hidden), rows):
             some = slice(first, first + rows)
-            piece = x[some].detach().requires_grad_(wanted)
+            piece = hidden[some].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = head(piece)
             logp = torch.log_softmax(logits.detach().float(), dim=-1)
-            total -= logp.gather(1, targets[some, None]).sum()
-            if wanted:
-                slope = _slope(logp, targets[some]).to(logits.dtype)
-                # A disabled adapter is not used
-                found = torch.autograd.grad(logits, (piece, *trained), slope, allow_unused=True)
-                for value, more in zip((sums[0][some], *sums[1:]), found, strict=True):
-                    value += 0 if more is None else more
-                del slope, found, more
+            at_target = torch.arange(len(logp), device=logp.device), targets[some]
+            logps[some] = logp[at_target]
+            if slopes is not None:
+                by_logits = logp.exp_().neg_()  # in place, as it is the widest
+                by_logits[at_target] += 1
+                (slopes[some],) = torch.autograd.grad(logits, piece, by_logits.to(logits.dtype))
+                del by_logits
             del logits, logp  # or they would be there beside the next ones
-        ctx.save_for_backward(*sums)
-        ctx.dtypes = [value.dtype for value in (x, *trained)]
-        return total
+        ctx.save_for_backward(slopes)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,), (g,) = ctx.saved_tensors, grads
+        # In fp32: rounding the factor would turn the whole gradient
+        return (slopes.float() * g[:, None]).to(slopes.dtype), None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """Computes each piece again in the backward pass, which alone knows how much a row weighs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor, rows: int, *trained: Tensor
+    ) -> Tensor:
+        ctx.rows, ctx.trained, ctx.pieces = rows, trained, []
+        for some, predicted in zip(hidden.split(rows), targets.split(rows), strict=True):
+            piece = some.detach().requires_grad_()
+            with torch.enable_grad():
+                logps = checkpoint(_logps, piece, head, predicted, use_reentrant=False)
+            ctx.pieces.append((piece, logps))
+        return torch.cat([logps.detach() for _, logps in ctx.pieces])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In fp32: rounding the factor would turn the whole gradient
-        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        gx, *others = ((value.float() * grads[0]).to(dtype) for value, dtype in found)
-        return None, gx, None, None, *others
+        by_hidden = []
+        sums: list[Tensor | None] = [None] * len(ctx.trained)
+        for (piece, logps), g in zip(ctx.pieces, grads[0].split(ctx.rows), strict=True):
+            # A disabled adapter is not used, and has no gradient
+            first, *rest = torch.autograd.grad(logps, (piece, *ctx.trained), g, allow_unused=True)
+            by_hidden.append(first)
+            for number, more in enumerate(rest):
+                if more is not None:  # summed in fp32: many pieces would round many times
+                    sums[number] = more.float() if sums[number] is None else sums[number] + more
+        found = zip(sums, ctx.trained, strict=True)
+        by_head = [None if total is None else total.to(value.dtype) for total, value in found]
+        return torch.cat(by_hidden), None, None, None, *by_head
 
 
-def _slope(logp: Tensor, targets: Tensor) -> Tensor:
-    """Return the derivative of the loss by the logits, in place: p, less 1 at the target."""
-    p = logp.exp_()
-    p[torch.arange(len(targets), device=p.device), targets] -= 1
-    return p
+def _logps(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
+    logp = torch.log_softmax(head(hidden).float(), dim=-1)
+    return logp.gather(1, targets[:, None])[:, 0]

@@ -14,7 +14,7 @@ from phi3_plugin.config import Phi3Config, Rope, read_config
 from phi3_plugin.errors import AdapterError, ConfigError
 from phi3_plugin.models.attention import Phi3Attention
 from phi3_plugin.models.cache import Cache, Step
-from phi3_plugin.models.logps import summed_loss
+from phi3_plugin.models.logps import token_logps
 from phi3_plugin.models.lora import Embedding, Linear
 from phi3_plugin.models.lora_settings import HEAD, LoRASettings, misfits, under_torchtune
 from phi3_plugin.models.masks import Documents, borders_of, take
@@ -165,9 +165,9 @@ class Phi3Layer(TransformerSelfAttentionLayer):  # type: ignore[misc]
 
 
 class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
-    """torchtune's decoder, with a second way to call it: for the loss of labelled tokens.
+    """torchtune's decoder, with a second way to call it: for log p of labelled tokens.
 
-    The loss is worked out inside, so that what shards or wraps the model sees one call, and the
+    They are worked out inside, so that what shards or wraps the model sees one call, and the
     head and the last layer's feed-forward run for labelled tokens alone.
     """
 
@@ -192,7 +192,7 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         step: Step | None = None,
         **rest: Any,
     ) -> Any:
-        """Return logits as torchtune's decoder does, or with ``targets`` the summed loss.
+        """Return logits as torchtune's decoder does, or with ``targets`` log p of each, ``[N]``.
 
         Or with ``step`` the logits after the last token of each of its rows, ``[rows, V]``.
 
@@ -223,8 +223,7 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         for layer in self.layers[:-1]:
             h = layer(h, **seen)
         h = self.norm(self.layers[-1](h, rows=rows, **seen))[0]
-        vocabulary = self.tok_embeddings.num_embeddings
-        return summed_loss(self.output, h, targets, vocabulary, _trained(self.output))
+        return token_logps(h, self.output, targets, self.tok_embeddings.num_embeddings)
 
     def cache(self, rows: int) -> Cache:
         """Return an empty cache for so many rows."""
@@ -261,13 +260,6 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
                 f"tokenizer.max_seq_len: a document has {longest} tokens, but the model has "
                 f"{self.max_seq_len} positions. Set it to {self.max_seq_len} or less."
             )
-
-
-def _trained(head: nn.Module | TiedLinear) -> list[Tensor]:
-    if isinstance(head, TiedLinear):
-        head = head.tied_module
-        return [head.weight] if head.weight.requires_grad else []
-    return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
 
 # Build Phi-3 inside torchtune's decoder shell, sized by the checkpoint's config.json.

@@ -26,6 +26,7 @@ from phi3_plugin.checkpoint.check import memory_free
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import Settings, bytes_of, give_memory_back, in_gib
 from phi3_plugin.train.feed import build
+from phi3_plugin.train.losses import sft
 from phi3_plugin.train.prepare import DTYPES, prepare, recompute
 from phi3_plugin.train.world import World, pick_device
 
@@ -82,7 +83,7 @@ def footprint(
     with _changed(model, recomputed, joined) as undo:
         undo.callback(final.register_forward_hook(lambda *_: begun.append(live.bytes)).remove)
         with live:
-            summed = model(**batch)
+            summed = sft(model(**batch), batch)
             highest = live.peak
             summed.backward()
             del summed

@@ -1,18 +1,17 @@
 """One optimizer step: count first, divide once, look before the weights move."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from phi3_plugin.train.losses import Batch, with_targets
+from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.train.losses import Batch, Loss
 from phi3_plugin.train.world import World
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch with targets) -> loss, summed over the targets."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def train_step(
         world: All processes; each brings as many micro-batches.
         model: On this process's device.
         optimizer: Over the trained parameters.
-        loss: Sums over labelled tokens.
+        loss: A sum over labelled tokens.
         batches: Micro-batches with ``labels``.
         max_norm: Clip the gradient to this norm; None only measures it.
     """
@@ -62,7 +61,7 @@ def train_step(
     total = torch.zeros((), device=count.device)
     for i, batch in enumerate(batches):
         world.before_backward(model, last=i == len(batches) - 1)
-        summed = loss(model, batch)
+        summed = loss(model(**batch), batch)
         (summed * share).backward()
         total += summed.detach()
     mean = (world.sum(total) / count).item()
@@ -86,14 +85,14 @@ def validate(
     Args:
         world: All processes; each must bring as many batches.
         model: Put into evaluation mode meanwhile.
-        loss: Sums over labelled tokens.
+        loss: A sum over labelled tokens.
         batches: This process's share of the validation set.
     """
     training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in (ready(batch, world.device) for batch in batches):
-        total[0] += loss(model, batch).double()
+        total[0] += loss(model(**batch), batch).double()
         total[1] += len(batch["targets"])
     model.train(training)
     summed, count = world.sum(total).tolist()
@@ -106,3 +105,24 @@ def ready(batch: Batch, device: torch.device) -> Batch:
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in with_targets(batch).items()
     }
+
+
+# Shapes: B batch, S sequence, N labelled tokens
+def with_targets(batch: Batch) -> Batch:
+    """Return a batch that says what is predicted and where, in place of its labels.
+
+    On the CPU, before it goes to the model: a GPU would have to be asked how many there are.
+
+    Args:
+        batch: ``labels [B, S]`` at their own tokens' places, -100 where there is none, and what
+            the model takes.
+
+    Returns:
+        ``targets [N]``, the labels; ``rows [N]``, which tokens predict them, counted over all of
+        B and S; and the rest of the batch.
+    """
+    # Each label at the token that predicts it; the last token of a row predicts nothing
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    rows = (labels != IGNORED).nonzero().squeeze(1)
+    rest = {key: value for key, value in batch.items() if key != "labels"}
+    return {**rest, "targets": labels[rows], "rows": rows}

@@ -12,6 +12,7 @@ from torchtune.modules.peft import disable_adapter
 
 from phi3_plugin.checkpoint.base import to_peft
 from phi3_plugin.errors import ConfigError
+from phi3_plugin.train.losses import sft
 from phi3_plugin.train.prepare import prepare
 from tests.chosen import some
 from tests.models import twins
@@ -66,6 +67,11 @@ def as_one_row():
     }
 
 
+def summed_loss(model, **instead):
+    batch = {**as_one_row(), **instead}
+    return sft(model(**batch), batch)
+
+
 def one_by_one(logits_of):
     """Return the summed loss by autograd over each document's whole logits."""
     losses = [
@@ -100,7 +106,7 @@ def test_loss_and_gradients_are_those_of_each_document_alone(family, variant, re
     expected = one_by_one(model)
     slopes = gradients(model, expected)
     prepare(model, adapter_dtype=None, recompute_every=recompute, compiled=False)
-    loss = model(**as_one_row())
+    loss = summed_loss(model)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert far(gradients(model, loss), slopes) <= 1e-6
 
@@ -112,13 +118,13 @@ def test_a_document_longer_than_the_window(bases):
     twins.train_by_hand(model)
     expected = one_by_one(model)
     slopes = gradients(model, expected)
-    assert far(gradients(model, model(**as_one_row())), slopes) <= 1e-6
+    assert far(gradients(model, summed_loss(model)), slopes) <= 1e-6
 
 
 def test_rows_that_predict_nothing_give_a_loss_of_zero(bases):
     model = twins.ours(bases["mini"][1])
     nothing = torch.tensor([], dtype=torch.int64)
-    loss = model(**{**as_one_row(), "targets": nothing, "rows": nothing})
+    loss = summed_loss(model, targets=nothing, rows=nothing)
     assert loss.item() == 0
     assert not any(g.any() for g in gradients(model, loss).values())
 
@@ -132,11 +138,11 @@ def test_compiled_it_computes_the_same(variant, recompute, backend, bases, monke
     torch.compiler.reset()
     model = twins.ours(bases["gqa"][1], **VARIANTS[variant])
     twins.train_by_hand(model)
-    slopes = gradients(model, model(**as_one_row()))
+    slopes = gradients(model, summed_loss(model))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     prepare(model, adapter_dtype=None, recompute_every=recompute, compiled=True)
     counters.clear()
-    assert far(gradients(model, model(**as_one_row())), slopes) <= 1e-6
+    assert far(gradients(model, summed_loss(model)), slopes) <= 1e-6
     assert counters["frames"]["ok"] > 0
 
 
@@ -144,28 +150,28 @@ def test_a_document_beyond_the_models_positions_is_refused(bases):
     model = twins.ours(bases["mini"][1])
     model.max_seq_len = 29
     with pytest.raises(ConfigError, match="a document has 30 tokens, but the model has 29 pos"):
-        model(**as_one_row())
+        summed_loss(model)
 
 
 def test_the_base_alone_has_a_loss_too(bases):
     """Also with an adapter on the head, which is then not used; and without any gradient."""
     model = twins.ours(bases["gqa"][1], apply_lora_to_output=True)
     twins.train_by_hand(model)
-    adapted = model(**as_one_row()).item()
+    adapted = summed_loss(model).item()
     with disable_adapter(model):
-        base = model(**as_one_row())
+        base = summed_loss(model)
         base.backward()
         assert base.item() == pytest.approx(one_by_one(model).item(), rel=1e-6)
     assert abs(adapted - base.item()) > 0.1
     with torch.inference_mode():
-        assert model(**as_one_row()).item() == adapted
+        assert summed_loss(model).item() == adapted
 
 
 def test_validation_takes_no_gradient_of_the_head(bases, monkeypatch):
     model = twins.ours(bases["gqa"][1], modules_to_save=["lm_head"])
     monkeypatch.setattr(torch.autograd, "grad", None)
     with torch.no_grad():
-        assert model(**as_one_row()).item() > 0
+        assert summed_loss(model).item() > 0
 
 
 def in_precision(folder, hf, adapters, dtype):
@@ -194,8 +200,8 @@ def test_bf16_is_no_farther_from_fp32_than_pefts(adapters, bases):
     hf, folder = bases["mini"]
     exact, _ = in_precision(folder, hf, torch.float32, torch.float32)
     ours, theirs = in_precision(folder, hf, adapters, torch.bfloat16)
-    truth = gradients(exact, exact(**as_one_row()))
-    found = gradients(ours, ours(**as_one_row()))
+    truth = gradients(exact, summed_loss(exact))
+    found = gradients(ours, summed_loss(ours))
     other = gradients(theirs, one_by_one(lambda x: theirs(input_ids=x, use_cache=False).logits))
     other = {name: other[to_peft(name).replace(".weight", ".default.weight")] for name in truth}
     assert far(found, truth) <= far(other, truth) < 0.02

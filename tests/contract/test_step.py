@@ -3,14 +3,19 @@ import math
 import pytest
 import torch
 
-from phi3_plugin.train.losses import summed_loss, with_targets
-from phi3_plugin.train.step import train_step, validate
+from phi3_plugin.train.losses import sft
+from phi3_plugin.train.step import train_step, validate, with_targets
 from phi3_plugin.train.world import World
 from tests.train.tiny import rows, tiny_batch, tiny_model
 
 
 def labelled(batch):
     return len(with_targets(batch)["targets"])
+
+
+def summed_loss(model, batch):
+    batch = with_targets(batch)
+    return sft(model(**batch), batch)
 
 
 @pytest.fixture
@@ -24,7 +29,7 @@ class Run:
     def __init__(self, world, make=torch.optim.AdamW, max_norm=None, **model):
         self.world, self.max_norm = world, max_norm
         self.model = tiny_model(**model)
-        self.loss = summed_loss
+        self.loss = sft
         self.optimizer = make(self.model.parameters(), lr=0.01)
 
     def step(self, batches, loss=None):
@@ -61,7 +66,7 @@ def test_four_rows_one_by_one_are_a_batch_of_four(world, optimizer, model):
 
 def test_the_loss_is_the_mean_over_labelled_tokens_and_so_is_its_gradient(world):
     run, other, batch = Run(world, torch.optim.SGD), tiny_model(), tiny_batch()
-    mean = summed_loss(other, with_targets(batch)) / labelled(batch)
+    mean = summed_loss(other, batch) / labelled(batch)
     mean.backward()
     result = run.step(rows(batch))
     assert result.loss == pytest.approx(mean.item(), rel=1e-6)
@@ -92,13 +97,13 @@ def test_the_gradient_is_clipped_and_its_norm_told_from_before(world, max_norm):
 
 
 def infinite_loss(run):
-    return lambda model, batch: run.loss(model, batch) * math.inf
+    return lambda logps, batch: run.loss(logps, batch) * math.inf
 
 
 def nan_gradient(run):
     """Its loss is finite: 0 * sqrt(0)."""
     norm = run.model.norm.scale
-    return lambda model, batch: run.loss(model, batch) + 0 * (0 * norm).sum().sqrt()
+    return lambda logps, batch: run.loss(logps, batch) + 0 * (0 * norm).sum().sqrt()
 
 
 @pytest.mark.parametrize("broken", [infinite_loss, nan_gradient])
@@ -148,7 +153,7 @@ def test_validation_is_the_mean_over_all_labelled_tokens(world):
     assert run.model.training
     run.model.eval()
     with torch.no_grad():
-        sums = [run.loss(run.model, with_targets(batch)).item() for batch in batches]
+        sums = [summed_loss(run.model, batch).item() for batch in batches]
     assert tokens == sum(labelled(batch) for batch in batches)
     assert loss == pytest.approx(sum(sums) / tokens, rel=1e-6)
     assert validate(world, run.model, run.loss, batches) == (loss, tokens)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from phi3_plugin.data.collate import concatenate
 from phi3_plugin.evaluate import by_document, token_scores
 from phi3_plugin.models import logps as head_loss
-from phi3_plugin.train.losses import summed_loss, with_targets
-from phi3_plugin.train.step import validate
+from phi3_plugin.train.losses import sft
+from phi3_plugin.train.step import validate, with_targets
 from phi3_plugin.train.world import World
 from tests.train.tiny import CONFIG, tiny_model
 
@@ -69,7 +69,7 @@ def test_each_document_is_measured_as_if_it_were_alone(model, monkeypatch, piece
 def test_the_mean_is_that_of_validation(model):
     batch = concatenate(samples())
     losses, _ = token_scores(model, with_targets(batch))
-    loss, count = validate(World("cpu"), model, summed_loss, [batch])
+    loss, count = validate(World("cpu"), model, sft, [batch])
     assert len(losses) == count
     assert float(losses.double().mean()) == pytest.approx(loss, rel=1e-6)
 

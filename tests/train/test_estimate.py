@@ -11,9 +11,10 @@ from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import adapted, decoder
 from phi3_plugin.settings import bytes_of, in_gib
-from phi3_plugin.train.losses import summed_loss, with_targets
+from phi3_plugin.train.losses import sft
 from phi3_plugin.train.plan import Estimate, Work, estimate, fewest, footprint, size_of, weights
 from phi3_plugin.train.prepare import prepare
+from phi3_plugin.train.step import with_targets
 from tests.train.tiny import CONFIG
 
 WIDE = replace(
@@ -55,6 +56,10 @@ def batch():
     labels = tokens.clone()
     labels[0, [0, LENGTHS[0]]] = -100
     return with_targets({"tokens": tokens, "labels": labels, "lengths": LENGTHS})
+
+
+def summed_loss(model, batch):
+    return sft(model(**batch), batch)
 
 
 def kept(model):

@@ -3,15 +3,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from phi3_plugin.train.losses import summed_loss, with_targets
+from phi3_plugin.train.losses import sft
 from phi3_plugin.train.prepare import is_adapted, parameter_groups, prepare
+from phi3_plugin.train.step import with_targets
 from tests.train.tiny import tiny_batch, tiny_model
 
 AS_IT_IS = {"adapter_dtype": None, "recompute_every": 0, "compiled": False}
 
 
 def gradients(model):
-    summed_loss(model, with_targets(tiny_batch())).backward()
+    batch = with_targets(tiny_batch())
+    sft(model(**batch), batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.models.nf4 import rows_of
-from phi3_plugin.train.losses import summed_loss
+from phi3_plugin.train.losses import sft
 from phi3_plugin.train.prepare import prepare
 from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World
@@ -216,7 +216,7 @@ def trained(world, settings, offload=False):
     world.load(model, start, rows_of, offload=offload)
     for name, parameter in model.named_parameters():
         assert torch.equal(world.whole(parameter.detach()), start[name]), name
-    loss = summed_loss
+    loss = sft
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for lengths in ((9, 4, 7, 17, 3, 12), (5, 6, 7, 8, 9, 10)):
