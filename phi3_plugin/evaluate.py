@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -239,8 +238,8 @@ def _module(name: str) -> Any:
 
 # How well a model predicts the labelled tokens of a batch, one by one.
 #
-# The model works out its loss itself, some rows of logits at a time. Whoever listens at its head
-# sees those rows, so that nothing is computed twice and no more logits exist than in training.
+# The model works out log p itself, some rows of logits at a time. Whoever listens at its head sees
+# those rows as well, so that nothing is computed twice and no more logits exist than in training.
 
 
 # Shapes: N labelled tokens, n some of them, V vocabulary
@@ -253,20 +252,18 @@ def token_scores(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tenso
         batch: As training hands it to the model, where the model is.
     """
     targets = batch["targets"]
-    losses, hits = [targets.new_zeros(0, dtype=torch.float32)], [targets.new_zeros(0).bool()]
+    hits = [targets.new_zeros(0).bool()]
 
     def look(module: nn.Module, given: Any, logits: Tensor) -> None:
-        first = sum(map(len, losses))
-        some = targets[first : first + len(logits)]
-        losses.append(F.cross_entropy(logits.float(), some, reduction="none"))
-        hits.append(logits.argmax(-1) == some)
+        first = sum(map(len, hits))
+        hits.append(logits.argmax(-1) == targets[first : first + len(logits)])
 
     listening = _head(model).register_forward_hook(look)
     try:
-        model(**batch)
+        losses = -model(**batch)
     finally:
         listening.remove()
-    return torch.cat(losses), torch.cat(hits)
+    return losses, torch.cat(hits)
 
 
 def _head(model: nn.Module) -> nn.Module:

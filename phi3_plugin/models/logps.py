@@ -105,12 +105,17 @@ class _TrainedHead(torch.autograd.Function):
             # A disabled adapter is not used, and has no gradient
             first, *rest = torch.autograd.grad(logps, (piece, *ctx.trained), g, allow_unused=True)
             by_hidden.append(first)
-            for number, more in enumerate(rest):
-                if more is not None:  # summed in fp32: many pieces would round many times
-                    sums[number] = more.float() if sums[number] is None else sums[number] + more
+            # Summed in fp32: many pieces would round many times
+            sums = [_sum(total, more) for total, more in zip(sums, rest, strict=True)]
         found = zip(sums, ctx.trained, strict=True)
         by_head = [None if total is None else total.to(value.dtype) for total, value in found]
         return torch.cat(by_hidden), None, None, None, *by_head
+
+
+def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if more is None:
+        return total
+    return more.float() if total is None else total.add_(more)
 
 
 def _logps(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
