@@ -90,24 +90,23 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
+# Which token comes next. Source: transformers 5.23 ``generation/logits_process.py``, in its order.
+
+
+# Shapes: V vocabulary
 def choose(logits: Tensor, seen: Tensor, sampling: Sampling, random: torch.Generator) -> int:
     """Return the next token of one row.
 
     Args:
         logits: ``[V]``.
         seen: Tokens of the row so far, prompt included, ``[tokens]``.
-        sampling: What is asked.
+        sampling: How it is chosen.
         random: On the CPU; moves on by one draw if there is one.
-
-    Source: transformers 5.23 ``generation/logits_process.py``, in its order.
     """
-    if sampling.repetition_penalty == 1 and sampling.temperature == 0:
-        return int(logits.argmax())
     scores = penalized(logits.float(), seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    chances = probabilities(scores, sampling).cpu()
-    return int(torch.multinomial(chances, 1, generator=random))
+    return int(torch.multinomial(probabilities(scores, sampling).cpu(), 1, generator=random))
 
 
 def penalized(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -128,8 +127,8 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
         least = scores.topk(sampling.top_k).values[-1]
         scores = scores.masked_fill(scores < least, -math.inf)
     if sampling.top_p < 1:
-        ordered, order = scores.sort()
-        rest = ordered.softmax(0).cumsum(0) <= 1 - sampling.top_p
+        ascending, order = scores.sort()
+        rest = ascending.softmax(0).cumsum(0) <= 1 - sampling.top_p
         rest[-1] = False
         scores = scores.index_fill(0, order[rest], -math.inf)
     chances = scores.softmax(0)
@@ -138,7 +137,7 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
     return chances / chances.sum()
 
 
-# The text of an answer while it grows: whole characters, and where a stop text ends it.
+# The text of an answer while it grows.
 
 UNFINISHED = "�"
 """What bytes decode to that are no character yet."""
@@ -154,87 +153,79 @@ class Decoder(Protocol):
         """Turn ids back into text."""
 
 
-class Text:
-    """What the tokens so far say, and how much of it can be shown."""
+class GrowingText:
+    """The text of the tokens so far: shown in whole characters, and ended by a stop text."""
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Decoder, stops: Sequence[str] = ()) -> None:
         """Start empty.
 
         Args:
-            tokenizer: Knows what tokens say.
-            stop: Texts that end the answer, and are no part of it.
+            tokenizer: Decodes.
+            stops: Texts that end the answer, and are no part of it.
         """
-        self._tokenizer, self._stop = tokenizer, stop
-        self._tokens: list[int] = []
-        self._before = self._read = 0  # tokens [before:read] were said with the last piece
-        self._said, self._shown = "", 0
+        self.text = ""
+        """So far, without a stop text."""
         self.stopped = False
+        """Whether a stop text ended it."""
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._tokens: list[int] = []
+        self._last = slice(0, 0)  # the tokens that the last piece came from
+        self._shown = 0  # characters
 
     def push(self, token: int) -> str:
         """Take a token; return what can be shown now and could not be before."""
         self._tokens.append(token)
         # Only the last tokens are decoded, and those before them to see what is new: the first
         # token of a text may lose a space that it has elsewhere.
-        before = self._tokenizer.decode(self._tokens[self._before : self._read])
-        now = self._tokenizer.decode(self._tokens[self._before :])
+        before = self._tokenizer.decode(self._tokens[self._last])
+        now = self._tokenizer.decode(self._tokens[self._last.start :])
         if len(now) <= len(before) or now.endswith(UNFINISHED):
             return ""
-        self._before, self._read = self._read, len(self._tokens)
-        return self._take(now[len(before) :])
+        self._last = slice(self._last.stop, len(self._tokens))
+        return self._grow(now[len(before) :])
 
     def end(self) -> str:
         """Return what was held back, and is no part of a stop text after all."""
         shown = ""
         if not self.stopped:
             whole = self._tokenizer.decode(self._tokens)
-            if whole.startswith(self._said):
-                shown = self._take(whole[len(self._said) :])
-            else:  # bytes that were no character; what was shown of them stays
-                self._said = whole
+            if not whole.startswith(self.text):  # bytes that were no character: shown as they are
+                self.text = whole
                 return ""
-        rest, self._shown = self._said[self._shown :], len(self._said)
+            shown = self._grow(whole[len(self.text) :])
+        rest = self.text[self._shown :]
+        self._shown = len(self.text)
         return shown + rest
 
-    @property
-    def said(self) -> str:
-        """The text so far, without a stop text."""
-        return self._said
-
-    def _take(self, piece: str) -> str:
-        searched = max(len(self._said) - max(map(len, self._stop), default=0), 0)
-        self._said += piece
-        found = [at for at in (self._said.find(stop, searched) for stop in self._stop) if at >= 0]
-        if found:
-            self._said, self.stopped = self._said[: min(found)], True
-        ready = len(self._said) if self.stopped else len(self._said) - self._could_stop()
-        shown = self._said[self._shown : ready]
+    def _grow(self, piece: str) -> str:
+        searched = max(len(self.text) - max(map(len, self._stops), default=0), 0)
+        self.text += piece
+        starts = [self.text.find(stop, searched) for stop in self._stops]
+        if starts := [start for start in starts if start >= 0]:
+            self.text = self.text[: min(starts)]
+            self.stopped = True
+        ready = len(self.text)
+        if not self.stopped:  # the end may be the beginning of a stop text
+            beginnings = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+            ready -= max((len(b) for b in beginnings if self.text.endswith(b)), default=0)
+        shown = self.text[self._shown : ready]
         self._shown = max(ready, self._shown)
         return shown
-
-    def _could_stop(self) -> int:
-        """Return how many characters at the end may be the beginning of a stop text."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
-        for count in range(min(longest, len(self._said)), 0, -1):
-            if any(stop.startswith(self._said[-count:]) for stop in self._stop):
-                return count
-        return 0
 
 
 # Many answers at once: a row that has ended makes room for the next prompt.
 
-TOGETHER = 4096
-"""Tokens of new prompts that are read at once, if they are several."""
-
-OnText = Callable[[int, str], None]
-"""(number of the prompt, the next piece of its answer)."""
+READ_AT_ONCE = 4096
+"""Tokens of new prompts that are read together, if they are several."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a prompt."""
+    """What a model says to a prompt."""
 
     index: int
-    """Of the prompt."""
+    """Number of the prompt."""
     text: str
     """Without the token or text that ended it."""
     tokens: tuple[int, ...]
@@ -247,16 +238,18 @@ class Answer:
 class _Row:
     """An answer in the making."""
 
-    def __init__(self, index: int, prompt: Sequence[int], asked: Sampling, text: Text) -> None:
-        self.index, self.prompt, self.asked, self.text = index, len(prompt), asked, text
-        self.tokens, self.reason = list(prompt), ""
-        self.random = torch.Generator().manual_seed((asked.seed * 1_000_003 + index) % 2**63)
+    def __init__(self, index: int, prompt: Sequence[int], seed: int, text: GrowingText) -> None:
+        self.index = index
+        self.prompt_tokens = len(prompt)
+        self.tokens = list(prompt)
+        self.text = text
+        self.reason = ""
+        self.random = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
         self.started = time.monotonic()
 
     def answer(self) -> Answer:
-        """Return the finished answer."""
-        said, text = tuple(self.tokens[self.prompt :]), self.text.said
-        return Answer(self.index, text, said, self.reason, self.prompt)
+        tokens = tuple(self.tokens[self.prompt_tokens :])
+        return Answer(self.index, self.text.text, tokens, self.reason, self.prompt_tokens)
 
 
 class Generator:
@@ -265,53 +258,37 @@ class Generator:
     def __init__(
         self, model: Any, tokenizer: Decoder, sampling: Sampling, *, batch_size: int = 8
     ) -> None:
-        """Take what answers, and how it is asked.
+        """Take what answers, and how.
 
         Args:
             model: torchtune's decoder as this package builds it, in evaluation mode.
             tokenizer: Of the checkpoint.
-            sampling: What is asked of each answer.
+            sampling: How tokens are chosen, and when an answer ends.
             batch_size: Answers in the making at a time, 1 or more.
+
+        Raises:
+            ConfigError: The batch size is none.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size!r} must be a whole number from 1.")
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
         self.batch_size = batch_size
         # A special token never shows in a text, so a stop text that is one is a stop token.
-        special = getattr(tokenizer, "special_tokens", {})
-        self._ends = {*tokenizer.stop_tokens, *(special[t] for t in sampling.stop if t in special)}
-        self._stop = [text for text in sampling.stop if text not in special]
+        special = tokenizer.special_tokens
+        self._stop_texts = [text for text in sampling.stop if text not in special]
+        self._stop_tokens = set(tokenizer.stop_tokens)
+        self._stop_tokens |= {special[text] for text in sampling.stop if text in special}
         self._device = model.norm.scale.device
-        self._alone: Any = None
-        self._heard: list[int] = []
-        self._asked = 0
-
-    def check(self, index: int, prompt: Sequence[int]) -> None:
-        """Refuse a prompt that cannot be answered.
-
-        Args:
-            index: Its number, from 0.
-            prompt: Its tokens.
-
-        Raises:
-            DataError: It has no token or unknown ones, or leaves no room for an answer.
-        """
-        limit, known = self.model.max_seq_len, self.model.tok_embeddings.num_embeddings
-        if not len(prompt):
-            raise DataError(f"prompt {index + 1} is empty. Give it some text, or leave it out.")
-        if len(prompt) >= limit:
-            raise DataError(
-                f"prompt {index + 1} has {len(prompt)} tokens, but the model has {limit} "
-                "positions for prompt and answer. Shorten it."
-            )
-        if strange := next((token for token in prompt if not 0 <= token < known), None):
-            told = f"prompt {index + 1} has the token {strange}, but the model knows {known}."
-            raise DataError(f"{told} Use the tokenizer of its own folder.")
+        self._cache: Any = None  # of `answer`, and the tokens that it holds
+        self._cached: list[int] = []
+        self._count = 0
 
     def answers(
         self,
         prompts: Iterable[Sequence[int]],
-        on_text: OnText | None = None,
+        on_text: Callable[[int, str], None] | None = None,
         *,
         numbers: Iterable[int] | None = None,
     ) -> Iterator[Answer]:
@@ -321,139 +298,149 @@ class Generator:
 
         Args:
             prompts: Tokens of each; taken as there is room.
-            on_text: Told how the answers grow.
+            on_text: Called with the number of a prompt and the next piece of its answer.
             numbers: Of the prompts, if not from 0 on: what is drawn for one goes by its number.
 
         Raises:
-            DataError: A prompt cannot be answered, see :meth:`check`.
+            DataError: A prompt has no token or unknown ones, or leaves no room for an answer.
         """
-        counted = count() if numbers is None else numbers
-        waiting, rows = zip(counted, prompts, strict=False), list[_Row]()
+        waiting = zip(count() if numbers is None else numbers, prompts, strict=False)
         cache = self.model.cache(self.batch_size)
+        rows: list[_Row] = []
         while True:
-            self._fill(rows, waiting)
+            while len(rows) < self.batch_size and (following := next(waiting, None)):
+                rows.append(self._row(*following))
             if not rows:
                 return
             self._extend(cache, rows, on_text)
-            for number in reversed(range(len(rows))):
-                if rows[number].reason:
-                    yield self._ended(cache, rows, number, on_text)
+            for slot in reversed(range(len(rows))):
+                if not (row := rows[slot]).reason:
+                    continue
+                last = rows.pop()
+                if row is not last:  # which takes its place
+                    rows[slot] = last
+                    cache.move(len(rows), slot)
+                cache.keep(len(rows), 0)
+                if (rest := row.text.end()) and on_text:
+                    on_text(row.index, rest)
+                yield row.answer()
 
     def answer(self, prompt: Sequence[int], on_text: Callable[[str], None] | None = None) -> Answer:
         """Answer one prompt; what it begins with as the last one did is not read again.
 
         Args:
             prompt: Its tokens.
-            on_text: Told how the answer grows.
+            on_text: Called with each piece of the answer.
 
         Raises:
-            DataError: It cannot be answered, see :meth:`check`.
+            DataError: See :meth:`answers`.
         """
-        self.check(0, prompt)
-        tell = None if on_text is None else lambda _, piece: on_text(piece)
-        cache = self._alone = self._alone or self.model.cache(1)
-        heard, self._heard = self._heard, []  # until it is known again, whatever happens
-        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(heard, prompt, strict=False))
+        row = self._row(self._count, prompt)
+        show = None if on_text is None else lambda _, piece: on_text(piece)
+        cache = self._cache = self._cache or self.model.cache(1)
+        before, self._cached = self._cached, []  # until it is known again, whatever happens
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(before, prompt, strict=False))
         # The last token is always read: what follows it is asked for.
         same = min(sum(1 for _ in pairs), len(prompt) - 1)
-        cache.keep(0, same if self.model.turns_alike(len(heard), len(prompt)) else 0)
-        row, self._asked = self._row(self._asked, prompt), self._asked + 1
+        cache.keep(0, same if self.model.turns_alike(len(before), len(prompt)) else 0)
+        self._count += 1
         try:
             while not row.reason:
-                self._extend(cache, [row], tell)
+                self._extend(cache, [row], show)
         finally:
-            self._heard = row.tokens[: cache.lengths[0]]
-        if (rest := row.text.end()) and tell:
-            tell(0, rest)
+            self._cached = row.tokens[: cache.lengths[0]]
+        if (rest := row.text.end()) and on_text:
+            on_text(rest)
         return row.answer()
 
     def _row(self, index: int, prompt: Sequence[int]) -> _Row:
-        return _Row(index, prompt, self.sampling, Text(self.tokenizer, self._stop))
-
-    def _fill(self, rows: list[_Row], waiting: Iterator[tuple[int, Sequence[int]]]) -> None:
-        while len(rows) < self.batch_size and (found := next(waiting, None)):
-            self.check(*found)
-            rows.append(self._row(*found))
-
-    def _ended(self, cache: Any, rows: list[_Row], number: int, on_text: OnText | None) -> Answer:
-        """Take a row out, and put the last one in its place."""
-        row, last = rows[number], rows.pop()
-        if row is not last:
-            rows[number] = last
-            cache.move(len(rows), number)
-        cache.keep(len(rows), 0)
-        if (rest := row.text.end()) and on_text:
-            on_text(row.index, rest)
-        return row.answer()
+        """Begin an answer, to a prompt that can have one."""
+        positions, vocabulary = self.model.max_seq_len, self.model.tok_embeddings.num_embeddings
+        if not len(prompt):
+            raise DataError(f"prompt {index + 1} is empty. Give it some text, or leave it out.")
+        if len(prompt) >= positions:
+            raise DataError(
+                f"prompt {index + 1} has {len(prompt)} tokens, but the model has {positions} "
+                "positions for prompt and answer. Shorten it."
+            )
+        if unknown := [token for token in prompt if not 0 <= token < vocabulary]:
+            raise DataError(
+                f"prompt {index + 1} has the token {unknown[0]}, but the model knows {vocabulary}. "
+                "Use the tokenizer of its own folder."
+            )
+        text = GrowingText(self.tokenizer, self._stop_texts)
+        return _Row(index, prompt, self.sampling.seed, text)
 
     # A cache outlives a call, and is written in place: not as a tensor of inference mode
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _extend(self, cache: Any, rows: list[_Row], on_text: OnText | None) -> None:
+    def _extend(
+        self, cache: Any, rows: list[_Row], on_text: Callable[[int, str], None] | None
+    ) -> None:
         """Add a token to every row."""
-        for number, row in enumerate(rows):
-            length = cache.lengths[number]
+        for slot, row in enumerate(rows):
+            length = cache.lengths[slot]
             if length and not self.model.turns_alike(length, len(row.tokens)):
-                cache.keep(number, 0)
-        new = [number for number in range(len(rows)) if not cache.lengths[number]]
-        old = [number for number in range(len(rows)) if cache.lengths[number]]
-        for group in (*_groups(new, rows), old):
-            if group:
-                logits = self._logits(cache, rows, group)
-                chosen = [rows[number] for number in group]
-                for row, token in zip(chosen, self._chosen(chosen, logits), strict=True):
-                    self._say(row, token, on_text)
+                cache.keep(slot, 0)
+        new = [slot for slot in range(len(rows)) if not cache.lengths[slot]]
+        old = [slot for slot in range(len(rows)) if cache.lengths[slot]]
+        for slots in [*_groups(new, rows), *([old] if old else [])]:
+            logits = self._logits(cache, rows, slots)
+            group = [rows[slot] for slot in slots]
+            for row, token in zip(group, self._chosen(group, logits), strict=True):
+                self._append(row, token, on_text)
 
-    def _logits(self, cache: Any, rows: list[_Row], group: list[int]) -> Tensor:
+    def _logits(self, cache: Any, rows: list[_Row], slots: list[int]) -> Tensor:
         """Read what is not cached yet of some rows; return what may follow, ``[rows, V]``."""
-        unread = [rows[number].tokens[cache.lengths[number] :] for number in group]
+        unread = [rows[slot].tokens[cache.lengths[slot] :] for slot in slots]
         tokens = torch.tensor([token for row in unread for token in row], device=self._device)
-        step = self.model.step(cache, group, [len(row) for row in unread])
+        step = self.model.step(cache, slots, [len(row) for row in unread])
         with torch.autocast(self._device.type, enabled=False):  # the model's dtype is the cache's
             logits: Tensor = self.model(tokens[None], step=step)
         return logits
 
     def _chosen(self, rows: list[_Row], logits: Tensor) -> list[int]:
-        asked, (highest, likeliest) = self.sampling, logits.max(dim=-1)
+        highest, likeliest = logits.max(dim=-1)
         if not highest.isfinite().all():
             raise CheckpointError(
                 "the model's scores are not finite: its weights or those of the adapter are "
                 "damaged. Download or train them again."
             )
-        if asked.temperature == 0 and asked.repetition_penalty == 1:
+        if self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1:
             return likeliest.tolist()
         return [
-            choose(scores, torch.tensor(row.tokens), asked, row.random)
+            choose(scores, torch.tensor(row.tokens), self.sampling, row.random)
             for row, scores in zip(rows, logits, strict=True)
         ]
 
-    def _say(self, row: _Row, token: int, on_text: OnText | None) -> None:
+    def _append(self, row: _Row, token: int, on_text: Callable[[int, str], None] | None) -> None:
         row.tokens.append(token)
-        asked, said = self.sampling, len(row.tokens) - row.prompt
-        if token in self._ends:
+        if token in self._stop_tokens:
             row.reason = "stop"
             return
         if (piece := row.text.push(token)) and on_text:
             on_text(row.index, piece)
+        limit = self.sampling.max_time
         if row.text.stopped:
             row.reason = "stop"
-        elif said == asked.max_new_tokens:
+        elif len(row.tokens) - row.prompt_tokens == self.sampling.max_new_tokens:
             row.reason = "length"
         elif len(row.tokens) >= self.model.max_seq_len:
             row.reason = "context"
-        elif asked.max_time and time.monotonic() - row.started >= asked.max_time:
+        elif limit is not None and time.monotonic() - row.started >= limit:
             row.reason = "time"
 
 
-def _groups(new: list[int], rows: list[_Row]) -> Iterator[list[int]]:
-    """Yield new rows by so many that they are read at once."""
-    group, size = list[int](), 0
-    for number in new:
-        length = len(rows[number].tokens)
-        if group and size + length > TOGETHER:
+def _groups(slots: list[int], rows: list[_Row]) -> Iterator[list[int]]:
+    """Yield new rows by as many as are read at once."""
+    group: list[int] = []
+    size = 0
+    for slot in slots:
+        length = len(rows[slot].tokens)
+        if group and size + length > READ_AT_ONCE:
             yield group
             group, size = [], 0
-        group.append(number)
+        group.append(slot)
         size += length
     if group:
         yield group

@@ -3,9 +3,9 @@
 import pytest
 
 from phi3_plugin.models.cache import serve
+from tests.answers import ours, prompts_of, served, theirs
 from tests.chosen import some
 from tests.family import LONG, published, sizes
-from tests.generate.spoken import ours, prompts_of, served, theirs
 from tests.models.twins import base_of, train_by_hand, twin
 from tests.models.twins import ours as adapted
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint

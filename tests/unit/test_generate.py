@@ -1,12 +1,206 @@
-"""Many answers at once: each as if it were alone, ended for the right reason, streamed whole."""
+"""Answers: drawn as transformers draws, as if each were alone, streamed and ended for a reason."""
+
+from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from phi3_plugin.errors import CheckpointError, ConfigError, DataError
-from phi3_plugin.generate import Generator, Sampling
-from tests.generate.spoken import Letters, ours, prompts_of, served
+from phi3_plugin.generate import (
+    Generator,
+    GrowingText,
+    Sampling,
+    choose,
+    penalized,
+    probabilities,
+    read_sampling,
+)
+from tests.answers import Letters, chi_square, ours, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
+
+# How a token is chosen.
+
+SEEN = torch.tensor([3, 3, 7, 11])
+CASES = [
+    {"temperature": 1.0},
+    {"temperature": 0.3},
+    {"temperature": 1.7, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 1.0, "top_p": 1e-6},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 1.0, "repetition_penalty": 1.4},
+    {"temperature": 0.9, "repetition_penalty": 0.8, "top_k": 9, "top_p": 0.8, "min_p": 0.05},
+    {"temperature": 0.3, "top_k": 50, "top_p": 0.95},
+]
+
+
+def logits(seed: int = 0, vocabulary: int = 16) -> torch.Tensor:
+    return 2 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def theirs(scores: torch.Tensor, s: Sampling) -> torch.Tensor:
+    """Return the probabilities of transformers' processors, in the order of its ``generate``."""
+    chain = [RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty))]
+    chain.append(TemperatureLogitsWarper(float(s.temperature)))
+    chain += [TopKLogitsWarper(s.top_k)] if s.top_k else []
+    chain += [TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
+    chain += [MinPLogitsWarper(s.min_p)] if s.min_p else []
+    scores = scores[None]
+    for processor in chain:
+        scores = processor(SEEN[None], scores)
+    return scores.softmax(-1)[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("vocabulary", [16, 500])
+def test_probabilities_are_those_of_transformers(case, vocabulary):
+    sampling = Sampling(**case)
+    for seed in range(5):
+        scores = penalized(logits(seed, vocabulary), SEEN, sampling.repetition_penalty)
+        expected = theirs(logits(seed, vocabulary), sampling)
+        torch.testing.assert_close(probabilities(scores, sampling), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_draws_follow_the_probabilities(case):
+    sampling, random = Sampling(**case), torch.Generator().manual_seed(0)
+    draws = [choose(logits(), SEEN, sampling, random) for _ in range(3000)]
+    counts = torch.bincount(torch.tensor(draws), minlength=16).double()
+    expected = theirs(logits(), sampling).double() * len(draws)
+    assert not counts[expected == 0].any()
+    squares, freedom = chi_square(counts, expected)
+    # Beyond the 99.99 % quantile (Wilson and Hilferty's formula) once in ten thousand seeds
+    limit = (
+        freedom * (1 - 2 / (9 * max(freedom, 1)) + 3.72 * (2 / (9 * max(freedom, 1))) ** 0.5) ** 3
+    )
+    assert squares <= max(limit, 1e-9)
+
+
+def test_greedy_takes_the_likeliest_that_the_penalty_leaves():
+    random = torch.Generator()
+    assert choose(logits(), SEEN, Sampling(), random) == int(logits().argmax())
+    first = torch.tensor([int(logits().argmax())])
+    other = choose(logits(), first, Sampling(repetition_penalty=100.0), random)
+    assert other == int(logits().topk(2).indices[1])
+
+
+def test_a_temperature_near_zero_is_greedy():
+    scores = logits()
+    chances = probabilities(scores, Sampling(temperature=1e-30))
+    assert chances[scores.argmax()] == 1
+
+
+def test_reads_what_is_given():
+    sampling = read_sampling({"temperature": 0.3, "top_k": None, "stop": "###", "max_time": 180})
+    assert sampling == Sampling(temperature=0.3, stop=("###",), max_time=180)
+    assert read_sampling({"stop": ["a", "b"]}).stop == ("a", "b")
+
+
+WRONG = {
+    "max_new_tokens": [0, -1, 2.5, True, "8"],
+    "temperature": [-0.1, float("nan"), float("inf"), "hot"],
+    "top_k": [-1, 1.5],
+    "top_p": [0, 1.01],
+    "min_p": [1, -0.1],
+    "repetition_penalty": [0, -1],
+    "seed": [-1, 2**63],
+    "max_time": [0, -5],
+    "stop": ["", ["a", ""], [1], 7],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refuses_wrong_values(name):
+    for value in WRONG[name]:
+        with pytest.raises(ConfigError, match=rf"^{name}: .* must be "):
+            read_sampling({name: value})
+
+
+def test_says_all_that_is_wrong_at_once():
+    with pytest.raises(ConfigError) as caught:
+        read_sampling({"top_p": 2, "temprature": 1, "beams": 4})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert "Did you mean temperature?" in lines[1]
+    assert "max_new_tokens" in lines[2]
+
+
+# The text while it grows.
+
+
+class Bytes:
+    """A tokenizer with a token for each byte, and one that says nothing."""
+
+    special_tokens: ClassVar = {"<|end|>": 256}
+    stop_tokens: ClassVar = [256]
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return bytes(i for i in token_ids if i < 256).decode("utf-8", errors="replace")
+
+
+def shown(text: str | bytes, *stop: str) -> tuple[list[str], GrowingText]:
+    """Return the pieces that are shown, until the text stops."""
+    growing, pieces = GrowingText(Bytes(), stop), []
+    for byte in text.encode() if isinstance(text, str) else text:
+        pieces.append(growing.push(byte))
+        if growing.stopped:
+            break
+    return [*pieces, growing.end()], growing
+
+
+def test_characters_come_whole():
+    pieces, growing = shown("aé𝄞b")
+    assert [piece for piece in pieces if piece] == ["a", "é", "𝄞", "b"]
+    assert growing.text == "aé𝄞b"
+
+
+def test_bytes_that_are_no_character_come_in_the_end():
+    pieces, growing = shown(b"a\xf0\x9d")
+    assert "".join(pieces) == growing.text == "a�"
+
+
+@pytest.mark.parametrize("stop", ["###", "\n\n", "é", "d###"])
+def test_ends_before_a_stop_text(stop):
+    text = f"abc{stop}d"
+    pieces, growing = shown(text + "###", stop)
+    assert growing.stopped
+    assert "".join(pieces) == growing.text == "abc"
+
+
+def test_the_first_of_several_ends_it():
+    assert shown("one two three", "three", "two")[1].text == "one "
+
+
+def test_what_only_begins_like_a_stop_text_is_shown_late_but_shown():
+    pieces, growing = shown("a##b##", "###")
+    assert pieces[1] == pieces[2] == "" and pieces[3] == "##b"
+    assert "".join(pieces) == growing.text == "a##b##"
+    assert not growing.stopped
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet="ab#é\n", max_size=20),
+    st.lists(st.text("ab#é", min_size=1, max_size=3), max_size=3),
+)
+def test_pieces_add_up_to_the_text_before_the_first_stop(text, stop):
+    pieces, growing = shown(text, *stop)
+    assert "".join(pieces) == growing.text
+    # The one that ends first ends the text, and of those the longest begins first.
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    assert growing.text == (text[: min(ends)[1]] if ends else text)
+
+
+# Many answers at once.
 
 SMALL = {**TINY_MHA, "num_hidden_layers": 2, "sliding_window": 48, "max_position_embeddings": 128}
 LENGTHS = (3, 30, 1, 17, 60, 5, 9)
@@ -75,10 +269,13 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(model):
     assert answer.text == whole.text[: whole.text.index(stop)]
 
 
-def test_a_special_token_ends_an_answer_as_a_stop_text(model):
-    special = Letters.special_tokens["<|other|>"]
-    asked = generator(model, stop=("<|other|>",))
-    assert special in asked._ends and not asked._stop
+def test_a_special_token_ends_an_answer_as_a_stop_text(model, monkeypatch):
+    (prompt,) = prompts_of(10)
+    whole = next(generator(model, max_new_tokens=16).answers([prompt]))
+    monkeypatch.setattr(Letters, "special_tokens", {"<|other|>": whole.tokens[5]})
+    answer = next(generator(model, stop=("<|other|>",)).answers([prompt]))
+    end = whole.tokens.index(whole.tokens[5])
+    assert (answer.reason, answer.tokens) == ("stop", whole.tokens[: end + 1])
 
 
 def test_streams_every_answer_whole(model):
@@ -185,7 +382,7 @@ def interrupt(*_):
 
 
 def test_sizes_of_what_is_read_at_once_are_bounded(model, monkeypatch):
-    monkeypatch.setattr("phi3_plugin.generate.TOGETHER", 40)
+    monkeypatch.setattr("phi3_plugin.generate.READ_AT_ONCE", 40)
     sizes, prompts = fed(model, monkeypatch), prompts_of(*LENGTHS)
     found = by_number(generator(model, batch_size=8, max_new_tokens=3).answers(prompts))
     assert max(sizes) == 60 and sizes[0] == 34
@@ -223,8 +420,3 @@ def test_autocast_changes_nothing(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = ours(model, prompts, 4)
     assert found == ours(model, prompts, 4)
-
-
-@torch.no_grad()
-def test_nothing_needs_a_gradient(model):
-    assert not any(parameter.requires_grad for parameter in model.parameters())
