@@ -1,47 +1,70 @@
-"""What is in a chat data set: numbers, warnings, and the first samples token by token."""
+"""What a run would be trained on: its numbers, what to do about them, and samples token by token.
+
+`survey` passes over the samples once, `statistics` counts, `problems` advises, `show` spells
+samples, and `compare_with_hf` holds them beside what transformers makes of the same rows. How all
+that looks is in `phi3_plugin.pages.inspection`.
+"""
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from phi3_plugin.checkpoint.check import hf_ids
+from phi3_plugin.config import read_config
 from phi3_plugin.data.dataset import COMMON, IGNORED, Read, chat_dataset, make_reading
 from phi3_plugin.data.formats import (
     BROKEN,
     CUT_AWAY,
-    DROPPED,
     DROPPED_MESSAGE,
     NO_FINAL_ANSWER,
-    NOTICED,
     PASSED_OVER,
     SPECIAL_IN_TEXT,
     UNUSABLE,
     Findings,
-    Turn,
     Written,
 )
+from phi3_plugin.data.order import Order
 from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
+from phi3_plugin.settings import Settings
+from phi3_plugin.train.feed import Feed
+
+# Shapes: N samples, S tokens of one of them, L conversations that gave no sample
 
 CHAT_DATASETS = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat_dataset")
 """How a YAML calls the data set whose rows can be told apart."""
-
-
-# One pass over the samples of a data set, and which of them come more than once.
-
-# Shapes: N samples, S tokens of one of them
 
 FIRST = 5
 """Places that are named of what there are many of."""
 
 Numbers = NDArray[np.int64]
+
+
+def all_rows(settings: Settings) -> Settings:
+    """Return settings under which rows that cannot be used are counted, and stop nothing."""
+
+    def dropping(section: Any) -> Any:
+        is_chat = section and section["_component_"] in CHAT_DATASETS
+        return {**section, "bad_rows": "drop"} if is_chat else section
+
+    val = dropping(settings.dataset_val)
+    return replace(settings, dataset=dropping(settings.dataset), dataset_val=val)
+
+
+def unpacked(dataset: Any) -> Any:
+    """Return the samples of a data set, whether it is packed or not."""
+    return dataset.ds if isinstance(dataset, Packs) else dataset
+
+
+# One pass over the samples
 
 
 @dataclass(frozen=True)
@@ -66,17 +89,6 @@ class Samples:
     """[N] where their rows stand"""
 
 
-class Alike(NamedTuple):
-    """Samples that come more than once."""
-
-    copies: int
-    """Samples with the tokens of an earlier one from another row."""
-    pairs: list[tuple[str, str]]
-    """Where the first of them stand, each after the earlier one."""
-    answers: int
-    """Samples with the prompt of another one and another answer."""
-
-
 def survey(dataset: Any, stop_tokens: Sequence[int]) -> Samples:
     """Look at every sample once.
 
@@ -90,25 +102,22 @@ def survey(dataset: Any, stop_tokens: Sequence[int]) -> Samples:
     if not len(dataset):
         raise DataError("dataset: there is no sample in it. Give it rows to train on.")
     stops = np.array(stop_tokens)
-    digests, starts, ends, sizes, trained, firsts = [], [], [], [], [], []
+    columns = []
     for i in range(len(dataset)):
         ids, labels = arrays(dataset, i)
-        places = np.flatnonzero(labels != IGNORED)
-        digests.append(_digest(ids))
-        firsts.append(int(places[0]) if len(places) else len(ids))
-        starts.append(_digest(ids[: firsts[-1]]))
-        ends.append(bool(np.isin(labels[places], stops).any()))
-        sizes.append(len(ids))
-        trained.append(len(places))
-    lengths = np.array(sizes, dtype=np.int64)
+        trained = np.flatnonzero(labels != IGNORED)
+        first = int(trained[0]) if len(trained) else len(ids)
+        ends = bool(np.isin(labels[trained], stops).any())
+        columns.append((len(ids), len(trained), first, _digest(ids), _digest(ids[:first]), ends))
+    lengths, labelled, firsts, content, prompt, ended = zip(*columns, strict=True)
     return Samples(
-        lengths=lengths,
+        lengths=np.array(lengths),
         full=np.asarray(getattr(dataset, "full", lengths), dtype=np.int64),
-        labelled=np.array(trained, dtype=np.int64),
-        first=np.array(firsts, dtype=np.int64),
-        content=np.array(digests, dtype=np.uint64),
-        prompt=np.array(starts, dtype=np.uint64),
-        stops=np.array(ends, dtype=np.bool_),
+        labelled=np.array(labelled),
+        first=np.array(firsts),
+        content=np.array(content, dtype=np.uint64),
+        prompt=np.array(prompt, dtype=np.uint64),
+        stops=np.array(ended),
         places=[place(dataset, i) for i in range(len(dataset))],
     )
 
@@ -127,33 +136,32 @@ def place(dataset: Any, i: int) -> str:
     return str(dataset.places(i)) if hasattr(dataset, "places") else f"sample {i}"
 
 
-def alike(samples: Samples) -> Alike:
-    """Find samples that come more than once."""
-    first: dict[int, int] = {}
-    found: list[tuple[str, str]] = []
-    for i, value in enumerate(samples.content.tolist()):
-        earlier = first.setdefault(value, i)
-        # A source may be seen more than once on purpose: the same row is no copy of itself
-        if samples.places[earlier] != samples.places[i]:
-            found.append((samples.places[earlier], samples.places[i]))
-    _, index = np.unique(samples.content, return_index=True)
-    # One token is no prompt: all conversations begin with it, as train_on=all leaves them
-    index = index[samples.first[index] > 1]
-    _, times = np.unique(samples.prompt[index], return_counts=True)
-    return Alike(len(found), found[:FIRST], int(times[times > 1].sum()))
-
-
 def _digest(ids: NDArray[np.int32]) -> int:
     content = np.ascontiguousarray(ids, dtype=np.int32).tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-# What a limit of the length costs, the chosen one and others.
-
-# Shapes: N samples, L conversations that gave none
+# The numbers
 
 USUAL = (512, 1024, 2048, 4096)
 """Lengths at which it is always told what a limit would cost."""
+
+BINS = 12
+"""Bars of a histogram, at most."""
+
+PLAIN, GROUPED, PACKED = "plain", "grouped by length", "packed"
+"""The ways to put samples into batches."""
+
+
+class Alike(NamedTuple):
+    """Samples that come more than once."""
+
+    copies: int
+    """Samples with the tokens of an earlier one from another row."""
+    pairs: list[tuple[str, str]]
+    """Where the first of them stand, each after the earlier one."""
+    answers: int
+    """Samples with the prompt of another one and another answer."""
 
 
 class Cut(NamedTuple):
@@ -169,306 +177,13 @@ class Cut(NamedTuple):
     least: bool = False
     """Whether more tokens may be lost: that would show only if the data were read with it."""
 
-
-def cuts(
-    samples: Samples,
-    lost: Numbers,
-    named: Mapping[int, str],
-    *,
-    limit: int | None,
-    truncate: str = "right",
-) -> list[Cut]:
-    """Return what a limit would cost at the usual lengths and at others.
-
-    Args:
-        samples: As they were left by the chosen limit.
-        lost: [L] tokens of each conversation that gave no sample.
-        named: More lengths, and what each of them is.
-        limit: The chosen one.
-        truncate: What becomes of longer conversations, see :mod:`phi3_plugin.data.tokenizer`.
-    """
-    # A shorter conversation would be lost at any limit
-    lost = lost[lost > limit] if limit is not None else lost[:0]
-    asked = _Asked(samples, lost, limit, truncate)
-    return [asked.cut(at, named.get(at, "")) for at in sorted({*USUAL, *named})]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    samples: Samples
-    lost: Numbers
-    limit: int | None
-    truncate: str
-
-    def cut(self, at: int, name: str) -> Cut:
-        """Return what one limit costs."""
-        samples, lost = self.samples, self.lost
-        longer = samples.full > (samples.lengths if at == self.limit else at)
-        share = (int(longer.sum()) + int((lost > at).sum())) / (len(longer) + len(lost))
-        total = int(samples.full.sum()) + int(lost.sum())
-        return Cut(at, share, 1 - self._kept(at) / total, name, self._may_lose_more(at))
-
-    def _kept(self, at: int) -> int:
-        """Return how many tokens are left, at most."""
-        samples, lost = self.samples, self.lost
-        if at == self.limit:
-            return int(samples.lengths.sum())
-        tighter = self.limit is not None and at < self.limit
-        # What a limit takes, a tighter one does not give back
-        kept, lost = (samples.lengths, lost[:0]) if tighter else (samples.full, lost)
-        if self.truncate == "drop":
-            kept, lost = kept[samples.full <= at], lost[lost <= at]
-        elif self.truncate == "right":
-            kept = kept[samples.first < at]  # The others have nothing left to train on
-        return sum(int(values.clip(max=at).sum()) for values in (kept, lost))
-
-    def _may_lose_more(self, at: int) -> bool:
-        if at == self.limit or self.truncate == "drop":
-            return False
-        cut = bool((self.lost > at).any())
-        if self.truncate == "right":  # Where their answers begin is not known
-            return cut and self.limit is not None and at > self.limit
-        return cut or bool((self.samples.full > at).any())
-
-
-# Samples as a reader can check them: the text of every token, and what training makes of it.
-
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""How a vocabulary with byte fallback spells a byte of a character that it has no token for."""
-
-UNFINISHED = "\ufffd"
-"""What decoding gives for a part of a character."""
-
-LONGEST = 4
-"""Tokens that a character can take: as many as UTF-8 has bytes for it."""
-
-HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
-"""Unicode categories of what shows nothing, looks like a space, or changes how others show."""
-
-
-class Unit(NamedTuple):
-    """A token; or several, where a character takes more than one."""
-
-    text: str
-    ids: tuple[int, ...]
-    trained: bool
-    special: bool
-    """Whether it is an added token such as ``<|end|>``."""
-
-
-class Shown(NamedTuple):
-    """One sample."""
-
-    where: str
-    """Where its row stands."""
-    units: list[Unit]
-    trained: int
-    """Tokens that are trained on."""
-    lost: int
-    """Tokens that were cut off."""
-    from_start: bool = False
-    """Whether they came before the first unit, or between the system message and the rest."""
-
     @property
-    def tokens(self) -> int:
-        """Tokens of the sample."""
-        return sum(len(unit.ids) for unit in self.units)
-
-    @property
-    def border(self) -> str:
-        """What is said where the sample was cut."""
-        if not self.lost:
-            return ""
-        tokens = f"{self.lost:,} {'token' if self.lost == 1 else 'tokens'}"
-        return f"✂ {tokens} cut {'before the last turns' if self.from_start else 'here'}, not seen"
-
-
-class Speller:
-    """Gives each token of a sample its text, with the space before it."""
-
-    def __init__(self, tokenizer: Phi3Tokenizer) -> None:
-        """Read the added tokens."""
-        self._tokenizer, self._backend = tokenizer, tokenizer._backend
-        decoder = self._backend.get_added_tokens_decoder()
-        self._added = {i: token.content for i, token in decoder.items()}
-        # Decoding drops the space at the very start, so that every text gets one before it
-        self._before = tokenizer.encode("a")[-1:]
-        self._skip = len(tokenizer.decode(self._before, False))
-
-    def units(self, ids: NDArray[np.int32], trained: NDArray[np.bool_]) -> list[Unit]:
-        """Spell a sample.
-
-        Args:
-            ids: [S]
-            trained: [S]; whether the loss counts the token.
-        """
-        units, parts = list[Unit](), list[int]()
-        for i, counts in zip(ids.tolist(), trained.tolist(), strict=True):
-            if i in self._added:
-                units.append(Unit(self._added[i], (i,), counts, True))
-                parts = []
-                continue
-            units.append(Unit(self._spelled(i), (i,), counts, False))
-            # Parts of characters stand alone until the last one comes
-            parts = [*parts[1 - LONGEST :], i] if UNFINISHED in self._text([i]) else []
-            if whole := self._whole(parts):
-                units[-len(whole) :] = [Unit(self._text(whole), tuple(whole), counts, False)]
-                parts = []
-        return units
-
-    def _whole(self, parts: list[int]) -> list[int]:
-        tails = (parts[start:] for start in range(len(parts) - 1))
-        return next((tail for tail in tails if UNFINISHED not in self._text(tail)), [])
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([*self._before, *ids], False)[self._skip :]
-
-    def _spelled(self, i: int) -> str:
-        text, spelled = self._text([i]), self._backend.id_to_token(i)
-        return spelled if UNFINISHED in text and spelled and BYTE.fullmatch(spelled) else text
-
-
-def show(
-    dataset: Any, indices: Iterable[int], speller: Speller, *, from_start: bool = False
-) -> list[Shown]:
-    """Spell some samples of a data set.
-
-    Args:
-        dataset: Holds them.
-        indices: Which.
-        speller: Of its tokenizer.
-        from_start: Whether long samples were cut from their start.
-    """
-    shown = []
-    for i in indices:
-        ids, labels = arrays(dataset, i)
-        full = int(dataset.full[i]) if hasattr(dataset, "full") else len(ids)
-        trained = labels != IGNORED
-        units = speller.units(ids, trained)
-        lost = full - len(ids)
-        shown.append(Shown(place(dataset, i), units, int(trained.sum()), lost, from_start))
-    return shown
-
-
-def harmless(text: str) -> str:
-    r"""Spell out, as ``\x1b`` or ``\u202e``, what could drive a terminal or hide in a page.
-
-    Plain spaces, line ends and tabs stay, and so do letters of every script and emoji.
-    """
-    return "".join(char if _shows(char) else _code(char) for char in text)
-
-
-def _shows(char: str) -> bool:
-    return char in " \n\t" or unicodedata.category(char) not in HIDDEN
-
-
-def _code(char: str) -> str:
-    number = ord(char)
-    if number < 0x100:
-        return f"\\x{number:02x}"
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-
-
-# The samples beside what another tokenizer makes of the same conversations.
-
-Marked = tuple[Sequence[int], Sequence[bool]]
-"""The ids of a conversation, and which are trained on."""
-
-
-class Compared(NamedTuple):
-    """What a comparison found."""
-
-    samples: int
-    """How many were compared."""
-    differ: int
-    places: list[str]
-    """The first that differ, and where they begin to."""
-
-
-def conversations(
-    tokenizer: Phi3Tokenizer, options: Mapping[str, Any]
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield where each row stands, and its messages, marked by what is trained on.
-
-    Rows that give no sample, and those that are a text already, are passed over.
-
-    Args:
-        tokenizer: Of the checkpoint.
-        options: Of :func:`phi3_plugin.data.chat_dataset`.
-    """
-    given = {name: option.default for name, option in signature(chat_dataset).parameters.items()}
-    given |= {name: value for name, value in options.items() if name in given}
-    reading = make_reading(
-        tokenizer,
-        given["source"],
-        {name: given[name] for name in COMMON},
-        tool_calls=given["tool_calls"],
-        group_by=given["group_by"],
-        lesson=(given["train_on"], given["system_prompt"], given["add_eos"]),
-        truncate=given["truncate"],
-    )
-    for number, source in enumerate(reading.sources):
-        for row in reading.rows(number, source):
-            if not isinstance(row, Read) or isinstance(row.chat, Written):
-                continue
-            try:
-                turns = reading.preparation.lesson.prepare(row.chat)
-            except DataError:  # there is nothing to train on
-                continue
-            yield row.where, [_message(turn) for turn in turns]
-
-
-def marked(dataset: Any, i: int) -> Marked:
-    """Return a sample as it is compared."""
-    ids, labels = arrays(dataset, i)
-    return ids.tolist(), (labels != IGNORED).tolist()
-
-
-def as_trained(
-    theirs: Marked, *, limit: int | None, options: Mapping[str, Any], eos_id: int
-) -> Marked:
-    """Do to a whole conversation what the options of a data set do: end it, mark it, cut it."""
-    ids, trained = list(theirs[0]), list(theirs[1])
-    if options.get("add_eos", False) and ids[-1:] != [eos_id]:
-        ids, trained = [*ids, eos_id], [*trained, False]
-    if options.get("train_on") == "all":
-        trained = [True] * len(ids)
-    return ids[:limit], [False, *trained[1:limit]]
-
-
-def compare(pairs: Iterable[tuple[str, Marked, Marked]]) -> Compared:
-    """Compare samples, each with its place, ours first."""
-    found = [(where, difference(ours, theirs)) for where, ours, theirs in pairs]
-    places = [f"{where}: {text}" for where, text in found if text]
-    return Compared(len(found), len(places), places[:FIRST])
-
-
-def difference(ours: Marked, theirs: Marked) -> str:
-    """Say where two tokenizations begin to differ; nothing if they do not."""
-    lists = (ours[0], theirs[0]), (ours[1], theirs[1])
-    for (mine, other), what in zip(lists, ("id", "trained"), strict=True):
-        for n, pair in enumerate(zip(mine, other, strict=False)):
-            if pair[0] != pair[1]:
-                return f"token {n} has {what} {pair[0]} here, {pair[1]} there"
-    if len(ours[0]) != len(theirs[0]):
-        return f"{len(ours[0])} tokens here, {len(theirs[0])} there"
-    return ""
-
-
-def _message(turn: Turn) -> dict[str, Any]:
-    tools = {} if turn.tools is None else {"tools": turn.tools}
-    return {"role": turn.role, "content": turn.content, **tools, "trained": turn.trained}
-
-
-# The numbers of a data set, as a training run would see it.
-
-# Shapes: N samples, S tokens of one of them
-
-BINS = 12
-"""Bars of a histogram, at most."""
-
-PLAIN, GROUPED, PACKED = "plain", "grouped by length", "packed"
-"""The ways to put samples into batches."""
+    def loss(self) -> str:
+        """The share of the tokens that it loses, in words."""
+        share = percent(self.tokens)
+        if not self.least:
+            return share
+        return ">0 %" if share.startswith("<") else f"≥ {share}"
 
 
 class Bin(NamedTuple):
@@ -477,6 +192,11 @@ class Bin(NamedTuple):
     low: int
     high: int
     samples: int
+
+    @property
+    def span(self) -> str:
+        """The lengths, in words."""
+        return f"{self.low:,}" if self.low == self.high else f"{self.low:,}–{self.high:,}"
 
 
 class Lengths(NamedTuple):
@@ -499,7 +219,7 @@ class Batching(NamedTuple):
     chosen: bool
 
 
-class Part(NamedTuple):
+class HeldOut(NamedTuple):
     """The validation data."""
 
     rows: int
@@ -511,9 +231,19 @@ class Part(NamedTuple):
     findings: Findings
 
 
+class Comparison(NamedTuple):
+    """What comparing samples with transformers gave."""
+
+    samples: int
+    """How many were compared."""
+    differ: int
+    places: list[str]
+    """The first that differ, and where they begin to."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """A data set in numbers."""
+    """A data set in numbers, as a training run would see it."""
 
     options: Mapping[str, Any]
     """The section dataset of the YAML."""
@@ -550,9 +280,8 @@ class Statistics:
     """Samples in which no end of a turn is trained on."""
     endless_uncut: int
     """Those of them that were not cut."""
-    held_out: Part | None = None
-    compared: Compared | None = None
-    """With transformers."""
+    held_out: HeldOut | None = None
+    compared: Comparison | None = None
 
     @property
     def batching(self) -> Batching:
@@ -568,6 +297,96 @@ class Statistics:
     def cut(self) -> Cut:
         """The one that was chosen; no limit cuts nothing."""
         return next((cut for cut in self.cuts if cut.limit == self.limit), Cut(0, 0.0, 0.0, ""))
+
+
+def statistics(settings: Settings, feed: Feed, samples: Samples, processes: int = 1) -> Statistics:
+    """Count everything.
+
+    Args:
+        settings: Of the run.
+        feed: What it is fed.
+        samples: Those of the training data, surveyed.
+        processes: How many share a step.
+    """
+    dataset = unpacked(feed.order.dataset)
+    limit, truncate = getattr(feed.tokenizer, "max_seq_len", None), truncation(settings)
+    lost = getattr(dataset, "lost", samples.full[:0])
+    positions = read_config(settings.checkpoint_dir).max_position_embeddings
+    named = {positions: "model's most"} | ({limit: "yours"} if limit else {})
+    things = "packs" if isinstance(feed.order.dataset, Packs) else "samples"
+    tokens, labelled = tokens_per_epoch(feed.order.dataset, samples)
+    return Statistics(
+        options=settings.dataset,
+        options_val=settings.dataset_val,
+        special_in_text=settings.tokenizer.get("special_in_text", "parse"),
+        rows=getattr(dataset, "rows", len(dataset)),
+        findings=getattr(dataset, "findings", Findings()),
+        samples=len(samples.lengths),
+        tokens=tokens,
+        labelled=labelled,
+        lengths=lengths_of(np.concatenate([samples.full, lost])),
+        longest=int(samples.lengths.max()),
+        limit=limit,
+        truncate=truncate,
+        positions=positions,
+        batchings=_batchings(settings, feed, samples, processes),
+        per_step=f"{feed.order.per_step:,} {things}",
+        steps=feed.total_steps,
+        cuts=cuts(samples, lost, named, limit=limit, truncate=truncate),
+        alike=alike(samples),
+        endless=int((~samples.stops).sum()),
+        endless_uncut=int((~samples.stops & (samples.full <= samples.lengths)).sum()),
+        held_out=_held_out(feed, samples),
+    )
+
+
+def truncation(settings: Settings) -> str:
+    """Return what becomes of samples that are too long."""
+    is_chat = settings.dataset["_component_"] in CHAT_DATASETS
+    return settings.dataset.get("truncate", "right") if is_chat else "right"
+
+
+def tokens_per_epoch(dataset: Any, samples: Samples) -> tuple[int, int]:
+    """Return the tokens of an epoch without padding, and those of them that are trained on.
+
+    Args:
+        dataset: May be packed: a cut takes from what is trained on.
+        samples: The same, surveyed.
+    """
+    counted = dataset if isinstance(dataset, Packs) else samples
+    return int(counted.lengths.sum()), int(counted.labelled.sum())
+
+
+def _held_out(feed: Feed, training: Samples) -> HeldOut | None:
+    if feed.order_val is None:
+        return None
+    dataset = unpacked(feed.order_val.dataset)
+    samples = survey(dataset, feed.tokenizer.stop_tokens)
+    tokens, labelled = tokens_per_epoch(feed.order_val.dataset, samples)
+    return HeldOut(
+        rows=getattr(dataset, "rows", len(samples.lengths)),
+        samples=len(samples.lengths),
+        tokens=tokens,
+        labelled=labelled,
+        seen=int(np.isin(samples.content, training.content).sum()),
+        findings=getattr(dataset, "findings", Findings()),
+    )
+
+
+def alike(samples: Samples) -> Alike:
+    """Find samples that come more than once."""
+    earliest: dict[int, int] = {}
+    pairs: list[tuple[str, str]] = []
+    for i, value in enumerate(samples.content.tolist()):
+        earlier = earliest.setdefault(value, i)
+        # A source may be seen more than once on purpose: the same row is no copy of itself
+        if samples.places[earlier] != samples.places[i]:
+            pairs.append((samples.places[earlier], samples.places[i]))
+    _, index = np.unique(samples.content, return_index=True)
+    # One token is no prompt: all conversations begin with it, as train_on=all leaves them
+    index = index[samples.first[index] > 1]
+    _, times = np.unique(samples.prompt[index], return_counts=True)
+    return Alike(len(pairs), pairs[:FIRST], int(times[times > 1].sum()))
 
 
 def lengths_of(full: Numbers) -> Lengths:
@@ -596,6 +415,48 @@ def histogram(lengths: Numbers) -> list[Bin]:
     return bins[used[0] : used[-1] + 1]
 
 
+def _batchings(settings: Settings, feed: Feed, samples: Samples, processes: int) -> list[Batching]:
+    """Return the ways to put the samples into batches, the chosen one as the run would."""
+    chosen, dataset = feed.order, unpacked(feed.order.dataset)
+
+    def order(dataset: Any, group_by_length: bool = False) -> Order:
+        return Order(
+            dataset,
+            batch_size=settings.batch_size,
+            accumulation=settings.gradient_accumulation_steps,
+            processes=processes,
+            seed=settings.seed,
+            shuffle=settings.shuffle,
+            group_by_length=group_by_length,
+        )
+
+    orders = {PLAIN: order(dataset)}
+    if settings.shuffle:
+        orders[GROUPED] = order(dataset, group_by_length=True)
+    limit = getattr(feed.tokenizer, "max_seq_len", None)
+    if limit is not None and settings.dataset["_component_"] in CHAT_DATASETS:
+        seed = settings.dataset.get("seed", 0)
+        orders[PACKED] = order(Packs(dataset, limit, feed.tokenizer.pad_id, seed=seed))
+    mine = GROUPED if chosen.group_by_length else PLAIN
+    mine = PACKED if isinstance(chosen.dataset, Packs) else mine
+    orders[mine] = chosen
+    return [
+        Batching(name, _padding(order, samples), order.steps_per_epoch, name == mine)
+        for name, order in orders.items()
+    ]
+
+
+def _padding(order: Order, samples: Samples) -> float:
+    """Return which share of the first epoch's tokens is padding."""
+    if isinstance(order.dataset, Packs):
+        return order.dataset.waste
+    size, batches = order.batch_size, list[Sequence[int]]()
+    for step in range(order.steps_per_epoch):
+        indices = order.indices(step)
+        batches += [indices[i : i + size] for i in range(0, len(indices), size)]
+    return padding(samples.lengths, batches)
+
+
 def padding(lengths: Numbers, batches: Iterable[Sequence[int]]) -> float:
     """Return which share of the batches' tokens is padding, each padded to its longest sample.
 
@@ -605,47 +466,66 @@ def padding(lengths: Numbers, batches: Iterable[Sequence[int]]) -> float:
     """
     real = total = 0
     for batch in batches:
-        chosen = lengths[np.asarray(batch)]
-        real, total = real + int(chosen.sum()), total + int(chosen.max()) * len(chosen)
+        part = lengths[np.asarray(batch)]
+        real += int(part.sum())
+        total += int(part.max()) * len(part)
     return 1 - real / total if total else 0.0
 
 
-def unpacked(dataset: Any) -> Any:
-    """Return the samples of a data set, whether it is packed or not."""
-    return dataset.ds if isinstance(dataset, Packs) else dataset
-
-
-def epoch(dataset: Any, samples: Samples) -> tuple[int, int]:
-    """Return the tokens of an epoch without padding, and those of them that are trained on.
-
-    Args:
-        dataset: May be packed: a cut takes from what is trained on.
-        samples: The same, surveyed.
-    """
-    counted = dataset if isinstance(dataset, Packs) else samples
-    return int(counted.lengths.sum()), int(counted.labelled.sum())
-
-
-def part(dataset: Any, samples: Samples, training: Samples) -> Part:
-    """Return what validation sees.
+def cuts(
+    samples: Samples,
+    lost: Numbers,
+    named: Mapping[int, str],
+    *,
+    limit: int | None,
+    truncate: str = "right",
+) -> list[Cut]:
+    """Return what a limit would cost at the usual lengths and at others.
 
     Args:
-        dataset: The validation data, packed or not.
-        samples: The same, surveyed.
-        training: What is trained on.
+        samples: As they were left by the chosen limit.
+        lost: [L] tokens of each conversation that gave no sample.
+        named: More lengths, and what each of them is.
+        limit: The chosen one.
+        truncate: What becomes of longer conversations, see :mod:`phi3_plugin.data.tokenizer`.
     """
-    rows, (tokens, labelled) = unpacked(dataset), epoch(dataset, samples)
-    return Part(
-        rows=getattr(rows, "rows", len(samples.lengths)),
-        samples=len(samples.lengths),
-        tokens=tokens,
-        labelled=labelled,
-        seen=int(np.isin(samples.content, training.content).sum()),
-        findings=getattr(rows, "findings", Findings()),
-    )
+    # A shorter conversation would be lost at any limit
+    lost = lost[lost > limit] if limit is not None else lost[:0]
+    total = int(samples.full.sum()) + int(lost.sum())
+    costs = []
+    for at in sorted({*USUAL, *named}):
+        longer = samples.full > (samples.lengths if at == limit else at)
+        share = (int(longer.sum()) + int((lost > at).sum())) / (len(longer) + len(lost))
+        left = _tokens_left(samples, lost, at, limit=limit, truncate=truncate)
+        # What only reading the data with that limit would show: where the answers of lost
+        # conversations begin, and what a cut from the left leaves
+        if at == limit or truncate == "drop":
+            least = False
+        elif truncate == "right":
+            least = limit is not None and at > limit and bool((lost > at).any())
+        else:
+            least = bool((lost > at).any() or longer.any())
+        costs.append(Cut(at, share, 1 - left / total, named.get(at, ""), least))
+    return costs
 
 
-# What is worth acting on in the numbers of a data set, in words, with what to do about it.
+def _tokens_left(
+    samples: Samples, lost: Numbers, at: int, *, limit: int | None, truncate: str
+) -> int:
+    """Return how many tokens a limit leaves, at most."""
+    if at == limit:
+        return int(samples.lengths.sum())
+    lengths = samples.full
+    if limit is not None and at < limit:  # what a limit takes, a tighter one does not give back
+        lengths, lost = samples.lengths, lost[:0]
+    if truncate == "drop":
+        lengths, lost = lengths[samples.full <= at], lost[lost <= at]
+    elif truncate == "right":
+        lengths = lengths[samples.first < at]  # the others have nothing left to train on
+    return int(lengths.clip(max=at).sum()) + int(lost.clip(max=at).sum())
+
+
+# What is worth acting on
 
 CUT, LOST = 0.01, 0.01
 """Cut samples, and lost tokens, that are worth a word; and what a better length may lose."""
@@ -672,20 +552,10 @@ class Problem(NamedTuple):
     """Whether training would stop because of it."""
 
 
-def problems(found: Statistics) -> list[Problem]:
-    """Return what is worth acting on, the worst first."""
-    makers = (
-        _bad_rows,
-        _stopping,
-        _length,
-        _labelled,
-        _padding,
-        _rows,
-        _texts,
-        _held_out_problems,
-        _compared,
-    )
-    listed = [problem for maker in makers for problem in maker(found)]
+def problems(stats: Statistics) -> list[Problem]:
+    """Return what is worth acting on, what would stop the run first."""
+    makers = (_of_rows_left_out, _of_lengths, _of_batches, _of_rows, _of_validation)
+    listed = [problem for maker in makers for problem in maker(stats)]
     return sorted(listed, key=lambda problem: not problem.stops)  # sorted() keeps the order
 
 
@@ -700,22 +570,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.{0 if 0.0995 <= share < 0.995 else 1}f} %"
 
 
-def loss(cut: Cut) -> str:
-    """Write which share of the tokens a limit loses."""
-    share = percent(cut.tokens)
-    if not cut.least:
-        return share
-    return ">0 %" if share.startswith("<") else f"≥ {share}"
-
-
 def count(number: int, one: str) -> str:
     """Write how many there are of something."""
     return f"{number:,} {one if number == 1 else one + 's'}"
 
 
-def _bad_rows(found: Statistics) -> Iterator[Problem]:
-    for name, options, findings in _sections(found):
-        bad = sum(findings.counts.get(kind, 0) for kind in (BROKEN, UNUSABLE))
+def _of_rows_left_out(stats: Statistics) -> Iterator[Problem]:
+    sections = [("dataset", stats.options, stats.findings)]
+    # Rows that are only split into two parts are told of once
+    val = stats.options_val
+    if stats.held_out and val is not None and val.get("source") != stats.options.get("source"):
+        sections.append(("dataset_val", val, stats.held_out.findings))
+    for name, options, findings in sections:
+        bad = findings.counts[BROKEN] + findings.counts[UNUSABLE]
         drop = f"{name}.bad_rows=drop"
         text, fix = f"{name}: {count(bad, 'row')} cannot be read or used", "Correct them"
         if bad and options.get("bad_rows", "error") == "drop":
@@ -725,125 +592,103 @@ def _bad_rows(found: Statistics) -> Iterator[Problem]:
             yield Problem(text, f"{fix}, or leave them out with {drop}.", stops=True)
 
 
-def _stopping(found: Statistics) -> Iterator[Problem]:
-    if found.endless == 0:
-        return
-    text = (
-        f"In {count(found.endless, 'sample')} ({percent(found.endless / found.samples)}) the token "
-        "that ends a turn is not trained: the model does not learn from them when to stop."
-    )
-    if found.endless_uncut * 2 < found.endless:
-        yield Problem(text, "They are cut before the answer ends; see the lengths below.")
-    else:
-        yield Problem(text, "Look at a sample below: is the answer an assistant's turn, and whole?")
-
-
-def _length(found: Statistics) -> Iterator[Problem]:
-    limit, lost = found.limit, found.findings.counts.get(CUT_AWAY, 0)
-    if lost:
+def _of_lengths(stats: Statistics) -> Iterator[Problem]:
+    if stats.endless:
+        cut = stats.endless_uncut * 2 < stats.endless
+        yield Problem(
+            f"In {count(stats.endless, 'sample')} ({percent(stats.endless / stats.samples)}) the "
+            "token that ends a turn is not trained: the model does not learn from them when to "
+            "stop.",
+            "They are cut before the answer ends; see the lengths below."
+            if cut
+            else "Look at a sample below: is the answer an assistant's turn, and whole?",
+        )
+    if lost := stats.findings.counts[CUT_AWAY]:
         yield Problem(
             f"{count(lost, 'row')} left out: nothing to train on is within "
-            f"tokenizer.max_seq_len={limit}.",
+            f"tokenizer.max_seq_len={stats.limit}.",
             "Raise it, or shorten what comes before the answers.",
         )
-    if found.cut.samples >= CUT or found.cut.tokens >= LOST:
+    if stats.cut.samples >= CUT or stats.cut.tokens >= LOST:
+        fate = f"cut at {stats.limit:,}"
+        if stats.truncate == "drop":
+            fate = f"longer than {stats.limit:,} and dropped"
         yield Problem(
-            f"{percent(found.cut.samples)} of the samples are {_cut(found)}: "
-            f"{percent(found.cut.tokens)} of all tokens are lost.",
-            _longer(found),
+            f"{percent(stats.cut.samples)} of the samples are {fate}: "
+            f"{percent(stats.cut.tokens)} of all tokens are lost.",
+            _better_limit(stats),
         )
-    if found.longest > found.positions:
+    if stats.longest > stats.positions:
         yield Problem(
-            f"The longest sample has {found.longest:,} tokens; the model was made for "
-            f"{found.positions:,}.",
-            f"Set tokenizer.max_seq_len={found.positions}, or less.",
+            f"The longest sample has {stats.longest:,} tokens; the model was made for "
+            f"{stats.positions:,}.",
+            f"Set tokenizer.max_seq_len={stats.positions}, or less.",
         )
 
 
-def _cut(found: Statistics) -> str:
-    if found.truncate == "drop":
-        return f"longer than {found.limit:,} and dropped"
-    return f"cut at {found.limit:,}"
-
-
-def _longer(found: Statistics) -> str:
-    better = [cut for cut in found.cuts if (found.limit or 0) < cut.limit <= found.positions]
+def _better_limit(stats: Statistics) -> str:
+    better = [cut for cut in stats.cuts if (stats.limit or 0) < cut.limit <= stats.positions]
     if not better:
         return "That is all the model can take: split these conversations."
-    enough = next((cut for cut in better if cut.tokens < LOST), better[-1])
-    return f"tokenizer.max_seq_len={enough.limit} would lose {_little(enough)}."
+    cut = next((cut for cut in better if cut.tokens < LOST), better[-1])
+    loss = cut.loss.replace("≥", "at least").replace(">0", "more than 0")
+    return f"tokenizer.max_seq_len={cut.limit} would lose {loss if cut.tokens else 'nothing'}."
 
 
-def _little(cut: Cut) -> str:
-    words = loss(cut).replace("≥", "at least").replace(">0", "more than 0")
-    return words if cut.tokens else "nothing"
-
-
-def _labelled(found: Statistics) -> Iterator[Problem]:
-    share = found.labelled / found.tokens
+def _of_batches(stats: Statistics) -> Iterator[Problem]:
+    share = stats.labelled / stats.tokens
     if share < LABELLED:
         yield Problem(
             f"{percent(share)} of the tokens are trained on; the rest is only read.",
             "Check in the samples below that the answers are marked. Shorter prompts, or "
             "dataset.train_on=all, would train on more.",
         )
-    if found.steps < FEW_STEPS:
+    if stats.steps < FEW_STEPS:
         yield Problem(
-            f"The whole run makes {count(found.steps, 'step')} of {found.per_step}.",
+            f"The whole run makes {count(stats.steps, 'step')} of {stats.per_step}.",
             "Lower gradient_accumulation_steps or batch_size, or raise epochs.",
         )
+    now, ways = stats.batching, list[str]()
+    for other in stats.batchings:
+        if other.name in SWITCHES and now.padding - other.padding > SPARED:
+            way = f"{SWITCHES[other.name]} would bring it to {percent(other.padding)}"
+            if other.steps != now.steps:
+                way += f", with {other.steps:,} steps an epoch instead of {now.steps:,}"
+            ways.append(f"{way}.")
+    if not ways and now.name == PACKED:
+        ways = ["Set another tokenizer.max_seq_len, the length of a pack."]
+    if now.padding >= PADDING and ways:
+        padded = percent(now.padding)
+        text = f"{padded} of each batch is padding, where a recipe pads (torchtune's do)."
+        yield Problem(text, " ".join(ways))
 
 
-def _padding(found: Statistics) -> Iterator[Problem]:
-    now = found.batching
-    if now.padding < PADDING:
-        return
-    better = [b for b in found.batchings if b.name in SWITCHES and now.padding - b.padding > SPARED]
-    text = f"{percent(now.padding)} of each batch is padding, where a recipe pads (torchtune's do)."
-    if better:
-        yield Problem(text, " ".join(_switch(batching, now) for batching in better))
-    elif now.name == PACKED:
-        yield Problem(text, "Set another tokenizer.max_seq_len, the length of a pack.")
-
-
-def _switch(batching: Batching, now: Batching) -> str:
-    text = f"{SWITCHES[batching.name]} would bring it to {percent(batching.padding)}"
-    if batching.steps == now.steps:
-        return f"{text}."
-    return f"{text}, with {batching.steps:,} steps an epoch instead of {now.steps:,}."
-
-
-def _rows(found: Statistics) -> Iterator[Problem]:
-    counted = found.findings.counts
-    copies = found.alike.copies
-    if copies >= COPIES * found.samples:
+def _of_rows(stats: Statistics) -> Iterator[Problem]:
+    counts, copies = stats.findings.counts, stats.alike.copies
+    if copies >= COPIES * stats.samples:
         yield Problem(
-            f"{count(copies, 'sample')} ({percent(copies / found.samples)}) "
+            f"{count(copies, 'sample')} ({percent(copies / stats.samples)}) "
             f"{'repeats' if copies == 1 else 'repeat'} an earlier one, token for token.",
             "Remove them, unless the model is to see them more often.",
         )
-    if unanswered := counted.get(NO_FINAL_ANSWER, 0):
+    if unanswered := counts[NO_FINAL_ANSWER]:
         yield Problem(
             f"{count(unanswered, 'conversation')} without an answer to the last message.",
             "What follows the last answer is not trained on. Remove it, or add the answer.",
         )
-    if passed := counted.get(PASSED_OVER, 0):
+    if passed := counts[PASSED_OVER]:
         yield Problem(
             f"{count(passed, 'row')} with weight or train fields that are passed over.",
-            f"dataset.train_on={found.options.get('train_on', 'assistant')} decides alone; "
+            f"dataset.train_on={stats.options.get('train_on', 'assistant')} decides alone; "
             "dataset.train_on=marked would follow them.",
         )
-
-
-def _texts(found: Statistics) -> Iterator[Problem]:
-    counted = found.findings.counts
-    if left_out := counted.get(DROPPED_MESSAGE, 0):
+    if left_out := counts[DROPPED_MESSAGE]:
         yield Problem(
             f"{count(left_out, 'row')} with a message that the chat template leaves out.",
             "Move what they say into the user's message, if the model is to know it.",
         )
-    special = counted.get(SPECIAL_IN_TEXT, 0)
-    if special and found.special_in_text == "parse":
+    special = counts[SPECIAL_IN_TEXT]
+    if special and stats.special_in_text == "parse":
         yield Problem(
             f"{count(special, 'row')} with a special token such as <|end|> written in a message: "
             "it counts as that token, and can end a turn.",
@@ -851,143 +696,237 @@ def _texts(found: Statistics) -> Iterator[Problem]:
         )
 
 
-def _held_out_problems(found: Statistics) -> Iterator[Problem]:
-    part = found.held_out
-    if part and part.seen:
+def _of_validation(stats: Statistics) -> Iterator[Problem]:
+    held_out, compared = stats.held_out, stats.compared
+    if held_out and held_out.seen:
         yield Problem(
-            f"{part.seen:,} of {count(part.samples, 'validation sample')} "
-            f"({percent(part.seen / part.samples)}) can be found in the training data: the "
-            "validation loss will look too good.",
+            f"{held_out.seen:,} of {count(held_out.samples, 'validation sample')} "
+            f"({percent(held_out.seen / held_out.samples)}) can be found in the training data: "
+            "the validation loss will look too good.",
             "Remove them from one of the two.",
         )
-
-
-def _compared(found: Statistics) -> Iterator[Problem]:
-    if found.compared and found.compared.differ:
+    if compared and compared.differ:
         yield Problem(
-            f"{found.compared.differ:,} of {count(found.compared.samples, 'sample')} differ from "
-            "what transformers makes of them.",
+            f"{compared.differ:,} of {count(compared.samples, 'sample')} differ from what "
+            "transformers makes of them.",
             "Look at the first ones below. With tokenizer.special_in_text=text that is wanted "
             "where messages hold special tokens.",
         )
 
 
-def _sections(found: Statistics) -> Iterator[tuple[str, Mapping[str, Any], Findings]]:
-    yield "dataset", found.options, found.findings
-    # Rows that are only split into two parts are told of once
-    val = found.options_val
-    if found.held_out and val is not None and val.get("source") != found.options.get("source"):
-        yield "dataset_val", val, found.held_out.findings
+# Samples as a reader can check them: the text of every token, and what training makes of it
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""How a vocabulary with byte fallback spells a byte of a character that it has no token for."""
+
+UNFINISHED = "\ufffd"
+"""What decoding gives for a part of a character."""
+
+LONGEST = 4
+"""Tokens that a character can take: as many as UTF-8 has bytes for it."""
 
 
-# The numbers of a data set as lines of text, the same for the page and the terminal.
+class Unit(NamedTuple):
+    """A token; or several, where a character takes more than one."""
+
+    text: str
+    ids: tuple[int, ...]
+    trained: bool
+    special: bool
+    """Whether it is an added token such as ``<|end|>``."""
 
 
-class Fact(NamedTuple):
-    """One number, in words."""
+class Shown(NamedTuple):
+    """One sample."""
 
-    label: str
-    value: str
-    places: list[str]
-    """Where the first of what is counted stand, and why."""
+    where: str
+    """Where its row stands."""
+    units: list[Unit]
+    trained: int
+    """Tokens that are trained on."""
+    lost: int
+    """Tokens that were cut off."""
+    from_start: bool = False
+    """Whether they came before the first unit, or between the system message and the rest."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sample."""
+        return sum(len(unit.ids) for unit in self.units)
 
-def title_of(found: Statistics) -> str:
-    """Return what the data set is called."""
-    return _source(found.options.get("source") or found.options["_component_"])
-
-
-def short(where: str, found: Statistics) -> str:
-    """Return a place without the folder that all places of the data set begin with."""
-    source = found.options.get("source")
-    if not isinstance(source, str) or "/" not in source:
-        return where
-    folder = source if where.startswith(f"{source.rstrip('/')}/") else source.rpartition("/")[0]
-    return where.replace(f"{folder.rstrip('/')}/", "")
-
-
-def span(bin: Bin) -> str:
-    """Return the lengths of a bar."""
-    return f"{bin.low:,}" if bin.low == bin.high else f"{bin.low:,}–{bin.high:,}"
-
-
-def limits_title(found: Statistics) -> str:
-    """Return what stands over the table of limits."""
-    return f"If samples are {'dropped above' if found.truncate == 'drop' else 'cut at'}"
+    @property
+    def border(self) -> str:
+        """What is said where the sample was cut."""
+        if not self.lost:
+            return ""
+        where = "before the last turns" if self.from_start else "here"
+        return f"✂ {count(self.lost, 'token')} cut {where}, not seen"
 
 
-def facts(found: Statistics) -> Iterator[Fact]:
-    """Yield what is told of a data set, but for its tables."""
-    yield Fact("Rows", f"{found.rows:,} read", [])
-    yield from _noticed(found.findings, DROPPED, "left out: ")
-    yield from _noticed(found.findings, NOTICED, "")
-    yield Fact("Samples", f"{found.samples:,}", [])
-    yield from _endless(found)
-    yield from _alike(found.alike)
-    yield Fact("Tokens an epoch", f"{found.tokens:,}", [])
-    share = percent(found.labelled / found.tokens)
-    yield Fact("Trained on", f"{found.labelled:,} ({share})", [])
-    each, steps = found.batching.steps, count(found.steps, "step")
-    epoch = f", {each:,} an epoch" if each != found.steps else ""
-    yield Fact("Training", f"{steps} of {found.per_step}{epoch}", [])
-    if found.held_out:
-        yield from _held_out(found.held_out, found.options_val is not None)
-    if found.compared:
-        differ, samples = found.compared.differ, count(found.compared.samples, "sample")
-        text = f"{samples}, of which {differ:,} differ" if differ else f"{samples}, all equal"
-        yield Fact("Beside transformers", text, found.compared.places)
+def show(
+    dataset: Any, indices: Iterable[int], tokenizer: Phi3Tokenizer, *, from_start: bool = False
+) -> list[Shown]:
+    """Spell some samples of a data set.
+
+    Args:
+        dataset: Holds them.
+        indices: Which.
+        tokenizer: What made them.
+        from_start: Whether long samples were cut from their start.
+    """
+    speller, shown = Speller(tokenizer), []
+    for i in indices:
+        ids, labels = arrays(dataset, i)
+        trained = labels != IGNORED
+        lost = int(dataset.full[i]) - len(ids) if hasattr(dataset, "full") else 0
+        units = speller.units(ids, trained)
+        shown.append(Shown(place(dataset, i), units, int(trained.sum()), lost, from_start))
+    return shown
 
 
-def _source(source: Any) -> str:
-    if isinstance(source, Mapping):
-        return _source(source.get("source"))
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        return ", ".join(map(_source, source))
-    return str(source)
+class Speller:
+    """Gives each token of a sample its text, with the space before it."""
+
+    def __init__(self, tokenizer: Phi3Tokenizer) -> None:
+        """Read the added tokens."""
+        self._tokenizer, self._backend = tokenizer, tokenizer._backend
+        decoder = self._backend.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in decoder.items()}
+        # Decoding drops the space at the very start, so that every text gets one before it
+        self._before = tokenizer.encode("a")[-1:]
+        self._skip = len(tokenizer.decode(self._before, False))
+
+    def units(self, ids: NDArray[np.int32], trained: NDArray[np.bool_]) -> list[Unit]:
+        """Spell a sample.
+
+        Args:
+            ids: [S]
+            trained: [S]; whether the loss counts the token.
+        """
+        units, parts = list[Unit](), list[int]()
+        for i, counts in zip(ids.tolist(), trained.tolist(), strict=True):
+            if i in self._added:
+                units.append(Unit(self._added[i], (i,), counts, True))
+                parts = []
+                continue
+            text = self._text([i])
+            if UNFINISHED not in text:
+                units.append(Unit(text, (i,), counts, False))
+                parts = []
+                continue
+            # Parts of characters stand alone until the last one comes
+            spelling = self._backend.id_to_token(i) or ""
+            units.append(Unit(spelling if BYTE.fullmatch(spelling) else text, (i,), counts, False))
+            parts = [*parts[1 - LONGEST :], i]
+            for tail in (parts[start:] for start in range(len(parts) - 1)):
+                if UNFINISHED not in (whole := self._text(tail)):
+                    units[-len(tail) :] = [Unit(whole, tuple(tail), counts, False)]
+                    parts = []
+                    break
+        return units
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([*self._before, *ids], False)[self._skip :]
 
 
-def _noticed(findings: Findings, kinds: Sequence[str], before: str) -> Iterator[Fact]:
-    for kind in kinds:
-        if number := findings.counts[kind]:
-            listed = findings.places.get(kind, [])[:FIRST]
-            places = [f"{where}: {detail}" if detail else where for where, detail in listed]
-            if 0 < len(places) < number:
-                places.append(f"and {number - len(places):,} more")
-            yield Fact("", f"{before}{number:,} {_agreeing(kind, number)}", places)
+# The samples beside what transformers makes of the same conversations
+
+COMPARED = 1000
+"""Samples that are compared at most; transformers takes a millisecond for each."""
+
+Marked = tuple[Sequence[int], Sequence[bool]]
+"""The ids of a conversation, and which are trained on."""
 
 
-def _agreeing(kind: str, number: int) -> str:
-    verb, _, rest = kind.partition(" ")
-    one = {"have": "has", "are": "is", "do": "does"}.get(verb, verb)
-    return f"{one if number == 1 else verb} {rest}"
+def compare_with_hf(settings: Settings, feed: Feed, samples: Samples) -> Comparison:
+    """Compare the first samples with transformers.
 
+    Those that a cut took something from the left of are passed over.
 
-def _endless(found: Statistics) -> Iterator[Fact]:
-    if found.endless:
-        cut = found.endless - found.endless_uncut
-        yield Fact(
-            "", f"{found.endless:,} without a trained end of a turn, {cut:,} of them cut", []
-        )
+    Args:
+        settings: Of a run on chats.
+        feed: What it is fed.
+        samples: Those of the training data, surveyed.
 
-
-def _alike(alike: Alike) -> Iterator[Fact]:
-    if alike.copies:
-        places = [f"{again} repeats {first}" for first, again in alike.pairs]
-        if len(places) < alike.copies:
-            places.append(f"and {alike.copies - len(places):,} more")
-        yield Fact("", f"{alike.copies:,} with the tokens of an earlier one", places)
-    if alike.answers:
-        yield Fact("", f"{alike.answers:,} share a prompt and answer it differently", [])
-
-
-def _held_out(part: Part, own: bool) -> Iterator[Fact]:
-    share = percent(part.labelled / part.tokens)
-    yield Fact(
-        "Validation",
-        f"{count(part.samples, 'sample')}, {part.tokens:,} tokens, {share} of them predicted",
-        [],
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    tokenizer, options = feed.tokenizer, settings.dataset
+    numbers = {where: i for i, where in reversed(list(enumerate(samples.places)))}
+    shortened = samples.full > samples.lengths
+    rows = (
+        (numbers[where], messages)
+        for where, messages in conversations(tokenizer, options)
+        if where in numbers and not (truncation(settings) == "left" and shortened[numbers[where]])
     )
-    if own:
-        yield from _noticed(part.findings, DROPPED, "left out: ")
-    if part.seen:
-        yield Fact("", f"{part.seen:,} are in the training data too", [])
+    pairs = list(islice(rows, COMPARED))
+    theirs = hf_ids(settings.checkpoint_dir, [messages for _, messages in pairs])
+    dataset, places = unpacked(feed.order.dataset), list[str]()
+    choices = {"limit": tokenizer.max_seq_len, "options": options, "eos_id": tokenizer.eos_id}
+    for (i, _), whole in zip(pairs, theirs, strict=True):
+        ids, labels = arrays(dataset, i)
+        ours = ids.tolist(), (labels != IGNORED).tolist()
+        if text := difference(ours, as_trained(whole, **choices)):
+            places.append(f"{samples.places[i]}: {text}")
+    return Comparison(len(pairs), len(places), places[:FIRST])
+
+
+def conversations(
+    tokenizer: Phi3Tokenizer, options: Mapping[str, Any]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield where each row stands, and its messages, marked by what is trained on.
+
+    Rows that give no sample, and those that are a text already, are passed over.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        options: Of :func:`phi3_plugin.data.chat_dataset`.
+    """
+    defaults = {name: option.default for name, option in signature(chat_dataset).parameters.items()}
+    choices = defaults | {name: options[name] for name in defaults if name in options}
+    reading = make_reading(
+        tokenizer,
+        choices["source"],
+        {name: choices[name] for name in COMMON},
+        tool_calls=choices["tool_calls"],
+        group_by=choices["group_by"],
+        lesson=(choices["train_on"], choices["system_prompt"], choices["add_eos"]),
+        truncate=choices["truncate"],
+    )
+    for number, source in enumerate(reading.sources):
+        for row in reading.rows(number, source):
+            if not isinstance(row, Read) or isinstance(row.chat, Written):
+                continue
+            try:
+                turns = reading.preparation.lesson.prepare(row.chat)
+            except DataError:  # there is nothing to train on
+                continue
+            messages = []
+            for turn in turns:
+                tools = {} if turn.tools is None else {"tools": turn.tools}
+                message = {"role": turn.role, "content": turn.content, **tools}
+                messages.append({**message, "trained": turn.trained})
+            yield row.where, messages
+
+
+def as_trained(
+    theirs: Marked, *, limit: int | None, options: Mapping[str, Any], eos_id: int
+) -> Marked:
+    """Do to a whole conversation what the options of a data set do: end it, mark it, cut it."""
+    ids, trained = list(theirs[0]), list(theirs[1])
+    if options.get("add_eos", False) and ids[-1:] != [eos_id]:
+        ids, trained = [*ids, eos_id], [*trained, False]
+    if options.get("train_on") == "all":
+        trained = [True] * len(ids)
+    return ids[:limit], [False, *trained[1:limit]]
+
+
+def difference(ours: Marked, theirs: Marked) -> str:
+    """Say where two tokenizations begin to differ; nothing if they do not."""
+    for what, mine, other in zip(("id", "trained"), ours, theirs, strict=True):
+        for n, (a, b) in enumerate(zip(mine, other, strict=False)):
+            if a != b:
+                return f"token {n} has {what} {a} here, {b} there"
+    if len(ours[0]) != len(theirs[0]):
+        return f"{len(ours[0])} tokens here, {len(theirs[0])} there"
+    return ""

@@ -146,7 +146,18 @@ class Finetune:
         if self.s.report:
             after = (self.validated == self.step and self.answers) or self.answer()
             samples = zip(self.s.sample_prompts, self.before, after, strict=True)
-            self.monitor.report(self.model, folder, self.stop.reason, list(samples))
+            if self.world.is_main:
+                from phi3_plugin.pages.report import write_report  # brings matplotlib
+
+                page = write_report(
+                    self.s.output_dir,
+                    model=self.model,
+                    config=self.cfg,
+                    adapter=folder,
+                    ending=self.stop.reason,
+                    answers=list(samples),
+                )
+                self.monitor.say(f"Wrote {page}.")
         self.monitor.close()
         if self.world.is_main:
             print(f"Saved {folder}.", "Repeat the command with resume=auto to go on." * interrupted)

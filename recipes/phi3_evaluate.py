@@ -51,13 +51,12 @@ from phi3_plugin.evaluate import (
     token_scores,
 )
 from phi3_plugin.generate import Generator
-from phi3_plugin.inspect import harmless
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.load import assembled, fitting_adapter
 from phi3_plugin.load import build as build_model
 from phi3_plugin.models.cache import serve
-from phi3_plugin.pages.evaluation import render
-from phi3_plugin.pages.inspection import for_stdout
+from phi3_plugin.pages import for_stdout, harmless
+from phi3_plugin.pages.evaluation import page_of_evaluation
 from phi3_plugin.settings import give_memory_back
 from phi3_plugin.train.feed import build
 from phi3_plugin.train.step import ready
@@ -205,7 +204,7 @@ class Recipe:
         folder = self.s.output_dir
         texts = {
             files.SAMPLES: files.samples_text(evaluation),
-            files.PAGE: render(evaluation, found, count=self.o.worst, harmless=harmless),
+            files.PAGE: page_of_evaluation(evaluation, found, count=self.o.worst),
             files.RESULTS: files.results_text(evaluation, found, self.s.seed),
         }
         files.write_files(folder, texts)

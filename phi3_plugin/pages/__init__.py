@@ -1,1 +1,96 @@
-"""Pages that need no other file and no script: a run, an evaluation, a data set."""
+"""Pages that are one file each, run no script and fetch nothing: a run, a data set, an evaluation.
+
+All extend ``shell.html.j2``, which has the style and what stands at the top of each. Whatever a
+page shows may come from anywhere, so every text is escaped and made harmless on its way into it.
+"""
+
+import os
+import sys
+import unicodedata
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from jinja2 import FileSystemLoader
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from phi3_plugin.errors import OutputError
+
+HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
+"""Unicode categories of what shows nothing, looks like a space, or changes how others show."""
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page.
+
+    Args:
+        template: Name of a file in this folder.
+        **values: What it shows.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: harmless(value) if type(value) is str else value,
+    )
+    return environment.get_template(template).render(values)
+
+
+def harmless(text: str) -> str:
+    r"""Spell out, as ``\x1b`` or ``\u202e``, what could drive a terminal or hide in a page.
+
+    Plain spaces, line ends and tabs stay, and so do letters of every script and emoji.
+    """
+    return "".join(map(_visible, text))
+
+
+def _visible(char: str) -> str:
+    if char in " \n\t" or unicodedata.category(char) not in HIDDEN:
+        return char
+    number = ord(char)
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def for_stdout(text: str) -> str:
+    """Return a text that the terminal's encoding can hold."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def write_files(folder: str | Path, contents: Mapping[str, str | bytes], advice: str) -> None:
+    """Write files whole; none gets its name before all are on the disk.
+
+    Args:
+        folder: Where to; created if missing.
+        contents: What each is to hold, by name, in the order in which they get their names.
+        advice: What the user can do if that fails.
+
+    Raises:
+        OutputError: One cannot be written; earlier ones are untouched.
+    """
+    aside = {name: Path(folder) / f".partial-{os.getpid()}-{name}" for name in contents}
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            path = Path(folder) / name
+            with aside[name].open("wb") as file:
+                # A text cut in the middle of an emoji holds what UTF-8 cannot
+                file.write(
+                    content.encode("utf-8", "replace") if isinstance(content, str) else content
+                )
+                file.flush()
+                os.fsync(file.fileno())
+        for name in contents:
+            path = Path(folder) / name
+            os.replace(aside[name], path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error}. {advice}") from error
+    finally:
+        for left in aside.values():
+            with suppress(OSError):
+                left.unlink()

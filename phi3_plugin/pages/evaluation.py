@@ -1,10 +1,7 @@
-"""An evaluation as one page that needs no other file and no script."""
+"""An evaluation as a page."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phi3_plugin import evaluate as words
 from phi3_plugin.evaluate import (
@@ -18,8 +15,7 @@ from phi3_plugin.evaluate import (
     changed,
     worst,
 )
-
-TEMPLATE = Path(__file__).with_name("evaluation.html.j2")
+from phi3_plugin.pages import render
 
 LONGEST = 4000
 """Characters that are shown of a text."""
@@ -40,25 +36,17 @@ class Card(NamedTuple):
     """Model, what is said of its answer, and the answer."""
 
 
-def render(
-    evaluation: Evaluation, found: Sequence[Result], *, count: int, harmless: Callable[[str], str]
-) -> str:
+def page_of_evaluation(evaluation: Evaluation, found: Sequence[Result], *, count: int) -> str:
     """Return the page.
 
     Args:
         evaluation: What was evaluated.
         found: Its numbers.
         count: Answers that are shown of each kind.
-        harmless: Spells out what could hide in a page.
     """
-    environment = ImmutableSandboxedEnvironment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: harmless(value) if isinstance(value, str) else value,
-    )
     said, kind = words.verdict(found)
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    return render(
+        "evaluation.html.j2",
         evaluation=evaluation,
         found=found,
         both=ADAPTER in evaluation.outcomes,

@@ -1,38 +1,118 @@
-"""The numbers and first samples of a data set: a page, and a terminal."""
+"""How an inspection is shown: its numbers in words, as a page and in a terminal."""
 
-import os
 import re
-import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from phi3_plugin.data.formats import DROPPED, NOTICED, Findings
+from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, count, percent, problems
+from phi3_plugin.pages import harmless, render, write_files
 
-from phi3_plugin.errors import OutputError
-from phi3_plugin.inspect import (
-    Bin,
-    Shown,
-    Statistics,
-    Unit,
-    count,
-    facts,
-    harmless,
-    limits_title,
-    loss,
-    percent,
-    problems,
-    short,
-    span,
-    title_of,
-)
+# The numbers in words
 
-# The numbers and first samples of a data set, as one page that needs no other file.
+
+class Fact(NamedTuple):
+    """One number, in words."""
+
+    label: str
+    value: str
+    places: list[str]
+    """Where the first of what is counted stand, and why."""
+
+
+def facts(stats: Statistics) -> Iterator[Fact]:
+    """Yield what is told of a data set, but for its tables."""
+    yield Fact("Rows", f"{stats.rows:,} read", [])
+    yield from _noticed(stats, stats.findings, DROPPED, "left out: ")
+    yield from _noticed(stats, stats.findings, NOTICED)
+    yield Fact("Samples", f"{stats.samples:,}", [])
+    if stats.endless:
+        cut = stats.endless - stats.endless_uncut
+        said = f"{stats.endless:,} without a trained end of a turn, {cut:,} of them cut"
+        yield Fact("", said, [])
+    if copies := stats.alike.copies:
+        pairs = [short(f"{again} repeats {first}", stats) for first, again in stats.alike.pairs]
+        yield Fact("", f"{copies:,} with the tokens of an earlier one", _and_more(pairs, copies))
+    if stats.alike.answers:
+        said = f"{stats.alike.answers:,} share a prompt and answer it differently"
+        yield Fact("", said, [])
+    yield Fact("Tokens an epoch", f"{stats.tokens:,}", [])
+    share = percent(stats.labelled / stats.tokens)
+    yield Fact("Trained on", f"{stats.labelled:,} ({share})", [])
+    each, steps = stats.batching.steps, count(stats.steps, "step")
+    epoch = f", {each:,} an epoch" if each != stats.steps else ""
+    yield Fact("Training", f"{steps} of {stats.per_step}{epoch}", [])
+    if held_out := stats.held_out:
+        share = percent(held_out.labelled / held_out.tokens)
+        samples = count(held_out.samples, "sample")
+        said = f"{samples}, {held_out.tokens:,} tokens, {share} of them predicted"
+        yield Fact("Validation", said, [])
+        if stats.options_val is not None:
+            yield from _noticed(stats, held_out.findings, DROPPED, "left out: ")
+        if held_out.seen:
+            yield Fact("", f"{held_out.seen:,} are in the training data too", [])
+    if compared := stats.compared:
+        samples = count(compared.samples, "sample")
+        differ = f"of which {compared.differ:,} differ" if compared.differ else "all equal"
+        places = [short(place, stats) for place in compared.places]
+        yield Fact("Beside transformers", f"{samples}, {differ}", places)
+
+
+def _noticed(
+    stats: Statistics, findings: Findings, kinds: Sequence[str], before: str = ""
+) -> Iterator[Fact]:
+    for kind in kinds:
+        if number := findings.counts[kind]:
+            places = [
+                short(f"{where}: {detail}" if detail else where, stats)
+                for where, detail in findings.places.get(kind, [])[:FIRST]
+            ]
+            verb, _, rest = kind.partition(" ")
+            one = {"have": "has", "are": "is", "do": "does"}.get(verb, verb)
+            said = f"{before}{number:,} {one if number == 1 else verb} {rest}"
+            yield Fact("", said, _and_more(places, number))
+
+
+def _and_more(places: list[str], number: int) -> list[str]:
+    more = number - len(places)
+    return [*places, f"and {more:,} more"] if places and more else places
+
+
+def short(where: str, stats: Statistics) -> str:
+    """Return a place without the folder that all places of the data set begin with."""
+    source = stats.options.get("source")
+    if not isinstance(source, str) or "/" not in source:
+        return where
+    folder = source if where.startswith(f"{source.rstrip('/')}/") else source.rpartition("/")[0]
+    return where.replace(f"{folder.rstrip('/')}/", "")
+
+
+def _title(stats: Statistics) -> str:
+    return _source(stats.options.get("source") or stats.options["_component_"])
+
+
+def _source(source: Any) -> str:
+    if isinstance(source, Mapping):
+        return _source(source.get("source"))
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return ", ".join(map(_source, source))
+    return str(source)
+
+
+def _sample_title(sample: Shown, stats: Statistics) -> str:
+    tokens = count(sample.tokens, "token")
+    return f"{short(sample.where, stats)}: {tokens}, {sample.trained:,} trained"
+
+
+def _limits_title(stats: Statistics) -> str:
+    return f"If samples are {'dropped above' if stats.truncate == 'drop' else 'cut at'}"
+
+
+# The page
 
 NAME = "data.html"
-TEMPLATE = Path(__file__).with_name("inspection.html.j2")
 
 HEAD, TAIL = 2500, 500
 """Units that are shown of a long sample; a browser has trouble with a hundred thousand."""
@@ -51,12 +131,12 @@ class Token(NamedTuple):
     """Its text, and whether it is white space."""
 
 
-def write_page(folder: str | Path, found: Statistics, samples: Sequence[Shown]) -> Path:
+def write_page(folder: str | Path, stats: Statistics, samples: Sequence[Shown]) -> Path:
     """Write ``data.html``, whole or not at all.
 
     Args:
         folder: Where to; created if missing.
-        found: The numbers.
+        stats: The numbers.
         samples: The first samples.
 
     Returns:
@@ -65,82 +145,59 @@ def write_page(folder: str | Path, found: Statistics, samples: Sequence[Shown]) 
     Raises:
         OutputError: It cannot be written.
     """
-    page = Path(folder) / NAME
-    aside = page.with_name(f".partial-{os.getpid()}-{NAME}")
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(render(found, samples), "utf-8")
-        os.replace(aside, page)
-    except OSError as error:
-        raise OutputError(
-            f"{page} could not be written: {error}. Choose a folder with output_dir=DIR."
-        ) from error
-    finally:
-        with suppress(OSError):
-            aside.unlink()
-    return page
+    page = page_of(stats, samples)
+    write_files(folder, {NAME: page}, "Choose a folder with output_dir=DIR.")
+    return Path(folder) / NAME
 
 
-def render(found: Statistics, samples: Sequence[Shown]) -> str:
+def page_of(stats: Statistics, samples: Sequence[Shown]) -> str:
     """Return the page."""
-    environment = ImmutableSandboxedEnvironment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_harmless
-    )
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
-        title=title_of(found),
-        found=found,
-        problems=problems(found),
-        tiles=list(_tiles(found)),
-        facts=list(facts(found)),
-        most=max(bin.samples for bin in found.lengths.bins),
-        samples=samples,
+    tiles = [
+        ("Samples", f"{stats.samples:,}"),
+        ("Tokens an epoch", f"{stats.tokens:,}"),
+        ("Trained on", percent(stats.labelled / stats.tokens)),
+        ("Padding", percent(stats.batching.padding)),
+        ("Tokens lost", percent(stats.cut.tokens)),
+        ("Steps", f"{stats.steps:,}"),
+    ]
+    return render(
+        "inspection.html.j2",
+        title=_title(stats),
+        stats=stats,
+        problems=problems(stats),
+        tiles=tiles,
+        facts=list(facts(stats)),
+        most=max(bin.samples for bin in stats.lengths.bins),
+        samples=[(_sample_title(one, stats), one, _tokens(one.units)) for one in samples],
         percent=percent,
-        loss=loss,
-        count=count,
-        limits_title=limits_title(found),
-        short=short,
-        span=span,
-        tokens=tokens,
+        limits_title=_limits_title(stats),
     )
 
 
-def tokens(units: Sequence[Unit]) -> Iterator[Token | str]:
-    """Yield what the page shows of a sample, and a text in place of what it leaves out."""
-    hidden = len(units) - HEAD - TAIL
-    if hidden <= 0:
-        yield from map(_token, units)
-        return
-    yield from map(_token, units[:HEAD])
-    yield f"… {hidden:,} more …"
-    yield from map(_token, units[-TAIL:])
+def _tokens(units: Sequence[Unit]) -> list[Token | str]:
+    """Return what the page shows of a sample, and a text in place of what it leaves out."""
+    tokens: list[Token | str] = []
+    hidden = max(0, len(units) - HEAD - TAIL)
+    for unit in [*units[:HEAD], *units[HEAD + hidden :]]:
+        if hidden and len(tokens) == HEAD:
+            tokens.append(f"… {hidden:,} more …")
+        classes = ["u", *["trained"] * unit.trained, *["special"] * unit.special]
+        note = f"{'ids' if len(unit.ids) > 1 else 'id'} {', '.join(map(str, unit.ids))}"
+        note += ", trained" if unit.trained else ""
+        pieces = [
+            (part.translate(SIGNS), SPACES.fullmatch(part) is not None)
+            for part in SPACES.split(unit.text)
+            if part
+        ]
+        tokens.append(Token(" ".join(classes), note, pieces))
+    return tokens
 
 
-def _token(unit: Unit) -> Token:
-    kind = f"u{' trained' * unit.trained}{' special' * unit.special}"
-    note = f"{'ids' if len(unit.ids) > 1 else 'id'} {', '.join(map(str, unit.ids))}"
-    parts = [part for part in SPACES.split(unit.text) if part]
-    pieces = [(part.translate(SIGNS), part.isspace() and part[0] in " \t\n") for part in parts]
-    return Token(kind, f"{note}{', trained' * unit.trained}", pieces)
-
-
-def _tiles(found: Statistics) -> Iterator[tuple[str, str]]:
-    yield "Samples", f"{found.samples:,}"
-    yield "Tokens an epoch", f"{found.tokens:,}"
-    yield "Trained on", percent(found.labelled / found.tokens)
-    yield "Padding", percent(found.batching.padding)
-    yield "Tokens lost", percent(found.cut.tokens)
-    yield "Steps", f"{found.steps:,}"
-
-
-def _harmless(value: Any) -> Any:
-    return harmless(value) if isinstance(value, str) else value
-
-
-# The numbers and first samples of a data set, for a terminal.
+# The terminal
 
 PLAIN, BOLD, DIM, UNDERLINED, TURNED = "0", "1", "2", "4", "7"
 RED, GREEN, YELLOW, BLUE, MAGENTA = "31", "32", "33", "34", "35"
-CODE = re.compile(r"\x1b\[[\d;]*m")
+COLOR = re.compile(r"\x1b\[[\d;]*m")
 
 LEAST = 60
 """Columns that are used even of a narrower terminal: what the tables take."""
@@ -162,104 +219,92 @@ class Terminal:
         """Take the columns, and whether it has colors; marks say the same without."""
         self.width, self.color = max(LEAST, width), color
 
-    def report(self, found: Statistics, samples: Sequence[Shown], page: str) -> str:
+    def report(self, stats: Statistics, samples: Sequence[Shown], page: str) -> str:
         """Return the whole report.
 
         Args:
-            found: The numbers.
+            stats: The numbers.
             samples: The first samples.
             page: Where the page with all of it lies.
         """
+        title = self._wrapped(f"Training data: {_title(stats)}")
         parts = [
-            self._title(found),
-            self._problems(found),
-            self._facts(found),
-            self._lengths(found),
-            self._batches(found),
-            self._cuts(found),
-            self._samples(samples, found),
+            [self._paint(line, BOLD) for line in title],
+            self._problems(stats),
+            self._facts(stats),
+            self._lengths(stats),
+            self._tables(stats),
+            self._samples(samples, stats),
         ]
         text = "\n\n".join("\n".join(part) for part in parts)
         return f"{text}\n\n{self._paint('All of it: ', BOLD)}{harmless(page)}\n"
 
-    def _paint(self, text: str, *codes: str) -> str:
-        return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if self.color and text else text
-
-    def _title(self, found: Statistics) -> Iterator[str]:
-        for line in self._wrapped(f"Training data: {title_of(found)}"):
-            yield self._paint(line, BOLD)
-
-    def _problems(self, found: Statistics) -> Iterator[str]:
-        listed = problems(found)
+    def _problems(self, stats: Statistics) -> Iterator[str]:
+        listed = problems(stats)
         if not listed:
             yield self._paint("No problem was found.", GREEN)
         for problem in listed:
             sign, code = ("x", RED) if problem.stops else ("!", YELLOW)
-            text, advice = self._wrapped(problem.text, 2), self._wrapped(problem.advice, 2)
-            yield f"{self._paint(sign, BOLD, code)} {self._paint(text[0], BOLD)}"
-            yield from (f"  {self._paint(line, BOLD)}" for line in text[1:])
-            yield from (f"  {line}" for line in advice)
+            first, *rest = self._wrapped(problem.text, 2)
+            yield f"{self._paint(sign, BOLD, code)} {self._paint(first, BOLD)}"
+            yield from (f"  {self._paint(line, BOLD)}" for line in rest)
+            yield from (f"  {line}" for line in self._wrapped(problem.advice, 2))
 
-    def _facts(self, found: Statistics) -> Iterator[str]:
-        for fact in facts(found):
+    def _facts(self, stats: Statistics) -> Iterator[str]:
+        for fact in facts(stats):
             first, *rest = self._wrapped(fact.value, LABEL)
-            yield f"{_left(fact.label, LABEL)}{first}"
+            yield f"{_padded(fact.label, LABEL)}{first}"
             yield from (" " * LABEL + line for line in rest)
             for place in fact.places:
-                lines = self._wrapped(short(place, found), LABEL + 2)
+                lines = self._wrapped(place, LABEL + 2)
                 yield from (self._paint(" " * (LABEL + 2) + line, DIM) for line in lines)
 
-    def _lengths(self, found: Statistics) -> Iterator[str]:
-        lengths = found.lengths
-        yield self._heading("Tokens of a sample", "before it is cut" if found.fate == "cut" else "")
+    def _lengths(self, stats: Statistics) -> Iterator[str]:
+        lengths, limit, fate = stats.lengths, stats.limit, stats.fate
+        yield self._heading("Tokens of a sample", "before it is cut" if fate == "cut" else "")
         yield (
             f"  median {lengths.median:,.0f}   95 % have up to {lengths.p95:,.0f}   "
             f"longest {lengths.longest:,}"
         )
-        yield from self._bars(lengths.bins, found.limit, found.fate)
-
-    def _bars(self, bins: Sequence[Bin], limit: int | None, fate: str) -> Iterator[str]:
-        names = [span(bin) for bin in bins]
-        counts = [f"{bin.samples:,}" for bin in bins]
-        left, right = max(map(len, names)), max(map(len, counts))
+        left = max(len(bin.span) for bin in lengths.bins)
+        most = max(bin.samples for bin in lengths.bins)
+        right = len(f"{most:,}")
         room = max(8, self.width - left - right - 5 - len(fate))
-        most = max(bin.samples for bin in bins)
-        for bin, name, number in zip(bins, names, counts, strict=True):
+        for bin in lengths.bins:
             # A bar that holds anything can be seen
             bar = "█" * max(bool(bin.samples), round(room * bin.samples / most))
             over = limit is not None and bin.low > limit
-            line = f"  {name:>{left}} {number:>{right}} " + self._paint(bar, (BLUE, YELLOW)[over])
-            yield f"{line.rstrip()} {fate}" if over else line.rstrip()
+            bar = self._paint(bar, YELLOW if over else BLUE)
+            line = f"  {bin.span:>{left}} {bin.samples:>{right},} {bar}".rstrip()
+            yield f"{line} {fate}" if over else line
 
-    def _batches(self, found: Statistics) -> Iterator[str]:
+    def _tables(self, stats: Statistics) -> Iterator[str]:
         yield self._heading("Batches", "> is yours")
-        rows = [(b.chosen, b.name, (percent(b.padding), f"{b.steps:,}")) for b in found.batchings]
-        yield from self._table(("padding", "steps an epoch"), rows)
-
-    def _cuts(self, found: Statistics) -> Iterator[str]:
-        yield self._heading(limits_title(found), "> is yours")
-        rows = [
-            (
-                cut.limit == found.limit,
-                f"{cut.limit:,}{f' ({cut.name})' if cut.name else ''}",
-                (percent(cut.samples), loss(cut)),
-            )
-            for cut in found.cuts
+        batches = [
+            (b.chosen, b.name, (percent(b.padding), f"{b.steps:,}")) for b in stats.batchings
         ]
-        yield from self._table((f"samples {found.fate}", "tokens lost"), rows)
+        yield from self._table(("padding", "steps an epoch"), batches)
+        yield ""
+        yield self._heading(_limits_title(stats), "> is yours")
+        limits = [
+            (
+                cut.limit == stats.limit,
+                f"{cut.limit:,} ({cut.name})" if cut.name else f"{cut.limit:,}",
+                (percent(cut.samples), cut.loss),
+            )
+            for cut in stats.cuts
+        ]
+        yield from self._table((f"samples {stats.fate}", "tokens lost"), limits)
 
     def _table(
         self, heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[str]]]
     ) -> Iterator[str]:
         yield " " * (LABEL + 4) + "".join(f"{head:>16}" for head in heads)
         for chosen, name, cells in rows:
-            line = f"{_left(name, LABEL + 2)}" + "".join(f"{cell:>16}" for cell in cells)
-            yield f"{'>' if chosen else ' '} " + self._paint(line, BOLD if chosen else PLAIN)
+            line = _padded(name, LABEL + 2) + "".join(f"{cell:>16}" for cell in cells)
+            yield f"{'>' if chosen else ' '} {self._paint(line, BOLD if chosen else PLAIN)}"
 
-    def _heading(self, text: str, note: str = "") -> str:
-        return self._paint(text, BOLD) + (self._paint(f"  ({note})", DIM) if note else "")
-
-    def _samples(self, samples: Sequence[Shown], found: Statistics) -> Iterator[str]:
+    def _samples(self, samples: Sequence[Shown], stats: Statistics) -> Iterator[str]:
         yield self._heading("Samples")
         legend = (
             ("+ trained", GREEN),
@@ -269,9 +314,8 @@ class Terminal:
         )
         yield "  " + "  ".join(self._paint(text, *codes) for text, *codes in legend)
         for number, sample in enumerate(samples[:SAMPLES], 1):
-            said = f"{count(sample.tokens, 'token')}, {sample.trained:,} trained"
             yield ""
-            yield from self._wrapped(f"{number}. {short(sample.where, found)}: {said}")
+            yield from self._wrapped(f"{number}. {_sample_title(sample, stats)}")
             lines = list(self._sample(sample))
             hidden = len(lines) - HEAD_LINES - TAIL_LINES
             if hidden > 1:
@@ -281,12 +325,12 @@ class Terminal:
 
     def _sample(self, sample: Shown) -> Iterator[str]:
         """Yield lines that are trained on as a whole or not at all, which the first sign tells."""
-        line, used, trained = "", 0, None
-        if sample.border and sample.from_start:
-            yield self._paint(sample.border, YELLOW)
+        border = [self._paint(sample.border, YELLOW)] if sample.border else []
+        if sample.from_start:
+            yield from border
+        line, used, trained = "", 0, False
         for number, unit in enumerate(sample.units):
-            text = seen(unit.text)
-            for part in _parts(text, self.width - 2):
+            for part in _parts(seen(unit.text), self.width - 2):
                 if used and (unit.trained != trained or used + columns(part) > self.width - 2):
                     yield self._line(line, trained)
                     line, used = "", 0
@@ -298,11 +342,17 @@ class Terminal:
                     line, used = "", 0
         if used:
             yield self._line(line, trained)
-        if sample.border and not sample.from_start:
-            yield self._paint(sample.border, YELLOW)
+        if not sample.from_start:
+            yield from border
 
-    def _line(self, line: str, trained: bool | None) -> str:
+    def _line(self, line: str, trained: bool) -> str:
         return (self._paint("+", GREEN) if trained else self._paint("|", DIM)) + f" {line}"
+
+    def _heading(self, text: str, note: str = "") -> str:
+        return self._paint(text, BOLD) + (self._paint(f"  ({note})", DIM) if note else "")
+
+    def _paint(self, text: str, *codes: str) -> str:
+        return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if self.color and text else text
 
     def _wrapped(self, text: str, indent: int = 0) -> list[str]:
         """Break a text between words, and words that are too long anywhere."""
@@ -319,7 +369,11 @@ class Terminal:
 
 def columns(text: str) -> int:
     """Return how many columns a text takes in a terminal."""
-    return sum(_columns(char) for char in CODE.sub("", text))
+    wide = 0
+    for char in COLOR.sub("", text):
+        if unicodedata.category(char) not in ("Mn", "Me"):
+            wide += 2 if unicodedata.east_asian_width(char) in "WF" else 1
+    return wide
 
 
 def seen(text: str) -> str:
@@ -327,17 +381,11 @@ def seen(text: str) -> str:
     return harmless(text).replace(" ", "·").replace("\t", "⇥").replace("\n", "⏎")
 
 
-def _columns(char: str) -> int:
-    if unicodedata.category(char) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
 def _parts(text: str, room: int) -> Iterator[str]:
     """Cut a text so that each part fits, and ends with the line end that it holds."""
     part = ""
     for char in text:
-        if part and (columns(part) + _columns(char) > room or part.endswith("⏎")):
+        if part and (columns(part) + columns(char) > room or part.endswith("⏎")):
             yield part
             part = ""
         part += char
@@ -348,16 +396,9 @@ def _codes(unit: Unit, number: int) -> tuple[str, ...]:
     # Every other token differs a little, so that their borders can be seen
     if unit.special:
         return (TURNED, GREEN) if unit.trained else (MAGENTA,)
-    if unit.trained:
-        return (GREEN,) if number % 2 else (GREEN, UNDERLINED)
-    return (PLAIN,) if number % 2 else (PLAIN, UNDERLINED)
+    color = GREEN if unit.trained else PLAIN
+    return (color,) if number % 2 else (color, UNDERLINED)
 
 
-def _left(text: str, room: int) -> str:
+def _padded(text: str, room: int) -> str:
     return text + " " * max(1, room - columns(text))
-
-
-def for_stdout(text: str) -> str:
-    """Return a text that the terminal's encoding can hold."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)

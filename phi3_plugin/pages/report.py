@@ -1,99 +1,60 @@
-"""A page and a picture that tell, once a run has ended, what it did."""
+"""What a training run did: ``report.html``, and its losses as a picture."""
 
 import base64
 import io
 import json
-import os
+import math
 import platform
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple, TypeGuard
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
-import jinja2
+import torch
 from matplotlib import style
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from phi3_plugin.errors import OutputError
-from phi3_plugin.train.monitor import RESUMED, SKIPPED, Point, clock_face, mean, series, thin
+from phi3_plugin.pages import render, write_files
+from phi3_plugin.train.monitor import RESUMED, SKIPPED, History, clock_face
 
-_POINTS = 1000  # of one curve, at most
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
-_WIDE, _NARROW, _SMALL = (10.0, 3.8), (3.9, 2.8), (3.2, 2.1)  # inches of 96 pixels
-_BLUE, _PALE, _ORANGE, _GREY = "#2456a6", "#b3c7e5", "#d9641e", "#5b6470"
-_CHARTS = {
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_second": "Tokens per second",
-}
-_STYLE = {
-    "axes.edgecolor": "#c9ced6",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": _GREY,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9,
-    "grid.color": "#e8ebef",
-    "legend.frameon": False,
-    "lines.markersize": 4,
-    "savefig.dpi": 160,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "phi3_plugin",  # without it ids are random
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-}
-# The page is made to be passed on.
-_SECRET = re.compile(
+Line = Mapping[str, Any]
+"""A line of metrics.jsonl."""
+
+Point = tuple[int, float]
+"""A step and the value there."""
+
+SECRET = re.compile(
     r"token|(.*_)?(password|secret|api_?key|access_key|(hf|auth|access|api)_token)", re.IGNORECASE
 )
+"""Keys whose values are not shown: the page is made to be passed on."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a report tells about a run beside its history."""
-
-    ending: str
-    """How the run ended, in a sentence."""
-    finished: bool
-    """Whether it made all its steps."""
-    adapter: str | Path | None
-    """Where the adapter lies; None if none was saved."""
-    settings: Mapping[str, Any]
-    """The configuration, nested as the user wrote it."""
-    versions: Mapping[str, str]
-    """As ``versions`` returns them."""
-    adapted_modules: Sequence[str]
-    """Names of the modules that carry an adapter."""
-    trainable_parameters: int
-    total_parameters: int
-    samples: Sequence[Mapping[str, Any]] = ()
-    """Answers to compare: prompt, before, after; and during, pairs of a step and an answer."""
-    title: str = "Phi-3 fine-tuning"
-
-
-class _Curve(NamedTuple):
-    label: str
-    points: list[Point]
-    color: str
-
-
-def write_report(folder: str | Path, history: Sequence[Mapping[str, Any]], facts: Facts) -> Path:
+def write_report(
+    folder: Path,
+    *,
+    model: nn.Module,
+    config: DictConfig,
+    adapter: Path,
+    ending: str | None,
+    answers: Sequence[tuple[str, str, str]],
+) -> Path:
     """Write ``report.html``, which needs no other file, and ``loss.png`` beside it.
 
-    Equal input gives equal files. A run without a loss gets no picture.
+    Equal runs give equal files. A run without a loss gets no picture.
 
     Args:
-        folder: Where to; created if missing.
-        history: All lines of the run.
-        facts: What the history does not say.
+        folder: Of the run, with its ``metrics.jsonl``.
+        model: What was trained.
+        config: As the user gave it.
+        adapter: Folder of the last checkpoint.
+        ending: What ended the run before its last step; None if nothing did.
+        answers: Prompt, answer before and answer after, of each sample question.
 
     Returns:
         The page.
@@ -101,98 +62,54 @@ def write_report(folder: str | Path, history: Sequence[Mapping[str, Any]], facts
     Raises:
         OutputError: A file cannot be written.
     """
-    page, loss = Path(folder) / "report.html", _loss_curves(history)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(_TEMPLATE.read_text("utf-8")).render(
-        facts=facts,
-        summary=list(_summary(history)),
-        loss=_chart("Loss", loss, _WIDE, _NARROW) if loss else None,
+    history = History.read(folder / "metrics.jsonl")
+    losses = _loss_curves(history)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_a")]
+    during = [(line["step"], line["answers"]) for line in history if "answers" in line]
+    page = render(
+        "report.html.j2",
+        ending=ending,
+        tiles=list(_tiles(history)),
+        loss=_chart("Loss", losses, WIDE, NARROW) if losses else None,
         charts=[
-            _chart(title, [_Curve(title, points, _BLUE)], _SMALL)
-            for key, title in _CHARTS.items()
+            _chart(title, [Curve(title, points, BLUE)], SMALL)
+            for key, title in CHARTS.items()
             if (points := series(history, key))
         ],
-        modules=Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in facts.adapted_modules),
-        settings=list(_rows(facts.settings)),
+        answers=[
+            (*said, [(step, texts[n]) for step, texts in during if n < len(texts)])
+            for n, said in enumerate(answers)
+        ],
+        adapter=str(adapter),
+        modules=Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in adapted),
+        trainable=sum(size for size, trained in sizes if trained),
+        parameters=sum(size for size, _ in sizes),
+        settings=list(_flat(OmegaConf.to_container(config, resolve=True))),
+        versions=versions(),
     )
-    # An answer cut in the middle of an emoji holds what UTF-8 cannot.
-    _write(page, text.encode("utf-8", "replace"))
-    _write(page.with_name("loss.png"), _draw("Loss", loss, _WIDE, "png") if loss else None)
-    return page
+    picture = {"loss.png": _draw("Loss", losses, WIDE, "png")} if losses else {}
+    write_files(folder, {"report.html": page, **picture}, "The run is unharmed.")
+    if not losses:
+        (folder / "loss.png").unlink(missing_ok=True)  # that of an earlier run
+    return folder / "report.html"
 
 
-def versions(device: str) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Return the versions that a run depends on, and the device as its user knows it."""
     packages = ("phi3-plugin", "torch", "torchtune", "torchao")
-    found = {name: version(name) for name in packages}
-    return {**found, "python": platform.python_version(), "device": device}
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    numbers = {name: version(name) for name in packages}
+    return {**numbers, "python": platform.python_version(), "device": device}
 
 
-def _loss_curves(history: Sequence[Mapping[str, Any]]) -> list[_Curve]:
-    training, validation = series(history, "loss"), series(history, "val_loss")
-    curves = [_Curve("Training loss", training, _BLUE)]
-    if (window := _window(training)) > 1:
-        smooth = _Curve(f"Mean of {window:,} steps", mean(training, window), _BLUE)
-        curves = [curves[0]._replace(color=_PALE), smooth]
-    curves.append(_Curve("Validation loss", validation, _ORANGE))
-    return [curve for curve in curves if curve.points]
-
-
-def _window(training: list[Point]) -> int:
-    """Return how many steps a mean is taken over: one if few are to be seen anyway."""
-    return len(training) // 50 if len(training) >= 200 else 1
-
-
-def _chart(title: str, curves: list[_Curve], *sizes: tuple[float, float]) -> dict[str, Any]:
-    pictures = [base64.b64encode(_draw(title, curves, size, "svg")).decode() for size in sizes]
-    said = [
-        f"{curve.label}: {first:,.4g} at step {start}, {last:,.4g} at step {end}."
-        for curve in curves
-        for (start, first), (end, last) in [(curve.points[0], curve.points[-1])]
-    ]
-    return {"title": title, "alt": " ".join(said), "pictures": pictures}
-
-
-def _draw(title: str, curves: list[_Curve], size: tuple[float, float], kind: str) -> bytes:
-    buffer = io.BytesIO()
-    with style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        _plot(axes, curves)
-        if title == "Loss":
-            axes.set(xlabel="step", ylabel="loss")
-            axes.legend()
-        elif axes.get_yscale() == "linear":
-            axes.set_ylim(bottom=0)
-        # Formats write the hour or the version unless told not to.
-        told = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(buffer, format=kind, metadata=told)
-    return buffer.getvalue()
-
-
-def _plot(axes: Axes, curves: list[_Curve]) -> None:
-    for label, points, color in curves:
-        marker, width = "o" if len(points) <= 40 else None, 0.9 if color == _PALE else 1.3
-        x, y = zip(*thin(points, _POINTS), strict=True)
-        axes.plot(x, y, color=color, label=label, marker=marker, linewidth=width)
-    values = [value for curve in curves for _, value in curve.points]
-    if min(values) > 0 and max(values) > 50 * median(values):
-        axes.set_yscale("log")  # one spike would flatten the rest
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-
-
-def _tick(value: float, _: object) -> str:
-    return f"{value:,.8f}".rstrip("0").rstrip(".")
-
-
-def _summary(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _tiles(history: Sequence[Line]) -> Iterator[tuple[str, str]]:
     events = Counter(line.get("event") for line in history)
     if losses := series(history, "loss"):
         window = _window(losses)
         label = f", mean of {window:,} steps" if window > 1 else ""
-        yield f"Final training loss{label}", f"{mean(losses, window)[-1][1]:.4f}"
+        yield f"Final training loss{label}", f"{running_mean(losses, window)[-1][1]:.4f}"
     if losses := series(history, "val_loss"):
         step, best = min(losses, key=lambda point: point[1])
         yield f"Best validation loss, step {step:,}", f"{best:.4f}"
@@ -208,41 +125,155 @@ def _summary(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
         yield "Resumed at step", " and ".join(f"{step:,}" for step, _ in resumed)
 
 
-def _rows(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield every setting with its dotted name, as it would stand in YAML."""
-    items: list[tuple[object, object]] = []
+    items: list[tuple[Any, Any]] = []
     if isinstance(value, Mapping):
         items = list(value.items())
-    elif _is_list(value) and any(isinstance(item, Mapping) for item in value):
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         items = list(enumerate(value))
     for key, item in items:
-        hidden = isinstance(item, str) and _SECRET.fullmatch(str(key))
-        yield from _rows("(not shown)" if hidden else item, f"{name}.{key}" if name else str(key))
+        hidden = isinstance(item, str) and SECRET.fullmatch(str(key))
+        yield from _flat("(not shown)" if hidden else item, f"{name}.{key}" if name else str(key))
     if name and not items:
-        yield name, _cell(value)
+        yield name, _as_yaml(value)
 
 
-def _cell(value: object) -> str:
-    if _is_list(value) and value:
-        return ", ".join(map(_cell, value))
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, list | tuple) and value:
+        return ", ".join(map(_as_yaml, value))
     return value if isinstance(value, str) and value else json.dumps(value, default=str)
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[object]]:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+# Curves
+
+LONGEST = 1000
+"""Points of a curve, at most."""
 
 
-def _write(path: Path, data: bytes | None) -> None:
-    """Write a file whole; None removes that of an earlier report."""
-    aside = path.with_name(f".partial-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data or b"")
-        os.replace(aside, path)
-        if data is None:
-            path.unlink()
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error}. The run is unharmed.") from error
-    finally:
-        with suppress(OSError):
-            aside.unlink()
+def series(history: Sequence[Line], key: str) -> list[Point]:
+    """Return the steps at which ``key`` was measured and gave a number, with the number."""
+    pairs = ((line.get("step"), line.get(key)) for line in history)
+    return [
+        (step, float(value))
+        for step, value in pairs
+        if isinstance(step, int) and isinstance(value, int | float) and math.isfinite(value)
+    ]
+
+
+def thin(points: list[Point], limit: int) -> list[Point]:
+    """Return at most ``limit`` of the points, and the two ends, that draw the same outline.
+
+    Of each stretch the lowest and the highest point stay, so that no spike is lost.
+    """
+    if len(points) <= limit:
+        return points
+    size = math.ceil(2 * len(points) / limit)
+    left = {points[0], points[-1]}
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        left.add(min(stretch, key=lambda point: point[1]))
+        left.add(max(stretch, key=lambda point: point[1]))
+    return sorted(left)
+
+
+def running_mean(points: list[Point], window: int) -> list[Point]:
+    """Return the mean of the last ``window`` values, at about ten places in each window."""
+    values = [value for _, value in points]
+    ends = range(len(points), 0, -max(1, window // 10))
+    return [(points[end - 1][0], fmean(values[max(0, end - window) : end])) for end in ends[::-1]]
+
+
+def _window(losses: list[Point]) -> int:
+    """Return how many steps a mean is taken over: one if few are to be seen anyway."""
+    return len(losses) // 50 if len(losses) >= 200 else 1
+
+
+# Charts
+
+WIDE, NARROW, SMALL = (10.0, 3.8), (3.9, 2.8), (3.2, 2.1)
+"""Sizes in inches of 96 pixels."""
+
+BLUE, PALE, ORANGE, GREY = "#2456a6", "#b3c7e5", "#d9641e", "#5b6470"
+CHARTS = {
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
+}
+STYLE = {
+    "axes.edgecolor": "#c9ced6",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": GREY,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.color": "#e8ebef",
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "savefig.dpi": 160,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "phi3_plugin",  # without it ids are random
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+
+
+class Curve(NamedTuple):
+    """A line of a chart."""
+
+    label: str
+    points: list[Point]
+    color: str
+
+
+def _loss_curves(history: Sequence[Line]) -> list[Curve]:
+    training, validation = series(history, "loss"), series(history, "val_loss")
+    curves = [Curve("Training loss", training, BLUE)]
+    if (window := _window(training)) > 1:
+        smooth = Curve(f"Mean of {window:,} steps", running_mean(training, window), BLUE)
+        curves = [curves[0]._replace(color=PALE), smooth]
+    curves.append(Curve("Validation loss", validation, ORANGE))
+    return [curve for curve in curves if curve.points]
+
+
+def _chart(title: str, curves: list[Curve], *sizes: tuple[float, float]) -> dict[str, Any]:
+    """Return what the template needs for a chart, drawn in each of the sizes."""
+    words = [
+        f"{curve.label}: {first:,.4g} at step {start}, {last:,.4g} at step {end}."
+        for curve in curves
+        for (start, first), (end, last) in [(curve.points[0], curve.points[-1])]
+    ]
+    pictures = [base64.b64encode(_draw(title, curves, size, "svg")).decode() for size in sizes]
+    return {"title": title, "alt": " ".join(words), "pictures": pictures}
+
+
+def _draw(title: str, curves: list[Curve], size: tuple[float, float], kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        for label, points, color in curves:
+            marker, width = "o" if len(points) <= 40 else None, 0.9 if color == PALE else 1.3
+            x, y = zip(*thin(points, LONGEST), strict=True)
+            axes.plot(x, y, color=color, label=label, marker=marker, linewidth=width)
+        values = [value for curve in curves for _, value in curve.points]
+        if min(values) > 0 and max(values) > 50 * median(values):
+            axes.set_yscale("log")  # one spike would flatten the rest
+        elif title != "Loss":
+            axes.set_ylim(bottom=0)
+        if title == "Loss":
+            axes.set(xlabel="step", ylabel="loss")
+            axes.legend()
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        # Formats write the hour or the version unless told not to
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        # A page's card shows through, whatever its color
+        figure.savefig(buffer, format=kind, metadata=metadata, transparent=kind == "svg")
+    return buffer.getvalue()
+
+
+def _tick(value: float, _: object) -> str:
+    return f"{value:,.8f}".rstrip("0").rstrip(".")

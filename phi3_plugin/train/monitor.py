@@ -7,13 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from types import TracebackType
 from typing import Any, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torchtune import config
 from torchtune.training.metric_logging import DiskLogger as TorchtuneDiskLogger
 from tqdm import tqdm
@@ -78,9 +76,6 @@ SAVED, RESUMED, SKIPPED = "saved", "resumed", "skipped"
 
 MEASURED = frozenset({"tokens_per_second", "seconds", "peak_memory_gib"})
 """Fields that depend on the machine and the hour; all others repeat if the run is repeated."""
-
-Point = tuple[int, float]
-"""A step and the value there."""
 
 
 class History:
@@ -194,39 +189,6 @@ class History:
             else:
                 _cut_back(self._path, self._resumed_step)
         self._begun = True
-
-
-def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    """Return the steps at which ``key`` was measured and gave a number, with the number."""
-    found = ((line.get("step"), line.get(key)) for line in lines)
-    return [
-        (step, float(value))
-        for step, value in found
-        if isinstance(step, int) and isinstance(value, int | float) and math.isfinite(value)
-    ]
-
-
-def thin(points: list[Point], limit: int) -> list[Point]:
-    """Return at most ``limit`` of the points, and the two ends, that draw the same outline.
-
-    Of each stretch the lowest and the highest point stay, so that no spike is lost.
-    """
-    if len(points) <= limit:
-        return points
-    size = math.ceil(2 * len(points) / limit)
-    kept = {points[0], points[-1]}
-    for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        kept.add(min(stretch, key=lambda point: point[1]))
-        kept.add(max(stretch, key=lambda point: point[1]))
-    return sorted(kept)
-
-
-def mean(points: list[Point], window: int) -> list[Point]:
-    """Return the mean of the last ``window`` values, at about ten places in each window."""
-    values = [value for _, value in points]
-    ends = range(len(points), 0, -max(1, window // 10))
-    return [(points[end - 1][0], fmean(values[max(0, end - window) : end])) for end in ends[::-1]]
 
 
 def _cut_back(path: Path, step: int) -> None:
@@ -423,7 +385,6 @@ class Monitor:
         self._output_dir = settings.output_dir
         if not is_main:
             return
-        self._settings: Any = OmegaConf.to_container(cfg, resolve=True)
         self.history = History(self._output_dir / "metrics.jsonl", start or None)
         self._progress = Progress(total, start)
         self._started = time.perf_counter()
@@ -501,59 +462,9 @@ class Monitor:
         if self.is_main:
             self._progress.print(text)
 
-    def report(
-        self,
-        model: nn.Module,
-        folder: Path,
-        ending: str | None,
-        samples: Sequence[tuple[str, str, str]],
-    ) -> None:
-        """Write ``report.html`` and ``loss.png`` into the run's folder.
-
-        Args:
-            model: What was trained.
-            folder: The last checkpoint.
-            ending: What ended the run before its last step; None if nothing did.
-            samples: Prompt, answer before and answer after, of each sample question.
-        """
-        if not self.is_main:
-            return
-        from phi3_plugin.pages.report import (
-            Facts,
-            versions,
-            write_report,  # brings matplotlib
-        )
-
-        cuda = torch.cuda.is_available()
-        cpu = f"CPU, {torch.get_num_threads()} threads"
-        device = torch.cuda.get_device_name() if cuda else cpu
-        history = History.read(self._output_dir / "metrics.jsonl")
-        facts = Facts(
-            ending=f"It stopped early: {ending}." if ending else "It made all its steps.",
-            finished=ending is None,
-            adapter=folder,
-            settings=self._settings,
-            versions=versions(device),
-            adapted_modules=[n for n, m in model.named_modules() if hasattr(m, "lora_a")],
-            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            total_parameters=sum(p.numel() for p in model.parameters()),
-            samples=[_sample(n, *texts, history) for n, texts in enumerate(samples)],
-        )
-        page = write_report(self._output_dir, history, facts)
-        self.say(f"Wrote {page}.")
-
     def close(self) -> None:
         """Leave the last state on the screen."""
         if self.is_main:
             self._progress.close()
         if self._logger is not None:
             self._logger.close()
-
-
-def _sample(
-    number: int, prompt: str, before: str, after: str, history: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return all that was said to one of the sample questions."""
-    told = [(line["step"], line["answers"]) for line in history if "answers" in line]
-    during = [(step, answers[number]) for step, answers in told if number < len(answers)]
-    return {"prompt": prompt, "before": before, "after": after, "during": during}

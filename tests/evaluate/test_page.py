@@ -6,8 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from phi3_plugin.evaluate import BASE, Evaluation, Outcome, Sample, Scorer, measures, results
-from phi3_plugin.inspect import harmless
-from phi3_plugin.pages.evaluation import LONGEST, render
+from phi3_plugin.pages.evaluation import LONGEST, page_of_evaluation
 from tests.evaluate.made import HOSTILE, made
 
 WANTED = measures(Scorer())
@@ -36,7 +35,7 @@ class Reader(HTMLParser):
 
 
 def read(evaluation, count=10):
-    page = render(evaluation, results(evaluation, WANTED), count=count, harmless=harmless)
+    page = page_of_evaluation(evaluation, results(evaluation, WANTED), count=count)
     reader = Reader()
     reader.feed(page)
     assert not reader.open
@@ -55,7 +54,7 @@ def test_nothing_a_model_says_is_more_than_text():
     assert "\u202e" not in page and "\x1b" not in page
     assert "http" not in page.replace("http-equiv", "")
     policy = [a["content"] for t, a in reader.tags if a.get("http-equiv")]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     assert "<b>rows</b>" in text  # the name of a source is text too
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from phi3_plugin.errors import CheckpointError, OutputError
-from phi3_plugin.train.monitor import MEASURED, RESUMED, History, mean, series, thin
+from phi3_plugin.train.monitor import MEASURED, RESUMED, History
 
 
 def refuse(constant):
@@ -184,55 +184,3 @@ def test_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"metrics\.jsonl could not be written"):
         History(tmp_path / "file" / "metrics.jsonl").log_event("saved", 1)
-
-
-def test_a_series_has_only_numbers():
-    lines = [
-        {"step": 1, "loss": 2.0},
-        {"step": 2, "loss": None},
-        {"step": 2, "val_loss": 1.0},
-        {"step": 3, "loss": "high"},
-        {"step": 4, "loss": math.inf},
-        {"step": 5, "loss": 1},
-        {"event": "saved", "step": 5},
-        {"loss": 9.0},
-    ]
-    assert series(lines, "loss") == [(1, 2.0), (5, 1.0)]
-    assert series(lines, "val_loss") == [(2, 1.0)]
-    assert series([], "loss") == []
-
-
-def test_thinning_keeps_the_envelope_and_the_ends():
-    points = [(step, math.sin(step / 900) + step % 7) for step in range(100_000)]
-    points[51_234] = (51_234, 1e6)
-    points[77_777] = (77_777, -1e6)
-    thinned = thin(points, 1000)
-    assert len(thinned) <= 1002
-    assert thinned[0] == points[0] and thinned[-1] == points[-1]
-    assert thinned == sorted(thinned)
-    assert set(thinned) <= set(points)
-    assert {(51_234, 1e6), (77_777, -1e6)} <= set(thinned)
-    for start in range(0, 100_000, 200):
-        block = [value for step, value in points[start : start + 200]]
-        kept = [value for step, value in thinned if start <= step < start + 200]
-        assert (min(kept), max(kept)) == (min(block), max(block))
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 1000])
-def test_few_points_stay_as_they_are(count):
-    points = [(step, float(step)) for step in range(count)]
-    assert thin(points, 1000) == points
-
-
-def test_the_mean_follows_the_last_values():
-    points = [(10 * step, float(step)) for step in range(1, 6)]
-    assert mean(points, 3) == [(10, 1.0), (20, 1.5), (30, 2.0), (40, 3.0), (50, 4.0)]
-    assert mean([], 3) == []
-
-
-def test_the_mean_of_a_long_run_forgets_a_spike():
-    points = [(step, 1.0) for step in range(100_000)]
-    points[500] = (500, 1e18)
-    means = mean(points, 2000)
-    assert len(means) == 500
-    assert means[-1] == (99_999, 1.0)

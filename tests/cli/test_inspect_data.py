@@ -1,24 +1,19 @@
 """The inspection tells what a run would see, and whether it would start."""
 
 import json
-import shutil
 import sys
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 from phi3_plugin.recipes import phi3_inspect_data as recipe
 
 from phi3_plugin import settings as strict
-from phi3_plugin.data.collate import pad_right
 from phi3_plugin.errors import ConfigError, DataError
 from phi3_plugin.train.feed import make_feed
-from tests.assets import assets_dir
 from tests.own import CONFIG, TINY, chat, merged, tiny_inputs
 from tests.stock import TUNE, _run
 
 RUNS = [f for f in sorted(CONFIG.parent.glob("*.yaml")) if "dataset" in OmegaConf.load(f)]
-SPLIT = ["dataset.packed=True", "dataset.split_documents=True", "tokenizer.max_seq_len=32"]
 
 
 @pytest.fixture(scope="module")
@@ -96,52 +91,6 @@ def test_the_numbers_are_those_of_the_samples(inspect, folder):
         "| <|endoftext|>",
         "",
     ]
-
-
-@pytest.mark.parametrize(
-    ("settings", "chosen"),
-    [
-        ([], "plain"),
-        (["shuffle=False"], "plain"),
-        (["group_by_length=True"], "grouped by length"),
-        (["dataset.packed=True"], "packed"),
-        ([*SPLIT, "val_fraction=0.2"], "packed"),
-    ],
-)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_steps_and_padding_are_those_of_a_run_that_pads(folder, settings, chosen, processes):
-    settings = [*TINY, "output_dir=out", "epochs=3", "gradient_accumulation_steps=1", *settings]
-    s = strict.read(merged(*settings, cwd=folder))
-    found = recipe.Inspection(s, recipe.Options(processes=processes)).statistics()
-    feed = make_feed(s, processes)
-    total = real = 0
-    for step in range(feed.order.steps_per_epoch):
-        places = feed.order.indices(step)
-        for start in range(0, len(places), s.batch_size):
-            samples = [feed.order.dataset[i] for i in places[start : start + s.batch_size]]
-            total += pad_right(samples)["tokens"].numel()
-            real += sum(map(real_tokens, samples))
-    assert found.batching.name == chosen and found.steps == feed.total_steps
-    assert found.batching.padding == pytest.approx(1 - real / total)
-    assert found.batching.steps == feed.order.steps_per_epoch
-    assert (found.tokens, found.labelled) == counted(feed.order.dataset)
-    if feed.order_val:
-        assert found.held_out[2:4] == counted(feed.order_val.dataset)
-
-
-def counted(dataset):
-    rows = [dataset[i] for i in range(len(dataset))]
-    labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
-    return sum(map(real_tokens, rows)), int((labels != -100).sum())
-
-
-def real_tokens(sample):
-    if "input_pos" not in sample:
-        return len(sample["tokens"])
-    lengths = torch.as_tensor(sample["seq_lens"]).tolist()
-    last = lengths.pop()  # the padding, if all its positions are 0
-    end = sum(lengths)
-    return end if last > 1 and not sample["input_pos"][end:].any() else end + last
 
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda file: file.stem)
@@ -230,21 +179,6 @@ def test_without_transformers(inspect, monkeypatch):
     def absent(*_):
         raise ImportError
 
-    monkeypatch.setattr(recipe, "hf_ids", absent)
+    monkeypatch.setattr("phi3_plugin.inspect.hf_ids", absent)
     code, out, _ = inspect("compare=True")
     assert code == 0 and "compare: transformers is not installed." in out
-
-
-@pytest.mark.assets
-@pytest.mark.parametrize(
-    "model", ["phi3-mini-4k-instruct", "phi3.5-mini-instruct", "phi3-medium-4k-instruct"]
-)
-def test_gsm8k_is_tokenized_as_by_transformers(tmp_path, model):
-    assets = assets_dir()
-    shutil.copytree(assets / "models" / model, tmp_path / "base")
-    cfg = OmegaConf.load(CONFIG)
-    settings = ["checkpoint_dir=base", "output_dir=out", "dataset.max_samples=200"]
-    cfg = merged(*settings, "dataset.source=x", cwd=tmp_path)
-    cfg.dataset.source = str(assets / "data" / "gsm8k_train.jsonl")
-    found = recipe.Inspection(strict.read(cfg), recipe.Options(compare=True)).statistics()
-    assert found.compared == recipe.Compared(200, 0, [])

@@ -1,0 +1,473 @@
+"""The pages, and an inspection in a terminal: safe, whole, and saying what they should."""
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from omegaconf import OmegaConf
+from torch import nn
+
+from phi3_plugin.data.formats import BROKEN, UNUSABLE
+from phi3_plugin.errors import OutputError
+from phi3_plugin.inspect import Cut, Unit, problems
+from phi3_plugin.pages import harmless, write_files
+from phi3_plugin.pages import inspection as shown
+from phi3_plugin.pages.report import running_mean, series, thin, versions, write_report
+from tests.inspected import findings, numbers, sample
+
+MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}{% if %}"
+EVIL = f"{MARKUP}\x1b[2J\u202e\ud800"
+SPELLED = f"{MARKUP}\\x1b[2J\\u202e\\ud800"
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and visible text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join("".join(self.text).split())
+
+    @property
+    def charts(self):
+        return [value for tag, name, value in self.attributes if (tag, name) == ("img", "alt")]
+
+
+def check_fetches_nothing(page):
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    for _, name, value in page.attributes:
+        if name in ("src", "href", "srcset"):
+            assert value.startswith("data:image/svg+xml;base64,")
+            svg = base64.b64decode(value.partition(",")[2]).decode()
+            assert "<image" not in svg and not re.search(r'href="(?!#)', svg)
+    policy = next(value for _, name, value in page.attributes if value and "default-src" in value)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("naïve 你好 😀 a\nb\tc", "naïve 你好 😀 a\nb\tc"),
+        ("\x1b[31m\r\x07\x9b", "\\x1b[31m\\x0d\\x07\\x9b"),
+        ("\u202e\u2066\u200b\ufeff\u2028\xa0", "\\u202e\\u2066\\u200b\\ufeff\\u2028\\xa0"),
+        ("\ud800\U000e0041", "\\ud800\\U000e0041"),
+    ],
+)
+def test_harmless(text, expected):
+    assert harmless(text) == expected
+
+
+def test_files_are_written_whole_and_all_or_none(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    write_files(folder, {"a.html": "😀\ud800", "b.png": b"\x89"}, "Do this.")
+    assert (folder / "a.html").read_text("utf-8") == "😀?"
+    (folder / "b.png").unlink()
+    (folder / "b.png").mkdir()  # so that it cannot be replaced
+    with pytest.raises(OutputError, match=r"b\.png could not be written.* Do this\."):
+        write_files(folder, {"b.png": b"new", "a.html": "new"}, "Do this.")
+    assert (folder / "a.html").read_text("utf-8") == "😀?"
+    assert {file.name for file in folder.iterdir()} == {"a.html", "b.png"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"a\.html|file"):
+        write_files(tmp_path / "file", {"a.html": ""}, "Do this.")
+
+
+# The page of an inspection
+
+
+def page(*samples, **changes):
+    return Page(shown.page_of(numbers(**changes), samples))
+
+
+def test_what_a_reader_of_an_inspection_finds():
+    found = page(sample((" Hi", False), ("\n\tYes", True)))
+    for said in (
+        "chats.jsonl",
+        "No problem was found.",
+        "Tokens an epoch 4,100",
+        "Median 25, 95 % have up to 200, longest 200. Samples are cut at 256.",
+        "plain chosen 10 % 25",
+        "packed 1.0 % 5",
+        "256 yours 0 % 0 %",
+        "chats.jsonl:1: 2 tokens, 1 trained",
+        "·Hi⏎ ⇥Yes",
+    ):
+        assert said in found.words, said
+    assert ("span", "title", "id 1, trained") in found.attributes
+    assert ("span", "class", "u trained") in found.attributes
+    check_fetches_nothing(found)
+
+
+def test_problems_come_first():
+    found = page(findings=findings((BROKEN, "chats.jsonl:4", "broken JSON")))
+    (problem,) = problems(numbers(findings=findings((BROKEN, "", ""))))
+    assert found.words.index(problem.text) < found.words.index("Tokens an epoch")
+    assert "chats.jsonl:4: broken JSON" in found.words
+
+
+def test_nothing_of_the_data_becomes_markup():
+    noticed = findings((UNUSABLE, EVIL, EVIL))
+    options = {"_component_": EVIL}
+    found = page(sample((EVIL, True), where=EVIL), findings=noticed, options=options)
+    plain = findings((UNUSABLE, "b", "c"))
+    tags = page(sample(("a", True)), findings=plain, options={"_component_": "x"}).tags
+    assert set(found.tags) <= {*tags, "i"}
+    # Twice as the title, as a place, as what is said of it, and as where the sample stands
+    assert found.words.count(SPELLED) == 5 and SPELLED.replace(" ", "·") in found.words
+    check_fetches_nothing(found)
+
+
+def test_a_character_of_several_tokens_names_all_ids():
+    one = sample(("a", True))
+    one.units[0] = Unit("😀", (243, 162, 155, 131), True, False)
+    assert ("span", "title", "ids 243, 162, 155, 131, trained") in page(one).attributes
+
+
+def test_a_cut_sample_and_a_long_one():
+    assert "✂ 7 tokens cut here, not seen" in page(sample(("a", True), lost=7)).words
+    many = sample(*((f"<{n}>", True) for n in range(shown.HEAD + shown.TAIL + 30)))
+    found = page(many)
+    assert f"<{shown.HEAD - 1}>… 30 more …<{shown.HEAD + 30}>" in found.words
+
+
+def test_samples_that_are_dropped():
+    assert "orange" not in page().words
+    cuts = [Cut(100, 0.5, 0.31, "yours", True)]
+    found = page(limit=100, cuts=cuts, truncate="drop")
+    assert ("tr", "class", "over") in found.attributes
+    assert "Samples of more than 100 are dropped; orange bars are longer." in found.words
+    assert "If samples are dropped above tokens samples dropped tokens lost" in found.words
+    assert "100 yours 50 % ≥ 31 %" in found.words and "cut" not in found.words
+
+
+def test_no_sample_and_no_limit():
+    assert "The first samples" not in page(limit=None).words
+
+
+# An inspection in a terminal
+
+DRIVER = "\x1b]0;title\x07\x1b[2J\r\u202e中文" * 20
+
+
+def report(*samples, width=80, color=False, **changes):
+    terminal = shown.Terminal(width, color=color)
+    return terminal.report(numbers(**changes), samples, "out/data.html")
+
+
+def uncolored(text):
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def test_the_whole_report():
+    text = report(sample(("<|user|>", False), (" Hi", False), (" Yes", True), ("<|end|>", True)))
+    lines = text.splitlines()
+    assert lines[0] == "Training data: chats.jsonl" and lines[-1] == "All of it: out/data.html"
+    for said in (
+        "No problem was found.",
+        "Rows                    100 read",
+        "Tokens an epoch         4,100",
+        "Trained on              2,050 (50 %)",
+        "Training                75 steps of 4 samples, 25 an epoch",
+        "  median 25   95 % have up to 200   longest 200",
+        "> plain                                 10 %              25",
+        "  packed                               1.0 %               5",
+        "> 256 (yours)                            0 %             0 %",
+        "1. chats.jsonl:1: 4 tokens, 2 trained",
+        "| <|user|>·Hi",
+        "+ ·Yes<|end|>",
+    ):
+        assert said in lines, said
+
+
+def test_colors_change_nothing_but_colors():
+    units = ("<|user|>", False), (" a\nb", False), (" c", True), ("<|end|>", True), ("", False)
+    plain, colored = (report(sample(*units, lost=5), color=color) for color in (False, True))
+    assert "\x1b" not in plain and colored != plain == uncolored(colored)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("color", [False, True])
+def test_it_fits_and_data_cannot_drive_the_terminal(width, color):
+    noticed = findings((UNUSABLE, f"{DRIVER}:1", DRIVER), (UNUSABLE, "b" * 200, "c " * 200))
+    units = [(DRIVER, True), ("word" * 60, False), (" a", True), ("中" * 50, True)]
+    one = sample(*units, where=DRIVER, lost=12345)
+    text = report(one, width=width, color=color, findings=noticed)
+    for line in text.splitlines():
+        assert shown.columns(line) <= width, line
+    rest = uncolored(text)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", rest)
+    assert "\\x1b]0;title\\x07" in rest
+
+
+def test_a_line_is_trained_on_as_a_whole_or_not_at_all():
+    lines = report(sample(("<|user|>", False), (" a\n\nb", True), (" c", False))).splitlines()
+    start = lines.index("| <|user|>")
+    assert lines[start : start + 5] == ["| <|user|>", "+ ·a⏎", "+ ⏎", "+ b", "| ·c"]
+
+
+def test_the_border_of_a_cut_sample():
+    lines = report(sample(("a", True), lost=1200)).splitlines()
+    assert lines[-3:-1] == ["✂ 1,200 tokens cut here, not seen", ""]
+    one = sample(("a", True), lost=1)._replace(from_start=True)
+    lines = report(one).splitlines()
+    assert lines[lines.index("✂ 1 token cut before the last turns, not seen") + 1] == "+ a"
+
+
+def test_samples_that_are_dropped_in_a_terminal():
+    cuts = [Cut(100, 0.5, 0.31, "yours"), Cut(150, 0.1, 0.05, "", least=True)]
+    lines = report(limit=100, cuts=cuts, truncate="drop").splitlines()
+    assert "If samples are dropped above  (> is yours)" in lines
+    assert any(line.endswith("█ dropped") for line in lines)
+    assert max(map(shown.columns, lines)) <= 80
+    assert ["150", "10", "%", "≥", "5.0", "%"] in map(str.split, lines)
+
+
+def test_a_long_sample_is_shortened_in_the_middle():
+    lines = report(sample(*((f"line {n}\n", True) for n in range(100)))).splitlines()
+    assert "+ line·0⏎" in lines and "+ line·99⏎" in lines and "+ line·50⏎" not in lines
+    assert "  … 88 more lines in the page" in lines
+
+
+def test_white_space_and_columns():
+    assert shown.seen(" a\tb\n\r") == "·a⇥b⏎\\x0d"
+    assert [shown.columns(text) for text in ("ab", "中文", "e\u0301", "\x1b[31mab\x1b[0m")] == [
+        *(2, 4, 1, 2)
+    ]
+
+
+# The report of a run
+
+CONFIG = {
+    "seed": 3,
+    "dataset": {"source": "train.jsonl", "packed": True, "splits": ["a", "b"]},
+    "optimizer": {"lr": 2e-4, "betas": [0.9, 0.95], "fused": None},
+    "steps": [{"at": 1}, {"at": 2}],
+    "hf_token": "s3cret",
+    "logger": {"api_key": "s3cret"},
+    "tokenizer": {"path": "p"},
+}
+
+
+class Adapted(nn.Linear):
+    """A module with an adapter."""
+
+    def __init__(self):
+        super().__init__(3, 5, bias=False)
+        self.weight.requires_grad_(False)
+        self.lora_a = nn.Linear(3, 2, bias=False)
+
+
+def run_report(folder, lines, *, config=CONFIG, **changes):
+    """Write the report of a run that logged these lines."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    layers = [nn.ModuleDict({"attn": Adapted()}) for _ in range(2)]
+    facts = {
+        "model": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
+        "config": OmegaConf.create(config),
+        "adapter": folder / "final",
+        "ending": None,
+        "answers": [("2 < 3?", "No.", "Yes.\nIndeed.")],
+        **changes,
+    }
+    return write_report(folder, **facts)
+
+
+def read_report(folder, lines, **changes):
+    return Page(run_report(folder, lines, **changes).read_text("utf-8"))
+
+
+def history(steps, validations=True):
+    lines = []
+    for step in range(1, steps + 1):
+        lines.append(
+            {
+                "step": step,
+                "epoch": step // 100,
+                "loss": 1 + 2 / step + 0.1 * math.sin(step),
+                "lr": 1e-4,
+                "grad_norm": 0.5,
+                "tokens": 1000,
+                "tokens_per_second": 2000.0,
+                "seconds": 0.5,
+                "peak_memory_gib": 3.25,
+            }
+        )
+        if validations and step % 10 == 0:
+            lines.append({"step": step, "val_loss": 1 + 1 / step, "val_perplexity": 3.0})
+    return lines
+
+
+def test_what_a_reader_of_a_report_finds(tmp_path):
+    lines = [*history(100), {"event": "skipped", "step": 5}, {"event": "skipped", "step": 9}]
+    lines += [{"event": "resumed", "step": 40}, {"step": 60, "answers": ["Perhaps."]}]
+    page = read_report(tmp_path, lines)
+    for expected in (
+        "It made all its steps.",
+        str(tmp_path / "final"),
+        "dataset.source train.jsonl",
+        "dataset.packed true",
+        "dataset.splits a, b",
+        "optimizer.lr 0.0002",
+        "optimizer.betas 0.9, 0.95",
+        "optimizer.fused null",
+        "steps.1.at 2",
+        "tokenizer.path p",
+        "hf_token (not shown)",
+        "torchtune 0.6.1",
+        "layers.*.attn × 2",
+        "12 of 42 (28.57 %)",
+        "Skipped steps 2",
+        "Resumed at step 40",
+        "Tokens 100,000",
+        "Training time 0:00:50",
+        "Peak memory 3.25 GiB",
+        "2 < 3?",
+        "Yes. Indeed.",
+        "Step 60 Perhaps.",
+    ):
+        assert expected in page.words, expected
+    assert "s3cret" not in page.words
+    assert page.charts == [
+        "Training loss: 3.084 at step 1, 0.9694 at step 100. "
+        "Validation loss: 1.1 at step 10, 1.01 at step 100.",
+        "Learning rate: 0.0001 at step 1, 0.0001 at step 100.",
+        "Gradient norm: 0.5 at step 1, 0.5 at step 100.",
+        "Tokens per second: 2,000 at step 1, 2,000 at step 100.",
+    ]
+    check_fetches_nothing(page)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    names = ["loss.png", "metrics.jsonl", "report.html"]
+    assert [file.name for file in sorted(tmp_path.iterdir())] == names
+
+
+def test_equal_runs_give_equal_files_whatever_a_matplotlibrc_says(tmp_path):
+    import matplotlib
+
+    adapter = tmp_path / "final"
+    run_report(tmp_path / "first", history(300), adapter=adapter)
+    with matplotlib.rc_context({"axes.facecolor": "black", "lines.linewidth": 9}):
+        run_report(tmp_path / "second", history(300), adapter=adapter)
+    for name in ("report.html", "loss.png"):
+        first, second = (tmp_path / run / name for run in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_no_text_of_a_run_becomes_markup(tmp_path):
+    evil = f"{EVIL}$\\frac{{$"
+    lines = [*history(20), {"event": evil, "step": 3}, {"step": 4, "loss": evil, "epoch": evil}]
+    answers = [(evil, evil, evil)]
+    config = {"key": evil, evil.replace(".", ""): [evil]}
+    page = read_report(tmp_path, lines, ending=evil, answers=answers, config=config)
+    assert not {"b", "i", "u"} & set(page.tags) and page.tags.count("img") == len(page.charts)
+    assert page.words.count(SPELLED) >= 7
+    check_fetches_nothing(page)
+
+
+def test_the_shortest_run(tmp_path):
+    page = read_report(tmp_path, history(1, validations=False))
+    assert len(page.charts) == 4
+    assert "Best validation" not in page.words
+
+
+def test_a_run_without_a_step(tmp_path):
+    (tmp_path / "loss.png").write_text("that of an earlier report")
+    page = read_report(tmp_path, [], ending="nobody wanted it", answers=[])
+    assert page.charts == []
+    assert "It stopped early: nobody wanted it." in page.words
+    assert "No step was recorded" in page.words
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_fields_may_be_missing_or_null(tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "grad_norm": None}, {"step": 3}]
+    lines += [{"step": 4, "val_loss": 1.5}]
+    page = read_report(tmp_path, lines, answers=[("Only this", "", "")])
+    assert len(page.charts) == 1
+    assert "Only this" in page.words and page.words.count("no answer") == 2
+
+
+def test_spikes(tmp_path):
+    lines = history(300)
+    lines[40] |= {"loss": 1e9, "grad_norm": -1e9, "tokens_per_second": 0.0}
+    assert len(read_report(tmp_path, lines).charts) == 4
+
+
+def test_a_long_run_makes_a_small_report(tmp_path):
+    page = run_report(tmp_path, history(10_000))
+    assert page.stat().st_size < 500_000
+    assert (tmp_path / "loss.png").stat().st_size < 300_000
+
+
+def test_versions_name_what_was_used():
+    found = versions()
+    assert list(found) == ["phi3-plugin", "torch", "torchtune", "torchao", "python", "device"]
+    assert "CPU" in found["device"] or found["device"]
+
+
+def test_a_series_has_only_numbers():
+    lines = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": None},
+        {"step": 2, "val_loss": 1.0},
+        {"step": 3, "loss": "high"},
+        {"step": 4, "loss": math.inf},
+        {"step": 5, "loss": 1},
+        {"event": "saved", "step": 5},
+        {"loss": 9.0},
+    ]
+    assert series(lines, "loss") == [(1, 2.0), (5, 1.0)]
+    assert series(lines, "val_loss") == [(2, 1.0)]
+    assert series([], "loss") == []
+
+
+def test_thinning_keeps_the_envelope_and_the_ends():
+    points = [(step, math.sin(step / 900) + step % 7) for step in range(100_000)]
+    points[51_234] = (51_234, 1e6)
+    points[77_777] = (77_777, -1e6)
+    thinned = thin(points, 1000)
+    assert len(thinned) <= 1002
+    assert thinned[0] == points[0] and thinned[-1] == points[-1]
+    assert thinned == sorted(thinned)
+    assert set(thinned) <= set(points)
+    assert {(51_234, 1e6), (77_777, -1e6)} <= set(thinned)
+    for start in range(0, 100_000, 200):
+        block = [value for step, value in points[start : start + 200]]
+        kept = [value for step, value in thinned if start <= step < start + 200]
+        assert (min(kept), max(kept)) == (min(block), max(block))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+def test_few_points_stay_as_they_are(count):
+    points = [(step, float(step)) for step in range(count)]
+    assert thin(points, 1000) == points
+
+
+def test_the_mean_follows_the_last_values():
+    points = [(10 * step, float(step)) for step in range(1, 6)]
+    assert running_mean(points, 3) == [(10, 1.0), (20, 1.5), (30, 2.0), (40, 3.0), (50, 4.0)]
+    assert running_mean([], 3) == []
+
+
+def test_the_mean_of_a_long_run_forgets_a_spike():
+    points = [(step, 1.0) for step in range(100_000)]
+    points[500] = (500, 1e18)
+    means = running_mean(points, 2000)
+    assert len(means) == 500
+    assert means[-1] == (99_999, 1.0)
