@@ -23,9 +23,8 @@ from environments import setting, table
 from phi3_plugin.data.collate import concatenate
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import MINI, adapted
-from phi3_plugin.settings import give_memory_back
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.plan import Work, estimate
+from phi3_plugin.train.plan import Work, estimate, give_memory_back
 from phi3_plugin.train.prepare import prepare
 from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World

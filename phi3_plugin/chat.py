@@ -3,26 +3,24 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from phi3_plugin.cli import CHAT
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.formats import Turn, make_turn
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
 from phi3_plugin.generate import Generator
+from phi3_plugin.options import ChatOptions, closest
 from phi3_plugin.prompts import (
     CUT,
     as_line,
     check_stop,
     check_system,
-    checked,
     generator,
     open_streams,
     prompt_ids,
@@ -30,7 +28,6 @@ from phi3_plugin.prompts import (
     too_long,
     writer,
 )
-from phi3_plugin.settings import closest
 
 # The conversation of `phi3_plugin.chat`: what was said, and its commands.
 
@@ -221,20 +218,12 @@ def add_line(file: Path, line: str) -> None:
 #
 # What was said before is not computed again: the model reads only what is new.
 
-MAX_NEW_TOKENS = 1024
-"""Of an answer, by default: whoever reads along can stop it."""
-
 SOON = 3.0
 """Seconds within which a second Ctrl-C leaves; a later one may clear another line."""
 
 
-def run(options: Mapping[str, Any]) -> int:
-    """Talk until the user leaves, and return the exit code.
-
-    Args:
-        options: By key, see phi3_plugin/generate_cli.py; those that are not given are absent.
-    """
-    o = checked({"max_new_tokens": MAX_NEW_TOKENS, **options}, CHAT, "chat")
+def run(o: ChatOptions) -> int:
+    """Talk until the user leaves, and return the exit code."""
     tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
     check_stop(o.sampling.stop, tokenizer)
     check_system(o.system, tokenizer)

@@ -7,38 +7,24 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from phi3_plugin import settings as strict
 from phi3_plugin.data.dataset import IGNORED
 from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
-from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
-from phi3_plugin.generate import Sampling, read_sampling
+from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.inspect import CHAT_DATASETS, arrays, conversations, place
 from phi3_plugin.settings import (
-    STOCK_KEYS,
-    Count,
-    Folder,
-    Section,
-    Seed,
     Settings,
-    Switch,
-    closest,
-    kinds_of,
-    shown,
-    unknown_key,
 )
 from phi3_plugin.train.feed import build
 
@@ -852,104 +838,6 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-# The keys of `phi3_plugin.recipes.phi3_evaluate`, beside those of a training run.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The keys that only this recipe has."""
-
-    adapter: Folder | None = None
-    """Of any origin; or a whole model that was fine-tuned. null evaluates the base alone."""
-    check_base: Switch = True
-    """Refuse an adapter that says it was made for other base weights."""
-    answers: Switch = True
-    """False measures loss and accuracy alone, which takes no time beside answers."""
-    generation: Section = field(default_factory=dict)
-    """How answers are generated, see phi3_plugin.generate; greedily by default."""
-    generation_batch_size: Count = 8
-    """Answers that one process generates at once."""
-    max_samples: Count | None = None
-    """Evaluate the first so many; null is all."""
-    worst: Seed = 10
-    """Answers that the page shows of each kind."""
-    overwrite: Switch = False
-    """Replace an evaluation that output_dir holds already."""
-
-
-HINTS = get_type_hints(Options, include_extras=True)
-
-
-def read_options(cfg: DictConfig) -> tuple[Settings, Options, Sampling]:
-    """Read a configuration: the run's settings, the recipe's own, and how answers are generated.
-
-    Args:
-        cfg: YAML and command line merged; is left without the recipe's own keys.
-
-    Raises:
-        ConfigError: Something is wrong; all problems, one line each.
-    """
-    given, problems = _taken(cfg)
-    problems += [line for key in given for line in _mistake(key, given[key])]
-    problems += _misspelled(cfg)
-    readings: dict[str, Any] = {}
-    for name, read in {
-        # What several processes cannot train on they can evaluate
-        "settings": lambda: strict.read(cfg, processes=1),
-        "sampling": lambda: _sampling(given.get("generation")),
-    }.items():
-        try:
-            readings[name] = read()
-        except ConfigError as error:
-            problems += str(error).splitlines()
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if given.get("adapter") is not None:
-        given["adapter"] = Path(given["adapter"])
-    return readings["settings"], Options(**given), readings["sampling"]
-
-
-def _taken(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
-    """Take the recipe's own keys out; return their values, and the problem of each without one."""
-    given, problems = dict[str, Any](), list[str]()
-    for key in [key for key in HINTS if key in cfg]:
-        try:
-            value = cfg.get(key)
-            is_section = OmegaConf.is_config(value)
-            given[key] = OmegaConf.to_container(value, resolve=True) if is_section else value
-        except OmegaConfBaseException as error:
-            problems.append(f"{key}: {str(error).splitlines()[0]}.")
-        cfg.pop(key, None)
-    if given.get("generation", {}) is None:
-        given["generation"] = {}
-    return given, problems
-
-
-def _mistake(key: str, value: Any) -> list[str]:
-    kinds = kinds_of(HINTS[key])
-    if any(kind.accepts(value) for kind in kinds):
-        return []
-    return [f"{key}: {shown(value)} must be {' or '.join(kind.words for kind in kinds)}."]
-
-
-def _misspelled(cfg: DictConfig) -> list[str]:
-    """Take out keys that are nearly the recipe's own, which a run knows nothing of."""
-    known = [*strict.HINTS, *STOCK_KEYS, "loss", "profiler"]
-    wrong = [str(key) for key in cfg if key not in known]
-    meant = [key for key in wrong if closest(key, [*HINTS, *known]) in HINTS]
-    return [unknown_key(key, cfg.pop(key), "this recipe", HINTS) for key in meant]
-
-
-def _sampling(section: Any) -> Sampling:
-    if not isinstance(section, Mapping):
-        return Sampling()
-    try:
-        return read_sampling(section)
-    except ConfigError as error:
-        lines = str(error).splitlines()
-        raise ConfigError("\n".join(f"generation.{line}" for line in lines)) from error
 
 
 # What `phi3_plugin.recipes.phi3_evaluate` measures on: the samples that a run holds out.

@@ -12,9 +12,9 @@ import yaml
 
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError
 from phi3_plugin.models.lora_settings import LoRASettings
-from phi3_plugin.settings import (
-    REAL,
+from phi3_plugin.options import (
     Count,
+    ImportConfigOptions,
     Kind,
     Positive,
     Section,
@@ -27,6 +27,8 @@ from phi3_plugin.settings import (
     kinds_of,
     shown,
 )
+
+REAL = (int, float)
 
 # What the keys of transformers' TrainingArguments are here, or why not.
 #
@@ -678,18 +680,15 @@ HEADER = """# {sample} as a YAML for our recipe; --targets {targets}.
 """
 
 
-def run(options: Mapping[str, str]) -> int:
+def run(o: ImportConfigOptions) -> int:
     """Write the YAML, print what the user should know, and return the exit code.
-
-    Args:
-        options: ``sample``, ``output`` and ``targets``.
 
     Raises:
         ConfigError: The file is not JSON, or asks for what our recipe does not do.
         MissingFileError: There is no such file.
         OutputError: The YAML is there already, or cannot be written.
     """
-    sample, output, targets = (options[key] for key in ("sample", "output", "targets"))
+    sample, output, targets = o.sample, o.output, o.targets
     out = translate(_read(Path(sample)), targets)
     _check_adapter(out.yaml["model"])
     header = HEADER.format(sample=Path(sample).name, targets=targets, output=output)

@@ -10,108 +10,24 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from phi3_plugin.checkpoint.files import PARTIAL
-from phi3_plugin.cli import GENERATE_OPTIONS, SAMPLING
-from phi3_plugin.config import checkpoint_folder
 from phi3_plugin.data.formats import MessageList, Turn, kind, make_turn
 from phi3_plugin.data.sources import lines
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
-from phi3_plugin.generate import Generator, Sampling, read_sampling
+from phi3_plugin.generate import Generator
 from phi3_plugin.load import load
 from phi3_plugin.models.cache import serve
-from phi3_plugin.settings import closest, shown, unknown_key
+from phi3_plugin.options import AnswerOptions, PromptOptions, closest
 
 # What `phi3_plugin.recipes.phi3_generate` and `phi3_chat` are asked for, checked.
 
 STDIN = "-"
 
 SPECIAL = re.compile(r"<\|.*\|>")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The keys, each by the name it has in the YAML; phi3_plugin/generate_cli.py explains them."""
-
-    checkpoint_dir: str
-    adapter: str | None = None
-    prompt: tuple[str, ...] = ()
-    prompts: str | None = None
-    output: str | None = None
-    overwrite: bool = False
-    system: str | None = None
-    raw: bool = False
-    batch_size: int = 8
-    dropped: str = "error"
-    dtype: str = "bf16"
-    device: str | None = None
-    quantize: bool = False
-    sampling: Sampling
-
-
-def checked(given: Mapping[str, Any], known: Sequence[str], owner: str) -> Options:
-    """Return what was given, every value of the type it must have.
-
-    Args:
-        given: By key; those that are None are not given.
-        known: The keys that there are.
-        owner: Who has them, for messages.
-
-    Raises:
-        ConfigError: A key is unknown or missing, or has a value it cannot have; all are listed.
-    """
-    options = {key: value for key, value in given.items() if value is not None}
-    if options.get("prompts") == [None]:
-        options["prompts"] = STDIN  # what YAML makes of a single dash
-    problems = [p for key, value in options.items() for p in _wrong(key, value, known, owner)]
-    sampling = Sampling()
-    try:
-        named = {k: v for k, v in options.items() if k in SAMPLING and k in known}
-        sampling = read_sampling({k: v for k, v in named.items() if k != "stop" or _is_stop(v)})
-    except ConfigError as error:
-        problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    checkpoint_folder(options.get("checkpoint_dir"))
-    names = {field.name for field in fields(Options)}
-    own = {key: value for key, value in options.items() if key in names}
-    own["prompt"] = tuple(own.get("prompt", ()))
-    return Options(**own, sampling=sampling)
-
-
-def _wrong(key: str, value: Any, known: Sequence[str], owner: str) -> list[str]:
-    if key not in known:
-        return [unknown_key(key, value, owner, known, f"Available: {', '.join(known)}.")]
-    if key == "stop" and not _is_stop(value):
-        return [f"stop: {shown(value)} must be a text, or a list of texts such as '[\"Q:\"]'."]
-    if key in SAMPLING:
-        return []
-    problem = next((words for ok, words in _rules(key) if not ok(value)), None)
-    return [f"{key}: {shown(value)} must be {problem}."] if problem else []
-
-
-def _rules(key: str) -> list[tuple[Callable[[Any], bool], str]]:
-    how = GENERATE_OPTIONS[key].how
-    if "choices" in how:
-        return [(lambda v: v in how["choices"], f"one of {', '.join(how['choices'])}")]
-    if how.get("action") == "store_true":
-        return [(lambda v: isinstance(v, bool), "True or False")]
-    if how.get("type") is int:
-        return [(lambda v: type(v) is int and v >= 1, "a whole number from 1")]
-    if key == "prompt":
-        return []
-    if key == "system":
-        return [(lambda v: isinstance(v, str), "a text; quote it as 'system=\"...\"'")]
-    return [(lambda v: isinstance(v, str) and v != "", f"a name, such as ./my_{key}")]
-
-
-def _is_stop(value: Any) -> bool:
-    texts = value if isinstance(value, list | tuple) else [value]
-    return all(isinstance(text, str) for text in texts)
 
 
 def check_stop(stop: Sequence[str], tokenizer: Phi3Tokenizer) -> None:
@@ -145,11 +61,11 @@ def check_system(system: str | None, tokenizer: Phi3Tokenizer) -> None:
         )
 
 
-def generator(o: Options, tokenizer: Phi3Tokenizer) -> Generator:
+def generator(o: AnswerOptions, tokenizer: Phi3Tokenizer, batch_size: int = 1) -> Generator:
     """Load the model that answers."""
     model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
     serve(model)
-    return Generator(model, tokenizer, o.sampling, batch_size=o.batch_size)
+    return Generator(model, tokenizer, o.sampling, batch_size=batch_size)
 
 
 def prompt_ids(
@@ -211,7 +127,7 @@ class Prompt(NamedTuple):
     """Its tokens, four bytes each."""
 
 
-def read_prompts(o: Options, tokenizer: Phi3Tokenizer, positions: int) -> list[Prompt]:
+def read_prompts(o: PromptOptions, tokenizer: Phi3Tokenizer, positions: int) -> list[Prompt]:
     """Return the prompts, tokenized.
 
     Args:
@@ -244,11 +160,11 @@ def read_prompts(o: Options, tokenizer: Phi3Tokenizer, positions: int) -> list[P
     return prompts
 
 
-def _source(o: Options) -> str:
+def _source(o: PromptOptions) -> str:
     return "standard input" if o.prompts == STDIN else str(o.prompts)
 
 
-def _rows(o: Options) -> Iterator[tuple[str, Any]]:
+def _rows(o: PromptOptions) -> Iterator[tuple[str, Any]]:
     """Yield each row, and where it stands."""
     if o.prompt and o.prompts is not None:
         raise ConfigError("prompt and prompts: both are given. Name a file, or type a prompt.")
@@ -268,7 +184,7 @@ def _rows(o: Options) -> Iterator[tuple[str, Any]]:
     return _from_text(_read(o), is_jsonl)
 
 
-def _is_jsonl(o: Options) -> bool | None:
+def _is_jsonl(o: PromptOptions) -> bool | None:
     """Whether the name says that each line is JSON; None where it does not say."""
     suffix = Path(str(o.prompts)).suffix.lower()
     if o.prompts == STDIN or not suffix:
@@ -281,7 +197,7 @@ def _is_jsonl(o: Options) -> bool | None:
     return suffix in JSONL
 
 
-def _read(o: Options) -> str:
+def _read(o: PromptOptions) -> str:
     name = _source(o)
     try:
         data = sys.stdin.buffer.read() if o.prompts == STDIN else Path(str(o.prompts)).read_bytes()
@@ -313,7 +229,7 @@ def _looks_like_json(text: str) -> bool:
         return False
 
 
-def _turns(row: Any, o: Options) -> list[Turn]:
+def _turns(row: Any, o: PromptOptions) -> list[Turn]:
     """Return what the model is to answer: the conversation, or the text alone."""
     if isinstance(row, DataError):
         raise row
@@ -428,7 +344,7 @@ def as_line(row: Mapping[str, Any]) -> str:
     return UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
-def check_output(o: Options) -> None:
+def check_output(o: PromptOptions) -> None:
     """Check that the file can be written, before anything is read that takes long.
 
     Raises:

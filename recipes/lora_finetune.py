@@ -26,8 +26,9 @@ from phi3_plugin.checkpoint.files import check_output
 from phi3_plugin.checkpoint.peft import check_trained, export_adapter, export_model
 from phi3_plugin.data.order import shares
 from phi3_plugin.errors import CheckpointError
-from phi3_plugin.generate import Generator, Sampling
+from phi3_plugin.generate import Generator
 from phi3_plugin.models.nf4 import rows_of
+from phi3_plugin.options import Sampling
 from phi3_plugin.train import checkpoints as run
 from phi3_plugin.train.checkpoints import Saver
 from phi3_plugin.train.feed import build, make_feed

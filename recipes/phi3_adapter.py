@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import config
 
-from phi3_plugin import cli as adapter_cli
+from phi3_plugin import options
 from phi3_plugin.checkpoint.adapter import BASE_HASH, Adapter
 from phi3_plugin.checkpoint.base import other_base
 from phi3_plugin.checkpoint.check import LOADS, Proof, Verdict, proven, verdicts
@@ -29,6 +29,14 @@ from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import Phi3Config, read_config
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError, Phi3Error
 from phi3_plugin.load import keys_for
+from phi3_plugin.options import (
+    AdapterOptions,
+    CheckOptions,
+    ConvertOptions,
+    ImportOptions,
+    MergeOptions,
+    resolved,
+)
 
 # The forms that `phi3_plugin.recipes.phi3_adapter` writes an adapter in.
 
@@ -37,10 +45,7 @@ Options = Mapping[str, Any]
 
 def read(path: Path, sizes: Phi3Config, o: Options) -> Adapter:
     """Read an adapter of any origin."""
-    given = {key: o[key] for key in ("alpha", "rank") if key in o}
-    if (enabled := o.get("enable_lora")) is not None:
-        words = enabled.split(",") if isinstance(enabled, str) else enabled
-        given["enable_lora"] = [_is_on(str(word).strip().lower()) for word in words]
+    given = {key: o[key] for key in ("alpha", "rank", "enable_lora") if key in o}
     if "checkpoint_dir" in o:
         given["base"] = Path(o["checkpoint_dir"])
     return read_adapter(path, config=sizes, **given)
@@ -87,12 +92,6 @@ def _check_suffix(out: Path, suffixes: Sequence[str]) -> None:
         raise ConfigError(f"output_dir: {out} must be a file that ends in {' or '.join(suffixes)}.")
     if not out.parent.is_dir():
         raise ConfigError(f"output_dir: {out.parent} is no folder. Make it first.")
-
-
-def _is_on(word: str) -> bool:
-    if word not in ("true", "false", "1", "0"):
-        raise ConfigError(f"enable_lora: {word!r} must be true or false, one for each group.")
-    return word in ("true", "1")
 
 
 FORMS: dict[str, Callable[[Options, Path, Path], None]] = {
@@ -212,23 +211,28 @@ def merge(o: Mapping[str, Any]) -> int:
     return 0
 
 
-VERBS = {"check": check, "convert": convert, "merge": merge, "import": import_}
+VERBS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "check": (CheckOptions, check),
+    "convert": (ConvertOptions, convert),
+    "merge": (MergeOptions, merge),
+    "import": (ImportOptions, import_),
+}
 
 
-def run(options: Mapping[str, Any]) -> int:
-    """Run a verb and return the exit code.
-
-    Args:
-        options: ``verb`` and its keys; those that are not given are absent.
-    """
-    return VERBS[options["verb"]](options)
+def run(o: CheckOptions | AdapterOptions) -> int:
+    """Run the verb of these options and return the exit code."""
+    (action,) = (action for kind, action in VERBS.values() if type(o) is kind)
+    return action({key: value for key, value in vars(o).items() if value is not None})
 
 
 @config.parse
 def main(cfg: DictConfig) -> int:
     """Run a verb; see the top of this file."""
-    given: Any = OmegaConf.to_container(cfg, resolve=True)
-    return run(adapter_cli.checked(given))
+    given = resolved(cfg)
+    verb = given.pop("verb", None)
+    if not isinstance(verb, str) or verb not in VERBS:
+        raise ConfigError(f"verb: {verb!r} must be one of {', '.join(VERBS)}.")
+    return run(options.read(VERBS[verb][0], given, verb))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     tune run phi3_evaluate --config phi3_mini_lora checkpoint_dir=BASE output_dir=eval \
       adapter=my_adapter/epoch_0 dataset.source=held_out.jsonl
 
-It takes the configuration of a run as it is, and the keys of `phi3_evaluate_options.Options`.
+It takes the configuration of a run as it is, and those of `phi3_plugin.options.EvaluateOptions`.
 Without `adapter` the base is evaluated alone. Writes samples.jsonl, results.json and
 evaluation.html. With several processes each has a whole model and takes a part of the samples.
 """
@@ -45,7 +45,6 @@ from phi3_plugin.evaluate import (
     held,
     measures,
     notes,
-    read_options,
     report,
     results,
     token_scores,
@@ -55,10 +54,12 @@ from phi3_plugin.launch import STOPPED
 from phi3_plugin.load import assembled, fitting_adapter
 from phi3_plugin.load import build as build_model
 from phi3_plugin.models.cache import serve
+from phi3_plugin.options import EvaluateOptions
 from phi3_plugin.pages import for_stdout, harmless
 from phi3_plugin.pages.evaluation import page_of_evaluation
-from phi3_plugin.settings import give_memory_back
+from phi3_plugin.settings import read_beside
 from phi3_plugin.train.feed import build
+from phi3_plugin.train.plan import give_memory_back
 from phi3_plugin.train.step import ready
 from phi3_plugin.train.world import World
 
@@ -68,7 +69,8 @@ class Recipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         """Check what can be checked before anything slow happens."""
-        self.s, self.o, self.sampling = read_options(cfg)
+        # What several processes cannot train on they can evaluate
+        self.s, self.o = read_beside(cfg, EvaluateOptions, processes=1)
         check_output(self.s.output_dir, self.s.checkpoint_dir)
         if not self.o.overwrite:
             files.refuse_earlier(self.s.output_dir)
@@ -161,7 +163,7 @@ class Recipe:
         mine = asked[self.world.rank :: self.world.size]
         prompts = [self.held.items[i].prompt for i in mine]
         size = self.o.generation_batch_size
-        generator = Generator(model, self.tokenizer, self.sampling, batch_size=size)
+        generator = Generator(model, self.tokenizer, self.o.generation, batch_size=size)
         with self.progress(f"{name}: answers", len(mine)) as bar:
             for answer in generator.answers(prompts, numbers=mine):
                 i = answer.index
@@ -194,7 +196,7 @@ class Recipe:
             "device": self.world.device.type,
         }
         if self.scorer:
-            facts |= {"generation": asdict(self.sampling), "scores": self.scorer.signatures()}
+            facts |= {"generation": asdict(self.o.generation), "scores": self.scorer.signatures()}
         versions = {name: version(name) for name in packages}
         return {**facts, "versions": {**versions, "python": platform.python_version()}}
 

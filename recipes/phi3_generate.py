@@ -10,27 +10,26 @@ takes a prompt as it is typed: `phi3-tune generate --base A "What is 2 + 2?"`.
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import config
 from tqdm import tqdm
 
-from phi3_plugin.cli import GENERATE_OPTIONS, RECIPE
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.generate import Answer, Generator, Sampling
+from phi3_plugin.generate import Answer, Generator
 from phi3_plugin.launch import STOPPED
+from phi3_plugin.options import GenerateOptions, PromptOptions, Sampling, read
 from phi3_plugin.prompts import (
     CUT,
     STDIN,
-    Options,
     Part,
     Printed,
     Prompt,
@@ -39,7 +38,6 @@ from phi3_plugin.prompts import (
     check_output,
     check_stop,
     check_system,
-    checked,
     generator,
     open_streams,
     read_prompts,
@@ -52,18 +50,10 @@ OURS = re.compile("(given_)*(answer|reason|tokens|prompt_tokens)")
 """Keys that a row of ours has; answers of answers keep all of them."""
 
 
-def run(options: Mapping[str, Any]) -> int:
-    """Answer what was asked for and return the exit code.
-
-    Args:
-        options: By key, see phi3_plugin/generate_cli.py; those that are not given are absent.
-    """
-    return _run(options, tuple(GENERATE_OPTIONS))
-
-
-def _run(options: Mapping[str, Any], known: Sequence[str]) -> int:
+def run(o: PromptOptions) -> int:
+    """Answer what was asked for and return the exit code."""
     try:
-        return _answer(checked(options, known, "phi3_generate"))
+        return _answer(o)
     except KeyboardInterrupt:
         say("Stopped before the first answer.")
         return STOPPED
@@ -71,7 +61,7 @@ def _run(options: Mapping[str, Any], known: Sequence[str]) -> int:
         return 1
 
 
-def _answer(o: Options) -> int:
+def _answer(o: PromptOptions) -> int:
     """Find out all that can be wrong before the model is loaded, then load it and let it answer."""
     open_streams()
     o = replace(o, output=None) if o.output == STDIN else o
@@ -85,7 +75,7 @@ def _answer(o: Options) -> int:
     positions = read_config(o.checkpoint_dir).max_position_embeddings
     prompts = read_prompts(o, tokenizer, positions)
     if o.prompt and o.output is None:
-        return speak(generator(o, tokenizer), prompts)
+        return speak(generator(o, tokenizer, o.batch_size), prompts)
     return fill(o, tokenizer, prompts)
 
 
@@ -108,7 +98,7 @@ def speak(ready: Generator, prompts: Sequence[Prompt]) -> int:
     return 0
 
 
-def fill(o: Options, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt]) -> int:
+def fill(o: PromptOptions, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt]) -> int:
     """Write a JSON line for each prompt."""
     sink: Part | Printed = Printed()
     if o.output is not None:
@@ -121,7 +111,7 @@ def fill(o: Options, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt]) -> int
             say(f"{len(sink.done):,} of {len(prompts):,} prompts are answered. Going on.")
         try:
             if todo:
-                _fill(sink, generator(o, tokenizer), prompts, todo)
+                _fill(sink, generator(o, tokenizer, o.batch_size), prompts, todo)
             wrote = sink.finish()
         except KeyboardInterrupt:
             done = f"after {len(sink.done):,} of {len(prompts):,} prompts{sink.kept}"
@@ -157,7 +147,7 @@ def cut(rows: Any, sampling: Sampling) -> str:
     return f"Cut off: {', '.join(said)}." if said else ""
 
 
-def identity(o: Options, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def identity(o: PromptOptions, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Return what decides on the answers, so that a run goes on from its own alone."""
     asked = {key: list(v) if key == "stop" else v for key, v in asdict(o.sampling).items()}
     seen = sha256()
@@ -190,8 +180,8 @@ def say(text: str) -> None:
 @config.parse
 def main(cfg: DictConfig) -> int:
     """Answer prompts; see the top of this file."""
-    given: Any = OmegaConf.to_container(cfg, resolve=True)
-    return _run(given, RECIPE)
+    # Prompts come from a file: `key=value` would mangle free text
+    return run(PromptOptions(**vars(read(GenerateOptions, cfg, "phi3_generate"))))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,10 @@ import os
 import shutil
 import sys
 from dataclasses import replace
-from typing import NamedTuple
 
 from omegaconf import DictConfig
 from torchtune import config
 
-from phi3_plugin import settings as strict
-from phi3_plugin.errors import ConfigError
 from phi3_plugin.inspect import (
     CHAT_DATASETS,
     all_rows,
@@ -30,45 +27,20 @@ from phi3_plugin.inspect import (
     truncation,
     unpacked,
 )
+from phi3_plugin.options import InspectOptions
 from phi3_plugin.pages import for_stdout
 from phi3_plugin.pages.inspection import Terminal, write_page
+from phi3_plugin.settings import read_beside
 from phi3_plugin.train.feed import make_feed
 
 WIDEST = 100
 """Columns of a terminal that are used at most."""
 
 
-class Options(NamedTuple):
-    """The keys that only this recipe has."""
-
-    samples: int = 8
-    processes: int = 1
-    compare: bool = False
-
-
-def take_options(cfg: DictConfig) -> Options:
-    """Take the recipe's own keys out of a configuration.
-
-    Raises:
-        ConfigError: One has a value that it cannot have.
-    """
-    given = {key: cfg.pop(key) for key in Options._fields if key in cfg}
-    options, wrong = Options(**given), list[str]()
-    for key, least in (("samples", 0), ("processes", 1)):
-        if type(value := getattr(options, key)) is not int or value < least:
-            wrong.append(f"{key}: {value!r} must be a whole number from {least}.")
-    if not isinstance(options.compare, bool):
-        wrong.append(f"compare: {options.compare!r} must be True or False.")
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    return options
-
-
 @config.parse
 def main(cfg: DictConfig) -> int:
     """Show what a run would be trained on; see the top of this file."""
-    options = take_options(cfg)
-    settings = strict.read(cfg, options.processes)
+    settings, options = read_beside(cfg, InspectOptions, cfg.get("processes", 1))
 
     # What the run would be fed, batch by batch
     feed = make_feed(all_rows(settings), options.processes)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.chosen import some
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NAMES = [file.stem for file in CONFIGS]
 RECIPE, DISTRIBUTED = "lora_finetune_single_device", "lora_finetune_distributed"
 OURS, INSPECT, EVALUATE = "phi3_lora_finetune", "phi3_inspect_data", "phi3_evaluate"

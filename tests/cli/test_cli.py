@@ -4,13 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from phi3_plugin import cli, options
 from phi3_plugin.errors import ConfigError
-from tests.test_registration import BIN, NAMES, READ_REGISTRY, RECIPE, command
+from tests.cli.test_tune import BIN, NAMES, READ_REGISTRY, RECIPE, command
 
 SWITCHES = ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
 OFF = dict.fromkeys(SWITCHES, "0")
@@ -52,32 +54,64 @@ def phi3_tune_process(*words: str, cwd: Path, **environment: str) -> subprocess.
     return command(BIN / "phi3-tune", *words, cwd=cwd, **environment)
 
 
-def test_help_names_itself_and_lists_the_verbs_of_tune(phi3_tune):
-    code, out = phi3_tune("--help")
-    usage = "usage: phi3-tune [-h] {" + ",".join(VERBS + OURS) + "}"
-    assert code == 0 and " ".join(out.split()).startswith(usage)
-    assert phi3_tune() == (0, out)
+HELP = """
+import sys
+from phi3_plugin.cli import main
+for words in {words!r}:
+    sys.argv = ["phi3-tune", *words.split()]
+    try:
+        main()
+    except SystemExit as stopped:
+        assert stopped.code == 0
+assert not {{"torch", "torchtune", "omegaconf"}} & set(sys.modules)
+"""
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_names_itself(phi3_tune, verb):
-    code, out = phi3_tune(verb, "--help")
-    assert code == 0 and out.startswith(f"usage: phi3-tune {verb} ")
-    assert not re.search(r"\$ tune\b", out)
+def help_of(fresh_python, *words: str) -> str:
+    return fresh_python(HELP.format(words=words), COLUMNS="200")
 
 
-@pytest.mark.parametrize("verb", ["inspect-data", "evaluate"])
-def test_the_help_of_a_recipe_needs_no_config_and_is_quick(fresh_python, verb):
-    code = f"""if True:
-        import sys
-        from phi3_plugin import cli
-        sys.argv = ["phi3-tune", "{verb}", "--help"]
-        cli.main()
-        assert "torch" not in sys.modules"""
-    said = fresh_python(code)
-    assert said.startswith(f"usage: phi3-tune {verb} ")
-    (page,) = re.findall(r"docs/\w+\.md", said)
-    assert (Path(__file__).parents[1] / page).is_file()
+def test_help_lists_every_verb_and_is_what_no_word_shows(fresh_python):
+    out, same = help_of(fresh_python, "--help"), help_of(fresh_python, "")
+    assert out == same and out.startswith("usage: phi3-tune ")
+    assert all(re.search(rf"\n    {verb}\b", out) for verb in VERBS + OURS)
+    out = help_of(fresh_python, "adapter --help")
+    assert "PEFT, vLLM and llama.cpp make of an adapter as it lies there\n" in out
+
+
+def test_the_help_of_every_verb_is_there_without_torch(fresh_python):
+    words = [f"{verb} --help" for verb in (*VERBS, *cli.VERBS, *cli.RECIPES)]
+    out = help_of(fresh_python, *words)
+    for verb in (*VERBS, *cli.VERBS, *cli.RECIPES):
+        (page,) = re.findall(rf"^usage: phi3-tune {verb} .*?(?=^usage: |\Z)", out, re.M | re.S)
+        assert not re.search(r"\$ tune\b", page)
+        for name in re.findall(r"docs/\w+\.md", page):
+            assert (Path(__file__).parents[2] / name).is_file()
+    for verb in (*cli.VERBS.values(), *cli.RECIPES.values()):
+        assert {f.name for f in fields(verb.options)} == set(cli.field_docs(verb.options))
+
+
+def test_help_is_quick(fresh_python):
+    """The best of three, for the machine may be busy; an import of torch takes seconds."""
+    code = f"""
+import subprocess, sys, time
+def took():
+    begin = time.perf_counter()
+    subprocess.run([{str(BIN / "phi3-tune")!r}, "--help"], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - begin
+print(min(took() for _ in range(3)))
+"""
+    assert float(fresh_python(code)) < 1
+
+
+def test_the_usage_of_torchtunes_verbs_has_its_options():
+    from torchtune._cli.tune import TuneCLIParser
+
+    verbs = TuneCLIParser()._parser._subparsers._group_actions[0].choices
+    assert list(verbs) == list(cli.TUNE)
+    for name, (usage, _) in cli.TUNE.items():
+        known = {flag for action in verbs[name]._actions for flag in action.option_strings}
+        assert {*re.findall(r"--[\w-]+", usage)} <= known | {"--config"}
 
 
 def test_mistakes_are_reported_under_its_name(phi3_tune):
@@ -118,21 +152,77 @@ def test_the_inspection_refuses_workers(phi3_tune, torchrun):
     assert code == 2 and "does not support distributed training" in out and not torchrun
 
 
-def test_verbs_with_a_parser_run_their_module(phi3_tune, monkeypatch):
+@pytest.fixture
+def chosen(phi3_tune, monkeypatch):
+    """Return what a command hands to the module that does it, and the module."""
     seen = []
 
     def import_module(name):
-        return SimpleNamespace(run=lambda given: seen.append((name, given)) or 3)
+        return SimpleNamespace(run=lambda options: seen.append((name, options)) or 3)
 
-    monkeypatch.setattr("phi3_plugin.cli.import_module", import_module)
-    assert phi3_tune("generate", "2 + 2?", "--base", "b")[0] == 3
-    assert phi3_tune("chat", "--base", "b")[0] == 3
-    assert phi3_tune("adapter", "check", "a")[0] == 3
-    assert seen == [
-        ("phi3_plugin.recipes.phi3_generate", {"checkpoint_dir": "b", "prompt": ["2 + 2?"]}),
-        ("phi3_plugin.chat", {"checkpoint_dir": "b"}),
-        ("phi3_plugin.recipes.phi3_adapter", {"verb": "check", "adapter": "a"}),
-    ]
+    def run(*words: str):
+        monkeypatch.setattr("phi3_plugin.cli.import_module", import_module)
+        code, out = phi3_tune(*words)
+        assert code == 3, out
+        return seen.pop()
+
+    return run
+
+
+def test_words_become_options_in_any_order(chosen):
+    words = ["--base", "b", "2 + 2?", "--temperature", "0", "--stop", "a", "3 + 3?"]
+    module, o = chosen("generate", *words, "--stop", "b", "--raw")
+    assert module == "phi3_plugin.recipes.phi3_generate"
+    assert o == options.PromptOptions(
+        checkpoint_dir=Path("b"), prompt=("2 + 2?", "3 + 3?"), stop=("a", "b"), raw=True
+    )
+    _, o = chosen("generate", "--checkpoint-dir", "b", "--file", "-", "-o", "out.jsonl")
+    assert (o.prompts, o.output, o.prompt) == ("-", "out.jsonl", ())
+    _, o = chosen("generate", "-", "--base", "b")
+    assert (o.prompts, o.prompt) == ("-", ())
+    module, o = chosen("chat", "--base", "b", "--adapter", "a", "--top-k", "5", "--seed", "0")
+    assert module == "phi3_plugin.chat" and (o.adapter, o.top_k) == (Path("a"), 5)
+    assert o.sampling == options.Sampling(top_k=5, max_new_tokens=1024)
+
+
+def test_verbs_of_adapters_have_options_of_their_own(chosen):
+    module, o = chosen("adapter", "convert", "a", "--to", "gguf", "--base", "b", "-o", "c")
+    assert module == "phi3_plugin.recipes.phi3_adapter"
+    folders = {"adapter": Path("a"), "checkpoint_dir": Path("b"), "output_dir": Path("c")}
+    assert o == options.ConvertOptions(**folders, to="gguf")
+    words = ["a", "--base", "b", "--output", "c", "--alpha", "0", "--rank", "0"]
+    _, o = chosen("adapter", "import", *words, "--enable-lora", "true,false,True")
+    expected = {"alpha": 0.0, "rank": 0, "enable_lora": [True, False, True]}
+    assert o == options.ImportOptions(**folders, **expected)
+    _, o = chosen("adapter", "check", "a", "--runtime", "vLLM", "--runtime", "PEFT", "--json")
+    assert o == options.CheckOptions(adapter=Path("a"), runtime=("vLLM", "PEFT"), json=True)
+    module, o = chosen("import-config", "s.json", "-o", "o.yaml", "--targets", "as-intended")
+    assert module == "phi3_plugin.import_config" and o.targets == "as-intended"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "Hello"], "the following arguments are required: --base"),
+        (["generate", "--base", "b", "--top-k", "x"], "argument --top-k: invalid int value: 'x'"),
+        (["generate", "--base", "b", "--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (["chat", "--base", "b", "Hello there"], "unrecognized arguments: Hello there"),
+        (["chat", "--base", "b", "-o", "x"], "unrecognized arguments: -o x"),
+        (["adapter", "chek"], "invalid choice: 'chek'"),
+        (["adapter"], "the following arguments are required: VERB"),
+        (["adapter", "check", "a", "--runtime", "tgi"], "invalid choice: 'tgi'"),
+        (["talk"], "invalid choice: 'talk'"),
+    ],
+)
+def test_words_that_cannot_be(phi3_tune, words, message):
+    code, out = phi3_tune(*words)
+    assert code == 2 and message in out
+
+
+def test_values_that_cannot_be_are_an_error_of_ours(phi3_tune):
+    code, out = phi3_tune("chat", "--base", "b", "--top-p", "2", "--min-p", "-1")
+    assert code == 1 and out.startswith("phi3_plugin: ConfigError: ")
+    assert "top_p: 2.0 must be" in out and "min_p: -1.0 must be" in out
 
 
 @pytest.mark.parametrize(
@@ -200,8 +290,8 @@ def test_workers_see_the_registry(tmp_path, environment):
 
 
 def test_a_worker_of_torchrun_says_what_is_wrong_in_one_line(tmp_path):
-    recipe = Path(__file__).parents[1] / "recipes" / "lora_finetune.py"
-    config = Path(__file__).parents[1] / "configs" / "phi3_demo.yaml"
+    recipe = Path(__file__).parents[2] / "recipes" / "lora_finetune.py"
+    config = Path(__file__).parents[2] / "configs" / "phi3_demo.yaml"
     done = subprocess.run(
         [sys.executable, recipe, "--config", config, "output_dir=out", "batch_size=-1"],
         cwd=tmp_path,

@@ -7,7 +7,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.settings import Settings, read
+from phi3_plugin.options import EvaluateOptions
+from phi3_plugin.settings import (
+    STOCK_KEYS,
+    Settings,
+    bytes_of,
+    component_problems,
+    read,
+    read_beside,
+    stock_problems,
+)
 
 YAML = Path(__file__).parents[2] / "configs" / "phi3_mini_lora.yaml"
 TRAIN = [f for f in sorted(YAML.parent.glob("*.yaml")) if "optimizer:" in f.read_text("utf-8")]
@@ -160,7 +169,7 @@ def test_what_resembles_nothing_is_just_refused(problems):
         ("lora_plus_ratio=True", "True must be a number above 0 or null."),
         ("val_fraction=1", "1 must be at least 0 and below 1."),
         ("enable_activation_checkpointing=0", "0 must be True or False or a whole number above 0."),
-        ("adapter_dtype=fp16", "'fp16' must be fp32 or bf16 or null."),
+        ("adapter_dtype=fp16", "'fp16' must be bf16 or fp32 or null."),
         ("device='cuda:1'", "'cuda:1' must be cpu or cuda or null. Choose a card with"),
         ("dtype=fp16", "'fp16' must be bf16 or fp32. Where a card has no bf16, use dtype=fp32"),
         ("output_dir=2024", "2024 must be text; put quotes around a number."),
@@ -248,3 +257,238 @@ def test_conflicts(problems, one, other, more):
 def test_validation_needs_data(problems, key):
     (line,) = problems(f"{key}=2")
     assert line.startswith(f"{key}: 2 needs validation data.")
+
+
+# torchtune's own keys: accepted where they change nothing, refused with what to do instead.
+
+
+REFUSED = {
+    "max_steps_per_epoch": (3, "max_steps,"),
+    "resume_from_checkpoint": (True, "resume=auto"),
+    "save_adapter_weights_only": (False, "adapter merge"),
+    "optimizer_in_bwd": (True, "Set it to False"),
+    "log_peak_memory_stats": ("sometimes", "True or False"),
+    "low_cpu_ram": (True, "Set it to False"),
+    "cudnn_deterministic_mode": (True, "Set it to null"),
+    "custom_sharded_layers": (["output"], "Set it to null"),
+}
+
+
+def stock(given):
+    return list(stock_problems(given))
+
+
+@pytest.mark.parametrize("key", STOCK_KEYS)
+def test_neutral_or_refused(key):
+    neutral, _ = STOCK_KEYS[key]
+    assert [stock({key: value}) for value in neutral] == [[]] * len(neutral)
+    value, instead = REFUSED[key]
+    (line,) = stock({key: value})
+    assert line.startswith(f"{key}: {value!r} is not supported by this recipe. ")
+    assert instead in line
+
+
+def test_a_number_is_no_switch():
+    assert stock({"resume_from_checkpoint": 0, "save_adapter_weights_only": 1}) != []
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        None,
+        {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss", "num_output_chunks": 4},
+        {"_component_": "torch.nn.CrossEntropyLoss", "ignore_index": -100, "label_smoothing": 0.0},
+    ],
+)
+def test_cross_entropy_is_accepted(loss):
+    assert stock({"loss": loss}) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "problem"),
+    [
+        ({"_component_": "torchtune.rlhf.loss.DPOLoss"}, "loss._component_: 'torchtune.rlh"),
+        ("torch.nn.CrossEntropyLoss", "loss: 'torch.nn.CrossEntropyLoss' must be a section"),
+        (
+            {"_component_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1},
+            "loss.label_smoothing: 0.1 is not supported by this recipe. Remove it.",
+        ),
+    ],
+)
+def test_other_losses_are_refused(loss, problem):
+    (line,) = stock({"loss": loss})
+    assert line.startswith(problem)
+
+
+def test_the_profiler_stays_off():
+    for off in (None, {"enabled": False, "cpu": True}, {}):
+        assert stock({"profiler": off}) == []
+    for on in (True, {"enabled": True}, "yes"):
+        (line,) = stock({"profiler": on})
+        assert line.startswith("profiler.enabled: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "section", "problem"),
+    [
+        ("optimizer", {"params": []}, "optimizer.params: [] is set by the recipe. Remove it."),
+        (
+            "optimizer",
+            {"_component_": "torch.optim"},
+            "optimizer._component_: 'torch.optim' cannot",
+        ),
+        ("model", {"lora_attn_modules": None, "lora_rnk": 1}, "model.lora_rnk: 1 is given, but "),
+        ("model", {}, "model.lora_attn_modules is not set. Set it in the YAML or add model.lora_"),
+        ("dataset", {"source": None}, "dataset.source is not set. Set it in the YAML or add "),
+        ("dataset_val", {}, "dataset_val.source is not set. Set it in the YAML or add "),
+        (
+            "lr_scheduler",
+            {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 1},
+            "lr_scheduler._component_: 'torch.optim.lr_scheduler.StepLR' takes no num_training_",
+        ),
+        (
+            "lr_scheduler",
+            {"num_training_steps": 1},
+            "lr_scheduler.num_training_steps: 1 is set by the recipe.",
+        ),
+        (
+            "optimizer",
+            {"_component_": "no_such_package.Adam"},
+            "optimizer._component_: 'no_such_package.Adam' cannot be imported. "
+            "ModuleNotFoundError(\"No module named 'no_such_package'\").",
+        ),
+        (
+            "tokenizer",
+            {"_component_": ""},
+            "tokenizer._component_: '' cannot be imported. ValueError('Empty path').",
+        ),
+    ],
+)
+def test_a_component_that_cannot_be_called(key, section, problem):
+    components = {
+        "optimizer": "torch.optim.AdamW",
+        "model": "phi3_plugin.models.lora_phi3_mini",
+        "dataset": "phi3_plugin.data.chat_dataset",
+        "dataset_val": "phi3_plugin.data.chat_dataset",
+        "lr_scheduler": "phi3_plugin.train.cosine_with_warmup",
+        "tokenizer": "phi3_plugin.data.phi3_tokenizer",
+    }
+    (line,) = component_problems(key, {"_component_": components[key], **section})
+    assert line.startswith(problem)
+
+
+def test_a_component_of_the_users_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "my_optimizers.py").write_text("def make(params, **anything): ...")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["elsewhere"])
+    section = {"_component_": "my_optimizers.make", "speed": 3}
+    assert [*component_problems("optimizer", section)] == []
+
+
+def test_a_component_that_breaks_on_import_is_a_problem_like_others(tmp_path, monkeypatch):
+    (tmp_path / "my_broken_data.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    section = {"_component_": "my_broken_data.rows"}
+    (line,) = component_problems("dataset", section)
+    assert "ZeroDivisionError('division by zero')" in line
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        ("output_dir=x", "output_dir: 'x' differs from"),
+        ("layout=split", "layout: 'split' differs from 'fused', which this recipe"),
+        ("card=x", "card: 'x' must be a section of names and values."),
+        ("cards={}", "cards: {} is given, but phi3_plugin.checkpoint.Phi3Checkpointer has no such"),
+        ("_component_=torchtune.training.FullModelHFCheckpointer", "_component_: 'torchtune.tra"),
+        ("save_adapter_weights_only=False", "save_adapter_weights_only: False differs from True"),
+    ],
+)
+def test_a_checkpointer_that_asks_for_something_else(problems, typed, problem):
+    (line,) = problems(f"checkpointer.{typed}")
+    assert line.startswith(f"checkpointer.{problem}")
+
+
+def test_what_is_wrong_at_the_top_and_in_the_checkpointer_is_one_line(problems):
+    (line,) = problems("save_adapter_weights_only=False")
+    assert line.startswith("save_adapter_weights_only: False is not supported by this recipe.")
+
+
+def test_a_component_that_the_command_line_sets_to_null_is_none(settings):
+    """torchtune hands `lr_scheduler=null` on as a section whose component is null."""
+    read = settings(edited={"lr_scheduler._component_": None}, without=["checkpointer"])
+    assert read.lr_scheduler is None
+
+
+def test_a_recipe_reads_its_own_keys_beside_those_of_a_run(paths):
+    def both(*typed):
+        cfg = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist([*paths, *typed]))
+        return read_beside(cfg, EvaluateOptions, processes=1)
+
+    settings, own = both("adapter=a", "generation.temperature=1", "generation.stop='Q:'")
+    assert settings.batch_size == 4 and own.adapter == Path("a")
+    assert (own.generation.temperature, own.generation.stop) == (1, ("Q:",))
+    wrong = ("max_sample=3", "worst=-1", "generation.top_p=2", "generation.beams=4", "epochs=0")
+    with pytest.raises(ConfigError) as caught:
+        both(*wrong)
+    lines = str(caught.value).splitlines()
+    assert {line.split(":")[0] for line in lines} == {word.split("=")[0] for word in wrong}
+    assert "Did you mean 'max_samples'?" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("16GiB", 16 * 2**30),
+        ("12GB", 12 * 10**9),
+        ("1.5 gib", 3 * 2**29),
+        ("500MB", 500 * 10**6),
+        (8_000_000_000, 8 * 10**9),
+        (8e9, 8 * 10**9),
+        ("16", 16),
+        ("16G", None),
+        ("-1GB", None),
+        ("0GB", None),
+        (True, None),
+        (None, None),
+        ([], None),
+    ],
+)
+def test_amounts_of_memory(text, size):
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("value", ["16G", "-3", "lots", "0"])
+def test_a_budget_that_is_no_amount(problems, value):
+    (line, *_) = problems(f"memory_budget={value}")
+    assert line.startswith("memory_budget: ") and "must be an amount of memory: 16GiB" in line
+
+
+def test_one_key_decides_what_recomputes(problems):
+    (line,) = problems("memory_budget=16GiB", "enable_activation_checkpointing=True")
+    assert line.startswith("memory_budget: '16GiB' conflicts with enable_activation_checkpoin")
+
+
+def test_offloading_needs_a_gpu_and_recompute(problems, settings, monkeypatch):
+    offload = "enable_activation_offloading=True"
+    gpu, recompute = problems(offload, "enable_activation_checkpointing=False")
+    assert "this run is on the CPU" in gpu
+    assert "Add enable_activation_checkpointing=True" in recompute
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert settings(offload).enable_activation_offloading
+    (line,) = problems(offload, "device=cpu")
+    assert "this run is on the CPU" in line
+
+
+def test_an_adapter_to_start_from_must_be_there_and_start_alone(problems, tmp_path):
+    (line,) = problems("init_adapter=no/such")
+    assert line.startswith("init_adapter: 'no/such' is not there.")
+    (line,) = problems(f"init_adapter={tmp_path}", "model.lora_init=gaussian")
+    assert line.endswith("conflicts with lora_init: 'gaussian'. Keep one.")
+
+
+def test_weights_that_processes_share_need_an_optimizer_that_can(paths):
+    typed = (*paths, "optimizer={_component_: bitsandbytes.optim.AdamW8bit, lr: 1e-4}")
+    cfg = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist(typed))
+    with pytest.raises(ConfigError, match=r"cannot update weights .* Set fsdp_replicas=2"):
+        read(cfg, processes=2)

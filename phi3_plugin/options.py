@@ -1,0 +1,534 @@
+"""What can be asked of a command, as dataclasses, and how one is read from a YAML: strictly.
+
+A key of a YAML, `key=value` after a recipe and a flag of `phi3-tune` are one field here. Its type
+says what the value may be, the text under it is the command line's help. Reading reports every
+mistake at once, under the key as it was typed. The standard library alone: `--help` is quick.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from functools import partial
+from math import inf
+from operator import eq
+from pathlib import Path
+from types import NoneType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from phi3_plugin.errors import ConfigError
+
+T = TypeVar("T")
+
+# What a value may be. An annotation carries its kind, so that a dataclass reads as types and is
+# checked as rules.
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value must be, in words and as a test."""
+
+    words: str
+    accepts: Callable[[Any], Any]
+    """Returns something true for a value that may be."""
+    convert: Callable[[Any], Any] | None = None
+    """Makes of the value what the dataclass holds, if that is another type."""
+
+
+class Advice(NamedTuple):
+    """What more to say of a wrong value."""
+
+    text: str
+
+
+class Flags(NamedTuple):
+    """How a field is typed after `phi3-tune`, where that is not ``--its-name``."""
+
+    names: tuple[str, ...] = ()
+    """None of them: it is typed by its place."""
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    """Of a flag that may be repeated."""
+
+
+def _is_number(value: Any, least: float = -inf, most: float = inf) -> bool:
+    return type(value) in (int, float) and least <= value <= most and abs(value) < inf
+
+
+def _is_whole(value: Any, least: float = -inf, below: float = inf) -> bool:
+    return type(value) is int and least <= value < below  # True is no number
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+TEXT = Kind("text; put quotes around a number", lambda v: isinstance(v, str))
+NAME = Kind("a name; put quotes around a number", _is_name)
+PATH = Kind(TEXT.words, _is_name, Path)
+
+Text = Annotated[str, TEXT]
+Name = Annotated[str, NAME]
+Folder = Annotated[Path, PATH]
+Texts = Annotated[list[str], Kind("a list of texts, as in ['one', 'two']", _are_texts, list)]
+Switch = Annotated[bool, Kind("True or False", lambda v: type(v) is bool)]
+Count = Annotated[int, Kind("a whole number above 0", partial(_is_whole, least=1))]
+Seed = Annotated[int, Kind("a whole number from 0 on", partial(_is_whole, least=0))]
+Positive = Annotated[float, Kind("a number above 0", lambda v: _is_number(v) and v > 0)]
+Share = Annotated[float, Kind("at least 0 and below 1", lambda v: _is_number(v, 0) and v < 1)]
+Section = Annotated[dict[str, Any], Kind("a section", lambda v: isinstance(v, dict))]
+
+
+def kinds_of(hint: Any) -> list[Kind]:
+    """Return the kinds of value that an annotation allows."""
+    if get_origin(hint) is Annotated and (own := _marks(hint, Kind)):
+        return own
+    if get_origin(hint) is Literal:
+        return [Kind(word, partial(eq, word)) for word in get_args(hint)]
+    if hint is NoneType:
+        return [Kind("null", lambda value: value is None)]
+    return [kind for part in get_args(hint) for kind in kinds_of(part)]
+
+
+def _marks(hint: Any, of: type[T]) -> list[T]:
+    return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, of)]
+
+
+# How values become a dataclass.
+
+
+class Unresolved(str):
+    """Stands for a value that refers to something that is not there, and says so."""
+
+
+def read(cls: type[T], given: Mapping[str, Any], owner: str = "this recipe") -> T:
+    """Return a dataclass of what was given.
+
+    Args:
+        cls: The dataclass. Fields that are dataclasses are sections with keys of their own.
+        given: Values by key, or a configuration of OmegaConf's; null is not given.
+        owner: Whose keys they are, for messages.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or has a value that it cannot have; all problems,
+            one line each.
+    """
+    given = {key: value for key, value in resolved(given).items() if value is not None}
+    if found := problems(cls, given, owner):
+        raise ConfigError("\n".join(found))
+    return made(cls, given)
+
+
+def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration as plain Python; what cannot be looked up is `Unresolved`."""
+    if isinstance(given, dict):
+        return dict(given)
+    from omegaconf import OmegaConf  # not earlier: `--help` would wait for it
+    from omegaconf.errors import OmegaConfBaseException
+
+    plain: dict[str, Any] = {}
+    for key in map(str, given):
+        try:
+            value = given.get(key)  # None where it is ???
+            is_section = OmegaConf.is_config(value)
+            plain[key] = OmegaConf.to_container(value, resolve=True) if is_section else value
+        except OmegaConfBaseException as error:
+            where = error.full_key or key
+            plain[key] = Unresolved(f"{where}: {str(error).splitlines()[0]}.")
+    return plain
+
+
+def problems(
+    cls: type[Any],
+    given: Mapping[str, Any],
+    owner: str,
+    *,
+    section: str = "",
+    others: Iterable[str] = (),
+) -> list[str]:
+    """Say what is wrong with values for a dataclass, a line each.
+
+    Args:
+        cls: The dataclass.
+        given: Values by key, see `resolved`.
+        owner: Whose keys they are.
+        section: What stands before each key, as in ``generation.``.
+        others: Keys that somebody else reads.
+    """
+    hints, others = get_type_hints(cls, include_extras=True), [*others]
+    known = [*hints, *others]
+    unknown = [key for key in given if key not in known]
+    unset_keys = [key for key in required(cls) if given.get(key) is None]
+    meant = {closest(key, known) for key in unknown}  # one mistake, one line
+    found: list[str] = [value for value in given.values() if isinstance(value, Unresolved)]
+    available = f"Available: {', '.join(known)}." if len(known) <= 30 else "Remove it."
+    found += [unknown_key(section + key, given[key], owner, known, available) for key in unknown]
+    found += [unset(section + key) for key in unset_keys if key not in meant]
+    for key, value in given.items():
+        if key in hints and key not in unset_keys and not isinstance(value, Unresolved):
+            found += mistakes(section + key, value, hints[key], owner)
+    return found
+
+
+def required(cls: type[Any]) -> list[str]:
+    """Return the fields of a dataclass that have no default."""
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def mistakes(key: str, value: Any, hint: Any, owner: str = "") -> list[str]:
+    """Say what is wrong with one value.
+
+    Args:
+        key: As it was typed.
+        value: What was given.
+        hint: Annotation of its field.
+        owner: Whose key it is.
+    """
+    if is_dataclass(hint) and (value is None or isinstance(value, Mapping)):
+        nested = {name: one for name, one in (value or {}).items() if one is not None}
+        return problems(hint, nested, f"{owner}'s {key}", section=f"{key}.")  # type: ignore[arg-type]
+    kinds = [Kind("a section", bool)] if is_dataclass(hint) else kinds_of(hint)
+    if not is_dataclass(hint) and any(kind.accepts(value) for kind in kinds):
+        return []
+    words = " or ".join(kind.words for kind in kinds)
+    advice = "".join(f" {mark.text}" for mark in _marks(hint, Advice))
+    return [f"{key}: {shown(value)} must be {words}.{advice}"]
+
+
+def made(cls: type[T], given: Mapping[str, Any]) -> T:
+    """Return a dataclass of values that have no problems; keys of others are passed over."""
+    values = {}
+    for key, hint in get_type_hints(cls, include_extras=True).items():
+        if key not in given:
+            continue
+        value = given[key]
+        if is_dataclass(hint):
+            value = made(cast("type[Any]", hint), {k: v for k, v in (value or {}).items() if v is not None})
+        else:
+            kind = next(kind for kind in kinds_of(hint) if kind.accepts(value))
+            value = kind.convert(value) if kind.convert else value
+        values[key] = value
+    return cls(**values)
+
+
+EXAMPLES = {
+    "checkpoint_dir": "/path/to/Phi-3-mini-4k-instruct",
+    "output_dir": "/path/to/results",
+    "model": "phi3_plugin.models.lora_phi3",
+    "tokenizer": "phi3_plugin.data.phi3_tokenizer",
+    "dataset": "phi3_plugin.data.chat_dataset",
+    "dataset.source": "my_chats.jsonl",
+    "optimizer": "torch.optim.AdamW",
+    "batch_size": "4",
+    "dtype": "bf16",
+}
+"""What a user may set a key to that must be set."""
+
+
+def unset(key: str) -> str:
+    """Return the problem of a key that the user must set."""
+    example = EXAMPLES.get(key, "VALUE")
+    component = "._component_" if key in ("model", "tokenizer", "dataset", "optimizer") else ""
+    return f"{key} is not set. Set it in the YAML or add {key}{component}={example} to the command."
+
+
+def unknown_key(
+    where: str, value: Any, owner: str, known: Iterable[str], otherwise: str = "Remove it."
+) -> str:
+    """Return the problem of a key that nothing reads."""
+    meant = closest(where.rpartition(".")[2], known)
+    advice = f"Did you mean {meant!r}?" if meant else otherwise
+    return f"{where}: {shown(value)} is given, but {owner} has no such key. {advice}"
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that was probably meant."""
+    return next(iter(get_close_matches(word, list(known), n=1)), None)
+
+
+def shown(value: Any) -> str:
+    """Return a value as the YAML would spell it, cut if it is long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# Which model answers, and how.
+
+BASE = Flags(("--base", "--checkpoint-dir"), "DIR")
+Base = Annotated[Folder, BASE]
+Dtype = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What is asked of every answer; by default the likeliest token each time."""
+
+    max_new_tokens: Count = 256
+    """tokens of an answer at most (default: 256; chat: 1024)"""
+    temperature: Annotated[
+        float, Kind("a number from 0 to a million", partial(_is_number, least=0, most=1e6))
+    ] = 0.0
+    """0, the default: always the likeliest token, and nothing below but the penalty matters; else
+    sampled"""
+    top_k: Annotated[
+        int, Kind("a whole number from 0, which is off", partial(_is_whole, least=0))
+    ] = 0
+    """sample from the N likeliest tokens (0, off)"""
+    top_p: Annotated[
+        float, Kind("above 0 and at most 1, which is off", lambda p: _is_number(p, 0, 1) and p > 0)
+    ] = 1.0
+    """sample from the likeliest tokens that together have probability N (1, off)"""
+    min_p: Annotated[
+        float, Kind("from 0, which is off, and below 1", lambda p: _is_number(p, 0) and p < 1)
+    ] = 0.0
+    """sample from tokens of at least N of the likeliest one's probability (0, off)"""
+    repetition_penalty: Annotated[
+        float, Kind("from 1e-6 to a million", partial(_is_number, least=1e-6, most=1e6))
+    ] = 1.0
+    """divides what speaks for tokens that were there before, the prompt included (1, off)"""
+    seed: Annotated[
+        int, Kind("a whole number from 0 to 2**63 - 1", partial(_is_whole, least=0, below=2**63))
+    ] = 0
+    """decides the draws of each prompt; those of its neighbours change nothing (0)"""
+    max_time: Positive | None = None
+    """seconds of an answer at most, from its first token"""
+    stop: Annotated[
+        tuple[str, ...],
+        Kind(
+            "a text, or a list of texts such as '[\"Q:\"]', none empty",
+            lambda v: _is_name(v) or (_are_texts(v) and all(v)),
+            _as_tuple,
+        ),
+        Flags(("--stop",), "TEXT"),
+    ] = ()
+    """text that ends an answer and is not part of it; may be repeated"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(Sampling):
+    """A model, a system message, and how tokens are chosen."""
+
+    checkpoint_dir: Base
+    """folder of the base model, as it was downloaded"""
+    adapter: Annotated[Folder | None, Flags(("--adapter",), "DIR")] = None
+    """folder of an adapter, ours or anyone's"""
+    dtype: Dtype = "bf16"
+    """what is computed in (default: bf16)"""
+    device: Name | None = None
+    """cpu or cuda (default: a GPU where there is one)"""
+    quantize: Switch = False
+    """keep the base's weights in NF4"""
+    system: Text | None = None
+    """system message"""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen, and when an answer ends."""
+        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(AnswerOptions):
+    """Talk to a model in the terminal. /help lists what can be typed."""
+
+    max_new_tokens: Count = 1024
+    """tokens of an answer at most (1024); whoever reads along can stop it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(AnswerOptions):
+    """Answer a file of prompts."""
+
+    prompts: Annotated[
+        Name
+        # what YAML makes of a single dash
+        | Annotated[str, Kind("-", lambda v: v == [None], lambda _: "-")]
+        | None,
+        Flags(("--file", "--prompts"), "FILE"),
+    ] = None
+    """many prompts: .jsonl with {prompt} or {messages}, or .txt with one a line; - is standard
+    input"""
+    output: Annotated[Name | None, Flags(("-o", "--output"), "OUT")] = None
+    """JSONL file to write (standard output)"""
+    overwrite: Switch = False
+    """replace OUT"""
+    raw: Switch = False
+    """complete the text, without chat template"""
+    batch_size: Count = 8
+    """prompts that are answered at a time (8)"""
+    dropped: Literal["error", "warn"] = "error"
+    """what a message is that the chat template leaves out (default: error)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(GenerateOptions):
+    """Answer a prompt in the terminal, or a file of prompts into a JSONL file.
+
+    Ctrl-C keeps the answers that are there, and the same command goes on from them.
+    """
+
+    prompt: Annotated[
+        tuple[str, ...], Kind("a list of texts", _are_texts, tuple), Flags(metavar="PROMPT")
+    ] = ()
+    """what to answer, in quotes; the answer is printed as it is written. The recipe takes prompts
+    from a file alone: `key=value` would mangle free text"""
+
+
+# What the recipes read that take the YAML of a training run, beside it.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Measure a model on held-out data."""
+
+    adapter: Folder | None = None
+    """of any origin; or a whole model that was fine-tuned. null evaluates the base alone"""
+    check_base: Switch = True
+    """refuse an adapter that says it was made for other base weights"""
+    answers: Switch = True
+    """False measures loss and accuracy alone, which takes no time beside answers"""
+    generation: Sampling = field(default_factory=Sampling)
+    """how answers are generated, a section; greedily by default"""
+    generation_batch_size: Count = 8
+    """answers that one process generates at once"""
+    max_samples: Count | None = None
+    """evaluate the first so many; null is all"""
+    worst: Seed = 10
+    """answers that the page shows of each kind"""
+    overwrite: Switch = False
+    """replace an evaluation that output_dir holds already"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Show what a run would be trained on."""
+
+    samples: Seed = 8
+    """how many to show, token by token"""
+    processes: Count = 1
+    """for how many to count steps"""
+    compare: Switch = False
+    """compare ids and masks with transformers"""
+
+
+# What the verbs of `phi3-tune adapter` read.
+
+RUNTIMES = ("PEFT", "vLLM", "llama.cpp")
+Form = Literal["peft", "peft-patterns", "torchtune", "loralib", "gguf"]
+Targets = Literal["as-published", "as-intended", "as-intended-parts"]
+
+
+def _groups(value: Any) -> list[bool] | None:
+    """Return the switches of ``true,false,true`` or of a list; None if it is neither."""
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list | tuple):
+        return None
+    names = [str(word).strip().lower() for word in words]
+    known = all(name in ("true", "false", "1", "0") for name in names)
+    return [name in ("true", "1") for name in names] if known else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Say what PEFT, vLLM and llama.cpp make of an adapter as it lies there.
+
+    With the base at hand, compare its logits in PEFT and here. Ends with 1 if it is broken.
+    """
+
+    adapter: Annotated[Folder, Flags(metavar="ADAPTER")]
+    """folder of the adapter"""
+    checkpoint_dir: Annotated[Folder | None, BASE] = None
+    """folder of the base model, as it was downloaded"""
+    runtime: Annotated[
+        tuple[str, ...],
+        Kind(
+            f"one of {', '.join(RUNTIMES)}, or a list of them",
+            lambda v: (_is_name(v) and v in RUNTIMES) or (_are_texts(v) and {*v} <= {*RUNTIMES}),
+            _as_tuple,
+        ),
+        Flags(("--runtime",), choices=RUNTIMES),
+    ] = ("PEFT",)
+    """end with 1 unless this one loads the adapter as it is; may be repeated"""
+    json: Switch = False
+    """print JSON instead of lines"""
+    dtype: Dtype = "fp32"
+    """what both compute in (default: fp32)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """An adapter that is made into something else: from where, over which base, to where."""
+
+    adapter: Annotated[Folder, Flags(metavar="ADAPTER")]
+    """folder of the adapter, or its file"""
+    checkpoint_dir: Base
+    """folder of the base model, as it was downloaded"""
+    output_dir: Annotated[Folder, Flags(("-o", "--output"), "OUT")]
+    """what to write; must not be there yet"""
+    alpha: Annotated[float, Kind("a number", _is_number)] | None = None
+    """what the file does not say: the scale is alpha / rank"""
+    enable_lora: Annotated[
+        Annotated[list[bool], Kind("a list of True and False", _groups, _groups)] | None,
+        Flags(("--enable-lora",), "LIST"),
+    ] = None
+    """of loralib's MergedLinear, such as true,false,true for q and v"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(AdapterOptions):
+    """Write an adapter in another form."""
+
+    to: Form
+    """a folder of PEFT's that every runtime reads alike; one that keeps each module's rank and
+    alpha, for PEFT alone; a folder for torchtune's Phi-3; a .pt or .safetensors file for loralib;
+    a .gguf file for llama.cpp"""
+    merged_linear: Switch = False
+    """loralib: qkv_proj and gate_up_proj are MergedLinear"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(AdapterOptions):
+    """Write a checkpoint folder in which the adapter is part of the weights."""
+
+    onto: Literal["original", "nf4"] = "original"
+    """the base as it was downloaded (default), or as QLoRA quantizes it"""
+    dtype: Dtype | None = None
+    """of the weights (default: the base's own)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(AdapterOptions):
+    """Write a PEFT folder from an adapter of torchtune, loralib or PEFT, to go on training it."""
+
+    rank: Annotated[int, Kind("a whole number", _is_whole)] | None = None
+    """refuse tensors of another rank"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfigOptions:
+    """Turn the training_config and peft_config of Microsoft's samples into our YAML."""
+
+    sample: Annotated[Folder, Flags(metavar="SAMPLE.json")]
+    """JSON object with both dictionaries"""
+    output: Annotated[Folder, Flags(("-o", "--output"), "OUT.yaml")]
+    """must not be there yet"""
+    targets: Targets = "as-published"
+    """what q_proj, k_proj and their like mean, which a Phi-3 has only fused: nothing, as PEFT reads
+    them (default); the fused layers; or their parts"""

@@ -1,0 +1,141 @@
+"""A dataclass of options is read from a YAML or a command line: strictly, and all at once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from phi3_plugin.errors import ConfigError
+from phi3_plugin.options import (
+    CheckOptions,
+    ConvertOptions,
+    Count,
+    Folder,
+    GenerateOptions,
+    ImportOptions,
+    PromptOptions,
+    Sampling,
+    Texts,
+    read,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tea:
+    """A dataclass with a section."""
+
+    cups: Count
+    pot: Folder | None = None
+    guests: Texts = field(default_factory=list)
+    answers: Sampling = field(default_factory=Sampling)
+
+
+def problems(cls, given):
+    with pytest.raises(ConfigError) as caught:
+        read(cls, given, "the tea")
+    return str(caught.value).splitlines()
+
+
+def test_values_become_what_the_dataclass_holds():
+    assert read(Tea, {"cups": 2, "pot": "blue", "answers": {"stop": "###", "top_k": None}}) == Tea(
+        cups=2, pot=Path("blue"), answers=Sampling(stop=("###",))
+    )
+    cfg = OmegaConf.create({"cups": 3, "guests": ["a", "${cups}"], "answers": None, "pot": None})
+    with pytest.raises(ConfigError, match="guests: "):
+        read(Tea, cfg)
+    cfg.guests = ["a"]
+    assert read(Tea, cfg) == Tea(cups=3, guests=["a"])
+
+
+def test_every_mistake_is_a_line_under_its_key():
+    given = {"cup": 1, "pot": 5, "answers": {"top_p": 2, "temprature": 1, "beams": 4}, "x": 1}
+    lines = problems(Tea, given)
+    assert [line.split(":")[0] for line in lines] == [
+        *("cup", "x", "pot"),
+        *("answers.temprature", "answers.beams", "answers.top_p"),
+    ]
+    assert lines[0] == "cup: 1 is given, but the tea has no such key. Did you mean 'cups'?"
+    assert lines[1].endswith("Available: cups, pot, guests, answers.")
+    assert "Did you mean 'temperature'?" in lines[3]
+
+
+def test_what_must_be_set_and_what_refers_to_nothing():
+    assert problems(Tea, {}) == [
+        "cups is not set. Set it in the YAML or add cups=VALUE to the command."
+    ]
+    (line,) = problems(Tea, OmegaConf.create({"cups": "${nowhere}"}))
+    assert line == "cups: Interpolation key 'nowhere' not found."
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("max_new_tokens", value) for value in (0, 2.0, True, "3")),
+        *(("temperature", value) for value in (-1, float("nan"), float("inf"), "0")),
+        *(("top_k", value) for value in (-1, 0.5, False)),
+        *(("top_p", value) for value in (0, 1.5)),
+        *(("min_p", value) for value in (-0.1, 1)),
+        *(("repetition_penalty", value) for value in (0, 1e7)),
+        *(("seed", value) for value in (-1, 2**63)),
+        *(("max_time", value) for value in (0, float("inf"))),
+        *(("stop", value) for value in ("", ["a", ""], [1], 5)),
+    ],
+)
+def test_what_an_answer_cannot_be_asked(name, value):
+    (line,) = problems(Sampling, {name: value})
+    assert line.startswith(f"{name}: {value!r} must be ")
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "message"),
+    [
+        (CheckOptions, {}, "adapter is not set."),
+        (CheckOptions, {"adapter": "a", "to": "peft"}, "to: 'peft' is given, but the tea has no"),
+        (CheckOptions, {"adapter": "a", "runtime": "tgi"}, "runtime: 'tgi' must be one of PEFT, "),
+        (CheckOptions, {"adapter": "a", "runtime": []}, None),
+        (CheckOptions, {"adapter": "a", "json": "yes"}, "json: 'yes' must be True or False."),
+        (CheckOptions, {"adapter": 123}, "adapter: 123 must be text; put quotes around a number."),
+        (CheckOptions, {"adapter": ["a"]}, "adapter: ['a'] must be text"),
+        (ImportOptions, {"rank": "x"}, "rank: 'x' must be a whole number or null."),
+        (ImportOptions, {"rank": 4.5}, "rank: 4.5 must be a whole number or null."),
+        (ImportOptions, {"alpha": True}, "alpha: True must be a number or null."),
+        (ImportOptions, {"enable_lora": True}, "enable_lora: True must be a list of True and"),
+        (ImportOptions, {"enable_lora": "yes,no"}, "enable_lora: 'yes,no' must be a list of True"),
+        (ConvertOptions, {"to": "ollama"}, "to: 'ollama' must be peft or peft-patterns or"),
+        (GenerateOptions, {"checkpoint_dir": "b", "prompt": ["Hi"]}, "prompt: ['Hi'] is given, "),
+        (GenerateOptions, {"checkpoint_dir": "b", "system": 5}, "system: 5 must be text;"),
+    ],
+)
+def test_what_verbs_refuse(cls, given, message):
+    if cls in (ImportOptions, ConvertOptions):
+        given = {"adapter": "a", "checkpoint_dir": "b", "output_dir": "c", **given}
+    if message is None:
+        read(cls, given)
+    else:
+        (line,) = problems(cls, given)
+        assert line.startswith(message)
+
+
+def test_lists_of_a_yaml_and_of_a_command_are_alike():
+    base = {"adapter": "a", "checkpoint_dir": "b", "output_dir": "c"}
+    for value in ([True, False], "true,false", "1, 0"):
+        assert read(ImportOptions, {**base, "enable_lora": value}).enable_lora == [True, False]
+    for value in ("vLLM", ["vLLM"]):
+        assert read(CheckOptions, {"adapter": "a", "runtime": value}).runtime == ("vLLM",)
+    assert read(PromptOptions, {"checkpoint_dir": "b", "prompts": [None]}).prompts == "-"
+
+
+def test_the_shipped_configs_have_every_key():
+    keys = OmegaConf.load(CONFIGS / "phi3_generate.yaml")
+    assert set(keys) == set(GenerateOptions.__dataclass_fields__)
+    assert all(value is None for value in keys.values())
+    keys = set(OmegaConf.load(CONFIGS / "phi3_adapter.yaml"))
+    verbs = ("check", "convert", "merge", "import")
+    from phi3_plugin.recipes.phi3_adapter import VERBS
+
+    assert tuple(VERBS) == verbs
+    fields = {name for cls, _ in VERBS.values() for name in cls.__dataclass_fields__}
+    assert keys == {"verb", *fields}
