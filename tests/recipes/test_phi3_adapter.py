@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi3_plugin.recipes.phi3_adapter import run
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin import cli
-from phi3_plugin import cli as adapter_cli
 from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.errors import AdapterError, MissingFileError, OutputError, Phi3Error
+from phi3_plugin.options import RUNTIMES
+from tests.commands import adapter as run
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, hf_logits, hf_model, save_checkpoint
 
 FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -64,7 +64,7 @@ def test_check_proves_what_peft_loads(place, capsys, kind):
     report = json.loads(capsys.readouterr().out)
     proof = report["proof"]
     assert proof["difference"] < 1e-5 < 0.1 < proof["effect"]
-    assert [verdict["runtime"] for verdict in report["verdicts"]] == list(adapter_cli.RUNTIMES)
+    assert [verdict["runtime"] for verdict in report["verdicts"]] == list(RUNTIMES)
 
 
 def test_check_says_it_in_words(place, capsys):

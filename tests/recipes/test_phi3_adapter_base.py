@@ -4,8 +4,8 @@ import json
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from phi3_plugin.recipes.phi3_adapter import run
 
+from tests.commands import adapter as run
 from tests.oracles import MEDIUM_4K, TINY_GQA, hf_model, save_checkpoint
 
 

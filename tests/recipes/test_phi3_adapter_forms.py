@@ -5,13 +5,13 @@ from copy import deepcopy
 
 import pytest
 import torch
-from phi3_plugin.recipes.phi3_adapter import run
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 
 from phi3_plugin.checkpoint.adapter import served
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError
+from tests.commands import adapter as run
 
 FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 needs_gguf = pytest.mark.skipif(
@@ -100,7 +100,7 @@ def test_dora_for_llama_cpp_is_to_be_merged(place, tmp_path):
         ("gguf", "out", {}, "must be a file that ends in .gguf"),
         ("loralib", "out.bin", {}, "must be a file that ends in .pt or .safetensors"),
         ("gguf", "no/such/out.gguf", {}, "is no folder"),
-        ("peft", "out", {"enable_lora": "true,maybe"}, "'maybe' must be true or false"),
+        ("peft", "out", {"enable_lora": "true,maybe"}, "'maybe' must be a list of True and False"),
     ],
 )
 def test_what_is_refused(place, tmp_path, to, name, keys, message):

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 from phi3_plugin import chat as phi3_chat
-from phi3_plugin.chat import Chat, run, talk
+from phi3_plugin.chat import Chat, talk
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import ConfigError, OutputError
-from phi3_plugin.prompts import checked, generator
+from phi3_plugin.options import ChatOptions, read
+from phi3_plugin.prompts import generator
+from tests.commands import chat as run
 from tests.recipes.prompted import keys, said
 
 
@@ -118,7 +120,7 @@ def test_an_interrupted_answer_leaves_the_next_as_it_would_be(inputs, monkeypatc
 
 
 def real_chat(inputs):
-    o = checked(options(inputs, max_new_tokens=20), phi3_chat.CHAT, "chat")
+    o = read(ChatOptions, options(inputs, max_new_tokens=20))
     tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
     return Chat(generator(o, tokenizer), tokenizer, 512, None)
 

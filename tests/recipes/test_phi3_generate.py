@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from phi3_plugin.recipes import phi3_demo_checkpoint
-from phi3_plugin.recipes.phi3_generate import answered, run
+from phi3_plugin.recipes.phi3_generate import answered
 from safetensors.torch import save_file
 
 from phi3_plugin.errors import AdapterError, ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
+from tests.commands import generate as run
 from tests.recipes.prompted import ROWS, keys, of_file, read, without_system, write
 from tests.stock import TUNE, _run
 
@@ -96,11 +97,11 @@ def test_stop_texts_end_an_answer(here):
         ({"temprature": 1}, ConfigError, "temprature: 1 is given, .* Did you mean 'temperature'?"),
         ({"stop": {"Answer": "x"}}, ConfigError, "stop: .* must be a text, or a list of texts"),
         ({"raw": "yes"}, ConfigError, "raw: 'yes' must be True or False"),
-        ({"batch_size": 0}, ConfigError, "batch_size: 0 must be a whole number from 1"),
-        ({"adapter": 3}, ConfigError, "adapter: 3 must be a name, such as ./my_adapter"),
-        ({"dtype": "fp16"}, ConfigError, "dtype: 'fp16' must be one of bf16, fp32"),
-        ({"system": {"a": 1}}, ConfigError, "system: .* must be a text"),
-        ({"top_p": 3, "dropped": 1}, ConfigError, "(?s)dropped: 1.*top_p: 3"),
+        ({"batch_size": 0}, ConfigError, "batch_size: 0 must be a whole number above 0"),
+        ({"adapter": 3}, ConfigError, "adapter: 3 must be text; put quotes around a number"),
+        ({"dtype": "fp16"}, ConfigError, "dtype: 'fp16' must be bf16 or fp32"),
+        ({"system": {"a": 1}}, ConfigError, "system: .* must be text"),
+        ({"top_p": 3, "dropped": 1}, ConfigError, "(?s)top_p: 3.*dropped: 1"),
         ({"checkpoint_dir": "absent"}, MissingFileError, "checkpoint_dir: absent is not a folder"),
         ({"checkpoint_dir": None}, ConfigError, "checkpoint_dir is not set"),
     ],

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from phi3_plugin.recipes import phi3_generate
-from phi3_plugin.recipes.phi3_generate import run
 
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.prompts import as_line, safe
+from tests.commands import generate as run
 from tests.recipes.prompted import ROWS, keys, of_file, read, stop_after, write
 
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from phi3_plugin.recipes.phi3_generate import run
 
 from phi3_plugin import prompts
 from phi3_plugin.errors import DataError
+from tests.commands import generate as run
 from tests.recipes.prompted import ROWS, keys, of_file, read, write
 
 

@@ -1,15 +1,16 @@
 """`phi3-tune import-config`: the file that it writes, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from phi3_plugin import cli as adapter_cli
 from phi3_plugin import settings
 from phi3_plugin.errors import ConfigError, MissingFileError, OutputError
 from phi3_plugin.import_config import run
+from phi3_plugin.options import ImportConfigOptions
 
 NOTEBOOK = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 
@@ -23,17 +24,13 @@ def sample(tmp_path):
     return file
 
 
-def given(sample, *words):
+def given(sample, **more):
     out = sample.with_name("my.yaml")
-    command, options = adapter_cli.parse_adapter(
-        ["import-config", str(sample), "-o", str(out), *words]
-    )
-    assert command == "import-config"
-    return out, options
+    return out, ImportConfigOptions(sample=sample, output=out, **more)
 
 
 def test_the_yaml_is_one_of_ours(sample, capsys, tmp_path):
-    out, options = given(sample, "--targets", "as-intended")
+    out, options = given(sample, targets="as-intended")
     assert run(options) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"Wrote {out}."
     assert f"--config {out} " in out.read_text() and "--targets as-intended" in out.read_text()
@@ -58,11 +55,11 @@ def test_what_is_refused(sample, tmp_path):
         run(options)
     assert out.read_text() == "mine"
     with pytest.raises(MissingFileError, match="is not there"):
-        run({**options, "sample": str(tmp_path / "none.json")})
+        run(replace(options, sample=tmp_path / "none.json"))
     for text, match in (("{", "is not JSON"), ("[]", "must hold an object"), ("{}", "has no")):
         sample.write_text(text)
         with pytest.raises(ConfigError, match=match):
-            run({**options, "output": str(tmp_path / "other.yaml")})
+            run(replace(options, output=tmp_path / "other.yaml"))
     assert not (tmp_path / "other.yaml").exists()
 
 

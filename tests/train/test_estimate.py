@@ -10,9 +10,17 @@ from phi3_plugin.errors import ConfigError
 from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import adapted, decoder
-from phi3_plugin.settings import bytes_of, in_gib
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.plan import Estimate, Work, estimate, fewest, footprint, size_of, weights
+from phi3_plugin.train.plan import (
+    Estimate,
+    Work,
+    estimate,
+    fewest,
+    footprint,
+    in_gib,
+    size_of,
+    weights,
+)
 from phi3_plugin.train.prepare import prepare
 from phi3_plugin.train.step import with_targets
 from tests.train.tiny import CONFIG
@@ -180,28 +188,6 @@ def test_the_whole_is_the_sum():
     found = estimate(on_meta("dora"), Work(LENGTHS, 62), adamw, 2)
     assert found.total == sum(found.parts.values())
     assert found.recomputed == 2 and all(size >= 0 for size in found.parts.values())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("16GiB", 16 * 2**30),
-        ("12GB", 12 * 10**9),
-        ("1.5 gib", 3 * 2**29),
-        ("500MB", 500 * 10**6),
-        (8_000_000_000, 8 * 10**9),
-        (8e9, 8 * 10**9),
-        ("16", 16),
-        ("16G", None),
-        ("-1GB", None),
-        ("0GB", None),
-        (True, None),
-        (None, None),
-        ([], None),
-    ],
-)
-def test_amounts_of_memory(text, size):
-    assert bytes_of(text) == size
 
 
 def test_amounts_are_short():

@@ -22,7 +22,6 @@ from phi3_plugin.generate import (
     choose,
     penalized,
     probabilities,
-    read_sampling,
 )
 from tests.answers import Letters, chi_square, ours, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
@@ -97,41 +96,6 @@ def test_a_temperature_near_zero_is_greedy():
     scores = logits()
     chances = probabilities(scores, Sampling(temperature=1e-30))
     assert chances[scores.argmax()] == 1
-
-
-def test_reads_what_is_given():
-    sampling = read_sampling({"temperature": 0.3, "top_k": None, "stop": "###", "max_time": 180})
-    assert sampling == Sampling(temperature=0.3, stop=("###",), max_time=180)
-    assert read_sampling({"stop": ["a", "b"]}).stop == ("a", "b")
-
-
-WRONG = {
-    "max_new_tokens": [0, -1, 2.5, True, "8"],
-    "temperature": [-0.1, float("nan"), float("inf"), "hot"],
-    "top_k": [-1, 1.5],
-    "top_p": [0, 1.01],
-    "min_p": [1, -0.1],
-    "repetition_penalty": [0, -1],
-    "seed": [-1, 2**63],
-    "max_time": [0, -5],
-    "stop": ["", ["a", ""], [1], 7],
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_refuses_wrong_values(name):
-    for value in WRONG[name]:
-        with pytest.raises(ConfigError, match=rf"^{name}: .* must be "):
-            read_sampling({name: value})
-
-
-def test_says_all_that_is_wrong_at_once():
-    with pytest.raises(ConfigError) as caught:
-        read_sampling({"top_p": 2, "temprature": 1, "beams": 4})
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 3
-    assert "Did you mean temperature?" in lines[1]
-    assert "max_new_tokens" in lines[2]
 
 
 # The text while it grows.
