@@ -61,17 +61,6 @@ def test_from_the_command_line(folder, tmp_path):
     assert {file.name for file in output.iterdir()} == {"final", "data.html"}
 
 
-def test_our_own_verb_is_the_run_of_the_recipe(monkeypatch):
-    from phi3_plugin import cli
-
-    monkeypatch.setattr(sys, "argv", ["phi3-tune", "inspect-data", "--config", "x", "samples=3"])
-    cli._run_recipes()
-    words = ["phi3-tune", "run", "phi3_inspect_data", "--config", "x", "samples=3"]
-    assert sys.argv == words
-    cli._run_recipes()
-    assert sys.argv == words
-
-
 def test_the_numbers_are_those_of_the_samples(inspect, folder):
     code, out, page = inspect("samples=2")
     feed = make_feed(strict.read(merged(*TINY, "output_dir=out", cwd=folder)), 1)
@@ -130,8 +119,8 @@ def test_its_own_keys_are_checked_together(inspect):
     with pytest.raises(ConfigError) as error:
         inspect("samples=-1", "processes=0", "compare=maybe")
     assert str(error.value).splitlines() == [
-        "samples: -1 must be a whole number from 0.",
-        "processes: 0 must be a whole number from 1.",
+        "samples: -1 must be a whole number from 0 on.",
+        "processes: 0 must be a whole number above 0.",
         "compare: 'maybe' must be True or False.",
     ]
 

@@ -100,7 +100,7 @@ def test_dora_for_llama_cpp_is_to_be_merged(place, tmp_path):
         ("gguf", "out", {}, "must be a file that ends in .gguf"),
         ("loralib", "out.bin", {}, "must be a file that ends in .pt or .safetensors"),
         ("gguf", "no/such/out.gguf", {}, "is no folder"),
-        ("peft", "out", {"enable_lora": "true,maybe"}, "'maybe' must be a list of True and False"),
+        ("peft", "out", {"enable_lora": "true,maybe"}, "maybe' must be a list of True and False"),
     ],
 )
 def test_what_is_refused(place, tmp_path, to, name, keys, message):
