@@ -1,4 +1,7 @@
-"""Talk to a base model, or to a base model and an adapter."""
+"""Talk to a base model, or to a base model and an adapter: `phi3-tune chat --base A --adapter B`.
+
+What was said before is not computed again: the model reads only what is new.
+"""
 
 import math
 import sys
@@ -15,21 +18,20 @@ from phi3_plugin.data.formats import Turn, make_turn
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
 from phi3_plugin.generate import Generator
+from phi3_plugin.load import load
+from phi3_plugin.models.cache import serve
 from phi3_plugin.options import ChatOptions, closest
 from phi3_plugin.prompts import (
     CUT,
     as_line,
     check_stop,
     check_system,
-    generator,
     open_streams,
     prompt_ids,
     set_stdout,
     too_long,
     writer,
 )
-
-# The conversation of `phi3_plugin.chat`: what was said, and its commands.
 
 HELP = """\
 /reset        start a new conversation
@@ -43,25 +45,71 @@ A message that starts with / needs a space before it."""
 
 SAME = "At temperature 0 the answer would be the same. Start with --temperature 0.7 to vary it."
 
+SOON = 3.0
+"""Seconds within which a second Ctrl-C leaves; a later one may clear another line."""
+
+
+def run(o: ChatOptions) -> int:
+    """Talk until the user leaves, and return the exit code."""
+    tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
+    check_stop(o.stop, tokenizer)
+    check_system(o.system, tokenizer)
+    positions = read_config(o.checkpoint_dir).max_position_embeddings
+    prepare_streams()
+    if is_terminal():
+        tell("Loading ...")
+    model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
+    serve(model)
+    generator = Generator(model, tokenizer, o.sampling, batch_size=1)
+    if is_terminal():
+        tell("/help lists what you can type. Ctrl-C stops an answer, Ctrl-D leaves.")
+    with suppress(BrokenPipeError):  # `| head` has seen enough
+        return talk(Chat(generator, tokenizer, positions, o.system))
+    return 1
+
+
+def talk(chat: "Chat") -> int:
+    """Read and answer until the input ends; at the prompt, Ctrl-C leaves when it is repeated."""
+    interrupted = -math.inf
+    while True:
+        try:
+            text = message()
+        except EOFError:
+            if is_terminal():
+                print()
+            return 0
+        except KeyboardInterrupt:
+            if time.monotonic() - interrupted < SOON or not is_terminal():
+                print()
+                return 0 if is_terminal() else 130
+            tell("\n(Ctrl-C again leaves, as Ctrl-D and /exit do.)")
+            interrupted = time.monotonic()
+            continue
+        if text.strip() and not chat.take(text):
+            return 0
+
 
 class Chat:
     """A conversation, and who answers."""
 
     def __init__(
-        self, ready: Generator, tokenizer: Phi3Tokenizer, positions: int, system: str | None
+        self, generator: Generator, tokenizer: Phi3Tokenizer, positions: int, system: str | None
     ) -> None:
         """Start with nothing said.
 
         Args:
-            ready: Answers.
+            generator: Answers.
             tokenizer: Renders the conversation.
             positions: How many tokens the model can take.
             system: The system message.
         """
-        self.ready, self.tokenizer, self.positions = ready, tokenizer, positions
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.positions = positions
         self.system = system
-        self.said: list[Turn] = []  # the user and the assistant by turns
-        self._first = 0  # before it, nothing is seen any more
+        self.turns: list[Turn] = []
+        """The user and the assistant by turns."""
+        self._first = 0  # before this turn, the model sees nothing any more
         self._stopped = False  # whether the last answer is not whole
         self._show = writer()
         self._commands: dict[str, Callable[[str], None]] = {
@@ -80,50 +128,48 @@ class Chat:
         try:
             if not text.startswith("/"):
                 self.ask(text.strip())
-            elif command := self._commands.get(name):
-                command(rest.strip())
+            elif name in self._commands:
+                self._commands[name](rest.strip())
             else:
-                tell(self._unknown(name))
+                meant = closest(name, self._commands)
+                advice = f"Did you mean {meant}?" if meant else "/help lists commands."
+                say = "To say it to the model, put a space before it."
+                tell(f"There is no {name}. {advice} {say}")
         except OutputError:  # nobody would see the answers
             raise
         except Phi3Error as error:
             tell(str(error))
         return True
 
-    def _unknown(self, name: str) -> str:
-        meant = closest(name, self._commands)
-        advice = f"Did you mean {meant}?" if meant else "/help lists commands."
-        return f"There is no {name}. {advice} To say it to the model, put a space before it."
-
     def ask(self, text: str) -> None:
         """Answer a message. One that gets no answer is taken back."""
         if not text:
             return
-        self.said.append(make_turn("user", text))
+        self.turns.append(make_turn("user", text))
         if reply := self._reply():
-            self.said.append(reply)
+            self.turns.append(reply)
         else:
-            self.said.pop()
+            self.turns.pop()
 
     def retry(self, _: str = "") -> None:
         """Answer the last message again; the answer before stays if there is no other."""
-        if not self.said:
+        if not self.turns:
             return tell("There is no answer yet.")
-        if not (self._stopped or self.ready.sampling.temperature):
+        if not (self._stopped or self.generator.sampling.temperature):
             return tell(SAME)
-        before = self.said.pop()
-        self.said.append(self._reply() or before)
+        before = self.turns.pop()
+        self.turns.append(self._reply() or before)
 
     def _reply(self) -> Turn | None:
         """Let the model answer; None if it says nothing."""
-        pieces, reason = list[str](), ""
+        pieces: list[str] = []
 
-        def hear(piece: str) -> None:
+        def show(piece: str) -> None:
             pieces.append(piece)
             self._show(piece)
 
         try:
-            reason = self.ready.answer(self._prompt(), hear).reason
+            reason = self.generator.answer(self._prompt(), show).reason
         except KeyboardInterrupt:
             reason = "stopped"
         except DataError as error:
@@ -133,17 +179,15 @@ class Chat:
             tell("The device has no memory left for a conversation of this length. Try /reset.")
             return None
         text = "".join(pieces)
-        self._end(text, reason)
-        return make_turn("assistant", text) if text.strip() else None
-
-    def _end(self, text: str, reason: str) -> None:
         self._stopped = reason == "stopped"
         if text or self._stopped:
             self._show("\n")
         if reason in CUT:
-            tell(f"(Cut {CUT[reason].format(self.ready.sampling)}.)")
+            tell(f"(Cut {CUT[reason].format(self.generator.sampling)}.)")
         if not text.strip():
             tell("(No answer. Your message was taken back.)")
+            return None
+        return make_turn("assistant", text)
 
     def _prompt(self) -> list[int]:
         """Return what the model reads; where it has no room for all, the oldest is left out.
@@ -151,9 +195,12 @@ class Chat:
         Raises:
             DataError: There is no room for the last message alone.
         """
-        first, last = self._first, len(self.said) - 1
-        room = min(self.ready.sampling.max_new_tokens, self.positions // 4)
-        while len(ids := self._ids(first)) + room > self.positions and first < last:
+        first = self._first
+        room = min(self.generator.sampling.max_new_tokens, self.positions // 4)
+        while True:
+            ids = prompt_ids(self.tokenizer, [*self._head(), *self.turns[first:]])
+            if len(ids) + room <= self.positions or first >= len(self.turns) - 1:
+                break
             first += 2
         if len(ids) >= self.positions:
             raise DataError(too_long(len(ids), self.positions))
@@ -162,15 +209,14 @@ class Chat:
         self._first = first
         return ids
 
-    def _ids(self, first: int) -> list[int]:
-        return prompt_ids(self.tokenizer, [*self._head(), *self.said[first:]])
-
     def _head(self) -> list[Turn]:
         return [make_turn("system", self.system)] if self.system else []
 
     def reset(self, _: str = "") -> None:
         """Forget what was said."""
-        self.said, self._first, self._stopped = [], 0, False
+        self.turns = []
+        self._first = 0
+        self._stopped = False
         tell("A new conversation.")
 
     def set_system(self, text: str) -> None:
@@ -180,19 +226,27 @@ class Chat:
         tell(f"The system message is {'set' if text else 'removed'}; /reset starts anew under it.")
 
     def save(self, name: str) -> None:
-        """Add the conversation to a file as a row of chat data."""
+        """Add the conversation to a file as a row of chat data, after the end of its last line."""
         file = Path(name).expanduser()
-        if not self.said:
+        if not self.turns:
             return tell("There is nothing to save yet.")
         if file.suffix != ".jsonl":
             return tell("Name a file that ends in .jsonl, as in /save chats.jsonl.")
-        turns = [*self._head(), *self.said]
+        turns = [*self._head(), *self.turns]
         row = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+        line = as_line(row).encode()
         try:
-            add_line(file, as_line(row))
+            with file.open("a+b") as opened:
+                if opened.tell():
+                    opened.seek(-1, 2)
+                    line = line if opened.read(1) == b"\n" else b"\n" + line
+                opened.write(line)
         except OSError as error:
             return tell(f"{file} cannot be written: {error.strerror or error}.")
         tell(f"Added a conversation of {len(turns)} messages to {file}.")
+
+
+# The terminal, or the streams of a program.
 
 
 def is_terminal() -> bool:
@@ -205,41 +259,7 @@ def tell(text: str) -> None:
     print(text, file=sys.stdout if is_terminal() else sys.stderr, flush=True)
 
 
-def add_line(file: Path, line: str) -> None:
-    """Add a line to a file, after the end of the last one."""
-    with file.open("a+b") as opened:
-        if opened.tell():
-            opened.seek(-1, 2)
-            line = line if opened.read(1) == b"\n" else "\n" + line
-        opened.write(line.encode())
-
-
-# Talk to a base model, or to a base model and an adapter: `phi3-tune chat --base A --adapter B`.
-#
-# What was said before is not computed again: the model reads only what is new.
-
-SOON = 3.0
-"""Seconds within which a second Ctrl-C leaves; a later one may clear another line."""
-
-
-def run(o: ChatOptions) -> int:
-    """Talk until the user leaves, and return the exit code."""
-    tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
-    check_stop(o.sampling.stop, tokenizer)
-    check_system(o.system, tokenizer)
-    positions = read_config(o.checkpoint_dir).max_position_embeddings
-    prepare()
-    if is_terminal():
-        tell("Loading ...")
-    chat = Chat(generator(o, tokenizer), tokenizer, positions, o.system)
-    if is_terminal():
-        tell("/help lists what you can type. Ctrl-C stops an answer, Ctrl-D leaves.")
-    with suppress(BrokenPipeError):  # `| head` has seen enough
-        return talk(chat)
-    return 1
-
-
-def prepare() -> None:
+def prepare_streams() -> None:
     """Let lines be edited, and odd characters be no reason to end."""
     open_streams()
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
@@ -251,34 +271,13 @@ def prepare() -> None:
             readline.parse_and_bind("set enable-bracketed-paste on")  # keeps pasted lines together
 
 
-def talk(chat: Chat) -> int:
-    """Read and answer until the input ends; at the prompt, Ctrl-C leaves when it is repeated."""
-    warned = -math.inf
-    while True:
-        try:
-            text = message()
-        except EOFError:
-            if is_terminal():
-                print()
-            return 0
-        except KeyboardInterrupt:
-            if time.monotonic() - warned < SOON or not is_terminal():
-                print()
-                return 0 if is_terminal() else 130
-            tell("\n(Ctrl-C again leaves, as Ctrl-D and /exit do.)")
-            warned = time.monotonic()
-            continue
-        if text.strip() and not chat.take(text):
-            return 0
-
-
 def message() -> str:
     """Return a message: a line, and those after it as long as it ends with a backslash."""
-    first, next_one = (">>> ", "... ") if is_terminal() else ("", "")
+    first, following = (">>> ", "... ") if is_terminal() else ("", "")
     text = input(first)
     while text.endswith("\\"):
         try:
-            text = text[:-1] + "\n" + input(next_one)
+            text = text[:-1] + "\n" + input(following)
         except EOFError:
             break
     return text

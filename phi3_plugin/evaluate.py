@@ -1,4 +1,4 @@
-"""What a model does on data it is measured by, and what an adapter changes about it."""
+"""Did it get better? A base model and an adapter, measured on the same samples."""
 
 import json
 import math
@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib import import_module
@@ -22,118 +21,226 @@ from phi3_plugin.data.dataset import IGNORED
 from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
-from phi3_plugin.inspect import CHAT_DATASETS, arrays, conversations, place
-from phi3_plugin.settings import (
-    Settings,
-)
+from phi3_plugin.generate import Answer
+from phi3_plugin.inspect import CHAT_DATASETS, arrays, conversations, count, place
+from phi3_plugin.prompts import as_line
+from phi3_plugin.settings import Settings
 from phi3_plugin.train.feed import build
 
-# How far a number would move with other samples of the same kind: the paired bootstrap.
-#
-# Samples are drawn again and again, as many as there are and each as often as chance has it; base
-# and adapter are judged on the same draws, so that what is hard for both does not blur their
-# difference.
-#
-# Source: Efron & Tibshirani 1993, chapter 13 (percentile intervals); Koehn 2004 for pairs.
+BASE, ADAPTER = "base", "adapter"
+"""Names of the models."""
 
-RESAMPLES = 2000
-LEVEL = 95.0
-"""Percent of the draws that an interval holds."""
+# What they are measured on: the samples that a run holds out.
 
-_DRAWN = 1 << 22
-"""Numbers that are held at once, about."""
+NO_ANSWER = "there is no answer of the assistant to a prompt in it"
+
+Messages = Sequence[Mapping[str, Any]]
 
 
-class Estimate(NamedTuple):
-    """A number, and the interval that holds it."""
+class Question(NamedTuple):
+    """A prompt, and what is expected as the answer."""
 
-    value: float
-    low: float
-    high: float
+    ids: Sequence[int] = ()
+    """Of the prompt; none where nothing is to be answered."""
+    prompt: str = ""
+    """As the model reads it."""
+    reference: str = ""
+    """What the data set has."""
 
 
-# Shapes: N samples, K sums of a measure, R resamples
-def resampled(
-    columns: NDArray[Any], *, resamples: int = RESAMPLES, seed: int = 0
-) -> NDArray[np.float64]:
-    """Return the sums of columns over samples that are drawn again, ``[R, K]``.
+NO_QUESTION = Question()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, ready to be measured."""
+
+    where: str
+    """Where it was read."""
+    tokens: list[int]
+    """As a run takes them, as for the labels."""
+    labels: list[int]
+    question: Question = NO_QUESTION
+    unasked: str = ""
+    """Why no answer is asked for; empty where one is, or where nobody wants answers."""
+
+    @property
+    def labelled(self) -> int:
+        """Labelled tokens, which the loss counts; the first token of all is never predicted."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+class HeldOut(NamedTuple):
+    """The samples, and where they come from."""
+
+    samples: list[Sample]
+    source: str
+    """Where they come from, in a sentence."""
+    section: Mapping[str, Any]
+    """And in the words of the configuration."""
+
+
+def held_out(s: Settings, tokenizer: Any, limit: int | None, positions: int | None) -> HeldOut:
+    """Return the validation data, or what is held out, or else all data.
 
     Args:
-        columns: ``[N, K]``; what stands in one row stays together.
-        resamples: R.
-        seed: Decides the draws, given N alone.
+        s: Of the run.
+        tokenizer: As they ask for it.
+        limit: Take the first so many samples; None takes all.
+        positions: Of the model, for prompt and answer; None asks for no answers.
+
+    Raises:
+        DataError: There is no sample.
     """
-    count, generator = len(columns), np.random.default_rng(seed)
-    even = np.full(count, 1 / count)
-    block = max(1, _DRAWN // count)
-    sums = [
-        generator.multinomial(count, even, size=min(block, resamples - first)) @ columns
-        for first in range(0, resamples, block)
-    ]
-    return np.concatenate(sums).astype(np.float64)
+    section = s.dataset_val or s.dataset
+    is_chat = section["_component_"] in CHAT_DATASETS
+    if is_chat:  # each conversation is a sample of its own
+        section = {**section, "packed": False, "split_documents": False}
+    rest, part = hold_out(
+        build(section, tokenizer), 0.0 if s.dataset_val else s.val_fraction, s.seed
+    )
+    dataset = rest if part is None else part
+    if hasattr(dataset, "chosen"):  # no sample comes again because of its source's weight
+        _, first = np.unique(dataset.chosen, return_index=True)
+        dataset = dataset.select(np.sort(first))
+    number = len(dataset) if limit is None else min(limit, len(dataset))
+    if not number:
+        raise DataError("dataset: there is no sample in it to evaluate.")
+    chats: dict[str, Messages] = {}
+    if is_chat and positions is not None:
+        wanted = {place(dataset, i) for i in range(number)}
+        for where, messages in conversations(tokenizer, section):
+            if where in wanted:
+                chats.setdefault(where, messages)
+            if len(chats) == len(wanted):
+                break
+    samples = [_sample(dataset, i, chats, tokenizer, positions) for i in range(number)]
+    return HeldOut(samples, _source(s, section, dataset, number), section)
 
 
-def estimate(value: float, draws: NDArray[np.float64]) -> Estimate:
-    """Return a number with the interval of what was drawn for it, ``[R]``; NaN do not count."""
-    known = draws[np.isfinite(draws)]
-    if not len(known):
-        return Estimate(value, np.nan, np.nan)
-    tail = (100 - LEVEL) / 2
-    low, high = np.percentile(known, (tail, 100 - tail))
-    return Estimate(value, float(low), float(high))
+def _sample(
+    dataset: Any, i: int, chats: Mapping[str, Messages], tokenizer: Any, positions: int | None
+) -> Sample:
+    tokens, labels = (values.tolist() for values in arrays(dataset, i))
+    where = place(dataset, i)
+    if positions is None:
+        return Sample(where, tokens, labels)
+    try:
+        if where in chats:
+            question = question_of(chats[where], tokenizer)
+        else:
+            question = last_labelled(tokens, labels, tokenizer)
+    except DataError as error:
+        return Sample(where, tokens, labels, unasked=str(error))
+    if len(question.ids) < positions:
+        return Sample(where, tokens, labels, question)
+    unasked = (
+        f"its prompt has {len(question.ids):,} tokens, and the model {positions:,} positions for "
+        "prompt and answer"
+    )
+    return Sample(where, tokens, labels, question._replace(ids=()), unasked)
 
 
-# The number that an answer ends in, as GSM8K writes and scores it.
+def question_of(messages: Messages, tokenizer: Any) -> Question:
+    """Return what the last answer of a conversation is an answer to, and that answer.
 
-MARK = "####"
-"""GSM8K ends its answers in a line like ``#### 1,234``."""
-
-NUMBER = re.compile(r"-?\$?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\$?\.\d+")
-
-
-def marked_number(text: str) -> Decimal | None:
-    """Return the number after the last ``####``; None where there is none.
-
-    Source: Cobbe et al. 2021, grade-school-math/dataset.py, ``extract_answer``; more than its
-    ``-?[0-9.,]+`` the last mark counts, a ``$`` may stand before the number, and 5.0 is 5.
+    Raises:
+        DataError: There is none, or its prompt cannot be rendered.
     """
-    marked = [after for part in text.split(MARK)[1:] if (after := part.strip())]
-    found = NUMBER.search(_plain_number(marked[-1].splitlines()[0])) if marked else None
-    return _value(found[0]) if found else None
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or answers[-1] == 0:
+        raise DataError(NO_ANSWER)
+    before = messages[: answers[-1]]
+    turns = [make_turn(m["role"], m["content"], tools=m.get("tools")) for m in before]
+    (tokens,) = tokenizer.tokenize_chats([turns], add_generation_prompt=True)
+    prompt = tokenizer.render(turns, add_generation_prompt=True).text
+    return Question(tokens.ids.tolist(), prompt, messages[answers[-1]]["content"])
 
 
-def last_number(text: str) -> Decimal | None:
-    """Return the number after the last ``####``, or else the last number of a text."""
-    if (marked := marked_number(text)) is not None:
-        return marked
-    text = _plain_number(text)
-    found: list[re.Match[str]] = list(NUMBER.finditer(text))
-    return _value(_unjoined(found[-1], text)) if found else None
+def last_labelled(tokens: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Question:
+    """Return the last stretch of labelled tokens as the answer to what is before it.
+
+    For samples of which nothing more is known.
+
+    Raises:
+        DataError: Nothing is labelled, or all of it is.
+    """
+    labelled = np.flatnonzero(np.asarray(labels) != IGNORED)
+    breaks = np.flatnonzero(np.diff(labelled) > 1)
+    start = int(labelled[breaks[-1] + 1 if len(breaks) else 0]) if len(labelled) else 0
+    if start < 2:  # one token is no prompt: a sample that is labelled as a whole begins with it
+        raise DataError(NO_ANSWER)
+    prompt = list(tokens[:start])
+    reference = [labels[i] for i in labelled.tolist() if i >= start]
+    return Question(prompt, tokenizer.decode(prompt, False), tokenizer.decode(reference))
 
 
-def _plain_number(text: str) -> str:
-    return text.replace("\N{MINUS SIGN}", "-")  # which models write as well
+def _source(s: Settings, section: Mapping[str, Any], dataset: Any, number: int) -> str:
+    total = len(dataset)
+    which = f"{number:,}" if number == total else f"The first {number:,} of {total:,}"
+    source = section.get("source") or section["_component_"]
+    if isinstance(source, list | tuple):
+        source = ", ".join(map(str, source))
+    how = "the whole data set"
+    if s.dataset_val:
+        how = "set as dataset_val"
+    elif s.val_fraction:
+        how = f"held out by val_fraction={s.val_fraction:g}"
+    text = f"{which} {'sample' if total == 1 else 'samples'} of {source}, {how}."
+    if hasattr(dataset, "lost"):
+        if cut := int((dataset.full > dataset.lengths)[:number].sum()):
+            text += f" Cut at tokenizer.max_seq_len for the loss: {cut:,}."
+        if lost := len(dataset.lost):
+            text += f" Left out, with no answer within tokenizer.max_seq_len: {lost:,} more."
+    return text
 
 
-def _unjoined(found: re.Match[str], text: str) -> str:
-    """Return a number without a minus that stands between two numbers, as in 3-5."""
-    joins = found[0].startswith("-") and text[: found.start()][-1:].isalnum()
-    return found[0][1:] if joins else found[0]
+# How well a model predicts the labelled tokens.
 
 
-def _value(text: str) -> Decimal:
-    return Decimal(text.replace(",", "").replace("$", ""))
+# Shapes: N labelled tokens, n some of them, V vocabulary
+@torch.no_grad()
+def token_scores(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the loss of each labelled token, ``[N]`` in fp32, and whether it was the likeliest.
+
+    Args:
+        model: A decoder that takes ``targets`` and ``rows``, and whose head is ``output``.
+        batch: As training hands it to the model, where the model is.
+    """
+    # The model makes its logits a few rows at a time; the likeliest tokens are seen in passing
+    likeliest: list[Tensor] = [batch["targets"][:0]]
+    head: Any = model.output
+    # torchtune's tied head is no module; what it multiplies with is one
+    head = head if isinstance(head, nn.Module) else head.linear
+    hook = head.register_forward_hook(lambda _, __, logits: likeliest.append(logits.argmax(-1)))
+    try:
+        losses: Tensor = -model(**batch)
+    finally:
+        hook.remove()
+    return losses, torch.cat(likeliest) == batch["targets"]
 
 
-# How close an answer is to the one that was expected, by measures that others compute too.
-#
-# ROUGE is Google's ``rouge-score``, BLEU and chrF are ``sacrebleu``; both come with
-# ``phi3-plugin[eval]``.
+def by_document(values: Tensor, batch: dict[str, Any]) -> list[float]:
+    """Return the sum of a value of labelled tokens over each document of a batch.
+
+    Args:
+        values: ``[N]``
+        batch: A row of documents, with ``lengths`` and ``rows``.
+    """
+    ends = torch.tensor(batch["lengths"], device=values.device).cumsum(0)
+    documents = torch.searchsorted(ends, batch["rows"], right=True)
+    sums = torch.zeros(len(ends), dtype=torch.float64, device=values.device)
+    return list(sums.index_add_(0, documents, values.double()).tolist())
+
+
+# How close an answer is to the one that was expected, by measures that others compute too: ROUGE is
+# Google's ``rouge-score``, BLEU and chrF are ``sacrebleu``. Both come with ``phi3-plugin[eval]``.
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-
 PACKAGES = ("rouge_score", "sacrebleu")
 """Whose versions decide the scores."""
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -150,6 +257,7 @@ class Scores:
     """Whether ROUGE finds words in the reference; it knows Latin letters and digits alone."""
 
 
+# Shapes: R rows of sums, K sums of a measure
 class Scorer:
     """Scores answers one by one; sums over many are what scoring them together gives."""
 
@@ -159,10 +267,10 @@ class Scorer:
         Raises:
             MissingFileError: One is not installed.
         """
-        scorer = _module("rouge_score.rouge_scorer").RougeScorer
-        self._rouge: Any = scorer(ROUGE, use_stemmer=True)
-        metrics = _module("sacrebleu.metrics")
-        self._bleu, self._chrf = metrics.BLEU(), metrics.CHRF()
+        rouge, sacrebleu = map(_package, ("rouge_score.rouge_scorer", "sacrebleu.metrics"))
+        self._rouge: Any = rouge.RougeScorer(ROUGE, use_stemmer=True)
+        self._bleu = sacrebleu.BLEU()
+        self._chrf = sacrebleu.CHRF()
 
     def score(self, answer: str, reference: str) -> Scores:
         """Compare an answer with what was expected.
@@ -171,47 +279,41 @@ class Scorer:
             answer: What a model wrote.
             reference: What the data set has.
         """
-        found = self._rouge.score(reference, answer)
-        values = {name: 100.0 * float(found[name].fmeasure) for name in ROUGE}
-        values["exact"] = 100.0 * (_plain(answer) == _plain(reference))
+        rouge = self._rouge.score(reference, answer)
+        values = {name: 100.0 * float(rouge[name].fmeasure) for name in ROUGE}
+        plain = [text.replace("\r\n", "\n").strip() for text in (answer, reference)]
+        values["exact"] = 100.0 * (plain[0] == plain[1])
         if (expected := marked_number(reference)) is not None:
             values["numeric"] = 100.0 * (last_number(answer) == expected)
-        bleu, chrf = (self._sums(metric, answer, reference) for metric in (self._bleu, self._chrf))
-        values["chrf"] = float(self._chrf._compute_score_from_stats(list(map(int, chrf))).score)
-        readable = bool(self._rouge._tokenizer.tokenize(reference))
-        return Scores(values, bleu, chrf, readable)
+        bleu, chrf = (
+            tuple(map(float, metric._extract_corpus_statistics([answer], [[reference]])[0]))
+            for metric in (self._bleu, self._chrf)
+        )
+        values["chrf"] = float(self.chrf(np.array([chrf]))[0]) if any(chrf) else 0.0
+        return Scores(values, bleu, chrf, bool(self._rouge._tokenizer.tokenize(reference)))
 
-    def bleu(self, sums: NDArray[Any]) -> NDArray[np.float64]:
+    def bleu(self, sums: Floats) -> Floats:
         """Return the BLEU of each row of sums, ``[R, K]`` to ``[R]``; NaN of nothing."""
-        return _from_sums(self._bleu, sums)
+        return _corpus_scores(self._bleu, sums)
 
-    def chrf(self, sums: NDArray[Any]) -> NDArray[np.float64]:
+    def chrf(self, sums: Floats) -> Floats:
         """Return the chrF of each row of sums, ``[R, K]`` to ``[R]``; NaN of nothing."""
-        return _from_sums(self._chrf, sums)
+        return _corpus_scores(self._chrf, sums)
 
     def signatures(self) -> dict[str, str]:
         """Return by which settings the scores can be had again, as sacrebleu writes them."""
         self.score("", "")  # without an answer it has none
-        named = {"bleu": self._bleu, "chrf": self._chrf}
-        return {name: str(metric.get_signature().format()) for name, metric in named.items()}
-
-    @staticmethod
-    def _sums(metric: Any, answer: str, reference: str) -> tuple[float, ...]:
-        (sums,) = metric._extract_corpus_statistics([answer], [[reference]])
-        return tuple(map(float, sums))
+        metrics = {"bleu": self._bleu, "chrf": self._chrf}
+        return {name: str(metric.get_signature().format()) for name, metric in metrics.items()}
 
 
-def _from_sums(metric: Any, sums: NDArray[Any]) -> NDArray[np.float64]:
+def _corpus_scores(metric: Any, sums: Floats) -> Floats:
     rows = [list(map(int, row)) for row in sums.tolist()]
-    scores = [float(metric._compute_score_from_stats(r).score) if any(r) else np.nan for r in rows]
+    scores = [metric._compute_score_from_stats(row).score if any(row) else np.nan for row in rows]
     return np.array(scores, dtype=np.float64)
 
 
-def _plain(text: str) -> str:
-    return text.replace("\r\n", "\n").strip()
-
-
-def _module(name: str) -> Any:
+def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
@@ -222,86 +324,42 @@ def _module(name: str) -> Any:
         ) from error
 
 
-# How well a model predicts the labelled tokens of a batch, one by one.
-#
-# The model works out log p itself, some rows of logits at a time. Whoever listens at its head sees
-# those rows as well, so that nothing is computed twice and no more logits exist than in training.
+NUMBER = re.compile(r"-?\$?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\$?\.\d+")
 
 
-# Shapes: N labelled tokens, n some of them, V vocabulary
-@torch.no_grad()
-def token_scores(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the loss of each labelled token, ``[N]`` in fp32, and whether it was the likeliest.
+def marked_number(text: str) -> Decimal | None:
+    """Return the number after the last ``####``, as GSM8K ends its answers; None without one.
 
-    Args:
-        model: A decoder that takes ``targets`` and ``rows``, and whose head is ``output``.
-        batch: As training hands it to the model, where the model is.
+    Source: Cobbe et al. 2021, grade-school-math/dataset.py, ``extract_answer``; more than its
+    ``-?[0-9.,]+`` the last mark counts, a ``$`` may stand before the number, and 5.0 is 5.
     """
-    targets = batch["targets"]
-    hits = [targets.new_zeros(0).bool()]
-
-    def look(module: nn.Module, given: Any, logits: Tensor) -> None:
-        first = sum(map(len, hits))
-        hits.append(logits.argmax(-1) == targets[first : first + len(logits)])
-
-    listening = _head(model).register_forward_hook(look)
-    try:
-        losses = -model(**batch)
-    finally:
-        listening.remove()
-    return losses, torch.cat(hits)
+    marked = [after for part in text.split("####")[1:] if (after := part.strip())]
+    match = NUMBER.search(_with_hyphens(marked[-1].splitlines()[0])) if marked else None
+    return _decimal(match[0]) if match else None
 
 
-def _head(model: nn.Module) -> nn.Module:
-    head: Any = model.output
-    # torchtune's tied head is no module; what it multiplies with is one
-    return head if isinstance(head, nn.Module) else head.linear
+def last_number(text: str) -> Decimal | None:
+    """Return the number after the last ``####``, or else the last number of a text."""
+    if (marked := marked_number(text)) is not None:
+        return marked
+    text = _with_hyphens(text)
+    matches: list[re.Match[str]] = list(NUMBER.finditer(text))
+    if not matches:
+        return None
+    match = matches[-1]
+    joins = text[: match.start()][-1:].isalnum()  # as the minus of 3-5 does
+    return _decimal(match[0].removeprefix("-") if joins else match[0])
 
 
-def by_document(values: Tensor, batch: dict[str, Any]) -> list[float]:
-    """Return the sum of a value of labelled tokens over each document of a batch.
-
-    Args:
-        values: ``[N]``
-        batch: A row of documents, with ``lengths`` and ``rows``.
-    """
-    ends = torch.tensor(batch["lengths"], device=values.device).cumsum(0)
-    documents = torch.searchsorted(ends, batch["rows"], right=True)
-    sums = torch.zeros(len(ends), dtype=torch.float64, device=values.device)
-    return list(sums.index_add_(0, documents, values.double()).tolist())
+def _with_hyphens(text: str) -> str:
+    return text.replace("\N{MINUS SIGN}", "-")  # which models write as well
 
 
-# What is kept of an evaluation: the samples, and what each model made of them.
-
-BASE, ADAPTER = "base", "adapter"
-"""Names of the models."""
+def _decimal(text: str) -> Decimal:
+    return Decimal(text.replace(",", "").replace("$", ""))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What is asked."""
-
-    where: str
-    """Where it was read."""
-    tokens: int
-    """Labelled tokens."""
-    prompt: str
-    """As the model reads it; empty where nothing is asked."""
-    reference: str
-    """What the data set has as the answer."""
-    unasked: str = ""
-    """Why no answer was asked for; empty where one was."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """One answer."""
-
-    text: str
-    ended: str
-    """``stop``, ``length``, ``time`` or ``context``."""
-    tokens: int
-    scores: Scores
+# An evaluation: the samples, and what each model made of them.
 
 
 @dataclass(frozen=True)
@@ -314,7 +372,39 @@ class Outcome:
     """Labelled tokens that were the likeliest."""
     tokens: int
     """Labelled tokens."""
-    said: Said | None = None
+    answer: Answer | None = None
+    scores: Scores | None = None
+    """Of the answer."""
+
+    def sums(self) -> dict[str, Sequence[float]]:
+        """Return what each measure sums up over samples, by its key; those that it has."""
+        sums: dict[str, Sequence[float]] = dict.fromkeys(
+            ("loss", "perplexity"), (self.loss, self.tokens)
+        )
+        sums["accuracy"] = (100 * self.hits, self.tokens)
+        if self.scores:
+            sums |= {name: (value, 1.0) for name, value in self.scores.values.items()}
+            sums |= {"bleu": self.scores.bleu, "chrf": self.scores.chrf}
+        return sums
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is written of it."""
+        mean = self.loss / self.tokens if self.tokens else None
+        row: dict[str, Any] = {"loss": mean, "correct_tokens": int(self.hits)}
+        if self.answer and self.scores:
+            row |= {"answer": self.answer.text, "ended": self.answer.reason}
+            row["answer_tokens"] = len(self.answer.tokens)
+            row["scores"] = {name: round(v, 4) for name, v in self.scores.values.items()}
+        return row
+
+    def rank(self) -> tuple[float, float]:
+        """Return how good the answer is: right or not, and then chrF, which knows every script.
+
+        Right is the right number where the reference has one, and the same text elsewhere.
+        """
+        assert self.scores is not None  # only samples that were answered are ranked
+        values = self.scores.values
+        return values.get("numeric", values["exact"]), values["chrf"]
 
 
 @dataclass(frozen=True)
@@ -326,8 +416,6 @@ class Evaluation:
     """By :data:`BASE` and, where there is one, :data:`ADAPTER`; one a sample."""
     facts: Mapping[str, Any]
     """What was evaluated and how, in the words of the configuration."""
-    notes: Sequence[str] = ()
-    """What a reader should know about the numbers."""
 
     @property
     def last(self) -> Sequence[Outcome]:
@@ -335,99 +423,89 @@ class Evaluation:
         return self.outcomes.get(ADAPTER, self.outcomes[BASE])
 
     @property
-    def asked(self) -> list[int]:
+    def answered(self) -> list[int]:
         """The samples that were answered."""
-        return [i for i, outcome in enumerate(self.last) if outcome.said]
+        return [i for i, outcome in enumerate(self.last) if outcome.answer]
 
     def endings(self) -> dict[str, dict[str, int]]:
-        """Count, for each model, how its answers ended."""
+        """Count, for each model, why its answers ended."""
         return {
-            name: dict(Counter(one.said.ended for one in outcomes if one.said).most_common())
+            name: dict(Counter(o.answer.reason for o in outcomes if o.answer).most_common())
             for name, outcomes in self.outcomes.items()
         }
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield what is written of each sample."""
-        for i, sample in enumerate(self.samples):
-            line: dict[str, Any] = {"where": sample.where, "tokens": sample.tokens}
-            line |= {"prompt": sample.prompt, "reference": sample.reference}
-            if sample.unasked:
-                line["not_answered"] = sample.unasked
-            yield line | {name: _line(seen[i]) for name, seen in self.outcomes.items()}
+    def worst(self, most: int) -> list[int]:
+        """Return the samples that the last model answered wrongly, the worst first."""
+        ranks = {i: self.last[i].rank() for i in self.answered}
+        return sorted((i for i in ranks if ranks[i][0] < 100), key=lambda i: ranks[i])[:most]
+
+    def changed(self, most: int) -> tuple[list[int], list[int]]:
+        """Return the samples on which the adapter gained most, and those on which it lost most."""
+        if ADAPTER not in self.outcomes:
+            return [], []
+        changes = {}
+        for i in self.answered:
+            ranks = (self.outcomes[name][i].rank() for name in (BASE, ADAPTER))
+            changes[i] = tuple(after - before for before, after in zip(*ranks, strict=True))
+        rising = sorted(changes, key=lambda i: changes[i])
+        gained = [i for i in reversed(rising) if changes[i] > (0, 0)]
+        return gained[:most], [i for i in rising if changes[i] < (0, 0)][:most]
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what a reader should know before believing the numbers, a sentence each."""
+        notes = []
+        number = len(self.samples)
+        if number == 1:
+            notes.append("Only 1 sample, which has no interval and tells nothing about others.")
+        elif number < FEW:
+            notes.append(
+                f"Only {number} samples: the intervals are rough, and narrower than they should be."
+            )
+        for reason, times in Counter(s.unasked for s in self.samples if s.unasked).items():
+            first = next(s.where for s in self.samples if s.unasked == reason)
+            which = f"{first} was" if times == 1 else f"{times:,} samples, the first {first}, were"
+            notes.append(f"{which} not answered: {reason}.")
+        if unlabelled := sum(not sample.labelled for sample in self.samples):
+            have = "has" if unlabelled == 1 else "have"
+            notes.append(
+                f"{unlabelled:,} of {number:,} samples {have} no labelled token, and so no loss."
+            )
+        scores = [outcome.scores for outcome in self.outcomes[BASE] if outcome.scores]
+        if unreadable := sum(not one.readable for one in scores):
+            notes.append(
+                f"ROUGE finds no word in {unreadable:,} of {len(scores):,} references, for it "
+                "knows Latin letters and digits alone. Look at chrF."
+            )
+        return notes
 
 
-def _line(outcome: Outcome) -> dict[str, Any]:
-    mean = outcome.loss / outcome.tokens if outcome.tokens else None
-    line: dict[str, Any] = {"loss": mean, "correct_tokens": int(outcome.hits)}
-    if said := outcome.said:
-        line |= {"answer": said.text, "ended": said.ended, "answer_tokens": said.tokens}
-        line["scores"] = {name: round(value, 4) for name, value in said.scores.values.items()}
-    return line
-
-
-# Which answers to look at: the worst, and those that the adapter changed most.
+# The numbers. A measure is worked out from sums over samples; the interval in which it could lie by
+# chance, from samples that are drawn again and again, as many as there are and each as often as
+# chance has it: the bootstrap. Base and adapter are judged on the same draws, so that what is hard
+# for both does not blur their difference.
 #
-# Being right comes first, which is the right number where the reference has one and the same text
-# elsewhere; then how much of the text agrees, by chrF, which knows every script.
+# Source: Efron & Tibshirani 1993, chapter 13 (percentile intervals); Koehn 2004 for pairs.
 
-Key = tuple[float, float]
-"""(right, chrF)"""
-
-
-def worst(evaluation: Evaluation, count: int) -> list[int]:
-    """Return the samples that the last model answered wrongly, the worst first."""
-    keys = {i: _key(evaluation.last[i]) for i in evaluation.asked}
-    return sorted((i for i in keys if keys[i][0] < 100), key=lambda i: keys[i])[:count]
-
-
-def changed(evaluation: Evaluation, count: int) -> tuple[list[int], list[int]]:
-    """Return the samples on which the adapter gained most, and those on which it lost most."""
-    if ADAPTER not in evaluation.outcomes:
-        return [], []
-    base, adapter = (evaluation.outcomes[name] for name in (BASE, ADAPTER))
-    change = {i: _change(_key(base[i]), _key(adapter[i])) for i in evaluation.asked}
-    rising = sorted(change, key=lambda i: change[i])
-    gained = [i for i in reversed(rising) if change[i] > (0, 0)]
-    return gained[:count], [i for i in rising if change[i] < (0, 0)][:count]
-
-
-def _key(outcome: Outcome) -> Key:
-    assert outcome.said is not None  # only samples that were answered are ranked
-    values = outcome.said.scores.values
-    return values.get("numeric", values["exact"]), values["chrf"]
-
-
-def _change(before: Key, after: Key) -> Key:
-    return after[0] - before[0], after[1] - before[1]
-
-
-# The numbers of an evaluation, with their intervals, and what the adapter changed.
-#
-# A measure is worked out from sums over samples. So one pass over the draws of the bootstrap gives
-# all measures, and a measure of one sample is that of its own sums.
-
-Floats = NDArray[np.float64]
+RESAMPLES = 2000
+LEVEL = 95.0
+"""Percent of the draws that an interval holds."""
+FEW = 30
+"""Samples below which the intervals are too narrow."""
 FEWEST = 6
 """Samples that can tell something: chance makes 5 of 5 better or worse in 6 of 100 cases."""
+DRAWN = 1 << 22
+"""Numbers that are held at once, about."""
 
 BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 
 
-# Shapes: N samples, K sums of a measure, R rows of sums
-@dataclass(frozen=True)
-class Measure:
-    """One number of an evaluation."""
+class Estimate(NamedTuple):
+    """A number, and the interval that holds it."""
 
-    key: str
-    title: str
-    columns: Callable[[Outcome], Sequence[float] | None]
-    """The sums of one sample, K; None where it has none."""
-    value: Callable[[Floats], Floats]
-    """Sums ``[R, K]`` to values ``[R]``; NaN of nothing."""
-    lower_is_better: bool = False
-    digits: int = 2
-    by_sample: bool = True
-    """Whether it means something of one sample."""
+    value: float
+    low: float
+    high: float
 
 
 class Shares(NamedTuple):
@@ -436,6 +514,53 @@ class Shares(NamedTuple):
     better: float
     worse: float
     equal: float
+
+
+# Shapes: N samples, K sums of a measure, R resamples
+@dataclass(frozen=True)
+class Measure:
+    """One number of an evaluation."""
+
+    key: str
+    title: str
+    value: Callable[[Floats], Floats]
+    """Sums ``[R, K]`` to values ``[R]``; NaN of nothing."""
+    lower_is_better: bool = False
+    digits: int = 2
+    by_sample: bool = True
+    """Whether it means something of one sample."""
+
+
+def measures(scorer: Scorer | None) -> list[Measure]:
+    """Return what is measured; without a scorer, of the labelled tokens alone."""
+    of_tokens = [
+        Measure("loss", "Loss", _mean, lower_is_better=True, digits=4),
+        Measure("perplexity", "Perplexity", _exp_mean, True, digits=3, by_sample=False),
+        Measure("accuracy", "Token accuracy, %", _mean),
+    ]
+    if scorer is None:
+        return of_tokens
+    return [
+        *of_tokens,
+        Measure("rouge1", "ROUGE-1", _mean),
+        Measure("rouge2", "ROUGE-2", _mean),
+        Measure("rougeL", "ROUGE-L", _mean),
+        Measure("rougeLsum", "ROUGE-Lsum", _mean),
+        Measure("exact", "Exact match, %", _mean),
+        Measure("numeric", "Right number, %", _mean),
+        Measure("bleu", "BLEU", scorer.bleu, by_sample=False),
+        Measure("chrf", "chrF", scorer.chrf),
+    ]
+
+
+def _mean(sums: Floats) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[:, 0] / np.where(sums[:, 1] > 0, sums[:, 1], np.nan)
+
+
+def _exp_mean(sums: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        return np.exp(_mean(sums))
 
 
 @dataclass(frozen=True)
@@ -460,26 +585,17 @@ class Result:
             return UNCLEAR
         return BETTER if (high < 0) == self.measure.lower_is_better else WORSE
 
-
-def measures(scorer: Scorer | None) -> list[Measure]:
-    """Return what is measured; without a scorer, of the labelled tokens alone."""
-    lower: dict[str, Any] = {"lower_is_better": True, "digits": 4}
-    found = [
-        Measure("loss", "Loss", lambda one: (one.loss, one.tokens), _ratio, **lower),
-        Measure(
-            "perplexity", "Perplexity", lambda one: (one.loss, one.tokens), _exp, True, 3, False
-        ),
-        Measure("accuracy", "Token accuracy, %", lambda one: (100 * one.hits, one.tokens), _ratio),
-    ]
-    if scorer is None:
-        return found
-    titles = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-    titles |= {"rougeLsum": "ROUGE-Lsum", "exact": "Exact match, %", "numeric": "Right number, %"}
-    found += [Measure(key, title, _score(key), _ratio) for key, title in titles.items()]
-    bleu, chrf = _said(lambda said: said.scores.bleu), _said(lambda said: said.scores.chrf)
-    found.append(Measure("bleu", "BLEU", bleu, scorer.bleu, by_sample=False))
-    found.append(Measure("chrf", "chrF", chrf, scorer.chrf))
-    return found
+    def as_json(self) -> dict[str, Any]:
+        """Return what is written of it."""
+        better = "lower" if self.measure.lower_is_better else "higher"
+        row: dict[str, Any] = {"title": self.measure.title, "better": better}
+        row["samples"] = self.samples
+        row |= {name: estimate._asdict() for name, estimate in self.models.items()}
+        if self.difference is not None:
+            row |= {"difference": self.difference._asdict(), "verdict": self.verdict}
+        if self.shares is not None:
+            row["share_of_samples"] = self.shares._asdict()
+        return row
 
 
 def results(
@@ -497,115 +613,73 @@ def results(
         resamples: Draws of the bootstrap.
         seed: Decides them.
     """
-    outcomes = list(evaluation.outcomes.values())
-    tables = {m.key: [_table(m, one) for one in outcomes] for m in wanted}
-    kept = [m for m in wanted if tables[m.key][0].any()]
-    if not kept:
+    sums = [[one.sums() for one in outcomes] for outcomes in evaluation.outcomes.values()]
+    tables = {m: [_table(m.key, rows) for rows in sums] for m in wanted}
+    tables = {m: pair for m, pair in tables.items() if pair[0].any()}
+    if not tables:
         return []
-    columns = [table for m in kept for table in tables[m.key]]
+    columns = [table for pair in tables.values() for table in pair]
     draws = resampled(np.concatenate(columns, axis=1), resamples=resamples, seed=seed)
     ends = np.cumsum([table.shape[1] for table in columns])[:-1]
     parts = iter(np.split(draws, ends, axis=1))
-    return [_result(m, tables[m.key], [next(parts) for _ in outcomes]) for m in kept]
+    return [_result(m, pair, [next(parts) for _ in pair]) for m, pair in tables.items()]
+
+
+def _table(key: str, rows: Sequence[Mapping[str, Sequence[float]]]) -> Floats:
+    """Return the sums of each sample, ``[N, K]``; zeros where it has none."""
+    width = max((len(row[key]) for row in rows if key in row), default=1)
+    return np.array([row.get(key, (0.0,) * width) for row in rows], dtype=np.float64)
+
+
+def resampled(columns: NDArray[Any], *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Return the sums of columns over samples that are drawn again, ``[R, K]``.
+
+    Args:
+        columns: ``[N, K]``; what stands in one row stays together.
+        resamples: R.
+        seed: Decides the draws, given N alone.
+    """
+    number, generator = len(columns), np.random.default_rng(seed)
+    even = np.full(number, 1 / number)
+    block = max(1, DRAWN // number)
+    sums = [
+        generator.multinomial(number, even, size=min(block, resamples - first)) @ columns
+        for first in range(0, resamples, block)
+    ]
+    return np.concatenate(sums).astype(np.float64)
+
+
+def estimate(value: float, draws: Floats) -> Estimate:
+    """Return a number with the interval of what was drawn for it, ``[R]``; NaN do not count."""
+    known = draws[np.isfinite(draws)]
+    if not len(known):
+        return Estimate(value, np.nan, np.nan)
+    tail = (100 - LEVEL) / 2
+    low, high = np.percentile(known, (tail, 100 - tail))
+    return Estimate(value, float(low), float(high))
 
 
 def _result(measure: Measure, tables: list[Floats], draws: list[Floats]) -> Result:
     values = [float(measure.value(table.sum(0, keepdims=True))[0]) for table in tables]
-    count = int(tables[0].any(1).sum())
+    number = int(tables[0].any(1).sum())
     # One sample is drawn again as itself, which tells nothing
-    drawn = [measure.value(sums if count > 1 else sums[:0]) for sums in draws]
-    pairs = zip((BASE, ADAPTER), values, drawn, strict=False)
-    models = {name: estimate(value, some) for name, value, some in pairs}
+    drawn = [measure.value(sums if number > 1 else sums[:0]) for sums in draws]
+    triples = zip((BASE, ADAPTER), values, drawn, strict=False)
+    models = {name: estimate(value, some) for name, value, some in triples}
     if len(tables) == 1:
-        return Result(measure, models, count)
+        return Result(measure, models, number)
     difference = estimate(values[1] - values[0], drawn[1] - drawn[0])
-    return Result(measure, models, count, difference, _shares(measure, *tables))
+    shares = None
+    if measure.by_sample:
+        change = measure.value(tables[1]) - measure.value(tables[0])
+        change = change[np.isfinite(change)] * (-1 if measure.lower_is_better else 1)
+        if len(change):
+            parts = (change > 0, change < 0, change == 0)
+            shares = Shares(*(float(part.mean()) for part in parts))
+    return Result(measure, models, number, difference, shares)
 
 
-def _shares(measure: Measure, base: Floats, adapter: Floats) -> Shares | None:
-    if not measure.by_sample:
-        return None
-    change = measure.value(adapter) - measure.value(base)
-    change = change[np.isfinite(change)] * (-1 if measure.lower_is_better else 1)
-    if not len(change):
-        return None
-    return Shares(*(float(part.mean()) for part in (change > 0, change < 0, change == 0)))
-
-
-def _table(measure: Measure, outcomes: Sequence[Outcome]) -> Floats:
-    """Return the sums of each sample, ``[N, K]``; zeros where it has none."""
-    rows = [measure.columns(outcome) for outcome in outcomes]
-    width = max((len(row) for row in rows if row), default=1)
-    return np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
-
-
-def _ratio(sums: Floats) -> Floats:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return sums[:, 0] / np.where(sums[:, 1] > 0, sums[:, 1], np.nan)
-
-
-def _exp(sums: Floats) -> Floats:
-    with np.errstate(over="ignore"):
-        return np.exp(_ratio(sums))
-
-
-def _score(key: str) -> Callable[[Outcome], tuple[float, float] | None]:
-    def columns(outcome: Outcome) -> tuple[float, float] | None:
-        value = outcome.said.scores.values.get(key) if outcome.said else None
-        return None if value is None else (value, 1.0)
-
-    return columns
-
-
-def _said(read: Callable[[Said], tuple[float, ...]]) -> Callable[[Outcome], Any]:
-    return lambda outcome: read(outcome.said) if outcome.said else None
-
-
-# What a reader should know about the numbers before believing them.
-
-FEW = 30
-"""Samples below which the intervals of a bootstrap are too narrow."""
-
-
-def notes(samples: Sequence[Sample], outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
-    """Return what limits the numbers, a sentence each."""
-    return [*_few(samples), *_unasked(samples), *_unlabelled(samples), *_unreadable(outcomes)]
-
-
-def _few(samples: Sequence[Sample]) -> Iterator[str]:
-    if len(samples) == 1:
-        yield "Only 1 sample, which has no interval and tells nothing about others."
-    elif len(samples) < FEW:
-        yield (
-            f"Only {len(samples)} samples: the intervals are rough, and narrower than they should "
-            "be."
-        )
-
-
-def _unasked(samples: Sequence[Sample]) -> Iterator[str]:
-    reasons = {sample.unasked: sample for sample in reversed(samples) if sample.unasked}
-    for reason, first in reversed(reasons.items()):
-        count = sum(sample.unasked == reason for sample in samples)
-        which = first.where if count == 1 else f"{count:,} samples, the first {first.where},"
-        yield f"{which} {'was' if count == 1 else 'were'} not answered: {reason}."
-
-
-def _unlabelled(samples: Sequence[Sample]) -> Iterator[str]:
-    if count := sum(not sample.tokens for sample in samples):
-        have = "has" if count == 1 else "have"
-        yield f"{count:,} of {len(samples):,} samples {have} no labelled token, and so no loss."
-
-
-def _unreadable(outcomes: Mapping[str, Sequence[Outcome]]) -> Iterator[str]:
-    scores = [outcome.said.scores for outcome in outcomes[BASE] if outcome.said]
-    if count := sum(not one.readable for one in scores):
-        yield (
-            f"ROUGE finds no word in {count:,} of {len(scores):,} references, for it knows Latin "
-            "letters and digits alone. Look at chrF."
-        )
-
-
-# The numbers of an evaluation as a reader gets them, in the page and in a terminal.
+# The numbers as a reader gets them, in the page and in a terminal.
 
 ENDED = {
     "stop": "ended by themselves",
@@ -613,7 +687,7 @@ ENDED = {
     "time": "cut at generation.max_time",
     "context": "cut where the model has no more positions",
 }
-"""How answers end, in words."""
+"""Why answers end, in words."""
 
 NAMED = 4
 """Measures that a sentence names; more are counted."""
@@ -628,113 +702,91 @@ def value(result: Result, number: float, *, signed: bool = False) -> str:
     return f"{number:{'+' if signed else ''},.{digits}f}"
 
 
-def interval(result: Result, found: Estimate, *, signed: bool = False) -> str:
+def interval(result: Result, estimate: Estimate, *, signed: bool = False) -> str:
     """Return an interval; nothing where there is none."""
-    if not math.isfinite(found.low):
+    if not math.isfinite(estimate.low):
         return ""
-    low, high = (value(result, end, signed=signed) for end in (found.low, found.high))
+    low, high = (value(result, end, signed=signed) for end in (estimate.low, estimate.high))
     return f"{low} to {high}"
 
 
-def percent(share: float) -> str:
-    """Return a part as percent."""
-    return f"{100 * share:.0f} %"
-
-
-def counted(count: int, thing: str) -> str:
-    """Return a number of things."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
-def verdict(found: Sequence[Result]) -> tuple[str, str]:
+def verdict(numbers: Sequence[Result]) -> tuple[str, str]:
     """Return in a sentence whether the adapter is better, and one of the three verdicts.
 
     Empty without an adapter.
     """
     titles: dict[str, list[str]] = {BETTER: [], WORSE: [], UNCLEAR: []}
-    for result in found:
+    for result in numbers:
         if result.verdict:
             titles[result.verdict].append(result.measure.title.removesuffix(", %"))
-    better, worse, unclear = titles.values()
-    if not any(titles.values()):
+    better, worse, unclear = (
+        ", ".join(names) if len(names) <= NAMED else f"{len(names)} measures"
+        for names in titles.values()
+    )
+    if not (better or worse or unclear):
         return "", ""
     if better and worse:
-        return f"Mixed: better in {_listed(better)}; worse in {_listed(worse)}.", UNCLEAR
+        return f"Mixed: better in {better}; worse in {worse}.", UNCLEAR
     if not better and not worse:
-        few = all(result.samples < FEWEST for result in found)
+        few = all(result.samples < FEWEST for result in numbers)
         why = f"the samples are fewer than {FEWEST}" if few else "every interval of it holds 0"
         return f"No clear difference: {why}.", UNCLEAR
-    sign, which = (BETTER, better) if better else (WORSE, worse)
-    rest = f"; no clear difference in {_listed(unclear)}" if unclear else ""
-    every = _listed(which) if unclear else "every measure"
-    return f"The adapter is {sign} than the base in {every}{rest}.", sign
-
-
-def _listed(titles: Sequence[str]) -> str:
-    return ", ".join(titles) if len(titles) <= NAMED else f"{len(titles)} measures"
+    sign = BETTER if better else WORSE
+    where = f"{better or worse}; no clear difference in {unclear}" if unclear else "every measure"
+    return f"The adapter is {sign} than the base in {where}.", sign
 
 
 def endings(evaluation: Evaluation) -> dict[str, str]:
-    """Say how the answers of each model ended."""
-    return {name: _ended(counts) for name, counts in evaluation.endings().items() if counts}
+    """Say why the answers of each model ended."""
+    return {
+        name: ", ".join(f"{n:,} {ENDED.get(reason, reason)}" for reason, n in counts.items())
+        for name, counts in evaluation.endings().items()
+        if counts
+    }
 
 
-def _ended(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {ENDED.get(ended, ended)}" for ended, count in counts.items())
-
-
-def table(evaluation: Evaluation, found: Sequence[Result]) -> list[list[str]]:
-    """Return the rows of a terminal's table, the head first."""
-    both = ADAPTER in evaluation.outcomes
-    rows = [["", BASE, ADAPTER, "difference", "95 % interval", ""] if both else ["", BASE, "95 %"]]
-    for result in found:
-        row = [result.measure.title, value(result, result.models[BASE].value)]
-        if result.difference is None:
-            row.append(interval(result, result.models[BASE]))
-        else:
-            change = result.difference
-            row.append(value(result, result.models[ADAPTER].value))
-            row.append(value(result, change.value, signed=True))
-            row += [interval(result, change, signed=True), result.verdict]
-        rows.append(row)
-    return rows
-
-
-def report(evaluation: Evaluation, found: Sequence[Result], page: str) -> str:
+def report(evaluation: Evaluation, numbers: Sequence[Result], page: str) -> str:
     """Return what a terminal shows.
 
     Args:
         evaluation: What was evaluated.
-        found: Its numbers.
+        numbers: Of it.
         page: Where the page with all of it lies.
     """
-    rows = table(evaluation, found)
+    both = ADAPTER in evaluation.outcomes
+    title = f"Evaluation: {count(len(evaluation.samples), 'sample')}"
+    if answers := len(evaluation.answered):
+        title += f", {count(answers, 'answer')}{' from each model' if both else ''}"
+    head = [BASE, ADAPTER, "difference", "95 % interval", ""] if both else [BASE, "95 %"]
+    rows = [["", *head]]
+    for result in numbers:
+        base = result.models[BASE]
+        row = [result.measure.title, value(result, base.value)]
+        if result.difference is None:
+            row.append(interval(result, base))
+        else:
+            row.append(value(result, result.models[ADAPTER].value))
+            row.append(value(result, result.difference.value, signed=True))
+            row += [interval(result, result.difference, signed=True), result.verdict]
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    asked, samples = len(evaluation.asked), len(evaluation.samples)
-    title = f"Evaluation: {counted(samples, 'sample')}"
-    each = " from each model" * (ADAPTER in evaluation.outcomes)
-    lines = [f"{title}, {counted(asked, 'answer')}{each}" if asked else title]
-    lines += [str(evaluation.facts.get("evaluated", "")), ""]
-    for row in rows:
-        left, *rest = row
-        aligned = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
-        if len(rest) > 2:
-            aligned[-1] = rest[-1]  # the verdict
-        lines.append("  ".join([f"{left:{widths[0]}}", *aligned]).rstrip())
-    lines += ["", *filter(None, [verdict(found)[0]])]
-    lines += [f"Answers of the {name}: {said}." for name, said in endings(evaluation).items()]
+    lines = [title, str(evaluation.facts.get("evaluated", "")), ""]
+    for first, *rest in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
+        if both:
+            cells[-1] = rest[-1]  # the verdict
+        lines.append("  ".join([f"{first:{widths[0]}}", *cells]).rstrip())
+    lines += ["", *filter(None, [verdict(numbers)[0]])]
+    lines += [f"Answers of the {name}: {text}." for name, text in endings(evaluation).items()]
     lines += [f"Note: {note}" for note in evaluation.notes]
     return "\n".join([*lines, f"All of it: {page}"]) + "\n"
 
 
-# Write the files of an evaluation, all of them or none.
+# The files of an evaluation.
 
-SAMPLES, RESULTS, PAGE = "samples.jsonl", "results.json", "evaluation.html"
+SAMPLES, PAGE, RESULTS = "samples.jsonl", "evaluation.html", "results.json"
 NAMES = (SAMPLES, PAGE, RESULTS)
 """In the order in which they get their names: who finds the results finds the rest."""
-
-LINE_ENDS = re.compile("[\x85\u2028\u2029]")
-"""Characters at which some readers would end a line."""
 
 
 def refuse_earlier(folder: Path) -> None:
@@ -743,83 +795,40 @@ def refuse_earlier(folder: Path) -> None:
     Raises:
         OutputError: One does.
     """
-    if found := [name for name in NAMES if os.path.lexists(folder / name)]:
+    if earlier := [name for name in NAMES if os.path.lexists(folder / name)]:
         raise OutputError(
-            f"output_dir: {folder} already holds an evaluation ({', '.join(found)}). Choose "
+            f"output_dir: {folder} already holds an evaluation ({', '.join(earlier)}). Choose "
             "another folder, or replace it with overwrite=True."
         )
 
 
-def write_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files whole; nothing gets its name before everything is on the disk.
-
-    Args:
-        folder: Where to; created if missing.
-        texts: What each is to hold, by its name.
-
-    Raises:
-        OutputError: One cannot be written; earlier ones are untouched.
-    """
-    aside = {name: folder / f".partial-{name}" for name in texts}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            _write(aside[name], text)
-        for name in texts:
-            os.replace(aside[name], folder / name)
-    except OSError as error:
-        raise OutputError(
-            f"output_dir: {folder} could not be written: {error}. Free space or permissions are "
-            "missing; run the command again with another folder."
-        ) from error
-    finally:
-        for path in aside.values():
-            with suppress(OSError):
-                path.unlink()
-
-
 def samples_text(evaluation: Evaluation) -> str:
     """Return what ``samples.jsonl`` holds: a line a sample."""
-    return "".join(_json(line) + "\n" for line in evaluation.lines())
+    return "".join(as_line(_finite(row)) for row in _sample_rows(evaluation))
 
 
-def results_text(evaluation: Evaluation, found: Sequence[Result], seed: int) -> str:
+def _sample_rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    for i, sample in enumerate(evaluation.samples):
+        row: dict[str, Any] = {"where": sample.where, "tokens": sample.labelled}
+        row |= {"prompt": sample.question.prompt, "reference": sample.question.reference}
+        if sample.unasked:
+            row["not_answered"] = sample.unasked
+        yield row | {name: seen[i].as_json() for name, seen in evaluation.outcomes.items()}
+
+
+def results_text(evaluation: Evaluation, numbers: Sequence[Result], seed: int) -> str:
     """Return what ``results.json`` holds: all numbers and what decided them."""
     content = {
         "samples": len(evaluation.samples),
-        "answered": len(evaluation.asked),
-        "labelled_tokens": sum(sample.tokens for sample in evaluation.samples),
-        "measures": {result.measure.key: _result_row(result) for result in found},
+        "answered": len(evaluation.answered),
+        "labelled_tokens": sum(sample.labelled for sample in evaluation.samples),
+        "measures": {result.measure.key: result.as_json() for result in numbers},
         "ended": evaluation.endings(),
-        "notes": list(evaluation.notes),
+        "notes": evaluation.notes,
         "bootstrap": {"resamples": RESAMPLES, "percent": LEVEL, "seed": seed},
         **evaluation.facts,
     }
-    return _json(content, indent=2) + "\n"
-
-
-def _result_row(result: Result) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "title": result.measure.title,
-        "better": "lower" if result.measure.lower_is_better else "higher",
-        "samples": result.samples,
-    }
-    found |= {name: _estimate(value) for name, value in result.models.items()}
-    if result.difference is not None:
-        found |= {"difference": _estimate(result.difference), "verdict": result.verdict}
-    if result.shares is not None:
-        found["share_of_samples"] = result.shares._asdict()
-    return found
-
-
-def _estimate(value: Estimate) -> dict[str, float | None]:
-    numbers = value._asdict().items()
-    return {name: number if math.isfinite(number) else None for name, number in numbers}
-
-
-def _json(content: Any, indent: int | None = None) -> str:
-    text = json.dumps(_finite(content), ensure_ascii=False, indent=indent, allow_nan=False)
-    return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return json.dumps(_finite(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -831,176 +840,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value if isinstance(value, str | int | bool | None) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-# What `phi3_plugin.recipes.phi3_evaluate` measures on: the samples that a run holds out.
-
-NO_ANSWER = "there is no answer of the assistant to a prompt in it"
-
-Messages = Sequence[Mapping[str, Any]]
-Question = tuple[list[int], str, str]
-"""Tokens and text of a prompt, and what is expected as the answer."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample, ready to be measured."""
-
-    sample: Sample
-    trained: dict[str, Any]
-    """Its ``tokens`` and ``labels``, as a run takes them."""
-    prompt: list[int]
-    """What is to be answered; empty where nothing is."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """The samples, and where they come from."""
-
-    items: list[Item]
-    evaluated: str
-    """Where they come from, in words."""
-    section: Mapping[str, Any]
-    """And in those of the configuration."""
-
-
-def held(s: Settings, tokenizer: Any, *, limit: int | None, positions: int | None) -> Held:
-    """Return the validation data, or what is held out, or else all data.
-
-    Args:
-        s: Of the run.
-        tokenizer: As they ask for it.
-        limit: Take the first so many samples; None takes all.
-        positions: Of the model, for prompt and answer; None asks for no answers.
-    """
-    section = unpacked(s.dataset_val or s.dataset)
-    share = 0.0 if s.dataset_val else s.val_fraction
-    kept, part = hold_out(build(section, tokenizer), share, s.seed)
-    dataset = once(kept if part is None else part)
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    if not count:
-        raise DataError("dataset: there is no sample in it to evaluate.")
-    chats = {} if positions is None else chats_of(dataset, count, section, tokenizer)
-    items = [_item(dataset, i, chats, tokenizer, positions) for i in range(count)]
-    words = _in_words(s, section, count, len(dataset)) + _too_long(dataset, count)
-    return Held(items, words, section)
-
-
-def unpacked(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a data set's section under which each conversation is a sample of its own."""
-    if section["_component_"] not in CHAT_DATASETS:
-        return section
-    return {**section, "packed": False, "split_documents": False}
-
-
-def once(dataset: Any) -> Any:
-    """Return a data set in which no sample comes again because of its source's weight."""
-    if not hasattr(dataset, "chosen"):
-        return dataset
-    _, first = np.unique(dataset.chosen, return_index=True)
-    return dataset.select(np.sort(first))
-
-
-def chats_of(
-    dataset: Any, count: int, section: Mapping[str, Any], tokenizer: Any
-) -> dict[str, Messages]:
-    """Return the messages of the first samples, by where they were read."""
-    found = dict[str, Messages]()
-    if section["_component_"] not in CHAT_DATASETS:
-        return found
-    missing = {place(dataset, i) for i in range(count)}
-    for where, messages in conversations(tokenizer, section):
-        if where in missing:
-            found[where] = messages
-            missing.remove(where)
-        if not missing:
-            break
-    return found
-
-
-def question(messages: Messages, tokenizer: Any) -> Question:
-    """Return what the last answer of a conversation is an answer to, and that answer.
-
-    Raises:
-        DataError: There is none, or its prompt cannot be rendered.
-    """
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers or answers[-1] == 0:
-        raise DataError(NO_ANSWER)
-    before = messages[: answers[-1]]
-    turns = [make_turn(m["role"], m["content"], tools=m.get("tools")) for m in before]
-    (tokens,) = tokenizer.tokenize_chats([turns], add_generation_prompt=True)
-    text = tokenizer.render(turns, add_generation_prompt=True).text
-    return tokens.ids.tolist(), text, messages[answers[-1]]["content"]
-
-
-def last_labelled(tokens: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Question:
-    """Return the last stretch of labelled tokens as the answer to what is before it.
-
-    For samples of which nothing more is known.
-
-    Raises:
-        DataError: Nothing is labelled, or all of it is.
-    """
-    labelled = np.flatnonzero(np.asarray(labels) != IGNORED)
-    breaks = np.flatnonzero(np.diff(labelled) > 1)
-    start = int(labelled[breaks[-1] + 1 if len(breaks) else 0]) if len(labelled) else 0
-    if start < 2:  # one token is no prompt: a sample that is labelled as a whole begins with it
-        raise DataError(NO_ANSWER)
-    prompt, said = list(tokens[:start]), [labels[i] for i in labelled.tolist() if i >= start]
-    return prompt, tokenizer.decode(prompt, False), tokenizer.decode(said)
-
-
-def _item(
-    dataset: Any, i: int, chats: Mapping[str, Messages], tokenizer: Any, positions: int | None
-) -> Item:
-    ids, labels = (values.tolist() for values in arrays(dataset, i))
-    where, tokens = place(dataset, i), sum(label != IGNORED for label in labels[1:])
-    prompt, text, reference, unasked = list[int](), "", "", ""
-    if positions is not None:
-        try:
-            chat = chats.get(where)
-            prompt, text, reference = (
-                last_labelled(ids, labels, tokenizer) if chat is None else question(chat, tokenizer)
-            )
-            _check_length(len(prompt), positions)
-        except DataError as error:
-            prompt, unasked = [], str(error)
-    sample = Sample(where, tokens, text, reference, unasked)
-    return Item(sample, {"tokens": ids, "labels": labels}, prompt)
-
-
-def _check_length(length: int, positions: int) -> None:
-    if length >= positions:
-        raise DataError(
-            f"its prompt has {length:,} tokens, and the model {positions:,} positions for prompt "
-            "and answer"
-        )
-
-
-def _in_words(s: Settings, section: Mapping[str, Any], count: int, total: int) -> str:
-    how = "set as dataset_val" if s.dataset_val else "the whole data set"
-    if not s.dataset_val and s.val_fraction:
-        how = f"held out by val_fraction={s.val_fraction:g}"
-    number = f"{count:,}" if count == total else f"The first {count:,} of {total:,}"
-    source = section.get("source") or section["_component_"]
-    source = ", ".join(map(str, source)) if isinstance(source, list | tuple) else source
-    return f"{number} {'sample' if total == 1 else 'samples'} of {source}, {how}."
-
-
-def _too_long(dataset: Any, count: int) -> str:
-    """Say what tokenizer.max_seq_len takes from the numbers; empty where that is nothing."""
-    if not hasattr(dataset, "lost"):
-        return ""
-    lost, cut = len(dataset.lost), int((dataset.full > dataset.lengths)[:count].sum())
-    said = f" Cut at tokenizer.max_seq_len for the loss: {cut:,}." if cut else ""
-    if lost:
-        said += f" Left out, with no answer within tokenizer.max_seq_len: {lost:,} more."
-    return said

@@ -66,13 +66,36 @@ def load(
         raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}.")
     # Of several processes on a machine, as torchrun starts them, each has a GPU of its own
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    base, stored, read = parts_of(checkpoint_dir, adapter, quantize=quantize, check_base=check_base)
+    return assembled(stored, base, read, dtype, place, quantize=quantize, sharing=sharing)
+
+
+def parts_of(
+    checkpoint_dir: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    quantize: bool = False,
+    check_base: bool = True,
+) -> tuple[Path, Mapping[str, StoredTensor], Adapter | None]:
+    """Return a base's folder and stored weights, and the adapter, once they fit each other.
+
+    Args:
+        checkpoint_dir: See :func:`load`, as for the rest and for what is raised.
+        adapter: See above.
+        quantize: See above.
+        check_base: See above.
+    """
     base = checkpoint_folder(checkpoint_dir)
-    _refuse_adapter_folder(base)
+    if (base / CONFIG).is_file():
+        raise MissingFileError(
+            f"checkpoint_dir: {base} is the folder of an adapter. Give the folder of its base "
+            "model here, and this one as the adapter."
+        )
     stored = open_weights(base)
     read = fitting_adapter(Path(adapter), base, quantize=quantize) if adapter else None
     if read and check_base:
         refuse_other_base(Path(str(adapter)), read.base_hash, read.base, base)
-    return assembled(stored, base, read, dtype, place, quantize=quantize, sharing=sharing)
+    return base, stored, read
 
 
 def assembled(
@@ -101,12 +124,13 @@ def assembled(
         ConfigError: The model to share weights with is of another kind.
     """
     with set_default_dtype(DTYPES[dtype]), torch.device("meta"):
-        model = build(base, adapter, quantize=quantize)
+        model: Any = build(base, adapter, quantize=quantize)
     own = {**adapter.tensors, **adapter.saved} if adapter else {}
     model.loaded_from = base.resolve()
     shared = _shared(sharing, model, device) if sharing else {}
     fill(model, {**stored, **shared, **own}, device)
-    return model.eval().requires_grad_(False)
+    ready: nn.Module = model.eval().requires_grad_(False)
+    return ready
 
 
 def fitting_adapter(path: Path, base: Path, *, quantize: bool) -> Adapter:
@@ -141,11 +165,14 @@ def build(base: Path, adapter: Adapter | None, *, quantize: bool = False) -> nn.
     Raises:
         AdapterError: No keys of a model say where the adapter is.
     """
-    if adapter is None:
-        return phi3(base, quantize_base=quantize)
+    model: nn.Module
     try:
-        keys = keys_for(adapter, read_config(base))
-        return lora_phi3(base, **keys, quantize_base=quantize)
+        if adapter is None:
+            model = phi3(base, quantize_base=quantize)
+        else:
+            keys = keys_for(adapter, read_config(base))
+            model = lora_phi3(base, **keys, quantize_base=quantize)
+        return model
     except AdapterError as error:
         raise AdapterError(
             f"{error} `phi3-tune adapter merge` makes a checkpoint of adapter and base, which "
@@ -210,11 +237,3 @@ def _shared(given: nn.Module, model: nn.Module, device: torch.device) -> dict[st
                 "sharing: the model was loaded with another dtype or quantize, or elsewhere."
             )
     return {name: theirs[name] for name in theirs.keys() & ours.keys()}
-
-
-def _refuse_adapter_folder(folder: Path) -> None:
-    if (folder / CONFIG).is_file():
-        raise MissingFileError(
-            f"checkpoint_dir: {folder} is the folder of an adapter. Give the folder of its base "
-            "model here, and this one as the adapter."
-        )

@@ -220,7 +220,9 @@ def made(cls: type[T], given: Mapping[str, Any]) -> T:
             continue
         value = given[key]
         if is_dataclass(hint):
-            value = made(cast("type[Any]", hint), {k: v for k, v in (value or {}).items() if v is not None})
+            value = made(
+                cast("type[Any]", hint), {k: v for k, v in (value or {}).items() if v is not None}
+            )
         else:
             kind = next(kind for kind in kinds_of(hint) if kind.accepts(value))
             value = kind.convert(value) if kind.convert else value

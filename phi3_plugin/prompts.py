@@ -1,4 +1,4 @@
-"""Prompts in, answers out: what is asked, how, and where the answers go."""
+"""Prompts in, answers out: what a model is asked, and where its answers go."""
 
 import fcntl
 import io
@@ -8,8 +8,10 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,54 +20,16 @@ from phi3_plugin.data.formats import MessageList, Turn, kind, make_turn
 from phi3_plugin.data.sources import lines
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
-from phi3_plugin.generate import Generator
-from phi3_plugin.load import load
-from phi3_plugin.models.cache import serve
-from phi3_plugin.options import AnswerOptions, PromptOptions, closest
-
-# What `phi3_plugin.recipes.phi3_generate` and `phi3_chat` are asked for, checked.
+from phi3_plugin.generate import Answer
+from phi3_plugin.options import PromptOptions, Sampling, closest
 
 STDIN = "-"
+"""Names standard input, and as an output standard output."""
 
-SPECIAL = re.compile(r"<\|.*\|>")
+Row = dict[str, Any]
+"""A line of prompts or of answers."""
 
-
-def check_stop(stop: Sequence[str], tokenizer: Phi3Tokenizer) -> None:
-    """Refuse a text that is meant as a special token and is none of this tokenizer's.
-
-    Raises:
-        ConfigError: There is one.
-    """
-    known = tokenizer.special_tokens
-    if unknown := [text for text in stop if SPECIAL.fullmatch(text) and text not in known]:
-        raise ConfigError(
-            f"stop: {', '.join(map(repr, unknown))} would never be written: the special tokens of "
-            f"this checkpoint are {', '.join(known)}."
-        )
-
-
-def check_system(system: str | None, tokenizer: Phi3Tokenizer) -> None:
-    """Refuse a system message that the chat template leaves out.
-
-    Raises:
-        ConfigError: It does.
-        DataError: It is no valid text.
-    """
-    if not system:
-        return
-    turns = [make_turn("system", system), make_turn("user", "Hello")]
-    if tokenizer.template.render(turns, add_generation_prompt=True).dropped:
-        raise ConfigError(
-            "system: the chat template of this checkpoint leaves system messages out. Write it "
-            "at the start of the prompt instead."
-        )
-
-
-def generator(o: AnswerOptions, tokenizer: Phi3Tokenizer, batch_size: int = 1) -> Generator:
-    """Load the model that answers."""
-    model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
-    serve(model)
-    return Generator(model, tokenizer, o.sampling, batch_size=batch_size)
+# What a model reads.
 
 
 def prompt_ids(
@@ -94,24 +58,48 @@ def prompt_ids(
     return ids
 
 
+def check_stop(stop: Sequence[str], tokenizer: Phi3Tokenizer) -> None:
+    """Refuse a text that is meant as a special token and is none of this tokenizer's.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    known = tokenizer.special_tokens
+    if unknown := [text for text in stop if re.fullmatch(r"<\|.*\|>", text) and text not in known]:
+        raise ConfigError(
+            f"stop: {', '.join(map(repr, unknown))} would never be written: the special tokens of "
+            f"this checkpoint are {', '.join(known)}."
+        )
+
+
+def check_system(system: str | None, tokenizer: Phi3Tokenizer) -> None:
+    """Refuse a system message that the chat template leaves out.
+
+    Raises:
+        ConfigError: It does.
+        DataError: It is no valid text.
+    """
+    if not system:
+        return
+    turns = [make_turn("system", system), make_turn("user", "Hello")]
+    if tokenizer.template.render(turns, add_generation_prompt=True).dropped:
+        raise ConfigError(
+            "system: the chat template of this checkpoint leaves system messages out. Write it "
+            "at the start of the prompt instead."
+        )
+
+
 def too_long(tokens: int, positions: int) -> str:
     """Say that a prompt leaves no room for an answer."""
     return f"{tokens:,} tokens, but the model has {positions:,} positions, answer included"
 
 
-def listed(problems: Sequence[str], most: int = 10) -> str:
-    """Return problems one a line, the first of them where there are many."""
-    more = len(problems) - most
-    return "\n".join([*problems[:most], *([f"... and {more:,} more."] if more > 0 else [])])
-
-
-# The prompts of `phi3_plugin.recipes.phi3_generate`: read, checked and tokenized.
-#
-# Everything that is wrong with a file is said before a model is loaded, line by line.
+# Prompts, typed or in a file. All that is wrong with them is said before a model is loaded.
 
 JSONL, TEXT = (".jsonl", ".ndjson"), (".txt",)
-
 KEYS = ("prompt", "messages")
+LISTED = 10
+"""Problems that are told; more are counted."""
 
 
 class Prompt(NamedTuple):
@@ -119,7 +107,7 @@ class Prompt(NamedTuple):
 
     where: str
     """How the user finds it."""
-    row: dict[str, Any]
+    row: Row
     """What the line of its answer starts with."""
     turns: list[Turn]
     """What was said; without a chat template the text is the only one."""
@@ -140,91 +128,85 @@ def read_prompts(o: PromptOptions, tokenizer: Phi3Tokenizer, positions: int) -> 
         DataError: There are none, or some cannot be used; they are listed.
         MissingFileError: There is no such file.
     """
-    prompts, problems = list[Prompt](), list[str]()
-    dropped = Counter[str]() if o.dropped == "warn" else None
-    for where, row in _rows(o):
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    dropped: Counter[str] = Counter()
+    for where, row in _typed(o) if o.prompt else _file_rows(o.prompts):
         try:
             turns = _turns(row, o)
-            text = turns[0].content
-            ids = tokenizer.encode(text) if o.raw else prompt_ids(tokenizer, turns, dropped)
+            if o.raw:
+                ids = tokenizer.encode(turns[0].content)
+            else:
+                ids = prompt_ids(tokenizer, turns, dropped if o.dropped == "warn" else None)
             if len(ids) >= positions:
                 raise DataError(too_long(len(ids), positions))
             prompts.append(Prompt(where, row, turns, array("i", ids)))
         except DataError as error:
             problems.append(f"{where}: {error}")
+    if len(problems) > LISTED:
+        problems[LISTED:] = [f"... and {len(problems) - LISTED:,} more."]
     if problems:
-        raise DataError(f"Not every prompt can be answered.\n{listed(problems)}")
+        raise DataError("\n".join(["Not every prompt can be answered.", *problems]))
     if not prompts:
-        raise DataError(f"{_source(o)} holds no prompts.")
-    warn_of_dropped(dropped or {})
+        raise DataError(f"{_name(o.prompts)} holds no prompts.")
+    warn_of_dropped(dropped)
     return prompts
 
 
-def _source(o: PromptOptions) -> str:
-    return "standard input" if o.prompts == STDIN else str(o.prompts)
-
-
-def _rows(o: PromptOptions) -> Iterator[tuple[str, Any]]:
-    """Yield each row, and where it stands."""
-    if o.prompt and o.prompts is not None:
+def _typed(o: PromptOptions) -> Iterator[tuple[str, Row]]:
+    if o.prompts is not None:
         raise ConfigError("prompt and prompts: both are given. Name a file, or type a prompt.")
-    if o.prompt:
-        if len(o.prompt) > 1 and not any(" " in text.strip() for text in o.prompt):
-            raise ConfigError(
-                f"prompt: {len(o.prompt)} prompts of one word. Put a prompt in quotes: "
-                f'"{" ".join(o.prompt)}". One-word prompts go into a file, one a line.'
-            )
-        return ((f"prompt {n}", {"prompt": text}) for n, text in enumerate(o.prompt, 1))
-    if o.prompts is None:
+    if len(o.prompt) > 1 and not any(" " in text.strip() for text in o.prompt):
+        raise ConfigError(
+            f"prompt: {len(o.prompt)} prompts of one word. Put a prompt in quotes: "
+            f'"{" ".join(o.prompt)}". One-word prompts go into a file, one a line.'
+        )
+    yield from ((f"prompt {n}", {"prompt": text}) for n, text in enumerate(o.prompt, 1))
+
+
+def _file_rows(source: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield each row of a file, or why there is none, and where it stands."""
+    if source is None:
         raise ConfigError(
             "prompts is not set. Give a prompt in quotes, a .jsonl or .txt file, or - for standard "
             "input."
         )
-    is_jsonl = _is_jsonl(o)
-    return _from_text(_read(o), is_jsonl)
-
-
-def _is_jsonl(o: PromptOptions) -> bool | None:
-    """Whether the name says that each line is JSON; None where it does not say."""
-    suffix = Path(str(o.prompts)).suffix.lower()
-    if o.prompts == STDIN or not suffix:
-        return None
-    if suffix not in JSONL + TEXT:
+    suffix = "" if source == STDIN else Path(source).suffix.lower()
+    if suffix and suffix not in JSONL + TEXT:
         raise ConfigError(
-            f"prompts: {o.prompts} must end in .jsonl, with {{prompt}} or {{messages}} in each "
+            f"prompts: {source} must end in .jsonl, with {{prompt}} or {{messages}} in each "
             "line, or in .txt, with one prompt a line."
         )
-    return suffix in JSONL
+    text = _read(source)
+    stream = io.StringIO(text, newline=None)  # \r\n and \r end lines too
+    if suffix in JSONL or (not suffix and _is_object(text.lstrip().partition("\n")[0])):
+        yield from ((f"line {n}", row) for n, row in lines(stream))
+    elif text.strip():
+        # Empty lines at the end are no prompts; those between others are mistakes, and told as such
+        for n, line in enumerate(stream.read().rstrip().split("\n"), 1):
+            yield f"line {n}", {"prompt": line}
 
 
-def _read(o: PromptOptions) -> str:
-    name = _source(o)
+def _name(source: str | None) -> str:
+    return "standard input" if source == STDIN else str(source)
+
+
+def _read(source: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if o.prompts == STDIN else Path(str(o.prompts)).read_bytes()
+        data = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
         return data.decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise MissingFileError(f"prompts: {name} is not there.") from error
+        raise MissingFileError(f"prompts: {source} is not there.") from error
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{name} is not UTF-8 (line {line}). Save it as UTF-8.") from error
+        raise DataError(f"{_name(source)} is not UTF-8 (line {line}). Save it as UTF-8.") from error
     except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
+        raise DataError(f"{_name(source)} cannot be read: {error.strerror or error}.") from error
 
 
-def _from_text(text: str, is_jsonl: bool | None) -> Iterator[tuple[str, Any]]:
-    stream = io.StringIO(text, newline=None)  # \r\n and \r end lines too
-    if is_jsonl or (is_jsonl is None and _looks_like_json(text)):
-        yield from ((f"line {n}", row) for n, row in lines(stream))
-        return
-    # Empty lines at the end are no prompts; those between others are mistakes, and told as such
-    for n, line in enumerate(stream.read().rstrip().split("\n") if text.strip() else [], 1):
-        yield f"line {n}", {"prompt": line}
-
-
-def _looks_like_json(text: str) -> bool:
-    first = text.lstrip().partition("\n")[0]
+def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(first), dict)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -236,51 +218,41 @@ def _turns(row: Any, o: PromptOptions) -> list[Turn]:
     if not isinstance(row, dict):
         raise DataError(f"{kind(row)}, expected an object with prompt or messages")
     key = _key(row)
-    if isinstance(row[key], str) and key == "prompt":
-        if not row[key].strip():
+    value = row[key]
+    if key == "prompt" and isinstance(value, str):
+        if not value.strip():
             raise DataError("the prompt is empty")
-        turns = [make_turn("user", row[key])]
-    elif key == "prompt" and not isinstance(row[key], list):
-        raise DataError(f"prompt is {kind(row[key])}, expected a text")
+        turns = [make_turn("user", value)]
+    elif key == "prompt" and not isinstance(value, list):
+        raise DataError(f"prompt is {kind(value)}, expected a text")
     elif o.raw:
-        raise DataError(f"{key} is {kind(row[key])}; without a chat template, prompt is a text")
+        raise DataError(f"{key} is {kind(value)}; without a chat template, prompt is a text")
     else:
-        turns = _without_reference(MessageList(key, "role").read(row))
+        turns = MessageList(key, "role").read(row)
+        if turns[-1].role == "assistant":  # a reference, with which the answer is compared
+            turns = turns[:-1]
+        if not any(turn.content.strip() for turn in turns if turn.role != "system"):
+            raise DataError("nothing is said that could be answered")
     if o.system and not any(turn.role == "system" for turn in turns):
         turns.insert(0, make_turn("system", o.system))
     return turns
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    found = [key for key in KEYS if row.get(key) is not None]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    present = [key for key in KEYS if row.get(key) is not None]
+    if len(present) == 1:
+        return present[0]
+    if present:
         raise DataError("there are prompt and messages; remove one")
-    meant = [(name, close) for name in row if (close := closest(str(name), KEYS))]
-    said = "; did you mean {1!r} by {0!r}?".format(*meant[0]) if meant else ""
-    raise DataError(f"there is neither prompt nor messages{said}")
+    for name in row:
+        if close := closest(str(name), KEYS):
+            raise DataError(
+                f"there is neither prompt nor messages; did you mean {close!r} by {name!r}?"
+            )
+    raise DataError("there is neither prompt nor messages")
 
 
-def _without_reference(turns: list[Turn]) -> list[Turn]:
-    """Leave out what the assistant says at the end, which is what the answer is compared with."""
-    asked = turns[:-1] if turns[-1].role == "assistant" else turns
-    if not any(turn.content.strip() for turn in asked if turn.role != "system"):
-        raise DataError("nothing is said that could be answered")
-    return asked
-
-
-# Where the answers of `phi3_plugin.recipes.phi3_generate` go: a file, or standard output.
-
-HEADER = "phi3_generate"
-"""Key of the first line of a file that is not complete, which says whose answers these are."""
-
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-UNWRITABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-Row = dict[str, Any]
-
+# Standard output, and what goes there.
 
 CUT = {
     "length": "at {0.max_new_tokens} tokens (max_new_tokens)",
@@ -288,11 +260,6 @@ CUT = {
     "context": "at the last of the model's positions",
 }
 """What cut an answer off, by its reason."""
-
-
-def safe(text: str) -> str:
-    """Return text without what drives a terminal: control characters and turns of direction."""
-    return UNSAFE.sub("", text)
 
 
 def open_streams() -> None:
@@ -310,6 +277,16 @@ def set_stdout(**how: str) -> None:
     if sys.stdout is None:
         raise OutputError("standard output is closed: there is nowhere to write answers to.")
     sys.stdout.reconfigure(**how)  # type: ignore[union-attr]
+
+
+def writer() -> Callable[[str], None]:
+    """Return what prints a piece of text at once; to a terminal, nothing that could drive it."""
+    return (lambda piece: put(safe(piece))) if sys.stdout.isatty() else put
+
+
+def safe(text: str) -> str:
+    """Return text without what drives a terminal: control characters and turns of direction."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", text)
 
 
 def put(text: str) -> None:
@@ -331,28 +308,43 @@ def put(text: str) -> None:
         raise OutputError(f"standard output cannot be written: {reason}.") from error
 
 
-def writer() -> Callable[[str], None]:
-    """Return what prints a piece of text at once; to a terminal, nothing that could drive it."""
-    if sys.stdout.isatty():
-        return lambda piece: put(safe(piece))
-    return put
-
-
 def as_line(row: Mapping[str, Any]) -> str:
     """Return a row as JSON that every reader takes for one line, with its end."""
     text = json.dumps(row, ensure_ascii=False)
-    return UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+    unwritable = "[\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(unwritable, lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
-def check_output(o: PromptOptions) -> None:
+# The lines of a file of answers.
+
+
+def answer_row(row: Row, answer: Answer) -> Row:
+    """Return a row with its answer.
+
+    What it has under our names goes on as ``given_...``, so that answers can be answered again.
+    """
+    ours = re.compile("(given_)*(answer|reason|tokens|prompt_tokens)")
+    given = {f"given_{key}" if ours.fullmatch(key) else key: value for key, value in row.items()}
+    counts = {"tokens": len(answer.tokens), "prompt_tokens": answer.prompt_tokens}
+    return {**given, "answer": answer.text, "reason": answer.reason, **counts}
+
+
+def cut_off(rows: Iterable[Row], sampling: Sampling) -> str:
+    """Say how many answers were cut off, and by what; empty where none was."""
+    counts = Counter(row["reason"] for row in rows)
+    parts = [f"{counts[why]:,} {how.format(sampling)}" for why, how in CUT.items() if counts[why]]
+    return f"Cut off: {', '.join(parts)}." if parts else ""
+
+
+def check_answers_file(o: PromptOptions) -> None:
     """Check that the file can be written, before anything is read that takes long.
 
     Raises:
         OutputError: It cannot, or something would be lost.
     """
-    if o.output is None:
+    if o.output in (None, STDIN):
         return
-    out, base = Path(o.output), Path(o.checkpoint_dir)
+    out, base = Path(str(o.output)), Path(o.checkpoint_dir)
     if not out.parent.is_dir():
         raise OutputError(f"output: {out.parent} is no folder. Make it first.")
     if out.is_dir():
@@ -367,19 +359,18 @@ def check_output(o: PromptOptions) -> None:
         raise OutputError(f"output: {out} is inside the base model {base}. Choose another place.")
 
 
-def answers_of(count: int) -> str:
-    """Return a number of answers."""
-    return f"{count:,} answer{'s' * (count != 1)}"
-
-
-class Printed:
+class PrintedAnswers:
     """Standard output: answers in the order of the prompts, each as soon as its turn has come."""
+
+    kept = "; their answers are printed above"
+    """Where the answers are, after a stop."""
 
     def __init__(self) -> None:
         self.done: dict[int, Row] = {}
+        """By the number of the prompt."""
         self._next = 0
 
-    def __enter__(self) -> "Printed":
+    def __enter__(self) -> "PrintedAnswers":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -397,23 +388,27 @@ class Printed:
         """Return what there is to say at the end."""
         return ""
 
-    @property
-    def kept(self) -> str:
-        """Where the answers are, after a stop."""
-        return "; their answers are printed above"
 
+class AnswersFile:
+    """A file: answers lie in OUT.part as they finish, and in OUT, in order, when all are there.
 
-class Part:
-    """A file: answers lie in OUT.part as they finish, and in OUT, in order, when all are there."""
+    The first line of OUT.part says what decides on the answers. Another run goes on from them if
+    that is the same.
+    """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Take what decides on the answers: another run goes on from them if it is the same."""
-        self.out, self.identity, self.overwrite = out, dict(identity), overwrite
+    HEADER = "phi3_generate"
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, replace: bool) -> None:
+        """Take the file's name, what decides on the answers, and whether it may exist."""
+        self.out = out
         self.part = out.with_name(f"{out.name}.part")
+        self.identity: Row = json.loads(json.dumps(identity))
+        self.replace = replace
         self.done: dict[int, Row] = {}
+        """By the number of the prompt."""
         self._file: IO[bytes]
 
-    def __enter__(self) -> "Part":
+    def __enter__(self) -> "AnswersFile":
         """Read what is there.
 
         Raises:
@@ -422,9 +417,15 @@ class Part:
         try:
             self._file = self.part.open("a+b")
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._unwritable(error) from error
         try:
-            self._lock()
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise OutputError(f"{self.part} is being written by another process.") from error
+        except OSError:
+            pass  # a file system without locks
+        try:
             self._read()
         except BaseException:
             with suppress(OSError):  # of what it could not write, which is told
@@ -439,22 +440,17 @@ class Part:
         if not self.done:
             self.part.unlink(missing_ok=True)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{self.part} is being written by another process.") from error
-        except OSError:
-            pass  # a file system without locks
-
     def _read(self) -> None:
         self._file.seek(0)
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]  # a killed process leaves half a line
+        header = as_line({self.HEADER: self.identity}).encode()
         try:
-            found = [json.loads(line) for line in whole.splitlines()]
-            theirs = dict(found[0][HEADER]) if found else self._unstarted(data)
-            self.done = {answer["number"]: answer["row"] for answer in found[1:]}
+            if not whole and not header.startswith(data):
+                raise ValueError
+            first, *rest = map(json.loads, (whole or header).splitlines())
+            theirs = dict(first[self.HEADER])
+            self.done = {answer["number"]: answer["row"] for answer in rest}
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{self.part} is in the way and was not written by this command. Move it."
@@ -462,18 +458,12 @@ class Part:
         keys = {**theirs, **self.identity}
         if other := [key for key in keys if theirs.get(key) != self.identity.get(key)]:
             raise OutputError(
-                f"{self.part} holds {answers_of(len(self.done))} of a run that differs in "
-                f"{', '.join(other)}. Repeat that command, or remove the file to start anew."
+                f"{self.part} holds {self._count()} of a run that differs in {', '.join(other)}. "
+                "Repeat that command, or remove the file to start anew."
             )
         self._file.truncate(len(whole))
-        if not found:
-            self._write({HEADER: self.identity})
-
-    def _unstarted(self, data: bytes) -> Mapping[str, Any]:
-        """Return our own identity for a file that has nothing, or the start of our first line."""
-        if not as_line({HEADER: self.identity}).encode().startswith(data):
-            raise ValueError
-        return self.identity
+        if not whole:
+            self._write(header)
 
     def add(self, number: int, row: Row) -> None:
         """Take the answer to a prompt, and keep it on disk.
@@ -481,15 +471,15 @@ class Part:
         Raises:
             OutputError: There is no room.
         """
-        self._write({"number": number, "row": row})
+        self._write(as_line({"number": number, "row": row}).encode())
         self.done[number] = row
 
-    def _write(self, line: Row) -> None:
+    def _write(self, line: bytes) -> None:
         try:
-            self._file.write(as_line(line).encode())
+            self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._unwritable(error) from error
 
     def finish(self) -> str:
         """Write the file that was asked for, and return what there is to say.
@@ -503,20 +493,51 @@ class Part:
                 file.writelines(as_line(self.done[number]) for number in sorted(self.done))
                 file.flush()
                 os.fsync(file.fileno())
-            if self.out.exists() and not self.overwrite:
+            if self.out.exists() and not self.replace:
                 raise FileExistsError(0, "it is there by now")
             whole.replace(self.out)
             self.part.unlink()
         except OSError as error:
             whole.unlink(missing_ok=True)
-            raise self._failed(error) from error
-        return f"Wrote {answers_of(len(self.done))} to {self.out}."
-
-    def _failed(self, error: OSError) -> OutputError:
-        kept = f" {self.part} holds {answers_of(len(self.done))}." if self.done else ""
-        return OutputError(f"{self.out} cannot be written: {error.strerror or error}.{kept}")
+            raise self._unwritable(error) from error
+        return f"Wrote {self._count()} to {self.out}."
 
     @property
     def kept(self) -> str:
         """Where the answers are, after a stop."""
         return f"; their answers are in {self.part}. Repeat the command to go on"
+
+    def _count(self) -> str:
+        return f"{len(self.done):,} {'answer' if len(self.done) == 1 else 'answers'}"
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        kept = f" {self.part} holds {self._count()}." if self.done else ""
+        return OutputError(f"{self.out} cannot be written: {error.strerror or error}.{kept}")
+
+
+NEUTRAL = ("prompt", "prompts", "output", "overwrite", "dropped", "batch_size", "device")
+"""Options that do not decide on the answers: of the prompts, their content does."""
+
+
+def identity_of(o: PromptOptions, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return what decides on the answers, so that a run goes on from its own alone."""
+    content = sha256()
+    for prompt in prompts:
+        content.update(as_line(prompt.row).encode())
+        content.update(prompt.ids.tobytes())
+    options = {key: value for key, value in asdict(o).items() if key not in NEUTRAL}
+    weights = {key: _files_hash(options[key]) for key in ("checkpoint_dir", "adapter")}
+    return {"prompts": content.hexdigest(), **options, **weights}
+
+
+def _files_hash(path: Path | None) -> str | None:
+    """Return a hash of which files make a model: names, sizes and times tell enough."""
+    if path is None:
+        return None
+    place = path.resolve()
+    names = sha256(str(place).encode())
+    for file in [place] if place.is_file() else sorted(place.glob("*")):
+        if file.is_file():
+            status = file.stat()
+            names.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return names.hexdigest()

@@ -1,5 +1,7 @@
-"""What transformers and we say to the same prompts, token by token."""
+"""What transformers and we answer to the same prompts, and how our commands are asked."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -68,3 +70,20 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int
     squares = sum(((c - e) ** 2 / e).sum().item() for c, e in pairs)
     freedom = sum(len(c) for c, _ in pairs) - 1
     return squares, freedom
+
+
+def keys(**more):
+    """Return the keys of `generate` or `chat` over the checkpoint ``base``."""
+    return {"checkpoint_dir": "base", "dtype": "fp32", "device": "cpu", "max_new_tokens": 6, **more}
+
+
+def without_system(base, folder):
+    """Copy a checkpoint; in the copy, the chat template leaves system messages out."""
+    shutil.copytree(base, folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    start, end = (settings["chat_template"].index(word) for word in ("{% if m", "{% elif m"))
+    template = settings["chat_template"]
+    settings["chat_template"] = template[:start] + "{% if m" + template[end + 9 :]
+    file.write_text(json.dumps(settings))
+    return folder

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phi3_plugin import evaluate as words
 from phi3_plugin.evaluate import (
     ADAPTER,
     BETTER,
@@ -12,9 +11,12 @@ from phi3_plugin.evaluate import (
     Evaluation,
     Outcome,
     Result,
-    changed,
-    worst,
+    endings,
+    interval,
+    value,
+    verdict,
 )
+from phi3_plugin.inspect import percent
 from phi3_plugin.pages import render
 
 LONGEST = 4000
@@ -23,7 +25,7 @@ LONGEST = 4000
 SHOWN = {"numeric": "right number", "exact": "exact", "rougeL": "ROUGE-L", "chrf": "chrF"}
 """Scores of an answer that are shown beside it."""
 
-CLASSES = {BETTER: "none", WORSE: "stop", UNCLEAR: ""}
+CLASSES = {BETTER: "none", WORSE: "stop", UNCLEAR: "", "": ""}
 
 
 class Card(NamedTuple):
@@ -44,42 +46,43 @@ def page_of_evaluation(evaluation: Evaluation, found: Sequence[Result], *, count
         found: Its numbers.
         count: Answers that are shown of each kind.
     """
-    said, kind = words.verdict(found)
+    sentence, kind = verdict(found)
     return render(
         "evaluation.html.j2",
         evaluation=evaluation,
         found=found,
         both=ADAPTER in evaluation.outcomes,
         names=list(evaluation.outcomes),
-        verdict=said,
-        kind=CLASSES.get(kind, ""),
+        verdict=sentence,
+        kind=CLASSES[kind],
         classes=CLASSES,
         tiles=list(_tiles(evaluation)),
-        facts=list(_facts(evaluation)),
-        endings=words.endings(evaluation),
+        # What was evaluated stands at the top
+        facts=[(k, _written(v)) for k, v in evaluation.facts.items() if k != "evaluated"],
+        endings=endings(evaluation),
         sections=list(_sections(evaluation, count)),
-        value=words.value,
-        interval=words.interval,
-        percent=words.percent,
+        value=value,
+        interval=interval,
+        percent=percent,
     )
 
 
 def _tiles(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     yield "Samples", f"{len(evaluation.samples):,}"
-    yield "Labelled tokens", f"{sum(sample.tokens for sample in evaluation.samples):,}"
-    if asked := len(evaluation.asked):
-        each = " of each model" * (ADAPTER in evaluation.outcomes)
-        yield f"Answers{each}", f"{asked:,}"
+    yield "Labelled tokens", f"{sum(sample.labelled for sample in evaluation.samples):,}"
+    if answers := len(evaluation.answered):
+        each = " of each model" if ADAPTER in evaluation.outcomes else ""
+        yield f"Answers{each}", f"{answers:,}"
 
 
 def _sections(evaluation: Evaluation, count: int) -> Iterator[tuple[str, str, list[Card]]]:
     """Yield title, explanation and samples of each list."""
-    gained, lost = changed(evaluation, count)
+    gained, lost = evaluation.changed(count)
     last = list(evaluation.outcomes)[-1]
     parts = [
         ("Gained most", "Samples that the adapter answers better than the base.", gained),
         ("Lost most", "Samples that the adapter answers worse than the base.", lost),
-        ("Worst answers", f"Of the {last}.", worst(evaluation, count)),
+        ("Worst answers", f"Of the {last}.", evaluation.worst(count)),
     ]
     for title, note, samples in parts:
         if samples:
@@ -87,36 +90,30 @@ def _sections(evaluation: Evaluation, count: int) -> Iterator[tuple[str, str, li
 
 
 def _card(evaluation: Evaluation, i: int) -> Card:
-    sample = evaluation.samples[i]
+    where, question = evaluation.samples[i].where, evaluation.samples[i].question
     answers = [(name, *_answer(seen[i])) for name, seen in evaluation.outcomes.items()]
-    return Card(sample.where, _cut(sample.prompt), _cut(sample.reference), answers)
+    return Card(where, _cut(question.prompt), _cut(question.reference), answers)
 
 
 def _answer(outcome: Outcome) -> tuple[str, str]:
-    said = outcome.said
-    assert said is not None  # only samples that were answered are shown
-    scores = [_score(key, value) for key, value in said.scores.values.items() if key in SHOWN]
-    ended = [] if said.ended == "stop" else [f"cut ({said.ended})"]
-    loss = [f"loss {outcome.loss / outcome.tokens:.3f}"] if outcome.tokens else []
-    return " · ".join([*scores, *loss, *ended]), _cut(said.text)
-
-
-def _score(key: str, value: float) -> str:
-    if key in ("numeric", "exact"):
-        return f"{SHOWN[key]}: {'yes' if value else 'no'}"
-    return f"{SHOWN[key]} {value:.1f}"
+    answer, scores = outcome.answer, outcome.scores
+    assert answer and scores  # only samples that were answered are shown
+    notes = []
+    for key, score in scores.values.items():
+        if key in ("numeric", "exact"):
+            notes.append(f"{SHOWN[key]}: {'yes' if score else 'no'}")
+        elif key in SHOWN:
+            notes.append(f"{SHOWN[key]} {score:.1f}")
+    if outcome.tokens:
+        notes.append(f"loss {outcome.loss / outcome.tokens:.3f}")
+    if answer.reason != "stop":
+        notes.append(f"cut ({answer.reason})")
+    return " · ".join(notes), _cut(answer.text)
 
 
 def _cut(text: str) -> str:
     more = len(text) - LONGEST
     return text if more <= 0 else f"{text[:LONGEST]}… {more:,} more characters in samples.jsonl"
-
-
-def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    """Yield what decided the numbers, a line each."""
-    for name, value in evaluation.facts.items():
-        if name != "evaluated":  # which stands at the top
-            yield name, _written(value)
 
 
 def _written(value: Any) -> str:

@@ -8,8 +8,14 @@ import torch
 
 from phi3_plugin.chat import Chat
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.generate import Answer, Sampling
-from tests.recipes.prompted import said, without_system
+from phi3_plugin.generate import Answer
+from phi3_plugin.options import Sampling
+from tests.answers import without_system
+
+
+def spoken(chat):
+    """Return a conversation as pairs."""
+    return [(turn.role, turn.content) for turn in chat.turns]
 
 
 class Parrot:
@@ -36,7 +42,7 @@ def chat_with(inputs, capsys):
 
     def make(*says, positions=512, system=None, **sampling):
         chat = Chat(Parrot(*says, **sampling), tokenizer, positions, system)
-        chat.asked = lambda: [tokenizer.decode(ids, False) for ids in chat.ready.asked]
+        chat.asked = lambda: [tokenizer.decode(ids, False) for ids in chat.generator.asked]
         return chat
 
     return make
@@ -47,7 +53,7 @@ def test_the_model_hears_all_that_was_said(chat_with, capsys):
     assert chat.take("  one plus ") and chat.take(" /two\nlines")
     first, second = chat.asked()
     assert "three" in first and second.startswith(first)
-    assert said(chat) == [
+    assert spoken(chat) == [
         ("user", "one plus"),
         ("assistant", "one"),
         ("user", "/two\nlines"),
@@ -72,21 +78,21 @@ def test_retry_is_another_answer_or_said_to_be_the_same(chat_with, capsys):
     assert "There is no answer yet." in capsys.readouterr().err
     chat.take("four")
     chat.take("/retry")
-    assert said(chat) == [("user", "four"), ("assistant", "two")]
-    assert chat.ready.asked[0] == chat.ready.asked[1]
+    assert spoken(chat) == [("user", "four"), ("assistant", "two")]
+    assert chat.generator.asked[0] == chat.generator.asked[1]
     greedy = chat_with("one")
     greedy.take("four")
     greedy.take("/retry")
     assert "the answer would be the same" in capsys.readouterr().err
-    assert said(greedy) == [("user", "four"), ("assistant", "one")]
+    assert spoken(greedy) == [("user", "four"), ("assistant", "one")]
 
 
 def test_an_interrupt_keeps_what_was_said(chat_with, capsys):
     chat = chat_with(KeyboardInterrupt(), "whole", "next")
     assert chat.take("four")
-    assert said(chat) == [("user", "four"), ("assistant", "half")]
+    assert spoken(chat) == [("user", "four"), ("assistant", "half")]
     chat.take("/retry")  # of an answer that is not whole, also at temperature 0
-    assert said(chat) == [("user", "four"), ("assistant", "whole")]
+    assert spoken(chat) == [("user", "four"), ("assistant", "whole")]
     chat.take("five")
     assert "whole" in chat.asked()[-1]
 
@@ -94,17 +100,17 @@ def test_an_interrupt_keeps_what_was_said(chat_with, capsys):
 def test_a_message_without_an_answer_is_taken_back(chat_with, capsys):
     chat = chat_with("", "one", "", temperature=0.5)
     chat.take("four")
-    assert said(chat) == [] and "taken back" in capsys.readouterr().err
+    assert spoken(chat) == [] and "taken back" in capsys.readouterr().err
     chat.take("five")
     chat.take("/retry")
-    assert said(chat) == [("user", "five"), ("assistant", "one")]
+    assert spoken(chat) == [("user", "five"), ("assistant", "one")]
     chat.take("half a \udce9 letter")
-    assert "half a surrogate pair" in capsys.readouterr().err and len(chat.said) == 2
+    assert "half a surrogate pair" in capsys.readouterr().err and len(chat.turns) == 2
 
 
 def test_memory_that_runs_out_ends_no_conversation(chat_with, capsys):
     chat = chat_with(torch.OutOfMemoryError("CUDA"))
-    assert chat.take("four") and said(chat) == []
+    assert chat.take("four") and spoken(chat) == []
     assert "no memory left" in capsys.readouterr().err
 
 
@@ -112,11 +118,11 @@ def test_the_oldest_is_left_out_where_there_is_no_room(chat_with, capsys):
     chat = chat_with(*["one two three"] * 9, positions=60, system="seven")
     for number in range(9):
         chat.take(f"{number} plus one")
-    assert all(len(ids) + 8 <= 60 for ids in chat.ready.asked)
+    assert all(len(ids) + 8 <= 60 for ids in chat.generator.asked)
     last = chat.asked()[-1]
     assert "seven" in last and "8 plus one" in last and "0 plus one" not in last
     assert "(The model sees 60 tokens: your first 1 no longer.)" in capsys.readouterr().err
-    assert len(chat.said) == 18  # to be saved
+    assert len(chat.turns) == 18  # to be saved
 
 
 def test_a_message_that_is_too_long_is_not_sent(chat_with, capsys):
@@ -124,7 +130,7 @@ def test_a_message_that_is_too_long_is_not_sent(chat_with, capsys):
     chat.take("four")
     chat.take("one " * 80)
     assert "Not sent: " in (error := capsys.readouterr().err) and "60 positions" in error
-    assert said(chat) == [("user", "four"), ("assistant", "one")]
+    assert spoken(chat) == [("user", "four"), ("assistant", "one")]
     chat.take("five")
     assert "four" in chat.asked()[-1]
 

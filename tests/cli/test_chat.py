@@ -1,4 +1,4 @@
-"""The command: lines in and answers out, a terminal, interrupts, and the end."""
+"""`chat`: lines in and answers out, a terminal, interrupts, and the end."""
 
 import io
 import os
@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from phi3_plugin import chat as phi3_chat
-from phi3_plugin.chat import Chat, talk
+from phi3_plugin.chat import Chat, run, talk
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import ConfigError, OutputError
+from phi3_plugin.generate import Generator
+from phi3_plugin.load import load
 from phi3_plugin.options import ChatOptions, read
-from phi3_plugin.prompts import generator
-from tests.commands import chat as run
-from tests.recipes.prompted import keys, said
+from tests.answers import keys
 
 
 def test_lines_go_in_and_answers_come_out(inputs, monkeypatch, capsys):
@@ -50,7 +50,8 @@ def test_it_ends_where_nobody_reads_the_answers(inputs, monkeypatch, full):
 
 
 def options(inputs, **more):
-    return {**keys(**more), "checkpoint_dir": str(inputs / "base")}
+    given = {**keys(**more), "checkpoint_dir": str(inputs / "base")}
+    return read(ChatOptions, given, "chat")
 
 
 @pytest.mark.parametrize(
@@ -113,16 +114,17 @@ def test_an_interrupted_answer_leaves_the_next_as_it_would_be(inputs, monkeypatc
         if stops:
             chat._show = stopping(3)
             chat.take("Add: four")
-            chat._show, chat.said = lambda _: None, chat.said[:-2]
+            chat._show, chat.turns = lambda _: None, chat.turns[:-2]
         chat.take("Add: one plus two")
-        answers.append(said(chat))
+        answers.append([turn.content for turn in chat.turns])
     assert answers[0] == answers[1]
 
 
 def real_chat(inputs):
-    o = read(ChatOptions, options(inputs, max_new_tokens=20))
+    o = options(inputs, max_new_tokens=20)
+    model = load(o.checkpoint_dir, dtype=o.dtype, device=o.device)
     tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
-    return Chat(generator(o, tokenizer), tokenizer, 512, None)
+    return Chat(Generator(model, tokenizer, o.sampling), tokenizer, 512, None)
 
 
 def stopping(count):
