@@ -80,7 +80,7 @@ def main() -> None:
 def prepare(folder: Path, rows: int) -> None:
     """Write a tiny checkpoint and chats."""
     folder.mkdir(parents=True, exist_ok=True)
-    build_checkpoint(folder / "base", words=task.words())
+    build_checkpoint(folder / "base", words=task.WORDS)
     chats, _ = task.make_chats()
     text = "".join(json.dumps(chat) + "\n" for chat in chats[:rows])
     (folder / "rows.jsonl").write_text(text, encoding="utf-8")

@@ -6,7 +6,6 @@ Phi-3's special tokens and chat template. Only sizes and token ids differ.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ ADDED_TOKENS = [
     *((f"<|placeholder{n}|>", True) for n in range(5, 7)),
     ("<|user|>", True),
 ]
+SPECIAL_TOKENS = [*FIRST_TOKENS, *ADDED_TOKENS]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -55,15 +55,86 @@ def build_checkpoint(folder: Path, *, words: list[str], seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(words)
     tokenizer.save(str(folder / "tokenizer.json"))
-    vocab = tokenizer.get_vocab()
-    ids = {text: vocab[text] for text, _ in [*FIRST_TOKENS, *ADDED_TOKENS]}
-    config = model_config(ids, len(vocab))
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation_config(ids))
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(ids))
-    _write_json(folder / "special_tokens_map.json", special_tokens_map())
-    _write_json(folder / "added_tokens.json", {text: ids[text] for text, _ in ADDED_TOKENS})
+    ids = {text: tokenizer.token_to_id(text) for text, _ in SPECIAL_TOKENS}
+    unk, bos, eos = "<unk>", "<s>", "<|endoftext|>"
+    roles = {"bos": bos, "eos": eos, "pad": eos, "unk": unk}
+    config = {
+        "_name_or_path": "phi3-demo",
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": ids[bos],
+        "embd_pdrop": 0.0,
+        "eos_token_id": ids[eos],
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": INTERMEDIATE,
+        "max_position_embeddings": CONTEXT,
+        "model_type": "phi3",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": HEADS,
+        "original_max_position_embeddings": CONTEXT,
+        "pad_token_id": ids[eos],
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": CONTEXT - 1,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.39.3",
+        "use_cache": True,
+        "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,  # rounded up like Phi-3's
+    }
+    files: dict[str, dict[str, Any]] = {
+        "config.json": config,
+        "generation_config.json": {
+            "_from_model_config": True,
+            "bos_token_id": ids[bos],
+            "eos_token_id": [ids[eos], ids["<|assistant|>"], ids["<|end|>"]],  # stops at any
+            "pad_token_id": ids[eos],
+            "transformers_version": "4.39.3",
+        },
+        "tokenizer_config.json": {
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "added_tokens_decoder": {
+                str(ids[text]): {**token(text, rstrip), "special": text != "</s>"}
+                for text, rstrip in SPECIAL_TOKENS
+            },
+            "bos_token": bos,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": eos,
+            "legacy": False,
+            "model_max_length": CONTEXT,
+            "pad_token": eos,
+            "padding_side": "left",
+            "sp_model_kwargs": {},
+            "tokenizer_class": "LlamaTokenizer",
+            "unk_token": unk,
+            "use_default_system_prompt": False,
+        },
+        "special_tokens_map.json": {
+            f"{role}_token": token(text, rstrip=False) for role, text in roles.items()
+        },
+        "added_tokens.json": {text: ids[text] for text, _ in ADDED_TOKENS},
+    }
+    for name, content in files.items():
+        write_json(folder / name, content)
     write_shards(folder, random_weights(config, seed))
+
+
+def token(text: str, rstrip: bool) -> dict[str, Any]:
+    """Return an added token as tokenizer files describe it."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": rstrip, "single_word": False}
+    return {"content": text, **flags}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def build_tokenizer(words: list[str]) -> Tokenizer:
@@ -74,7 +145,10 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
     """
     characters = ["▁", *(chr(c) for c in range(0x21, 0x7F))]
     vocab = [text for text, _ in FIRST_TOKENS] + [f"<0x{byte:02X}>" for byte in range(256)]
-    merges = list(dict.fromkeys(m for word in words for m in _merges("▁" + word)))
+    spelled = [f"▁{word}" for word in words]
+    # From the left: (▁, a), (▁a, n), and so on
+    pairs = [(word[:end], word[end]) for word in spelled for end in range(1, len(word))]
+    merges = list(dict.fromkeys(pairs))
     vocab += ["".join(pair) for pair in merges] + characters
     ids = {text: i for i, text in enumerate(vocab)}
     bpe = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -91,97 +165,11 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A:0 $B:1")
-    for text, rstrip in [*FIRST_TOKENS, *ADDED_TOKENS]:
+    for text, rstrip in SPECIAL_TOKENS:
         token = AddedToken(text, rstrip=rstrip, normalized=False, special=text != "</s>")
         # </s> is an ordinary added token in Phi-3, all others are special.
         (tokenizer.add_tokens if text == "</s>" else tokenizer.add_special_tokens)([token])
     return tokenizer
-
-
-def _merges(word: str) -> Iterator[tuple[str, str]]:
-    """Yield the merges that build a word from the left: (▁, a), (▁a, n), and so on."""
-    for end in range(1, len(word)):
-        yield word[:end], word[end]
-
-
-def model_config(ids: dict[str, int], tokens: int) -> dict[str, Any]:
-    """Return config.json with the keys of the published mini-4k file.
-
-    Args:
-        ids: Id of each special token.
-        tokens: Size of the tokenizer; like Phi-3's, the model's vocabulary is rounded up from it.
-    """
-    return {
-        "_name_or_path": "phi3-demo",
-        "architectures": ["Phi3ForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": ids["<s>"],
-        "embd_pdrop": 0.0,
-        "eos_token_id": ids["<|endoftext|>"],
-        "hidden_act": "silu",
-        "hidden_size": HIDDEN,
-        "initializer_range": 0.02,
-        "intermediate_size": INTERMEDIATE,
-        "max_position_embeddings": CONTEXT,
-        "model_type": "phi3",
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
-        "num_key_value_heads": HEADS,
-        "original_max_position_embeddings": CONTEXT,
-        "pad_token_id": ids["<|endoftext|>"],
-        "resid_pdrop": 0.0,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "sliding_window": CONTEXT - 1,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "transformers_version": "4.39.3",
-        "use_cache": True,
-        "vocab_size": -(-tokens // 64) * 64,
-    }
-
-
-def generation_config(ids: dict[str, int]) -> dict[str, Any]:
-    """Return generation_config.json: Phi-3 stops at any of three tokens."""
-    return {
-        "_from_model_config": True,
-        "bos_token_id": ids["<s>"],
-        "eos_token_id": [ids["<|endoftext|>"], ids["<|assistant|>"], ids["<|end|>"]],
-        "pad_token_id": ids["<|endoftext|>"],
-        "transformers_version": "4.39.3",
-    }
-
-
-def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
-    """Return tokenizer_config.json with the chat template."""
-    added = {
-        str(ids[text]): _token(text, rstrip) | {"special": text != "</s>"}
-        for text, rstrip in [*FIRST_TOKENS, *ADDED_TOKENS]
-    }
-    return {
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "added_tokens_decoder": added,
-        "bos_token": "<s>",
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|endoftext|>",
-        "legacy": False,
-        "model_max_length": CONTEXT,
-        "pad_token": "<|endoftext|>",
-        "padding_side": "left",
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": "<unk>",
-        "use_default_system_prompt": False,
-    }
-
-
-def special_tokens_map() -> dict[str, Any]:
-    """Return special_tokens_map.json."""
-    roles = {"bos": "<s>", "eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": "<unk>"}
-    return {f"{role}_token": _token(text, False) for role, text in roles.items()}
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
@@ -225,13 +213,4 @@ def write_shards(folder: Path, weights: dict[str, torch.Tensor], shards: int = 2
         index.update(dict.fromkeys(part, file))
     size = sum(w.numel() * w.element_size() for w in weights.values())
     content = {"metadata": {"total_size": size}, "weight_map": index}
-    _write_json(folder / "model.safetensors.index.json", content)
-
-
-def _token(text: str, rstrip: bool) -> dict[str, Any]:
-    flags = {"lstrip": False, "normalized": False, "rstrip": rstrip, "single_word": False}
-    return {"content": text, **flags}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", content)

@@ -1,10 +1,15 @@
+"""The demo: it learns, it proves what it learned, and its checkpoint is laid out like Phi-3's."""
+
 import json
 import logging
+import subprocess
+import sys
 import warnings
+from hashlib import sha256
 
 import pytest
 import torch
-from phi3_plugin.recipes import phi3_demo as task
+from phi3_plugin.recipes import phi3_demo as demo
 from phi3_plugin.recipes.phi3_demo_checkpoint import ADDED_TOKENS, build_checkpoint
 from tokenizers import Tokenizer
 from torchtune.data import Message
@@ -13,12 +18,126 @@ from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import hf_tokenizer, load_base_with_hf
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
+from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models import phi3
 from tests.assets import assets_dir
 
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path):
+    command = [sys.executable, "-m", "phi3_plugin.recipes.phi3_demo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    ran = "tune run phi3_lora_finetune", "step 366/366", "tune run phi3_evaluate"
+    for said in (*ran, "Exact match, %", "exact match", "Reverse: "):
+        assert said in done.stdout
+    folder = tmp_path / "demo_run"
+    assert {path.name for path in folder.iterdir()} == {demo.MARK, *demo.CONTENT}
+    assert (folder / "finetuned" / "final" / "adapter_model.safetensors").is_file()
+    assert (folder / "evaluation" / "evaluation.html").is_file()
+    lines = map(json.loads, (folder / "finetuned" / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 6 * 61
+    assert losses[0] > 5 > 0.5 > losses[-1]
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    assert demo.main(["--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert f"--output: {tmp_path} exists and is not an earlier demo run" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_earlier_run_is_replaced_and_a_users_file_in_it_is_not(tmp_path):
+    folder = demo.prepare_output(tmp_path / "run", keep=False)
+    (folder / "finetuned" / "epoch_0").mkdir(parents=True)
+    (folder / "tune.log").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    assert demo.prepare_output(folder, keep=False) == folder
+    assert {path.name for path in folder.iterdir()} == {demo.MARK, "notes.txt"}
+
+
+def test_an_earlier_run_is_kept_on_request(tmp_path):
+    names = [demo.prepare_output(tmp_path / "run", keep=True).name for _ in range(3)]
+    assert names == ["run", "run-2", "run-3"]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--output", str(tmp_path / "file" / "run")]) == 1
+    assert capsys.readouterr().err.startswith("\nphi3_demo: --output: ")
+
+
+@pytest.mark.parametrize(
+    ("in_peft", "here", "code"),
+    [
+        ((0.0, 1.0), (0.0, 1.0), 0),
+        ((0.05, 0.95), (0.05, 0.95), 0),
+        ((0.06, 1.0), (0.06, 1.0), 1),
+        ((0.0, 0.94), (0.0, 0.94), 1),
+        ((0.0, 0.99), (0.0, 1.0), 1),
+    ],
+)
+def test_exit_code_follows_all_exact_matches(in_peft, here, code, capsys):
+    assert demo.judge(in_peft, here, [6.0, 0.1]) == code
+    assert ("FAILED" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_command_that_fails_ends_with_the_reason(tmp_path, capsys, monkeypatch):
+    lines = [
+        "step  32/366    8%  loss 6.2500  lr 1.00e-03  99 tok/s",
+        "step  64/366  validation loss 6.0000  perplexity 403",
+        "step 366/366  100%  loss 0.1000  lr 1.00e-05  99 tok/s",
+        "dataset.source: there is no such file",
+    ]
+    program = tmp_path / "tune"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + "exit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"(?s)run x ended with exit code 3.*no such file"):
+        demo.tune(["run", "x"], {"key": "a b"}, tmp_path / "log", demo.show_progress)
+    shown = capsys.readouterr().out
+    assert "$ tune run x \\\n      'key=a b'" in shown
+    assert [line.split("loss ")[1] for line in shown.splitlines() if "loss" in line] == [
+        *("6.250", "0.100")
+    ]
+    assert (tmp_path / "log").read_text().splitlines() == lines
+
+
+def test_the_chats_depend_on_the_seed_alone():
+    """And on no version of Python: what the demo learns is known for these."""
+    train, heldout = demo.make_chats()
+    text = "".join(json.dumps(chat) + "\n" for chat in [*train, *heldout])
+    digest = sha256(text.encode()).hexdigest()
+    assert digest == "6d534059cdc55a54d8855b5fde209666494436c394ec47d20c8b731d94f5c646"
+    assert demo.make_chats(seed=1) == demo.make_chats(seed=1) != (train, heldout)
+    questions, unseen = ([c["messages"][0]["content"] for c in part] for part in (train, heldout))
+    assert len(set(unseen)) == demo.HELDOUT_CHATS and len(set(questions)) == demo.TRAIN_CHATS
+    assert not set(questions) & set(unseen)
+    for chat in heldout:
+        question, answer = (turn["content"].split() for turn in chat["messages"])
+        assert question == ["Reverse:", *answer[::-1]]
+
+
+def test_answers_that_are_right_to_the_letter():
+    assert demo.exact_match(["a b", "a b ", "b a", ""], ["a b", "a b", "a b", "a b"]) == 0.25
+
+
+def test_shown_answers_hold_no_control_characters(capsys):
+    demo.show_answers(["Reverse: a"], ["\x1b[2J\n\x07" + "x" * 99], ["a"])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2
+    assert all(line.isprintable() and len(line) < 80 for line in shown)
+
+
+# The checkpoint
+
 CHAT = [
     {"role": "system", "content": "Be brief."},
-    *task.chat("kfaqz")["messages"],
+    {"role": "user", "content": "Reverse: k f a q z"},
+    {"role": "assistant", "content": "z q a f k"},
     {"role": "user", "content": "Grüße,\n  and 2 + 2?"},
 ]
 
@@ -26,7 +145,7 @@ CHAT = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "checkpoint"
-    build_checkpoint(folder, words=task.words())
+    build_checkpoint(folder, words=demo.WORDS)
     return folder
 
 
@@ -55,7 +174,7 @@ def test_transformers_loads_it_without_a_word(folder, caplog):
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "whole"])
 def test_ids_follow_phi3s_rules(folder, prompt):
     tokenizer = hf_tokenizer(folder)
-    chat = task.chat("kfaqz")["messages"][: 1 if prompt else 2]
+    chat = CHAT[1 : 2 if prompt else 3]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt)["input_ids"]
     # No BOS, no newline after a role token or <|end|>, one token a word.
     expected = ["<|user|>", "▁Reverse:", "▁k", "▁f", "▁a", "▁q", "▁z", "<|end|>", "<|assistant|>"]
@@ -98,7 +217,7 @@ def test_weights_lie_in_shards_under_an_index(folder):
 
 
 def test_equal_seeds_give_equal_files(folder, tmp_path):
-    build_checkpoint(tmp_path, words=task.words())
+    build_checkpoint(tmp_path, words=demo.WORDS)
     for file in folder.iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
