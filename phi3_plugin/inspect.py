@@ -1,7 +1,7 @@
 """What a run would be trained on: its numbers, what to do about them, and samples token by token.
 
 `survey` passes over the samples once, `statistics` counts, `problems` advises, `show` spells
-samples, and `compare_with_hf` holds them beside what transformers makes of the same rows. How all
+samples; `phi3_plugin.compare` holds them beside what transformers makes of the same rows. How all
 that looks is in `phi3_plugin.pages.inspection`.
 """
 
@@ -10,13 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_plugin.checkpoint.check import hf_ids
 from phi3_plugin.config import read_config
 from phi3_plugin.data.dataset import COMMON, IGNORED, Read, chat_dataset, make_reading
 from phi3_plugin.data.formats import (
@@ -829,46 +827,7 @@ class Speller:
         return self._tokenizer.decode([*self._before, *ids], False)[self._skip :]
 
 
-# The samples beside what transformers makes of the same conversations
-
-COMPARED = 1000
-"""Samples that are compared at most; transformers takes a millisecond for each."""
-
-Marked = tuple[Sequence[int], Sequence[bool]]
-"""The ids of a conversation, and which are trained on."""
-
-
-def compare_with_hf(settings: Settings, feed: Feed, samples: Samples) -> Comparison:
-    """Compare the first samples with transformers.
-
-    Those that a cut took something from the left of are passed over.
-
-    Args:
-        settings: Of a run on chats.
-        feed: What it is fed.
-        samples: Those of the training data, surveyed.
-
-    Raises:
-        ImportError: transformers is not installed.
-    """
-    tokenizer, options = feed.tokenizer, settings.dataset
-    numbers = {where: i for i, where in reversed(list(enumerate(samples.places)))}
-    shortened = samples.full > samples.lengths
-    rows = (
-        (numbers[where], messages)
-        for where, messages in conversations(tokenizer, options)
-        if where in numbers and not (truncation(settings) == "left" and shortened[numbers[where]])
-    )
-    pairs = list(islice(rows, COMPARED))
-    theirs = hf_ids(settings.checkpoint_dir, [messages for _, messages in pairs])
-    dataset, places = unpacked(feed.order.dataset), list[str]()
-    choices = {"limit": tokenizer.max_seq_len, "options": options, "eos_id": tokenizer.eos_id}
-    for (i, _), whole in zip(pairs, theirs, strict=True):
-        ids, labels = arrays(dataset, i)
-        ours = ids.tolist(), (labels != IGNORED).tolist()
-        if text := difference(ours, as_trained(whole, **choices)):
-            places.append(f"{samples.places[i]}: {text}")
-    return Comparison(len(pairs), len(places), places[:FIRST])
+# The rows as messages
 
 
 def conversations(
@@ -907,26 +866,3 @@ def conversations(
                 message = {"role": turn.role, "content": turn.content, **tools}
                 messages.append({**message, "trained": turn.trained})
             yield row.where, messages
-
-
-def as_trained(
-    theirs: Marked, *, limit: int | None, options: Mapping[str, Any], eos_id: int
-) -> Marked:
-    """Do to a whole conversation what the options of a data set do: end it, mark it, cut it."""
-    ids, trained = list(theirs[0]), list(theirs[1])
-    if options.get("add_eos", False) and ids[-1:] != [eos_id]:
-        ids, trained = [*ids, eos_id], [*trained, False]
-    if options.get("train_on") == "all":
-        trained = [True] * len(ids)
-    return ids[:limit], [False, *trained[1:limit]]
-
-
-def difference(ours: Marked, theirs: Marked) -> str:
-    """Say where two tokenizations begin to differ; nothing if they do not."""
-    for what, mine, other in zip(("id", "trained"), ours, theirs, strict=True):
-        for n, (a, b) in enumerate(zip(mine, other, strict=False)):
-            if a != b:
-                return f"token {n} has {what} {a} here, {b} there"
-    if len(ours[0]) != len(theirs[0]):
-        return f"{len(ours[0])} tokens here, {len(theirs[0])} there"
-    return ""

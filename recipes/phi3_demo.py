@@ -27,9 +27,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
-
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError, Phi3Error
+
+from .phi3_demo_checkpoint import build_checkpoint
 
 # The task: reversing five letters. There are almost eight million questions; a model that answers
 # ones it never saw has learned to reverse, not to remember.

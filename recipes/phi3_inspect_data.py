@@ -16,10 +16,10 @@ from dataclasses import replace
 from omegaconf import DictConfig
 from torchtune import config
 
+from phi3_plugin.compare import compare_with_hf
 from phi3_plugin.inspect import (
     CHAT_DATASETS,
     all_rows,
-    compare_with_hf,
     problems,
     show,
     statistics,

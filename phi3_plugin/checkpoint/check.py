@@ -1,8 +1,7 @@
 """What serves an adapter: each runtime's verdict, and a proof by loading it."""
 
 import importlib.util
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,58 +159,6 @@ def _in_peft(base: Any, adapter_dir: str | Path) -> Any:
 def _first(names: set[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{sorted(names)[:most]}{more}"
-
-
-def hf_ids(
-    checkpoint_dir: str | Path, conversations: Sequence[Sequence[Mapping[str, Any]]]
-) -> list[tuple[list[int], list[bool]]]:
-    """Return what ``transformers`` makes of conversations: ids, and which of them are trained on.
-
-    It has no mask for templates such as Phi-3's, so that is worked out from its own texts: rendered
-    once more with another text in its place, a conversation differs only where the message speaks.
-    What stands there counts with the added token that follows.
-
-    Args:
-        checkpoint_dir: Folder with the tokenizer and its template.
-        conversations: Messages with ``role`` and ``content``; ``trained`` where they are to count.
-    """
-    tokenizer = hf_tokenizer(checkpoint_dir)
-    return [_hf_tokens(tokenizer, messages) for messages in conversations]
-
-
-def _hf_tokens(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]]
-) -> tuple[list[int], list[bool]]:
-    plain = [{k: v for k, v in message.items() if k != "trained"} for message in messages]
-    text = tokenizer.apply_chat_template(plain, tokenize=False)
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
-    ends = re.compile(rf"\s*({'|'.join(map(re.escape, added))})")
-    spans = list[tuple[int, int]]()
-    for i in (i for i, message in enumerate(messages) if message.get("trained")):
-        for first, said in _said(tokenizer, plain, i, text):
-            end = ends.match(text, said)
-            spans.append((first, end.end() if end else said))
-    starts = [start for start, _ in tokens["offset_mapping"]]
-    trained = [any(first <= start < last for first, last in spans) for start in starts]
-    ids = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
-    return list(ids), trained
-
-
-def _said(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], i: int, text: str
-) -> Iterator[tuple[int, int]]:
-    """Yield where a message's texts stand in the rendered text; nothing for one left out."""
-    mark = "Qz"
-    while mark in text:
-        mark += "z"
-    for field in {"content", "tools"} & messages[i].keys():
-        changed = [*messages[:i], {**messages[i], field: mark}, *messages[i + 1 :]]
-        rendered = tokenizer.apply_chat_template(changed, tokenize=False)
-        before, found, after = rendered.partition(mark)
-        first, last = len(before), len(text) - len(after)
-        if found and first <= last and text.startswith(before) and text.endswith(after):
-            yield first, last
 
 
 # What each runtime makes of an adapter folder as it lies there.

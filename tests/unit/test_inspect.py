@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as draw
 
 from phi3_plugin import settings as strict
+from phi3_plugin.compare import as_trained, compare_with_hf, difference
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.data import formats as f
 from phi3_plugin.data.collate import pad_right
@@ -26,12 +27,9 @@ from phi3_plugin.inspect import (
     HeldOut,
     Speller,
     alike,
-    as_trained,
-    compare_with_hf,
     conversations,
     count,
     cuts,
-    difference,
     histogram,
     lengths_of,
     padding,

@@ -1,0 +1,133 @@
+"""The samples of a run beside what transformers makes of the same conversations."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from phi3_plugin.checkpoint.check import hf_tokenizer
+from phi3_plugin.data.dataset import IGNORED
+from phi3_plugin.inspect import (
+    FIRST,
+    Comparison,
+    Samples,
+    arrays,
+    conversations,
+    truncation,
+    unpacked,
+)
+from phi3_plugin.settings import Settings
+from phi3_plugin.train.feed import Feed
+
+COMPARED = 1000
+"""Samples that are compared at most; transformers takes a millisecond for each."""
+
+Marked = tuple[Sequence[int], Sequence[bool]]
+"""The ids of a conversation, and which are trained on."""
+
+
+def compare_with_hf(settings: Settings, feed: Feed, samples: Samples) -> Comparison:
+    """Compare the first samples with transformers.
+
+    Those that a cut took something from the left of are passed over.
+
+    Args:
+        settings: Of a run on chats.
+        feed: What it is fed.
+        samples: Those of the training data, surveyed.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    tokenizer, options = feed.tokenizer, settings.dataset
+    numbers = {where: i for i, where in reversed(list(enumerate(samples.places)))}
+    shortened = samples.full > samples.lengths
+    rows = (
+        (numbers[where], messages)
+        for where, messages in conversations(tokenizer, options)
+        if where in numbers and not (truncation(settings) == "left" and shortened[numbers[where]])
+    )
+    pairs = list(islice(rows, COMPARED))
+    theirs = hf_ids(settings.checkpoint_dir, [messages for _, messages in pairs])
+    dataset, places = unpacked(feed.order.dataset), list[str]()
+    choices = {"limit": tokenizer.max_seq_len, "options": options, "eos_id": tokenizer.eos_id}
+    for (i, _), whole in zip(pairs, theirs, strict=True):
+        ids, labels = arrays(dataset, i)
+        ours = ids.tolist(), (labels != IGNORED).tolist()
+        if text := difference(ours, as_trained(whole, **choices)):
+            places.append(f"{samples.places[i]}: {text}")
+    return Comparison(len(pairs), len(places), places[:FIRST])
+
+
+def as_trained(
+    theirs: Marked, *, limit: int | None, options: Mapping[str, Any], eos_id: int
+) -> Marked:
+    """Do to a whole conversation what the options of a data set do: end it, mark it, cut it."""
+    ids, trained = list(theirs[0]), list(theirs[1])
+    if options.get("add_eos", False) and ids[-1:] != [eos_id]:
+        ids, trained = [*ids, eos_id], [*trained, False]
+    if options.get("train_on") == "all":
+        trained = [True] * len(ids)
+    return ids[:limit], [False, *trained[1:limit]]
+
+
+def difference(ours: Marked, theirs: Marked) -> str:
+    """Say where two tokenizations begin to differ; nothing if they do not."""
+    for what, mine, other in zip(("id", "trained"), ours, theirs, strict=True):
+        for n, (a, b) in enumerate(zip(mine, other, strict=False)):
+            if a != b:
+                return f"token {n} has {what} {a} here, {b} there"
+    if len(ours[0]) != len(theirs[0]):
+        return f"{len(ours[0])} tokens here, {len(theirs[0])} there"
+    return ""
+
+
+def hf_ids(
+    checkpoint_dir: str | Path, conversations: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[Marked]:
+    """Return what ``transformers`` makes of conversations: ids, and which of them are trained on.
+
+    It has no mask for templates such as Phi-3's, so that is worked out from its own texts: rendered
+    once more with another text in its place, a conversation differs only where the message speaks.
+    What stands there counts with the added token that follows.
+
+    Args:
+        checkpoint_dir: Folder with the tokenizer and its template.
+        conversations: Messages with ``role`` and ``content``; ``trained`` where they are to count.
+    """
+    tokenizer = hf_tokenizer(checkpoint_dir)
+    return [_hf_tokens(tokenizer, messages) for messages in conversations]
+
+
+def _hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Marked:
+    plain = [{k: v for k, v in message.items() if k != "trained"} for message in messages]
+    text = tokenizer.apply_chat_template(plain, tokenize=False)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
+    ends = re.compile(rf"\s*({'|'.join(map(re.escape, added))})")
+    spans = list[tuple[int, int]]()
+    for i in (i for i, message in enumerate(messages) if message.get("trained")):
+        for first, last in _spoken(tokenizer, plain, i, text):
+            end = ends.match(text, last)
+            spans.append((first, end.end() if end else last))
+    starts = [start for start, _ in tokens["offset_mapping"]]
+    trained = [any(first <= start < last for first, last in spans) for start in starts]
+    ids = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+    return list(ids), trained
+
+
+def _spoken(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], i: int, text: str
+) -> Iterator[tuple[int, int]]:
+    """Yield where a message's texts stand in the rendered text; nothing for one left out."""
+    mark = "Qz"
+    while mark in text:
+        mark += "z"
+    for field in {"content", "tools"} & messages[i].keys():
+        changed = [*messages[:i], {**messages[i], field: mark}, *messages[i + 1 :]]
+        rendered = tokenizer.apply_chat_template(changed, tokenize=False)
+        before, spoken, after = rendered.partition(mark)
+        first, last = len(before), len(text) - len(after)
+        if spoken and first <= last and text.startswith(before) and text.endswith(after):
+            yield first, last
