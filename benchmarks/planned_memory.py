@@ -86,7 +86,7 @@ def both(args: argparse.Namespace) -> tuple[int, int]:
     labelled = round(length * args.labelled)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
-        model = built(config, kind, 0)
+        model = built(config, kind, again)
     work = Work((length,) * DOCUMENTS, labelled * DOCUMENTS)
     predicted = estimate(model, work, adamw, again).total
     give_memory_back()

@@ -39,7 +39,7 @@ KINDS = {
 LENGTHS = (40, 24)
 
 
-def built(kind, every=0):
+def built(kind, recomputed=0, every=0):
     keys = {"lora_attn_modules": list(TARGETS), "apply_lora_to_mlp": True, "lora_rank": 4}
     rest = {"apply_lora_to_output": False, "lora_alpha": 8, "lora_dropout": 0.0}
     plain = {"use_dora": False, "quantize_base": False}
@@ -47,12 +47,17 @@ def built(kind, every=0):
         model = decoder(WIDE, lambda _, i, o: Linear(i, o))
     else:
         model = adapted(WIDE, LoRASettings(**{**keys, **rest, **plain, **KINDS[kind]}))
-    return prepare(model, adapter_dtype=None, recompute_every=every, compiled=False).train()
+    return prepare(
+        model, adapter_dtype=None, recompute_every=every, recompute_first=recomputed, compiled=False
+    ).train()
 
 
-def on_meta(kind, every=0):
+def on_meta(kind, recomputed=0, every=0):
     with torch.device("meta"):
-        return built(kind, every)
+        return built(kind, recomputed, every)
+
+
+WORK = Work(LENGTHS, 62)
 
 
 def adamw(parameters):
@@ -94,7 +99,7 @@ def test_weights_and_optimizer_are_those_of_real_tensors(kind):
     model = built(kind)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad])
     summed_loss(model, batch()).backward()
-    parts = weights(on_meta(kind), Work(LENGTHS, 62), adamw)
+    parts = weights(on_meta(kind), WORK, adamw)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert parts["trained weights"] == sum(p.nbytes for p in trained)
     assert parts["gradients"] == sum(p.grad.nbytes for p in trained if p.grad is not None)
@@ -106,27 +111,25 @@ def test_weights_and_optimizer_are_those_of_real_tensors(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nf4"])
 def test_activations_are_what_a_real_pass_keeps(kind):
-    predicted = footprint(on_meta(kind), LENGTHS, 62).activations
+    predicted = footprint(on_meta(kind), WORK)[0]
     # The final norm's output lives as well; positions and row numbers are small
     output = 62 * WIDE.hidden_size * 4
     assert predicted - output == pytest.approx(kept(built(kind)), rel=0.03)
 
 
 def test_nf4_takes_its_codes_and_scales():
-    base = weights(on_meta("nf4"), Work(LENGTHS, 62), adamw)["base weights"]
-    plain = weights(on_meta("lora"), Work(LENGTHS, 62), adamw)["base weights"]
+    base = weights(on_meta("nf4"), WORK, adamw)["base weights"]
+    plain = weights(on_meta("lora"), WORK, adamw)["base weights"]
     others = 2 * WIDE.vocab_size * WIDE.hidden_size * 4 + 7 * WIDE.hidden_size * 4
     assert (base - others) / (plain - others) == pytest.approx(4.127 / 32, rel=0.05)
 
 
 def test_each_layer_that_recomputes_keeps_less_and_computes_more():
-    model = on_meta("lora")
-    found = [footprint(model, LENGTHS, 62, recomputed=count) for count in range(4)]
-    kept = [one.activations for one in found]
-    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
-    assert [one.flops for one in found] == sorted(one.flops for one in found)
-    assert footprint(on_meta("lora", every=1), LENGTHS, 62) == found[3]
-    assert footprint(model, LENGTHS, 62) == found[0], "the model is as it was"
+    estimates = [footprint(on_meta("lora", count), WORK) for count in range(4)]
+    activations, flops = ([one[part] for one in estimates] for part in (0, 3))
+    assert activations == sorted(activations, reverse=True) and len(set(activations)) == 4
+    assert flops == sorted(flops)
+    assert footprint(on_meta("lora", every=1), WORK) == estimates[3]
 
 
 def test_processes_share_and_gather():
@@ -141,11 +144,10 @@ def test_processes_share_and_gather():
 
 
 def test_a_gpu_joins_documents_without_a_copy():
-    model = on_meta("lora")
-    model.layers[0].attn.sliding_window = 16
-    joined = footprint(model, LENGTHS, 62, joined=True)
-    assert joined.activations < footprint(model, LENGTHS, 62).activations
-    assert model.layers[0].attn.sliding_window == 16
+    apart, joined = on_meta("lora"), on_meta("lora")
+    for model in (apart, joined):
+        model.layers[0].attn.sliding_window = 16
+    assert footprint(joined, replace(WORK, joined=True))[0] < footprint(apart, WORK)[0]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_a_gpu_joins_documents_without_a_copy():
     ],
 )
 def test_other_optimizers_are_asked(make, size):
-    parts = weights(on_meta("lora"), Work(LENGTHS, 62), make)
+    parts = weights(on_meta("lora"), WORK, make)
     assert parts["optimizer"] == size * parts["trained weights"] // 4
 
 
@@ -185,7 +187,7 @@ def test_too_small_a_budget_says_what_takes_how_much():
 
 
 def test_the_whole_is_the_sum():
-    found = estimate(on_meta("dora"), Work(LENGTHS, 62), adamw, 2)
+    found = estimate(on_meta("dora", 2), WORK, adamw, 2)
     assert found.total == sum(found.parts.values())
     assert found.recomputed == 2 and all(size >= 0 for size in found.parts.values())
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import read
@@ -74,7 +73,7 @@ def test_of_several_processes_one_prints(cwd, capsys, monkeypatch):
 
 
 def test_what_does_not_fit_is_told_what_would(cwd, capsys):
-    long = "tokenizer.max_seq_len=4096"
+    long = "tokenizer.max_seq_len=1024"
     most = total(planned(cwd, capsys, long))
     least = total(planned(cwd, capsys, long, "enable_activation_checkpointing=True"))
     limit = (most + least) / 2
@@ -86,7 +85,7 @@ def test_what_does_not_fit_is_told_what_would(cwd, capsys):
 
 
 def test_without_a_budget_the_advice_is_one(cwd, capsys, monkeypatch):
-    long = "tokenizer.max_seq_len=4096"
+    long = "tokenizer.max_seq_len=1024"
     most = total(planned(cwd, capsys, long))
     monkeypatch.setattr(planner, "memory_free", lambda: int(0.97 * most * 2**30))
     text = planned(cwd, capsys, long)
@@ -95,7 +94,7 @@ def test_without_a_budget_the_advice_is_one(cwd, capsys, monkeypatch):
 
 
 def test_a_budget_chooses_the_fewest_layers_and_says_so(cwd, capsys):
-    long = "tokenizer.max_seq_len=4096"
+    long = "tokenizer.max_seq_len=1024"
     assert chosen(cwd, long)["recompute_first"] == 0
     assert capsys.readouterr().out == ""
     assert chosen(cwd, long, "memory_budget=64GiB")["recompute_first"] == 0
@@ -113,30 +112,6 @@ def test_a_run_within_a_budget_ends_where_one_without_does(cwd, capsys):
         losses.append([step["loss"] for step in metrics(out)])
     assert losses[0] == losses[1]
     assert "layers recompute; predicted peak" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("value", ["16G", "-3", "lots", "0"])
-def test_a_budget_that_is_none(cwd, value):
-    with pytest.raises(ConfigError, match=r"memory_budget: .* must be an amount of memory: 16GiB"):
-        read(merged(*OWN, f"memory_budget={value}", cwd=cwd))
-
-
-def test_one_key_decides_what_recomputes(cwd):
-    both = ("memory_budget=16GiB", "enable_activation_checkpointing=True")
-    with pytest.raises(ConfigError, match=r"memory_budget: '16GiB' conflicts with enable_activ"):
-        read(merged(*OWN, *both, cwd=cwd))
-
-
-def test_offloading_needs_a_gpu_and_recompute(cwd, monkeypatch):
-    offload = "enable_activation_offloading=True"
-    with pytest.raises(ConfigError, match="this run is on the CPU") as found:
-        read(merged(*OWN, offload, cwd=cwd))
-    assert "Add enable_activation_checkpointing=True" in str(found.value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    both = (offload, "enable_activation_checkpointing=True", "device=null")
-    assert read(merged(*OWN, *both, cwd=cwd)).enable_activation_offloading
-    with pytest.raises(ConfigError, match="this run is on the CPU"):
-        read(merged(*OWN, *both, "device=cpu", cwd=cwd))
 
 
 @pytest.mark.slow
