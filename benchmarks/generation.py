@@ -27,9 +27,10 @@ from training_limit import machine, synchronize
 
 from phi3_plugin.checkpoint.base import expected_shapes
 from phi3_plugin.config import parse_config
-from phi3_plugin.generate import Generator, Sampling
+from phi3_plugin.generate import Generator
 from phi3_plugin.load import load
 from phi3_plugin.models.cache import serve
+from phi3_plugin.options import Sampling
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RANK, ALPHA, STD = 16, 32, 0.02

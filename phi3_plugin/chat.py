@@ -43,7 +43,9 @@ HELP = """\
 Ctrl-C stops an answer. A line that ends with \\ goes on in the next.
 A message that starts with / needs a space before it."""
 
-SAME = "At temperature 0 the answer would be the same. Start with --temperature 0.7 to vary it."
+SAME_ANSWER = (
+    "At temperature 0 the answer would be the same. Start with --temperature 0.7 to vary it."
+)
 
 SOON = 3.0
 """Seconds within which a second Ctrl-C leaves; a later one may clear another line."""
@@ -64,11 +66,11 @@ def run(o: ChatOptions) -> int:
     if is_terminal():
         tell("/help lists what you can type. Ctrl-C stops an answer, Ctrl-D leaves.")
     with suppress(BrokenPipeError):  # `| head` has seen enough
-        return talk(Chat(generator, tokenizer, positions, o.system))
+        return talk(Conversation(generator, tokenizer, positions, o.system))
     return 1
 
 
-def talk(chat: "Chat") -> int:
+def talk(chat: "Conversation") -> int:
     """Read and answer until the input ends; at the prompt, Ctrl-C leaves when it is repeated."""
     interrupted = -math.inf
     while True:
@@ -89,7 +91,7 @@ def talk(chat: "Chat") -> int:
             return 0
 
 
-class Chat:
+class Conversation:
     """A conversation, and who answers."""
 
     def __init__(
@@ -156,7 +158,7 @@ class Chat:
         if not self.turns:
             return tell("There is no answer yet.")
         if not (self._stopped or self.generator.sampling.temperature):
-            return tell(SAME)
+            return tell(SAME_ANSWER)
         before = self.turns.pop()
         self.turns.append(self._reply() or before)
 

@@ -52,7 +52,7 @@ NO_QUESTION = Question()
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvalSample:
     """One sample, ready to be measured."""
 
     where: str
@@ -70,17 +70,19 @@ class Sample:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-class HeldOut(NamedTuple):
+class EvaluationData(NamedTuple):
     """The samples, and where they come from."""
 
-    samples: list[Sample]
+    samples: list[EvalSample]
     source: str
     """Where they come from, in a sentence."""
     section: Mapping[str, Any]
     """And in the words of the configuration."""
 
 
-def held_out(s: Settings, tokenizer: Any, limit: int | None, positions: int | None) -> HeldOut:
+def evaluation_data(
+    s: Settings, tokenizer: Any, limit: int | None, positions: int | None
+) -> EvaluationData:
     """Return the validation data, or what is held out, or else all data.
 
     Args:
@@ -115,30 +117,30 @@ def held_out(s: Settings, tokenizer: Any, limit: int | None, positions: int | No
             if len(chats) == len(wanted):
                 break
     samples = [_sample(dataset, i, chats, tokenizer, positions) for i in range(number)]
-    return HeldOut(samples, _source(s, section, dataset, number), section)
+    return EvaluationData(samples, _source(s, section, dataset, number), section)
 
 
 def _sample(
     dataset: Any, i: int, chats: Mapping[str, Messages], tokenizer: Any, positions: int | None
-) -> Sample:
+) -> EvalSample:
     tokens, labels = (values.tolist() for values in arrays(dataset, i))
     where = place(dataset, i)
     if positions is None:
-        return Sample(where, tokens, labels)
+        return EvalSample(where, tokens, labels)
     try:
         if where in chats:
             question = question_of(chats[where], tokenizer)
         else:
             question = last_labelled(tokens, labels, tokenizer)
     except DataError as error:
-        return Sample(where, tokens, labels, unasked=str(error))
+        return EvalSample(where, tokens, labels, unasked=str(error))
     if len(question.ids) < positions:
-        return Sample(where, tokens, labels, question)
+        return EvalSample(where, tokens, labels, question)
     unasked = (
         f"its prompt has {len(question.ids):,} tokens, and the model {positions:,} positions for "
         "prompt and answer"
     )
-    return Sample(where, tokens, labels, question._replace(ids=()), unasked)
+    return EvalSample(where, tokens, labels, question._replace(ids=()), unasked)
 
 
 def question_of(messages: Messages, tokenizer: Any) -> Question:
@@ -411,7 +413,7 @@ class Outcome:
 class Evaluation:
     """All of it."""
 
-    samples: Sequence[Sample]
+    samples: Sequence[EvalSample]
     outcomes: Mapping[str, Sequence[Outcome]]
     """By :data:`BASE` and, where there is one, :data:`ADAPTER`; one a sample."""
     facts: Mapping[str, Any]
@@ -500,7 +502,7 @@ DRAWN = 1 << 22
 BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 
 
-class Estimate(NamedTuple):
+class Interval(NamedTuple):
     """A number, and the interval that holds it."""
 
     value: float
@@ -529,6 +531,21 @@ class Measure:
     digits: int = 2
     by_sample: bool = True
     """Whether it means something of one sample."""
+
+    def text(self, number: float, *, signed: bool = False) -> str:
+        """Return a number as it is shown."""
+        if not math.isfinite(number):
+            return "–"
+        digits = self.digits if abs(number) < 1e4 else 0
+        number = round(number, digits) + 0.0  # there is no -0.00
+        return f"{number:{'+' if signed else ''},.{digits}f}"
+
+    def interval_text(self, interval: Interval, *, signed: bool = False) -> str:
+        """Return an interval as it is shown; nothing where there is none."""
+        if not math.isfinite(interval.low):
+            return ""
+        low, high = (self.text(end, signed=signed) for end in (interval.low, interval.high))
+        return f"{low} to {high}"
 
 
 def measures(scorer: Scorer | None) -> list[Measure]:
@@ -568,10 +585,10 @@ class Result:
     """A measure of one model, or of two and their difference."""
 
     measure: Measure
-    models: dict[str, Estimate]
+    models: dict[str, Interval]
     samples: int
     """How many it is measured on."""
-    difference: Estimate | None = None
+    difference: Interval | None = None
     """Adapter less base."""
     shares: Shares | None = None
 
@@ -590,7 +607,7 @@ class Result:
         better = "lower" if self.measure.lower_is_better else "higher"
         row: dict[str, Any] = {"title": self.measure.title, "better": better}
         row["samples"] = self.samples
-        row |= {name: estimate._asdict() for name, estimate in self.models.items()}
+        row |= {name: interval._asdict() for name, interval in self.models.items()}
         if self.difference is not None:
             row |= {"difference": self.difference._asdict(), "verdict": self.verdict}
         if self.shares is not None:
@@ -649,14 +666,14 @@ def resampled(columns: NDArray[Any], *, resamples: int = RESAMPLES, seed: int = 
     return np.concatenate(sums).astype(np.float64)
 
 
-def estimate(value: float, draws: Floats) -> Estimate:
+def with_interval(value: float, draws: Floats) -> Interval:
     """Return a number with the interval of what was drawn for it, ``[R]``; NaN do not count."""
     known = draws[np.isfinite(draws)]
     if not len(known):
-        return Estimate(value, np.nan, np.nan)
+        return Interval(value, np.nan, np.nan)
     tail = (100 - LEVEL) / 2
     low, high = np.percentile(known, (tail, 100 - tail))
-    return Estimate(value, float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
 def _result(measure: Measure, tables: list[Floats], draws: list[Floats]) -> Result:
@@ -665,10 +682,10 @@ def _result(measure: Measure, tables: list[Floats], draws: list[Floats]) -> Resu
     # One sample is drawn again as itself, which tells nothing
     drawn = [measure.value(sums if number > 1 else sums[:0]) for sums in draws]
     triples = zip((BASE, ADAPTER), values, drawn, strict=False)
-    models = {name: estimate(value, some) for name, value, some in triples}
+    models = {name: with_interval(value, some) for name, value, some in triples}
     if len(tables) == 1:
         return Result(measure, models, number)
-    difference = estimate(values[1] - values[0], drawn[1] - drawn[0])
+    difference = with_interval(values[1] - values[0], drawn[1] - drawn[0])
     shares = None
     if measure.by_sample:
         change = measure.value(tables[1]) - measure.value(tables[0])
@@ -691,23 +708,6 @@ ENDED = {
 
 NAMED = 4
 """Measures that a sentence names; more are counted."""
-
-
-def value(result: Result, number: float, *, signed: bool = False) -> str:
-    """Return a number with the digits of its measure."""
-    if not math.isfinite(number):
-        return "–"
-    digits = result.measure.digits if abs(number) < 1e4 else 0
-    number = round(number, digits) + 0.0  # there is no -0.00
-    return f"{number:{'+' if signed else ''},.{digits}f}"
-
-
-def interval(result: Result, estimate: Estimate, *, signed: bool = False) -> str:
-    """Return an interval; nothing where there is none."""
-    if not math.isfinite(estimate.low):
-        return ""
-    low, high = (value(result, end, signed=signed) for end in (estimate.low, estimate.high))
-    return f"{low} to {high}"
 
 
 def verdict(numbers: Sequence[Result]) -> tuple[str, str]:
@@ -760,14 +760,14 @@ def report(evaluation: Evaluation, numbers: Sequence[Result], page: str) -> str:
     head = [BASE, ADAPTER, "difference", "95 % interval", ""] if both else [BASE, "95 %"]
     rows = [["", *head]]
     for result in numbers:
-        base = result.models[BASE]
-        row = [result.measure.title, value(result, base.value)]
-        if result.difference is None:
-            row.append(interval(result, base))
+        measure, base, difference = result.measure, result.models[BASE], result.difference
+        row = [measure.title, measure.text(base.value)]
+        if difference is None:
+            row.append(measure.interval_text(base))
         else:
-            row.append(value(result, result.models[ADAPTER].value))
-            row.append(value(result, result.difference.value, signed=True))
-            row += [interval(result, result.difference, signed=True), result.verdict]
+            row.append(measure.text(result.models[ADAPTER].value))
+            row.append(measure.text(difference.value, signed=True))
+            row += [measure.interval_text(difference, signed=True), result.verdict]
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [title, str(evaluation.facts.get("evaluated", "")), ""]
@@ -785,7 +785,7 @@ def report(evaluation: Evaluation, numbers: Sequence[Result], page: str) -> str:
 # The files of an evaluation.
 
 SAMPLES, PAGE, RESULTS = "samples.jsonl", "evaluation.html", "results.json"
-NAMES = (SAMPLES, PAGE, RESULTS)
+EVALUATION_FILES = (SAMPLES, PAGE, RESULTS)
 """In the order in which they get their names: who finds the results finds the rest."""
 
 
@@ -795,7 +795,7 @@ def refuse_earlier(folder: Path) -> None:
     Raises:
         OutputError: One does.
     """
-    if earlier := [name for name in NAMES if os.path.lexists(folder / name)]:
+    if earlier := [name for name in EVALUATION_FILES if os.path.lexists(folder / name)]:
         raise OutputError(
             f"output_dir: {folder} already holds an evaluation ({', '.join(earlier)}). Choose "
             "another folder, or replace it with overwrite=True."

@@ -62,9 +62,6 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
 
 # The text of an answer while it grows.
 
-UNFINISHED = "�"
-"""What bytes decode to that are no character yet."""
-
 
 class Decoder(Protocol):
     """The part of a tokenizer that is needed."""
@@ -103,7 +100,8 @@ class GrowingText:
         # token of a text may lose a space that it has elsewhere.
         before = self._tokenizer.decode(self._tokens[self._last])
         now = self._tokenizer.decode(self._tokens[self._last.start :])
-        if len(now) <= len(before) or now.endswith(UNFINISHED):
+        # Bytes that are no character yet decode to a replacement character
+        if len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         self._last = slice(self._last.stop, len(self._tokens))
         return self._grow(now[len(before) :])

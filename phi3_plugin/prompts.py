@@ -26,7 +26,7 @@ from phi3_plugin.options import PromptOptions, Sampling, closest
 STDIN = "-"
 """Names standard input, and as an output standard output."""
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 """A line of prompts or of answers."""
 
 # What a model reads.
@@ -97,8 +97,8 @@ def too_long(tokens: int, positions: int) -> str:
 # Prompts, typed or in a file. All that is wrong with them is said before a model is loaded.
 
 JSONL, TEXT = (".jsonl", ".ndjson"), (".txt",)
-KEYS = ("prompt", "messages")
-LISTED = 10
+PROMPT_KEYS = ("prompt", "messages")
+MOST_PROBLEMS = 10
 """Problems that are told; more are counted."""
 
 
@@ -107,7 +107,7 @@ class Prompt(NamedTuple):
 
     where: str
     """How the user finds it."""
-    row: Row
+    row: JsonRow
     """What the line of its answer starts with."""
     turns: list[Turn]
     """What was said; without a chat template the text is the only one."""
@@ -143,8 +143,8 @@ def read_prompts(o: PromptOptions, tokenizer: Phi3Tokenizer, positions: int) -> 
             prompts.append(Prompt(where, row, turns, array("i", ids)))
         except DataError as error:
             problems.append(f"{where}: {error}")
-    if len(problems) > LISTED:
-        problems[LISTED:] = [f"... and {len(problems) - LISTED:,} more."]
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"... and {len(problems) - MOST_PROBLEMS:,} more."]
     if problems:
         raise DataError("\n".join(["Not every prompt can be answered.", *problems]))
     if not prompts:
@@ -153,7 +153,7 @@ def read_prompts(o: PromptOptions, tokenizer: Phi3Tokenizer, positions: int) -> 
     return prompts
 
 
-def _typed(o: PromptOptions) -> Iterator[tuple[str, Row]]:
+def _typed(o: PromptOptions) -> Iterator[tuple[str, JsonRow]]:
     if o.prompts is not None:
         raise ConfigError("prompt and prompts: both are given. Name a file, or type a prompt.")
     if len(o.prompt) > 1 and not any(" " in text.strip() for text in o.prompt):
@@ -239,13 +239,13 @@ def _turns(row: Any, o: PromptOptions) -> list[Turn]:
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    present = [key for key in KEYS if row.get(key) is not None]
+    present = [key for key in PROMPT_KEYS if row.get(key) is not None]
     if len(present) == 1:
         return present[0]
     if present:
         raise DataError("there are prompt and messages; remove one")
     for name in row:
-        if close := closest(str(name), KEYS):
+        if close := closest(str(name), PROMPT_KEYS):
             raise DataError(
                 f"there is neither prompt nor messages; did you mean {close!r} by {name!r}?"
             )
@@ -318,7 +318,7 @@ def as_line(row: Mapping[str, Any]) -> str:
 # The lines of a file of answers.
 
 
-def answer_row(row: Row, answer: Answer) -> Row:
+def answer_row(row: JsonRow, answer: Answer) -> JsonRow:
     """Return a row with its answer.
 
     What it has under our names goes on as ``given_...``, so that answers can be answered again.
@@ -329,7 +329,7 @@ def answer_row(row: Row, answer: Answer) -> Row:
     return {**given, "answer": answer.text, "reason": answer.reason, **counts}
 
 
-def cut_off(rows: Iterable[Row], sampling: Sampling) -> str:
+def cut_off(rows: Iterable[JsonRow], sampling: Sampling) -> str:
     """Say how many answers were cut off, and by what; empty where none was."""
     counts = Counter(row["reason"] for row in rows)
     parts = [f"{counts[why]:,} {how.format(sampling)}" for why, how in CUT.items() if counts[why]]
@@ -366,7 +366,7 @@ class PrintedAnswers:
     """Where the answers are, after a stop."""
 
     def __init__(self) -> None:
-        self.done: dict[int, Row] = {}
+        self.done: dict[int, JsonRow] = {}
         """By the number of the prompt."""
         self._next = 0
 
@@ -377,7 +377,7 @@ class PrintedAnswers:
         """Print also those that waited for others, which will not come."""
         put("".join(as_line(self.done[n]) for n in sorted(self.done) if n >= self._next))
 
-    def add(self, number: int, row: Row) -> None:
+    def add(self, number: int, row: JsonRow) -> None:
         """Take the answer to a prompt."""
         self.done[number] = row
         while self._next in self.done:
@@ -402,9 +402,9 @@ class AnswersFile:
         """Take the file's name, what decides on the answers, and whether it may exist."""
         self.out = out
         self.part = out.with_name(f"{out.name}.part")
-        self.identity: Row = json.loads(json.dumps(identity))
+        self.identity: JsonRow = json.loads(json.dumps(identity))
         self.replace = replace
-        self.done: dict[int, Row] = {}
+        self.done: dict[int, JsonRow] = {}
         """By the number of the prompt."""
         self._file: IO[bytes]
 
@@ -465,7 +465,7 @@ class AnswersFile:
         if not whole:
             self._write(header)
 
-    def add(self, number: int, row: Row) -> None:
+    def add(self, number: int, row: JsonRow) -> None:
         """Take the answer to a prompt, and keep it on disk.
 
         Raises:

@@ -1,7 +1,7 @@
 """Tell whether a fine-tune made the model better: base and adapter on data that was held out.
 
     tune run phi3_evaluate --config phi3_mini_lora checkpoint_dir=BASE output_dir=eval \
-      adapter=my_adapter/epoch_0 dataset.source=held_out.jsonl
+      adapter=my_adapter/epoch_0 dataset.source=evaluation_data.jsonl
 
 It takes the configuration of a run as it is, and the keys of `phi3_plugin.options.EvaluateOptions`.
 Without `adapter` the base is evaluated alone. Writes samples.jsonl, results.json and
@@ -37,11 +37,11 @@ from phi3_plugin.evaluate import (
     RESULTS,
     SAMPLES,
     Evaluation,
-    HeldOut,
+    EvaluationData,
     Outcome,
     Scorer,
     by_document,
-    held_out,
+    evaluation_data,
     measures,
     refuse_earlier,
     report,
@@ -65,7 +65,7 @@ from phi3_plugin.train.step import ready
 from phi3_plugin.train.world import World
 
 
-def evaluate(cfg: DictConfig) -> None:
+def measure(cfg: DictConfig) -> None:
     """Measure base and adapter, and write what was found."""
     # What several processes cannot train on they can evaluate
     s, o = read_beside(cfg, EvaluateOptions, processes=1)
@@ -78,16 +78,16 @@ def evaluate(cfg: DictConfig) -> None:
     world = World(s.device, int(os.environ.get("WORLD_SIZE", 1)))
     tokenizer = build(s.tokenizer)
     positions = read_config(s.checkpoint_dir).max_position_embeddings if o.answers else None
-    data = held_out(s, tokenizer, o.max_samples, positions)
+    data = evaluation_data(s, tokenizer, o.max_samples, positions)
 
     outcomes: dict[str, list[Outcome]] = {}
     for name, model in models(s, o):
-        losses = merged(world, token_sums(name, model, data, s.batch_size, world))
+        losses = gathered(world, token_sums(name, model, data, s.batch_size, world))
         answers: dict[int, Any] = {}
         if scorer:
             size = o.generation_batch_size
             generator = Generator(model, tokenizer, o.generation, batch_size=size)
-            answers = merged(world, scored(name, generator, data, scorer, world))
+            answers = gathered(world, scored(name, generator, data, scorer, world))
             del generator
         outcomes[name] = []
         for i, sample in enumerate(data.samples):
@@ -166,11 +166,11 @@ def models(s: Settings, o: EvaluateOptions) -> Iterator[tuple[str, nn.Module]]:
 
 
 def token_sums(
-    name: str, model: nn.Module, data: HeldOut, batch_size: int, world: World
+    name: str, model: nn.Module, data: EvaluationData, batch_size: int, world: World
 ) -> Iterator[tuple[int, tuple[float, float]]]:
     """Yield loss and hits of this process's samples, in batches that do not depend on it."""
     starts = range(0, len(data.samples), batch_size)[world.rank :: world.size]
-    with progress(f"{name}: loss", len(starts), world) as bar:
+    with progress_bar(f"{name}: loss", len(starts), world) as bar:
         for start in starts:
             samples = data.samples[start : start + batch_size]
             rows = [{"tokens": sample.tokens, "labels": sample.labels} for sample in samples]
@@ -181,26 +181,26 @@ def token_sums(
 
 
 def scored(
-    name: str, generator: Generator, data: HeldOut, scorer: Scorer, world: World
+    name: str, generator: Generator, data: EvaluationData, scorer: Scorer, world: World
 ) -> Iterator[tuple[int, Any]]:
     """Yield this process's answers with their scores, as they come."""
     asked = [i for i, sample in enumerate(data.samples) if sample.question.ids]
     mine = asked[world.rank :: world.size]
     prompts = [data.samples[i].question.ids for i in mine]
-    with progress(f"{name}: answers", len(mine), world) as bar:
+    with progress_bar(f"{name}: answers", len(mine), world) as bar:
         for answer in generator.answers(prompts, numbers=mine):
             reference = data.samples[answer.index].question.reference
             yield answer.index, (answer, scorer.score(answer.text, reference))
             bar.update()
 
 
-def merged(world: World, own: Iterator[tuple[int, Any]]) -> dict[int, Any]:
+def gathered(world: World, own: Iterator[tuple[int, Any]]) -> dict[int, Any]:
     """Return what all processes found, by sample."""
     return {i: found for part in world.gather(dict(own)) for i, found in part.items()}
 
 
 @contextmanager
-def progress(what: str, total: int, world: World) -> Iterator[Any]:
+def progress_bar(what: str, total: int, world: World) -> Iterator[Any]:
     """Show how far the first process is: in a terminal, and now and then in a log."""
     interval, delay = (0.1, 0) if sys.stderr.isatty() else (60, 60)  # seconds
     quiet = not world.is_main
@@ -209,7 +209,7 @@ def progress(what: str, total: int, world: World) -> Iterator[Any]:
 
 
 def facts_of(
-    s: Settings, o: EvaluateOptions, data: HeldOut, scorer: Scorer | None, world: World
+    s: Settings, o: EvaluateOptions, data: EvaluationData, scorer: Scorer | None, world: World
 ) -> dict[str, Any]:
     """Return what decided the numbers."""
     facts: dict[str, Any] = {
@@ -233,7 +233,7 @@ def facts_of(
 def main(cfg: DictConfig) -> int:
     """Evaluate; see the top of this file."""
     try:
-        evaluate(cfg)
+        measure(cfg)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
             print("\nphi3_evaluate: stopped, and nothing was written.", file=sys.stderr)

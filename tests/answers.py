@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.generate import Generator, Sampling
+from phi3_plugin.generate import Generator
 from phi3_plugin.models import phi3
 from phi3_plugin.models.cache import serve
+from phi3_plugin.options import Sampling
 
 
 class Letters:

@@ -12,14 +12,12 @@ from phi3_plugin.evaluate import (
     Outcome,
     Result,
     endings,
-    interval,
-    value,
     verdict,
 )
 from phi3_plugin.inspect import percent
 from phi3_plugin.pages import render
 
-LONGEST = 4000
+LONGEST_TEXT = 4000
 """Characters that are shown of a text."""
 
 SHOWN = {"numeric": "right number", "exact": "exact", "rougeL": "ROUGE-L", "chrf": "chrF"}
@@ -61,8 +59,6 @@ def page_of_evaluation(evaluation: Evaluation, found: Sequence[Result], *, count
         facts=[(k, _written(v)) for k, v in evaluation.facts.items() if k != "evaluated"],
         endings=endings(evaluation),
         sections=list(_sections(evaluation, count)),
-        value=value,
-        interval=interval,
         percent=percent,
     )
 
@@ -112,8 +108,10 @@ def _answer(outcome: Outcome) -> tuple[str, str]:
 
 
 def _cut(text: str) -> str:
-    more = len(text) - LONGEST
-    return text if more <= 0 else f"{text[:LONGEST]}… {more:,} more characters in samples.jsonl"
+    more = len(text) - LONGEST_TEXT
+    return (
+        text if more <= 0 else f"{text[:LONGEST_TEXT]}… {more:,} more characters in samples.jsonl"
+    )
 
 
 def _written(value: Any) -> str:

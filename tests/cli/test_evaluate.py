@@ -9,7 +9,7 @@ from phi3_plugin.recipes import phi3_evaluate as recipe
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.formats import make_turn
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError
-from phi3_plugin.evaluate import NAMES, Scorer
+from phi3_plugin.evaluate import EVALUATION_FILES, Scorer
 from phi3_plugin.generate import Generator
 from phi3_plugin.load import load
 from phi3_plugin.options import Sampling
@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_the_last_validation(evaluate, trained, cwd):
     assert len(samples) == results["samples"] < 40 and "exact" not in results["measures"]
     assert "rows.jsonl, held out by val_fraction=0.25." in out
     assert results["measures"]["loss"]["verdict"] == "better"
-    assert {file.name for file in (cwd / "eval").iterdir()} == set(NAMES)
+    assert {file.name for file in (cwd / "eval").iterdir()} == set(EVALUATION_FILES)
 
 
 def test_answers_are_those_of_the_models(evaluate, cwd, trained):
@@ -154,7 +154,7 @@ def test_an_earlier_evaluation_stays(evaluate, cwd):
 
 
 def test_an_adapter_that_cannot_be_used_is_told_first(evaluate, cwd, trained, monkeypatch):
-    monkeypatch.setattr(recipe, "held_out", lambda *_, **__: pytest.fail("it went on"))
+    monkeypatch.setattr(recipe, "evaluation_data", lambda *_, **__: pytest.fail("it went on"))
     with pytest.raises(MissingFileError, match=r"^adapter: .*nope is not there"):
         evaluate(f"adapter={cwd / 'nope'}")
     broken = shutil.copytree(trained / "final", cwd / "broken")

@@ -7,9 +7,10 @@ import torch
 from torchtune.training import set_default_dtype
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.generate import Generator, Sampling
+from phi3_plugin.generate import Generator
 from phi3_plugin.models import phi3
 from phi3_plugin.models.cache import serve
+from phi3_plugin.options import Sampling
 from tests.answers import Letters, chi_square, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 

@@ -27,13 +27,12 @@ from phi3_plugin.evaluate import (
     ROUGE,
     UNCLEAR,
     WORSE,
+    EvalSample,
     Evaluation,
     Outcome,
     Question,
-    Sample,
     Scorer,
     by_document,
-    estimate,
     last_number,
     marked_number,
     measures,
@@ -41,12 +40,12 @@ from phi3_plugin.evaluate import (
     resampled,
     results,
     token_scores,
-    value,
     verdict,
+    with_interval,
 )
 from phi3_plugin.generate import Answer
 from phi3_plugin.models import logps
-from phi3_plugin.pages.evaluation import LONGEST, page_of_evaluation
+from phi3_plugin.pages.evaluation import LONGEST_TEXT, page_of_evaluation
 from phi3_plugin.train.feed import build
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.step import validate, with_targets
@@ -71,7 +70,7 @@ ROWS = (
 def sample(where, labelled, prompt="", reference="", unasked=""):
     """Return a sample with so many labelled tokens."""
     tokens = [1] * (labelled + 1)
-    return Sample(where, tokens, tokens, Question((1,), prompt, reference), unasked)
+    return EvalSample(where, tokens, tokens, Question((1,), prompt, reference), unasked)
 
 
 def made(*, adapter: bool = True, rows=ROWS, times: int = 1) -> Evaluation:
@@ -107,7 +106,7 @@ def held(cwd):
             (cwd / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             settings = ("dataset.source=own.jsonl", *settings)
         s = strict.read(merged(*TINY, "output_dir=eval", *settings, cwd=cwd))
-        return evaluate.held_out(s, build(s.tokenizer), limit, positions)
+        return evaluate.evaluation_data(s, build(s.tokenizer), limit, positions)
 
     return get
 
@@ -153,7 +152,7 @@ def test_a_weight_repeats_nothing(held, cwd):
     source = "{source: " + str(cwd / "rows.jsonl") + ", weight: 2.5}"
     s = strict.read(merged(*TINY, "output_dir=x", cwd=cwd))
     s.dataset["source"] = [{"source": str(cwd / "rows.jsonl"), "weight": 2.5}]
-    found = evaluate.held_out(s, build(s.tokenizer), None, 1000)
+    found = evaluate.evaluation_data(s, build(s.tokenizer), None, 1000)
     assert len(found.samples) == 40, source
     assert all(item.question.ids for item in found.samples)
 
@@ -507,22 +506,22 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     for trial in range(300):
         values = random.exponential(size=60)
         draws = resampled(values[:, None], resamples=1000, seed=trial)[:, 0] / 60
-        found = estimate(values.mean(), draws)
+        found = with_interval(values.mean(), draws)
         held += found.low <= 1.0 <= found.high
     assert 0.89 <= held / 300 <= 0.97
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     values = np.random.default_rng(1).normal(size=400)
-    found = estimate(values.mean(), resampled(values[:, None], resamples=4000)[:, 0] / 400)
+    found = with_interval(values.mean(), resampled(values[:, None], resamples=4000)[:, 0] / 400)
     half = 1.96 * values.std() / 20
     ends = (values.mean() - half, values.mean() + half)
     assert (found.low, found.high) == pytest.approx(ends, abs=0.006)
 
 
 def test_what_cannot_be_computed_does_not_count():
-    assert estimate(1.0, np.array([np.nan, 2.0, np.inf, 2.0])) == (1.0, 2.0, 2.0)
-    assert np.isnan(estimate(1.0, np.array([np.nan]))[1:]).all()
+    assert with_interval(1.0, np.array([np.nan, 2.0, np.inf, 2.0])) == (1.0, 2.0, 2.0)
+    assert np.isnan(with_interval(1.0, np.array([np.nan]))[1:]).all()
 
 
 @pytest.fixture(scope="module")
@@ -735,11 +734,11 @@ def test_the_verdict(kinds, text, sign):
 
 
 def test_numbers_of_any_size(wanted):
-    loss, perplexity = results(made(), wanted)[:2]
-    assert value(loss, 1.23456) == "1.2346" and value(loss, 0.5, signed=True) == "+0.5000"
-    assert value(loss, -0.00001, signed=True) == "+0.0000" and value(loss, -0.0) == "0.0000"
-    assert value(perplexity, 1234567.8) == "1,234,568"
-    assert value(perplexity, float("inf")) == value(perplexity, float("nan")) == "–"
+    loss, perplexity = (result.measure for result in results(made(), wanted)[:2])
+    assert loss.text(1.23456) == "1.2346" and loss.text(0.5, signed=True) == "+0.5000"
+    assert loss.text(-0.00001, signed=True) == "+0.0000" and loss.text(-0.0) == "0.0000"
+    assert perplexity.text(1234567.8) == "1,234,568"
+    assert perplexity.text(float("inf")) == perplexity.text(float("nan")) == "–"
 
 
 class Reader(HTMLParser):
@@ -818,8 +817,8 @@ def test_the_numbers_are_there():
 
 
 def test_long_texts_are_cut():
-    page, _ = read(made(rows=[("p" * (LONGEST + 1234), "r", "b", "a")]))
-    assert "p" * LONGEST + "… 1,234 more characters in samples.jsonl" in page
+    page, _ = read(made(rows=[("p" * (LONGEST_TEXT + 1234), "r", "b", "a")]))
+    assert "p" * LONGEST_TEXT + "… 1,234 more characters in samples.jsonl" in page
 
 
 def test_without_answers():
