@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from phi3_plugin.settings import Settings
+from phi3_plugin.train.checkpoints import LastCheckpoint
 from phi3_plugin.train.world import World
 
 CONFIG = {
@@ -133,7 +133,7 @@ def ours(quantize_base: bool) -> Callable[[Path], nn.Module]:
 
     def load(folder: Path) -> nn.Module:
         recipe: Any = Finetune.__new__(Finetune)
-        recipe.world, recipe.found = World("cpu"), SimpleNamespace(folder=None)
+        recipe.world, recipe.last = World("cpu"), LastCheckpoint(None, [])
         recipe.s = settings(folder, quantize_base)
         recipe.setup_model()
         model: nn.Module = recipe.model
@@ -156,7 +156,7 @@ def stock(quantize_base: bool) -> Callable[[Path], nn.Module]:
     """The way of torchtune's recipes, with our model and our checkpointer."""
     from torchtune.training import set_default_dtype
 
-    from phi3_plugin.checkpoint.torchtune import Phi3Checkpointer
+    from phi3_plugin.checkpoint import Phi3Checkpointer
     from phi3_plugin.models import lora_phi3
 
     def load(folder: Path) -> nn.Module:

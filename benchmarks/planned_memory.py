@@ -24,8 +24,8 @@ from phi3_plugin.data.collate import concatenate
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import MINI, adapted
 from phi3_plugin.train.losses import sft
+from phi3_plugin.train.model import prepare
 from phi3_plugin.train.plan import Work, estimate, give_memory_back
-from phi3_plugin.train.prepare import prepare
 from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World
 

@@ -26,7 +26,7 @@ from phi3_plugin.models.lora_settings import LoRASettings
 from phi3_plugin.models.nf4 import is_nf4, rows_of
 from phi3_plugin.models.phi3 import adapted
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.prepare import prepare
+from phi3_plugin.train.model import prepare
 from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World
 

@@ -18,7 +18,7 @@ from phi3_plugin.inspect import (
     unpacked,
 )
 from phi3_plugin.settings import Settings
-from phi3_plugin.train.feed import Feed
+from phi3_plugin.train.data import RunData
 
 COMPARED = 1000
 """Samples that are compared at most; transformers takes a millisecond for each."""
@@ -27,7 +27,7 @@ Marked = tuple[Sequence[int], Sequence[bool]]
 """The ids of a conversation, and which are trained on."""
 
 
-def compare_with_hf(settings: Settings, feed: Feed, samples: Samples) -> Comparison:
+def compare_with_hf(settings: Settings, feed: RunData, samples: Samples) -> Comparison:
     """Compare the first samples with transformers.
 
     Those that a cut took something from the left of are passed over.

@@ -25,7 +25,7 @@ from phi3_plugin.generate import Answer
 from phi3_plugin.inspect import CHAT_DATASETS, arrays, conversations, count, place
 from phi3_plugin.prompts import as_line
 from phi3_plugin.settings import Settings
-from phi3_plugin.train.feed import build
+from phi3_plugin.train.data import build
 
 BASE, ADAPTER = "base", "adapter"
 """Names of the models."""

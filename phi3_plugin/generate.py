@@ -8,7 +8,8 @@ from itertools import count, takewhile
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchtune.data import Message
 
 from phi3_plugin.errors import CheckpointError, ConfigError, DataError
 from phi3_plugin.options import Sampling
@@ -365,3 +366,38 @@ def _groups(slots: list[int], rows: list[_Row]) -> Iterator[list[int]]:
         size += length
     if group:
         yield group
+
+
+# Answers to a few fixed questions while a model is trained.
+
+BROKEN = "(no answer: the model's scores are not finite)"
+"""Stands where an answer would."""
+
+
+def answers_in_training(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """Answer each question greedily; every process of a sharded model must ask.
+
+    Args:
+        model: Evaluated, then trained on.
+        tokenizer: Renders a conversation and knows where an answer stops.
+        prompts: What the user says.
+        max_new_tokens: Of an answer.
+    """
+    generator = Generator(model, tokenizer, Sampling(max_new_tokens=max_new_tokens), batch_size=8)
+    asked = []
+    for prompt in prompts:
+        messages = [Message(role="user", content=prompt)]
+        asked.append(list(tokenizer({"messages": messages}, inference=True)["tokens"]))
+    was_training = model.training
+    model.eval()
+    # Compiled layers would be compiled again for every length that a cache can have
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            answers = list(generator.answers(asked))
+    except CheckpointError:  # not finite; when a run is given up for that, the run decides
+        return [BROKEN] * len(prompts)
+    finally:
+        model.train(was_training)
+    return [answer.text for answer in sorted(answers, key=lambda answer: answer.index)]

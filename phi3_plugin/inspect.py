@@ -33,7 +33,7 @@ from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
 from phi3_plugin.settings import Settings
-from phi3_plugin.train.feed import Feed
+from phi3_plugin.train.data import RunData
 
 # Shapes: N samples, S tokens of one of them, L conversations that gave no sample
 
@@ -297,7 +297,9 @@ class Statistics:
         return next((cut for cut in self.cuts if cut.limit == self.limit), Cut(0, 0.0, 0.0, ""))
 
 
-def statistics(settings: Settings, feed: Feed, samples: Samples, processes: int = 1) -> Statistics:
+def statistics(
+    settings: Settings, feed: RunData, samples: Samples, processes: int = 1
+) -> Statistics:
     """Count everything.
 
     Args:
@@ -355,7 +357,7 @@ def tokens_per_epoch(dataset: Any, samples: Samples) -> tuple[int, int]:
     return int(counted.lengths.sum()), int(counted.labelled.sum())
 
 
-def _held_out(feed: Feed, training: Samples) -> HeldOut | None:
+def _held_out(feed: RunData, training: Samples) -> HeldOut | None:
     if feed.order_val is None:
         return None
     dataset = unpacked(feed.order_val.dataset)
@@ -413,7 +415,9 @@ def histogram(lengths: Numbers) -> list[Bin]:
     return bins[used[0] : used[-1] + 1]
 
 
-def _batchings(settings: Settings, feed: Feed, samples: Samples, processes: int) -> list[Batching]:
+def _batchings(
+    settings: Settings, feed: RunData, samples: Samples, processes: int
+) -> list[Batching]:
     """Return the ways to put the samples into batches, the chosen one as the run would."""
     chosen, dataset = feed.order, unpacked(feed.order.dataset)
 

@@ -28,8 +28,8 @@ from phi3_plugin.models.cache import ServedLinear
 from phi3_plugin.models.lora_settings import keys_of
 from phi3_plugin.models.nf4 import is_nf4, rows_of
 from phi3_plugin.models.rope import RotaryEmbedding
-from phi3_plugin.train.prepare import DTYPES, refuse_other_weights
-from phi3_plugin.train.world import pick_device
+from phi3_plugin.train.model import DTYPES
+from phi3_plugin.train.world import check_weights, pick_device
 
 
 def load(
@@ -204,7 +204,7 @@ def fill(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> N
     Raises:
         CheckpointError: Names or shapes are not those of the model; all are listed.
     """
-    refuse_other_weights(model, values)
+    check_weights(model, values)
     for name, parameter in list(model.named_parameters()):
         value = values[name]
         if not isinstance(value, nn.Parameter):

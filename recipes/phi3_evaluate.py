@@ -59,7 +59,7 @@ from phi3_plugin.options import EvaluateOptions
 from phi3_plugin.pages import for_stdout, harmless, write_files
 from phi3_plugin.pages.evaluation import page_of_evaluation
 from phi3_plugin.settings import Settings, read_beside
-from phi3_plugin.train.feed import build
+from phi3_plugin.train.data import build
 from phi3_plugin.train.plan import give_memory_back
 from phi3_plugin.train.step import ready
 from phi3_plugin.train.world import World

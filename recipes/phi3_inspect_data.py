@@ -31,7 +31,7 @@ from phi3_plugin.options import InspectOptions
 from phi3_plugin.pages import for_stdout
 from phi3_plugin.pages.inspection import Terminal, write_page
 from phi3_plugin.settings import read_beside
-from phi3_plugin.train.feed import make_feed
+from phi3_plugin.train.data import load_data
 
 WIDEST = 100
 """Columns of a terminal that are used at most."""
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> int:
     settings, options = read_beside(cfg, InspectOptions, cfg.get("processes", 1))
 
     # What the run would be fed, batch by batch
-    feed = make_feed(all_rows(settings), options.processes)
+    feed = load_data(all_rows(settings), options.processes)
     dataset = unpacked(feed.order.dataset)
     samples = survey(dataset, feed.tokenizer.stop_tokens)
     stats = statistics(settings, feed, samples, options.processes)

@@ -10,7 +10,7 @@ from phi3_plugin.data import phi3_tokenizer
 from tests.assets import assets_dir
 from tests.data.tiny import write_checkpoint
 from tests.data.variants import BUILT, FROM_ASSETS
-from tests.own import tiny_inputs
+from tests.own import tiny_inputs, train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,10 +38,18 @@ def fresh_python(tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """A tiny checkpoint and 40 chats, made once for a file of tests."""
+    """A tiny checkpoint and 40 chats, made once; nobody may write to them."""
     return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
+
+
+@pytest.fixture(scope="session")
+def whole(inputs):
+    """The folder of a run of three epochs of three steps that nothing disturbed."""
+    recipe = train(inputs)
+    assert (recipe.order.steps_per_epoch, recipe.total_steps) == (3, 9)
+    return inputs / "out"
 
 
 @pytest.fixture

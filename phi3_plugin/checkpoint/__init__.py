@@ -1,5 +1,12 @@
-"""Checkpoints in, adapters out."""
+"""Checkpoint folders and adapter files, ours and other people's."""
 
-from phi3_plugin.checkpoint.torchtune import Phi3Checkpointer
+from typing import Any
 
-__all__ = ["Phi3Checkpointer"]
+
+def __getattr__(name: str) -> Any:
+    # The name that YAMLs have. Its class saves as runs do, which are a layer above this one.
+    if name == "Phi3Checkpointer":
+        from phi3_plugin.train.stock import Phi3Checkpointer
+
+        return Phi3Checkpointer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

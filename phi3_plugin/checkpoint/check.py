@@ -24,7 +24,7 @@ from phi3_plugin.checkpoint.peft import (
 from phi3_plugin.config import Phi3Config, read_config
 from phi3_plugin.errors import AdapterError, Phi3Error
 from phi3_plugin.load import assembled
-from phi3_plugin.train.prepare import DTYPES
+from phi3_plugin.train.model import DTYPES
 
 # Load what we wrote with the libraries that will serve it.
 #

@@ -1,6 +1,11 @@
-"""The checkpoints of a run: folders that serve, and that training goes on from."""
+"""The checkpoints of a run: folders that serve, and that training goes on from.
 
-import copy
+output_dir/
+  step_000120/  best/  final/     each a PEFT adapter (or a model), and
+    resume/state.pt               trained tensors, optimizer, schedule, random numbers, …
+    resume/hashes.json            of every file, written last
+"""
+
 import hashlib
 import json
 import re
@@ -20,19 +25,15 @@ from phi3_plugin.checkpoint.files import (
 )
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
 
-# The checkpoints of a run: folders that serve, and that training goes on from.
-#
-# output_dir/
-# step_000120/   best/   final/     each a PEFT adapter (or a model), and
-# resume/state.pt                 optimizer, schedule, place in the data, random numbers
-# resume/hashes.json              of every file, written last
-
-RESUME, STATE, HASHES = "resume", "state.pt", "hashes.json"
 BEST, FINAL = "best", "final"
+STATE, HASHES = "resume/state.pt", "resume/hashes.json"
 _STEP = re.compile(r"step_(\d+)")
 
+Write = Callable[[Path], None]
+"""Writes what serves into the folder that it is given."""
 
-class Found(NamedTuple):
+
+class LastCheckpoint(NamedTuple):
     """Where a run can go on."""
 
     folder: Path | None
@@ -46,34 +47,64 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def save(
-    output_dir: Path, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]
-) -> Path:
+def save(folder: Path, step: int, write: Write, state: dict[str, Any], *, replace: bool) -> None:
     """Write one checkpoint, whole or not at all.
 
     Args:
-        output_dir: Folder of the run.
-        name: :func:`step_name`, `BEST` or `FINAL`; the latter two replace an earlier one.
+        folder: Of the checkpoint, in that of the run.
         step: Optimizer steps made.
-        write: Writes what serves into the folder it is given.
+        write: Writes what serves.
         state: What training goes on from.
+        replace: Whether the folder may exist; it is removed once the new one is in its place.
 
     Raises:
         OutputError: The folder cannot be written; earlier checkpoints are untouched.
     """
-    final = output_dir / name
-    sweep(output_dir)
-    with whole_folder(final, replace=True) as folder:
-        write(folder)
-        (folder / RESUME).mkdir()
-        write_state(folder / RESUME / STATE, {**state, "step": step})
-        hashes = {path: _digest(folder / path) for path in _files(folder)}
+    sweep(folder.parent)
+    with whole_folder(folder, replace=replace) as partial:
+        write(partial)
+        (partial / "resume").mkdir()
+        write_state(partial / STATE, {**state, "step": step})
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        hashes = {file.relative_to(partial).as_posix(): _hash(file) for file in files}
         text = json.dumps({"step": step, "files": hashes}, indent=1)
-        (folder / RESUME / HASHES).write_text(text, encoding="utf-8")
-    return final
+        (partial / HASHES).write_text(text, encoding="utf-8")
 
 
-def find(output_dir: Path, resume: str) -> Found:
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read what training goes on from.
+
+    Raises:
+        CheckpointError: The file holds more than tensors and plain values, or is damaged.
+    """
+    return read_state(folder / STATE)
+
+
+def problem_of(folder: Path) -> str | None:
+    """Say why a folder is not a whole checkpoint, or return None if it is one."""
+    try:
+        files = dict(json.loads((folder / HASHES).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{HASHES} is missing or damaged"
+    if STATE not in files:
+        return f"{HASHES} does not name {STATE}"
+    for path, digest in files.items():
+        if not (folder / path).is_file():
+            return f"{path} is missing"
+        if _hash(folder / path) != digest:
+            return f"{path} has changed since it was written"
+    return None
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find(output_dir: Path, resume: str) -> LastCheckpoint:
     """Find the checkpoint that a run goes on from.
 
     Args:
@@ -88,7 +119,7 @@ def find(output_dir: Path, resume: str) -> Found:
     restore(output_dir)
     if resume == "never":
         _refuse_other_run(output_dir)
-        return Found(None, [])
+        return LastCheckpoint(None, [])
     if resume != "auto":
         folder = Path(resume)
         if not folder.is_dir():
@@ -98,53 +129,14 @@ def find(output_dir: Path, resume: str) -> Found:
         if problem := problem_of(folder):
             raise CheckpointError(f"resume: {folder} cannot be resumed from: {problem}.")
         _refuse_newer(output_dir, folder)
-        return Found(folder, [])
+        return LastCheckpoint(folder, [])
     skipped: list[str] = []
     for folder in _newest_first(output_dir):
         problem = problem_of(folder)
         if problem is None:
-            return Found(folder, skipped)
+            return LastCheckpoint(folder, skipped)
         skipped.append(f"{folder}: {problem}")
-    return Found(None, skipped)
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """Read what training goes on from.
-
-    Raises:
-        CheckpointError: The file holds more than tensors and plain values, or is damaged.
-    """
-    return read_state(folder / RESUME / STATE)
-
-
-def prune(output_dir: Path, limit: int | None) -> None:
-    """Remove the oldest step folders beyond the limit; best and final do not count.
-
-    Args:
-        output_dir: Folder of the run.
-        limit: How many to keep; None keeps all.
-    """
-    steps = sorted((p for p in output_dir.glob("step_*") if _STEP.fullmatch(p.name)), key=_step_of)
-    for folder in steps[: max(0, len(steps) - limit)] if limit is not None else []:
-        # Renamed first: a kill in between must not leave half a folder under its name.
-        shutil.rmtree(folder.rename(folder.with_name(f"{PARTIAL}{folder.name}")))
-
-
-def problem_of(folder: Path) -> str | None:
-    """Say why a folder is not a whole checkpoint, or return None if it is one."""
-    file = folder / RESUME / HASHES
-    try:
-        files = dict(json.loads(file.read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{RESUME}/{HASHES} is missing or damaged"
-    if f"{RESUME}/{STATE}" not in files:
-        return f"{RESUME}/{HASHES} does not name {STATE}"
-    for path, digest in files.items():
-        if not (folder / path).is_file():
-            return f"{path} is missing"
-        if _digest(folder / path) != digest:
-            return f"{path} has changed since it was written"
-    return None
+    return LastCheckpoint(None, skipped)
 
 
 def _newest_first(output_dir: Path) -> list[Path]:
@@ -156,15 +148,15 @@ def _step_of(folder: Path) -> int:
     if match := _STEP.fullmatch(folder.name):
         return int(match.group(1))
     try:
-        return int(json.loads((folder / RESUME / HASHES).read_text(encoding="utf-8"))["step"])
+        return int(json.loads((folder / HASHES).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 
 
 def _refuse_other_run(output_dir: Path) -> None:
-    if held := [path.name for path in _newest_first(output_dir)]:
+    if names := [path.name for path in _newest_first(output_dir)]:
         raise OutputError(
-            f"output_dir: {output_dir} holds the checkpoints of another run ({', '.join(held)}). "
+            f"output_dir: {output_dir} holds the checkpoints of another run ({', '.join(names)}). "
             "Choose another folder, or continue that run with resume=auto."
         )
 
@@ -181,24 +173,23 @@ def _refuse_newer(output_dir: Path, folder: Path) -> None:
         )
 
 
-def _files(folder: Path) -> list[str]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path.relative_to(folder).as_posix() for path in paths]
+def prune(output_dir: Path, limit: int | None) -> None:
+    """Remove the oldest step folders beyond the limit; best and final do not count.
 
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# Saves one checkpoint after the other, while training waits or goes on.
+    Args:
+        output_dir: Folder of the run.
+        limit: How many to keep; None keeps all.
+    """
+    if limit is None:
+        return
+    steps = sorted((p for p in output_dir.glob("step_*") if _STEP.fullmatch(p.name)), key=_step_of)
+    for folder in steps[: max(0, len(steps) - limit)]:
+        # Renamed first: a kill in between must not leave half a folder under its name.
+        shutil.rmtree(folder.rename(folder.with_name(f"{PARTIAL}{folder.name}")))
 
 
 class Saver:
-    """Writes a run's checkpoints on the main process and removes those beyond the limit."""
+    """Writes a run's checkpoints one after the other, while training waits or goes on."""
 
     def __init__(
         self,
@@ -216,20 +207,21 @@ class Saver:
             saved: Told name and step of each checkpoint that is whole, in the caller's thread.
             background: Return from :meth:`save` while the folder is being written.
         """
-        self._output_dir, self._limit, self._saved = output_dir, limit, saved
+        self._output_dir = output_dir
+        self._limit = limit
+        self._saved = saved
         self._pool = ThreadPoolExecutor(1) if background else None
         self._writing: tuple[Future[None], str, int] | None = None
 
-    def save(
-        self, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]
-    ) -> None:
-        """Write a checkpoint as :func:`phi3_plugin.train.checkpoints.save` does.
+    def save(self, name: str, step: int, write: Write, state: dict[str, Any]) -> None:
+        """Write a checkpoint, in place of an earlier one of that name, and prune.
 
         Args:
             name: Of its folder.
             step: Optimizer steps made.
-            write: Writes what serves; it owns its tensors.
-            state: What training goes on from; copied if training goes on before it is written.
+            write: Writes what serves.
+            state: What training goes on from. Like the tensors of ``write`` it must be a copy,
+                since training may go on before it is written.
 
         Raises:
             OutputError: This one or, in the background, the one before it cannot be written.
@@ -238,11 +230,8 @@ class Saver:
         if self._pool is None:
             self._write(name, step, write, state)
             self._saved(name, step)
-            return
-        # That of the optimizer is a copy, and 8-bit ones hold tensors that deepcopy cannot copy.
-        own = {key: v if key == "optimizer" else copy.deepcopy(v) for key, v in state.items()}
-        job = self._pool.submit(self._write, name, step, write, own)
-        self._writing = job, name, step
+        else:
+            self._writing = self._pool.submit(self._write, name, step, write, state), name, step
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -251,12 +240,11 @@ class Saver:
             OutputError: The last checkpoint could not be written.
         """
         if self._writing:
-            (job, name, step), self._writing = self._writing, None
+            job, name, step = self._writing
+            self._writing = None
             job.result()
             self._saved(name, step)
 
-    def _write(
-        self, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]
-    ) -> None:
-        save(self._output_dir, name, step, write, state)
+    def _write(self, name: str, step: int, write: Write, state: dict[str, Any]) -> None:
+        save(self._output_dir / name, step, write, state, replace=True)
         prune(self._output_dir, self._limit)

@@ -1,4 +1,4 @@
-"""What people see of a run: metrics file, progress, and torchtune's loggers, from one process."""
+"""What people see of a run: its metrics file, a progress bar, and torchtune's loggers."""
 
 import json
 import math
@@ -7,79 +7,142 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
-from torchtune.training.metric_logging import DiskLogger as TorchtuneDiskLogger
 from tqdm import tqdm
 
 from phi3_plugin.errors import CheckpointError, OutputError
 from phi3_plugin.settings import Settings
+from phi3_plugin.train.checkpoints import LastCheckpoint
 from phi3_plugin.train.step import StepResult
 
-# torchtune's disk logger, started when there is something to log.
-
-
-class DiskLogger:
-    """Writes ``output_dir/logs/log_*.txt`` and the settings, from the first step on.
-
-    torchtune's recipes start their logger before they look at anything else; its own loggers
-    write at once, and leave files behind when the run is refused a moment later.
-    """
-
-    def __init__(self, output_dir: str | Path | None) -> None:
-        """Write nothing yet.
-
-        Args:
-            output_dir: Where the run's results go. None is left to the checkpointer to refuse.
-        """
-        self._output_dir = output_dir
-        self._config: DictConfig | None = None
-        self._logger: Any = None
-
-    def log_config(self, config: DictConfig) -> None:
-        """Keep the settings until the first step."""
-        self._config = config
-
-    def log(self, name: str, data: float, step: int) -> None:
-        """Write one number."""
-        self._start().log(name, data, step)
-
-    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
-        """Write the numbers of one step on one line."""
-        self._start().log_dict(payload, step)
-
-    def close(self) -> None:
-        """Close the file if one was opened."""
-        if self._logger is not None:
-            self._logger.close()
-
-    def _start(self) -> Any:
-        if self._logger is None:
-            self._logger = TorchtuneDiskLogger(f"{self._output_dir}/logs")
-            self._logger.log_config(self._config)
-        return self._logger
-
-
-# What a run measured: one JSON object a line, in a file that survives a kill and a resume.
-#
-# {"step": 4, "epoch": 0, "loss": 1.31, "lr": 0.0002, "grad_norm": 0.8, "tokens": 4096, …}
-# {"step": 4, "val_loss": 1.4, "val_perplexity": 4.06, "val_tokens": 9000}
-# {"step": 4, "answers": ["Yes.", "Paris."]}
-# {"event": "saved", "step": 4, "folder": "epoch_0"}
-
 SAVED, RESUMED, SKIPPED = "saved", "resumed", "skipped"
-"""Events that a report counts."""
+"""Events of the metrics file that a report counts."""
 
 MEASURED = frozenset({"tokens_per_second", "seconds", "peak_memory_gib"})
 """Fields that depend on the machine and the hour; all others repeat if the run is repeated."""
 
 
+class Monitor:
+    """Writes and shows on the main process; elsewhere every method does nothing."""
+
+    def __init__(
+        self, is_main: bool, cfg: DictConfig, settings: Settings, *, total: int, start: int
+    ) -> None:
+        """Open the progress bar; files are opened by the first line written.
+
+        Args:
+            is_main: Whether this process speaks for all.
+            cfg: The configuration as it was given, for the logger.
+            settings: The same, checked.
+            total: Steps of the whole run.
+            start: Steps made before this start.
+        """
+        self.is_main = is_main
+        if not is_main:
+            return
+        self._log_every = settings.log_every_n_steps
+        self._history = History(settings.output_dir / "metrics.jsonl", start or None)
+        self._progress = Progress(total, start)
+        self._started = time.perf_counter()
+        self._logger: Any = None
+        if settings.metric_logger:
+            self._logger = config.instantiate(OmegaConf.create(settings.metric_logger))
+            self._logger.log_config(cfg)
+
+    def resumed(self, step: int, last: LastCheckpoint) -> None:
+        """Note where the run goes on, after so many steps."""
+        if not self.is_main:
+            return
+        for reason in last.skipped:
+            self._progress.print(f"resume: skipped {reason}")
+        if last.folder:
+            self._history.log(step, event=RESUMED, folder=last.folder.name)
+            self._progress.print(f"resume: going on from {last.folder}, step {step}")
+
+    def step(self, step: int, epoch: int, result: StepResult, rate: float) -> None:
+        """Note one optimizer step.
+
+        Args:
+            step: Steps made, this one included.
+            epoch: Number of the epoch, from 0.
+            result: What the step did.
+            rate: Learning rate of the step.
+        """
+        if not self.is_main:
+            return
+        now = time.perf_counter()
+        seconds = now - self._started
+        self._started = now
+        speed = result.tokens / seconds
+        self._history.log(
+            step,
+            epoch=epoch,
+            loss=result.loss,
+            lr=rate,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            tokens_per_second=speed,
+            seconds=seconds,
+            peak_memory_gib=_peak_memory_gib(),
+        )
+        if not result.moved:
+            self._history.log(step, event=SKIPPED)
+            self._progress.print(f"step {step}: {result.problem}, the weights were left alone")
+        self._progress.update(step, loss=result.loss, lr=rate, tokens_per_second=speed)
+        if self._logger is not None and step % self._log_every == 0:
+            numbers = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}
+            self._logger.log_dict({**numbers, "tokens_per_second": speed}, step=step)
+
+    def validation(self, step: int, loss: float, tokens: int, answers: Sequence[str] = ()) -> None:
+        """Note a validation, and the answers to the sample questions at it."""
+        if not self.is_main:
+            return
+        # exp overflows at 710; there is no such perplexity to report.
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self._history.log(step, val_loss=loss, val_perplexity=perplexity, val_tokens=tokens)
+        if answers:
+            self._history.log(step, answers=answers)
+        self._progress.validation(step, loss=loss, perplexity=perplexity)
+        if self._logger is not None:
+            self._logger.log_dict({"val_loss": loss, "val_perplexity": perplexity}, step=step)
+
+    def saved(self, folder: str, step: int) -> None:
+        """Note that a checkpoint is whole."""
+        if self.is_main:
+            self._history.log(step, event=SAVED, folder=folder)
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self.is_main:
+            self._progress.print(text)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if not self.is_main:
+            return
+        self._progress.close()
+        if self._logger is not None:
+            self._logger.close()
+
+
+def _peak_memory_gib() -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
 class History:
-    """Appends to ``metrics.jsonl``; each line is in the file when the call returns."""
+    """What a run measured: one JSON object a line, in a file that survives a kill and a resume.
+
+        {"step": 4, "epoch": 0, "loss": 1.31, "lr": 0.0002, "grad_norm": 0.8, "tokens": 4096, …}
+        {"step": 4, "val_loss": 1.4, "val_perplexity": 4.06, "val_tokens": 9000}
+        {"step": 4, "answers": ["Yes.", "Paris."]}
+        {"step": 4, "event": "saved", "folder": "step_000004"}
+
+    Each line is in the file when the call returns.
+    """
 
     def __init__(self, path: str | Path, resumed_step: int | None = None) -> None:
         """Touch nothing yet: the run may still be refused.
@@ -96,79 +159,17 @@ class History:
         self._resumed_step = resumed_step
         self._begun = False
 
-    def log_step(
-        self,
-        step: int,
-        *,
-        epoch: float,
-        loss: float,
-        lr: float,
-        grad_norm: float | None,
-        tokens: int,
-        tokens_per_second: float | None,
-        seconds: float,
-        peak_memory_gib: float | None,
-        **more: object,
-    ) -> None:
-        """Write what one optimizer step measured.
+    def log(self, step: int, **fields: object) -> None:
+        """Write what was measured at a step, or what happened after it.
 
         Args:
-            step: Steps made, this one included.
-            epoch: The epoch it belongs to.
-            loss: Mean over the step's labelled tokens.
-            lr: Learning rate of this step.
-            grad_norm: Before clipping.
-            tokens: Tokens of this step alone, on all devices.
-            tokens_per_second: Of this step.
-            seconds: Duration of this step.
-            peak_memory_gib: Most memory held on one device; None where it is not measured.
-            **more: Further fields, under their own names.
-        """
-        self._append(
-            {
-                "step": step,
-                "epoch": epoch,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "tokens": tokens,
-                "tokens_per_second": tokens_per_second,
-                "seconds": seconds,
-                "peak_memory_gib": peak_memory_gib,
-                **more,
-            }
-        )
-
-    def log_validation(self, step: int, *, loss: float, tokens: int) -> None:
-        """Write the loss on data that is not trained on, and its perplexity."""
-        # exp overflows at 710; there is no such perplexity to report.
-        perplexity = math.exp(loss) if loss < 700 else None
-        self._append(
-            {"step": step, "val_loss": loss, "val_perplexity": perplexity, "val_tokens": tokens}
-        )
-
-    def log_answers(self, step: int, answers: Sequence[str]) -> None:
-        """Write what the model says to the sample questions after a step."""
-        self._append({"step": step, "answers": answers})
-
-    def log_event(self, event: str, step: int, **facts: object) -> None:
-        """Write that something happened after a step: a save, a resume, a skipped step."""
-        self._append({"event": event, "step": step, **facts})
-
-    @staticmethod
-    def read(path: str | Path) -> list[dict[str, Any]]:
-        """Return all lines, without the half of one that a killed run may leave at the end.
-
-        Args:
-            path: The file. A run that logged nothing has none.
+            step: Steps made.
+            **fields: Numbers that are not finite become null.
 
         Raises:
-            CheckpointError: A line before the last one is damaged.
+            OutputError: The file cannot be written.
         """
-        return [line for line, _ in _read(Path(path))]
-
-    def _append(self, line: Mapping[str, object]) -> None:
-        text = json.dumps(_plain(line), allow_nan=False, default=str)
+        text = json.dumps(_plain({"step": step, **fields}), allow_nan=False, default=str)
         try:
             if not self._begun:
                 self._begin()
@@ -181,6 +182,18 @@ class History:
                 "writable, then resume from the last checkpoint."
             ) from error
 
+    @staticmethod
+    def read(path: str | Path) -> list[dict[str, Any]]:
+        """Return all lines, without the half of one that a killed run may leave at the end.
+
+        Args:
+            path: The file. A run that logged nothing has none.
+
+        Raises:
+            CheckpointError: A line before the last one is damaged.
+        """
+        return [line for line, _ in _lines(Path(path))]
+
     def _begin(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
@@ -192,7 +205,7 @@ class History:
 
 
 def _cut_back(path: Path, step: int) -> None:
-    kept = [raw for line, raw in _read(path) if line["step"] <= step]
+    kept = [raw for line, raw in _lines(path) if line["step"] <= step]
     aside = path.with_name(f".partial-{path.name}")
     try:
         with aside.open("wb") as file:
@@ -204,11 +217,12 @@ def _cut_back(path: Path, step: int) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield each line, as an object and as it stands in the file."""
     raws = path.read_bytes().split(b"\n") if path.exists() else []
     last = max((number for number, raw in enumerate(raws, 1) if raw.strip()), default=0)
     for number, raw in enumerate(raws[:last], 1):
-        if line := _parse(raw):
+        if line := _parsed(raw):
             yield line, raw + b"\n"
         elif raw.strip() and number < last:
             raise CheckpointError(
@@ -217,7 +231,7 @@ def _read(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             )
 
 
-def _parse(raw: bytes) -> dict[str, Any] | None:
+def _parsed(raw: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(raw)
     except ValueError:  # undecodable bytes included
@@ -234,8 +248,6 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-# How far a run is: a bar at a terminal, lines in a log file.
-
 LOG_LINES = 100
 """A log file gets about this many lines a run."""
 SIGN_OF_LIFE = 60.0
@@ -247,7 +259,7 @@ _ENDED = "{percentage:3.0f}% {n_fmt}/{total_fmt} {bar} {elapsed} in all  {desc}"
 
 
 class Progress:
-    """Shows loss, learning rate, speed and time left; a context manager."""
+    """Shows loss, learning rate, speed and time left: a bar at a terminal, lines in a log file."""
 
     def __init__(
         self,
@@ -267,24 +279,24 @@ class Progress:
             clock: Tells seconds.
             columns: Width of the bar, by default that of the terminal at any time.
         """
-        self._total, self._start = total_steps, start_step
+        self._total = total_steps
+        self._start = start_step
         self._stream = stream or sys.stderr
         self._clock = clock
-        self._begun = self._shown = clock()
-        self._bar = self._open_bar(columns) if self._stream.isatty() else None
-
-    def __enter__(self) -> "Progress":
-        """Return the progress itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the last state on the screen."""
-        self.close()
+        self._begun = clock()
+        self._shown = self._begun
+        self._bar: tqdm[None] | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                ncols=columns,
+                dynamic_ncols=columns is None,
+                bar_format=_BAR,
+                miniters=1,  # by default a fast start keeps slow steps from being shown
+                smoothing=0.1,
+            )
 
     def update(self, step: int, *, loss: float, lr: float, tokens_per_second: float | None) -> None:
         """Show that ``step`` steps are made.
@@ -324,18 +336,6 @@ class Progress:
             self._bar.bar_format = _ENDED
             self._bar.close()
 
-    def _open_bar(self, columns: int | None) -> "tqdm[None]":
-        return tqdm(
-            total=self._total,
-            initial=self._start,
-            file=self._stream,
-            ncols=columns,
-            dynamic_ncols=columns is None,
-            bar_format=_BAR,
-            miniters=1,  # by default a fast start keeps slow steps from being shown
-            smoothing=0.1,
-        )
-
     def _is_due(self, step: int) -> bool:
         every = max(1, self._total // LOG_LINES)
         late = self._clock() - self._shown >= SIGN_OF_LIFE
@@ -355,116 +355,3 @@ def clock_face(seconds: float) -> str:
     """Return a duration as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-# What people see of a run: metrics file, progress, and torchtune's loggers, from one process.
-
-
-class Monitor:
-    """Writes and shows on the main process; elsewhere every method does nothing."""
-
-    def __init__(
-        self,
-        is_main: bool,
-        cfg: DictConfig,
-        settings: Settings,
-        *,
-        total: int,
-        start: int,
-    ) -> None:
-        """Open the progress bar; files are opened by the first line written.
-
-        Args:
-            is_main: Whether this process speaks for all.
-            cfg: The configuration as it was given, for logger and report.
-            settings: The same, checked.
-            total: Steps of the whole run.
-            start: Steps made before this start.
-        """
-        self.is_main, self._log_every, self._logger = is_main, settings.log_every_n_steps, None
-        self._output_dir = settings.output_dir
-        if not is_main:
-            return
-        self.history = History(self._output_dir / "metrics.jsonl", start or None)
-        self._progress = Progress(total, start)
-        self._started = time.perf_counter()
-        if settings.metric_logger:
-            self._logger = config.instantiate(OmegaConf.create(settings.metric_logger))
-            self._logger.log_config(cfg)
-
-    def step(self, step: int, epoch: int, result: StepResult, rate: float) -> None:
-        """Note one optimizer step.
-
-        Args:
-            step: Steps made, this one included.
-            epoch: Number of the epoch, from 0.
-            result: What the step did.
-            rate: Learning rate of the step.
-        """
-        if not self.is_main:
-            return
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        now = time.perf_counter()
-        seconds, self._started = now - self._started, now
-        speed = result.tokens / seconds
-        self.history.log_step(
-            step,
-            epoch=epoch,
-            loss=result.loss,
-            lr=rate,
-            grad_norm=result.grad_norm,
-            tokens=result.tokens,
-            tokens_per_second=speed,
-            seconds=seconds,
-            peak_memory_gib=peak,
-        )
-        if not result.moved:
-            self.history.log_event(SKIPPED, step)
-            self.say(f"step {step}: {result.problem}, the weights were left alone")
-        self._progress.update(step, loss=result.loss, lr=rate, tokens_per_second=speed)
-        if self._logger is not None and step % self._log_every == 0:
-            numbers = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}
-            self._logger.log_dict({**numbers, "tokens_per_second": speed}, step=step)
-
-    def validation(self, step: int, loss: float, tokens: int, answers: Sequence[str] = ()) -> None:
-        """Note a validation, and the answers to the sample questions at it."""
-        if not self.is_main:
-            return
-        perplexity = math.exp(min(loss, 700))
-        self.history.log_validation(step, loss=loss, tokens=tokens)
-        if answers:
-            self.history.log_answers(step, answers)
-        self._progress.validation(step, loss=loss, perplexity=perplexity)
-        if self._logger is not None:
-            self._logger.log_dict({"val_loss": loss, "val_perplexity": perplexity}, step=step)
-
-    def resumed(self, step: int, folder: Path | None, skipped: Sequence[str]) -> None:
-        """Note where the run goes on.
-
-        Args:
-            step: Steps made before.
-            folder: The checkpoint; None for a new run.
-            skipped: Newer ones that are not whole, and why.
-        """
-        for reason in skipped:
-            self.say(f"resume: skipped {reason}")
-        if folder and self.is_main:
-            self.history.log_event(RESUMED, step, folder=folder.name)
-            self.say(f"resume: going on from {folder}, step {step}")
-
-    def saved(self, folder: str, step: int) -> None:
-        """Note that a checkpoint is whole."""
-        if self.is_main:
-            self.history.log_event(SAVED, step, folder=folder)
-
-    def say(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        if self.is_main:
-            self._progress.print(text)
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        if self.is_main:
-            self._progress.close()
-        if self._logger is not None:
-            self._logger.close()

@@ -1,23 +1,52 @@
-"""Optimizers and learning-rate schedules, and what a checkpoint keeps of them."""
+"""Parameter groups, learning-rate schedules, and what a checkpoint keeps of an optimizer."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from phi3_plugin.errors import CheckpointError, ConfigError
+from phi3_plugin.train.world import World
 
-# Learning-rate schedules that survive a resume under torchtune's recipes.
-#
-# Each rises from 0 over the warm-up; the step decides what follows. The stock recipes resume with
-# ``last_epoch=-1`` unless ``max_steps_per_epoch`` cuts the epoch short, and so would repeat the
-# warm-up. The restored optimizer knows better.
+
+def parameter_groups(
+    model: nn.Module, rate: float | None, lora_plus_ratio: float | None
+) -> list[dict[str, Any]]:
+    """Return what the optimizer gets; with LoRA+ the B matrices of linear layers learn faster.
+
+    Those of the embedding do not: there A is the one that starts at zero.
+
+    Args:
+        model: Knows what is trained.
+        rate: Learning rate.
+        lora_plus_ratio: Multiple of it for the B matrices.
+
+    Source: Hayou et al. 2024, LoRA+, section 4.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not lora_plus_ratio or rate is None:
+        return [{"params": [p for _, p in trained]}]
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for name, parameter in trained:
+        is_fast = name.endswith("lora_b.weight") and not name.startswith("tok_embeddings.")
+        (fast if is_fast else slow).append(parameter)
+    return [{"params": slow}, {"params": fast, "lr": rate * lora_plus_ratio}]
+
+
+# Schedules rise from 0 over the warm-up; the step decides what follows. torchtune's recipes resume
+# with ``last_epoch=-1`` unless ``max_steps_per_epoch`` cuts the epoch short, and so would repeat
+# the warm-up. The restored optimizer knows better.
 
 
 def cosine_with_warmup(
@@ -62,10 +91,12 @@ def linear_with_warmup(
     """
     warmup = _warmup(num_training_steps, num_warmup_steps, warmup_ratio)
 
-    def left(step: int) -> float:
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
         return max(0, num_training_steps - step) / max(1, num_training_steps - warmup)
 
-    return _schedule(optimizer, warmup, left, last_epoch)
+    return LambdaLR(optimizer, factor, _reached(optimizer, last_epoch))
 
 
 def constant_with_warmup(
@@ -77,18 +108,11 @@ def constant_with_warmup(
 ) -> LambdaLR:
     """Return a schedule that stays where its warm-up ends; see :func:`cosine_with_warmup`."""
     warmup = _warmup(num_training_steps, num_warmup_steps, warmup_ratio)
-    return _schedule(optimizer, warmup, lambda _: 1.0, last_epoch)
 
+    def factor(step: int) -> float:
+        return step / warmup if step < warmup else 1.0
 
-def _schedule(
-    optimizer: Optimizer, warmup: int, after: Callable[[int], float], last_epoch: int
-) -> LambdaLR:
-    factor = partial(_factor, warmup, after)
     return LambdaLR(optimizer, factor, _reached(optimizer, last_epoch))
-
-
-def _factor(warmup: int, after: Callable[[int], float], step: int) -> float:
-    return step / warmup if step < warmup else after(step)
 
 
 def _warmup(total: int, steps: int | None, ratio: float) -> int:
@@ -98,51 +122,93 @@ def _warmup(total: int, steps: int | None, ratio: float) -> int:
 
 
 def _reached(optimizer: Optimizer, last_epoch: int) -> int:
-    states: list[dict[str, Any]] = list(optimizer.state.values())
-    made = max((int(state.get("step", 0)) for state in states), default=0)
-    return max(last_epoch, made - 1)
+    steps = [int(state.get("step", 0)) for state in optimizer.state.values()]
+    return max(last_epoch, max(steps, default=0) - 1)
 
 
-# What a checkpoint keeps of an optimizer, and which optimizers fit which processes.
-#
-# 8-bit optimizers keep tensors that are made of others: codes, scales and a table. Those are shared
-# out, gathered and copied part by part here, since they know few of torch's functions.
+# The state by parameter name, whole, whatever the number of processes. 8-bit optimizers keep
+# tensors that are made of others: codes, scales and a table. Those are shared out, gathered and
+# copied part by part here, since they know few of torch's functions.
 
-AVERAGES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")
 """What optimizers keep of each value of a parameter: torch's and torchao's, and bitsandbytes'."""
 
-SMALLEST = 4096
-"""Values that one process must have of a tensor for torchao to quantize what belongs to it."""
+
+def optimizer_state(world: World, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return a copy of the optimizer's whole state by parameter name, for the main process."""
+    if not optimizer.state:  # torch would make a step to have something to return
+        return {"rates": [float(group["lr"]) for group in optimizer.param_groups]}
+    state = get_optimizer_state_dict(model, optimizer)
+    return {"kind": _kind(optimizer), **_copied(state, world)}
 
 
-def kind(optimizer: Optimizer) -> str:
-    """Return the class of an optimizer, spelled out."""
+def load_optimizer_state(
+    world: World, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Give every process its part of a whole state from :func:`optimizer_state`.
+
+    Raises:
+        CheckpointError: It is that of another kind of optimizer, or of another model.
+    """
+    if "rates" in state:
+        for group, rate in zip(optimizer.param_groups, state["rates"], strict=True):
+            # torchao's optimizers keep the rate as a tensor.
+            group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
+        return
+    _check_state(optimizer, dict(model.named_parameters()), state)
+    shards = get_optimizer_state_dict(model, optimizer)["state"]
+    mine = {**state, "state": _filled(shards, state["state"], world)}
+    set_optimizer_state_dict(model, optimizer, mine)
+
+
+def _copied(value: Any, world: World) -> Any:
+    """Copy a state to the CPU of the main process; all others help to gather, and keep nothing."""
+    if isinstance(value, dict):
+        return {key: _copied(part, world) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_copied(part, world) for part in value]
+    if not isinstance(value, Tensor):
+        return value
+    whole: Any = world.whole(value)
+    if not hasattr(whole, "__tensor_flatten__"):
+        copy = whole.to("cpu", copy=True)
+    else:
+        names, rest = whole.__tensor_flatten__()
+        # Gathered parts may still be on their way, and their copies wait for them.
+        parts = {name: getattr(whole, name).to("cpu", copy=True) for name in names}
+        copy = whole.__tensor_unflatten__(parts, rest, whole.shape, whole.stride())
+    return copy if world.is_main else None
+
+
+def _filled(shards: Any, saved: Any, world: World) -> Any:
+    """Put a saved state, a part of it or one value into the shards that this process made."""
+    if isinstance(saved, dict):
+        return {key: _filled(shards.get(key), value, world) for key, value in saved.items()}
+    if not isinstance(shards, DTensor):
+        return saved
+    rows = -(-len(shards) // world.shards)
+    first = world.shard * rows
+    shards.to_local().copy_(saved[first : first + rows])
+    return shards
+
+
+def _kind(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def check_state(
+def _check_state(
     optimizer: Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Refuse a state that another kind of optimizer left, or another model: steps would crash.
-
-    Args:
-        optimizer: That is to go on.
-        parameters: By name, whole or sharded.
-        state: ``kind`` is the :func:`kind` of the one that left it, missing where an earlier
-            release saved it; ``state`` is what is kept of each parameter, by the same name.
-
-    Raises:
-        CheckpointError: Kind or sizes differ.
-    """
+    """Refuse a state that another kind of optimizer left, or another model: steps would crash."""
     advice = "Use the {} the run was started with, or start anew in another output_dir."
-    if state.get("kind") not in (None, kind(optimizer)):
+    if state["kind"] != _kind(optimizer):
         raise CheckpointError(
-            f"resume: the optimizer would change from {state['kind']} to {kind(optimizer)}. "
+            f"resume: the optimizer would change from {state['kind']} to {_kind(optimizer)}. "
             + advice.format("one")
         )
-    for name, kept in state["state"].items():
+    for name, moments in state["state"].items():
         shape = parameters[name].shape if name in parameters else None
-        for value in (kept[key] for key in AVERAGES if key in kept):
+        for value in (moments[key] for key in MOMENTS if key in moments):
             if value.shape != shape:
                 raise CheckpointError(
                     f"resume: the optimizer's state of {name} is {tuple(value.shape)}, but the "
@@ -150,81 +216,39 @@ def check_state(
                 )
 
 
-def check_shards(optimizer: Optimizer, names: Iterable[tuple[str, Tensor]], shards: int) -> None:
+SMALLEST = 4096
+"""Values that one process must have of a tensor for torchao to quantize what belongs to it."""
+
+
+def check_shards(
+    optimizer: Optimizer, parameters: Iterable[tuple[str, Tensor]], shards: int
+) -> None:
     """Refuse low-bit states that torchao cannot share out, before anything is trained.
 
     Args:
         optimizer: Of any kind; torchao's have a block size.
-        names: Of the parameters, with the parameters; ``[rows, ...]``.
+        parameters: With their names; ``[rows, ...]``.
         shards: Processes that share the rows.
 
     Raises:
         ConfigError: They would have different numbers of them, or of another precision than fp32.
     """
-    for name, parameter in names if shards > 1 and hasattr(optimizer, "block_size") else ():
-        if problem := _obstacle(parameter, shards):
-            raise ConfigError(
-                f"optimizer._component_: {kind(optimizer)} cannot share its states out over "
-                f"{shards} processes: {name} {problem}, set fsdp_replicas={shards}, or use "
-                "torch.optim.AdamW."
-            )
-
-
-def _obstacle(parameter: Tensor, shards: int) -> str | None:
-    rows = parameter.shape[0]
-    most = -(-rows // shards) * (parameter.numel() // rows)
-    if not parameter.requires_grad or most < SMALLEST:
-        return None
-    if rows % shards:
-        return f"has {rows} rows. Choose a lora_rank that is a multiple"
-    if parameter.dtype != torch.float32:
-        # torch compiles no step: the shards' states call themselves fp32, the whole ones do not.
-        return f"is {parameter.dtype}. Set adapter_dtype=fp32 or dtype=fp32"
-    return None
-
-
-def set_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
-    """Set the learning rate of each group; torchao's optimizers keep it as a tensor."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
-
-
-def copied(value: Any, whole: Callable[[Tensor], Tensor], *, keep: bool) -> Any:
-    """Copy a state to the CPU.
-
-    Args:
-        value: The state or a part of it.
-        whole: Gathers a sharded tensor.
-        keep: Whether this process keeps the copy; all must make it.
-    """
-    if isinstance(value, dict):
-        return {key: copied(part, whole, keep=keep) for key, part in value.items()}
-    if isinstance(value, list):
-        return [copied(part, whole, keep=keep) for part in value]
-    if not isinstance(value, Tensor):
-        return value
-    copy = _copy(whole(value))
-    return copy if keep else None
-
-
-def filled(own: Any, saved: Any, fill: Callable[[Any, Any], Any]) -> Any:
-    """Put a saved state into one that this process made.
-
-    Args:
-        own: A new optimizer's state, or a part of it.
-        saved: The same part, whole.
-        fill: Puts one saved value into its place and returns the place.
-    """
-    if isinstance(saved, dict):
-        return {key: filled(own.get(key), value, fill) for key, value in saved.items()}
-    return fill(own, saved)
-
-
-def _copy(value: Tensor) -> Tensor:
-    if not hasattr(value, "__tensor_flatten__"):
-        return value.to("cpu", copy=True)
-    names, rest = value.__tensor_flatten__()
-    # Gathered parts may still be on their way, and their copies wait for them.
-    parts = {name: getattr(value, name).to("cpu", copy=True) for name in names}
-    copy: Tensor = value.__tensor_unflatten__(parts, rest, value.shape, value.stride())  # type: ignore[attr-defined]
-    return copy
+    if shards == 1 or not hasattr(optimizer, "block_size"):
+        return
+    for name, parameter in parameters:
+        rows = parameter.shape[0]
+        largest = -(-rows // shards) * (parameter.numel() // rows)
+        if not parameter.requires_grad or largest < SMALLEST:
+            continue
+        if rows % shards:
+            problem = f"has {rows} rows. Choose a lora_rank that is a multiple"
+        elif parameter.dtype != torch.float32:
+            # torch compiles no step: the shards' states call themselves fp32, the whole do not.
+            problem = f"is {parameter.dtype}. Set adapter_dtype=fp32 or dtype=fp32"
+        else:
+            continue
+        raise ConfigError(
+            f"optimizer._component_: {_kind(optimizer)} cannot share its states out over "
+            f"{shards} processes: {name} {problem}, set fsdp_replicas={shards}, or use "
+            "torch.optim.AdamW."
+        )

@@ -33,9 +33,9 @@ from torch.utils.flop_counter import flop_registry
 from phi3_plugin.checkpoint.check import memory_free
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import Settings, read
-from phi3_plugin.train.feed import build
+from phi3_plugin.train.data import build
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.prepare import DTYPES, prepare
+from phi3_plugin.train.model import DTYPES, prepare
 from phi3_plugin.train.world import World, pick_device
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]

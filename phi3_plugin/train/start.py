@@ -1,7 +1,15 @@
-"""Where a run starts or goes on, and what it has made."""
+"""What training starts from: an adapter that is drawn, split off the base, somebody's, or its own.
+
+    kaiming, gaussian   A drawn, B zero                     base W             starts as W
+    pissa               B A the largest directions of W     base W - s B A     starts as W
+    loftq               B A those of W - NF4(W)             base NF4(W)        nearer to W than that
+
+An adapter of PiSSA belongs to what is left of the weights. It is saved as one of twice the rank
+that belongs to the original ones, so it serves like any other; a resume keeps both halves.
+"""
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,28 +17,76 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phi3_plugin.checkpoint.adapter import MODULES, Adapter
+from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import known_hash, open_weights
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.peft import check_same, load_origin, load_trained
+from phi3_plugin.checkpoint.peft import check_same, check_trained
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError
 from phi3_plugin.models.lora import LoRALinear, draw, local_rows
 from phi3_plugin.models.lora_settings import FROM_BASE, keys_of, keys_of_model
 from phi3_plugin.models.nf4 import Rows, is_nf4, nearest_nf4
 from phi3_plugin.settings import Settings
-from phi3_plugin.train.prepare import is_adapted
+from phi3_plugin.train.model import is_adapted, trained_parameters
 from phi3_plugin.train.world import World
 
-# Where training starts: adapters that are drawn, or that are split off the base weight.
-#
-# pissa    B A = the largest directions of W     base W - s B A     starts as W
-# loftq    B A = those of W - NF4(W)             base NF4(W)        starts nearer to W than NF4(W)
+# Shapes: R rank
 
 A, B = "lora_a.weight", "lora_b.weight"
 
+Tensors = Mapping[str, Tensor]
 
-# Shapes: R rank
+
+def starting_weights(
+    world: World,
+    model: nn.Module,
+    settings: Settings,
+    folder: Path | None,
+    state: Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a value for every parameter of a model, and the A and B that PiSSA took off the base.
+
+    Args:
+        world: Its processes share the work.
+        model: Built, sharded, and not filled yet.
+        settings: Of the run.
+        folder: The checkpoint to go on from; None starts anew.
+        state: Of that checkpoint.
+
+    Raises:
+        AdapterError: The adapter to start from does not fit the model.
+        CheckpointError: Base weights or checkpoint are damaged, or are another model's.
+        ConfigError: Base weights in NF4 would have to be trained.
+    """
+    if not is_adapted(model):
+        if settings.init_adapter:
+            raise AdapterError(
+                f"init_adapter: {settings.init_adapter} needs a model with adapters. Set "
+                "model._component_=phi3_plugin.models.lora_phi3, or remove it."
+            )
+        if _is_quantized(model):
+            raise ConfigError("model.quantize_base: NF4 weights cannot be trained. Use lora_phi3.")
+        return {**open_weights(folder or settings.checkpoint_dir)}, {}
+    weights: dict[str, Any] = {**open_weights(settings.checkpoint_dir)}
+    known_hash(settings.checkpoint_dir)  # for what is saved, so that no step waits for reading it
+    pissa = [name for name in split_names(model) if model.get_submodule(name).init == "pissa"]
+    first: dict[str, Tensor] = {}
+    if folder and state:
+        check_adapter_state(folder, state, model)
+        values, first = state["adapter"]["trained"], state["adapter"]["first"]
+    elif settings.init_adapter:
+        values = fitting_tensors(settings.init_adapter, settings.checkpoint_dir, model)
+    else:
+        values = {**initial_adapter(model, settings.seed), **_split_all(world, model, weights)}
+        first = {f"{name}.{part}": values[f"{name}.{part}"] for name in pissa for part in (A, B)}
+    for name in pissa:
+        scaling = float(model.get_submodule(name).scaling)  # type: ignore[arg-type]
+        base = weights[f"{name}.weight"]
+        residual = Residual(base, first[f"{name}.{A}"], first[f"{name}.{B}"], scaling)
+        weights[f"{name}.weight"] = residual
+    return {**weights, **values}, first
+
+
 def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Return the adapter's starting values, whole and in fp32, by parameter name.
 
@@ -43,24 +99,33 @@ def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """
     values: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "lora_a"):
-            drawn = B if isinstance(module, nn.Embedding) else A
-            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"{name}.{drawn}".encode()))
-            value = torch.empty(module.get_parameter(drawn).shape)
-            if drawn == B:
-                value.normal_(generator=generator)
-            else:
-                draw(value, module.init, generator)
-            names = [n for n in (A, B, "magnitude") if n in dict(module.named_parameters())]
-            shapes = {n: module.get_parameter(n).shape for n in names}
-            values |= {f"{name}.{n}": torch.zeros(shape) for n, shape in shapes.items()}
-            values[f"{name}.{drawn}"] = value
+        if not hasattr(module, "lora_a"):
+            continue
+        for part, parameter in module.named_parameters():
+            if part in (A, B, "magnitude"):
+                values[f"{name}.{part}"] = torch.zeros(parameter.shape)
+        drawn = B if isinstance(module, nn.Embedding) else A
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"{name}.{drawn}".encode()))
+        if drawn == B:
+            values[f"{name}.{B}"].normal_(generator=generator)
+        else:
+            draw(values[f"{name}.{A}"], module.init, generator)
     return values
 
 
 def split_names(model: nn.Module) -> list[str]:
-    """Return the modules whose adapter is split off the base weight, in an order of their own."""
+    """Return the modules whose adapter is split off the base weight."""
     return [n for n, m in model.named_modules() if getattr(m, "init", None) in FROM_BASE]
+
+
+def _split_all(world: World, model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the adapters split off the base weights; each process works some of them out."""
+    own: dict[str, Tensor] = {}
+    for name in split_names(model)[world.rank :: world.size]:
+        module: Any = model.get_submodule(name)
+        a, b = split(module, weights[f"{name}.weight"], world.device)
+        own |= {f"{name}.{A}": a, f"{name}.{B}": b}
+    return {name: value for part in world.gather(own) for name, value in part.items()}
 
 
 @torch.no_grad()
@@ -83,7 +148,7 @@ def split(module: LoRALinear, weight: Rows, device: torch.device) -> tuple[Tenso
         target = target - nearest_nf4(whole)
     a, b = nearest(target.double() / module.scaling, module.rank)
     dtype = module.lora_a.weight.dtype
-    return tuple(value.to(dtype).float().cpu() for value in (a, b))  # type: ignore[return-value]
+    return a.to(dtype).float().cpu(), b.to(dtype).float().cpu()
 
 
 def nearest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +170,8 @@ def nearest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             f"lora_rank: {rank} is more than a weight of {' x '.join(map(str, weight.shape))} "
             "has singular values. Use a smaller one, or lora_init: kaiming."
         )
-    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    is_tall = weight.shape[0] >= weight.shape[1]
+    tall = weight if is_tall else weight.T
     right = torch.linalg.eigh(tall.T @ tall).eigenvectors[:, -rank:].flip(1)
     # A vector and its negative serve alike: let the largest element be positive.
     largest = right.gather(0, right.abs().argmax(0, keepdim=True))
@@ -113,8 +179,9 @@ def nearest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left = tall @ right
     root = left.norm(dim=0).clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
     left, right = left / root, right * root
-    b, a = (left, right) if tall is weight else (right, left)
-    return a.T.contiguous(), b.contiguous()
+    if is_tall:
+        return right.T.contiguous(), left.contiguous()
+    return left.T.contiguous(), right.contiguous()
 
 
 @dataclass(frozen=True)
@@ -141,7 +208,163 @@ class Residual:
         return self.weight[rows].float() - self.scaling * (self.b[rows] @ self.a)
 
 
-def for_original_base(adapter: dict[str, Tensor], first: dict[str, Tensor]) -> dict[str, Tensor]:
+def fitting_tensors(path: Path, checkpoint_dir: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of somebody's adapter for a model that has its ranks and scales.
+
+    Args:
+        path: Anything that :func:`phi3_plugin.checkpoint.foreign.read_adapter` reads.
+        checkpoint_dir: Of the base model.
+        model: Knows what is trained.
+
+    Raises:
+        AdapterError: The model's keys are others; those that would fit are listed.
+    """
+    config = read_config(checkpoint_dir)
+    adapter = read_adapter(path, config=config, base=checkpoint_dir)
+    ours = keys_of_model(model)
+    theirs = keys_of(
+        adapter.ranks,
+        adapter.scales,
+        set(adapter.saved),
+        layers=config.num_hidden_layers,
+        use_dora=adapter.is_dora,
+        use_rslora="rslora" in _notes(model),
+    )
+    for keys, origin in ((ours, _notes(model)), (theirs, adapter.origin)):
+        is_loftq = origin.get("lora_init") == "loftq"  # all others serve the original base
+        keys["lora_init"] = "loftq" if is_loftq else "kaiming"
+    wrong = [f"model.{key}={_typed(v)}" for key, v in theirs.items() if ours[key] != v]
+    if wrong:
+        # The command line only adds to a pattern of the YAML: what is too much must go there.
+        extra = [
+            f"{key}.{name}"
+            for key in ("rank_pattern", "alpha_pattern")
+            if theirs[key]
+            for name in {*ours[key]} - {*theirs[key]}
+        ]
+        if extra:
+            wrong.append(f"and remove from the YAML what is not there: {', '.join(sorted(extra))}")
+        raise AdapterError(
+            f"init_adapter: {path} does not fit the model's keys. These would fit:\n  "
+            + "\n  ".join(wrong)
+        )
+    return {**adapter.tensors, **adapter.saved}
+
+
+def _typed(value: object) -> str:
+    """Return a value as the command line takes it."""
+    if isinstance(value, dict) and value:  # an empty one would leave that of the YAML
+        return "'{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}'"
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return "null" if value in (None, {}) else str(value)
+
+
+def adapter_scales(model: nn.Module) -> dict[str, float]:
+    """Return by module what B A is multiplied with."""
+    return {n: float(m.scaling) for n, m in model.named_modules() if hasattr(m, "lora_a")}
+
+
+def adapter_state(model: nn.Module, trained: Tensors, first: Tensors) -> dict[str, Any]:
+    """Return what a resumed run needs of the adapter, and what it must have been started with.
+
+    Args:
+        model: Knows the scales.
+        trained: All that is trained, whole.
+        first: From :func:`starting_weights`.
+    """
+    return {
+        "trained": dict(trained),
+        "first": dict(first),
+        "lora_init": _notes(model).get("lora_init"),
+        "scales": adapter_scales(model),
+        "quantized": _is_quantized(model),
+    }
+
+
+def check_adapter_state(folder: Path, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse to go on as if the run had been started otherwise: no shape would tell.
+
+    Args:
+        folder: Of the checkpoint.
+        state: Its state, of which ``adapter`` is from :func:`adapter_state`.
+        model: That is to go on.
+
+    Raises:
+        CheckpointError: Start, shapes, scales or the precision of the base are others.
+    """
+    if "adapter" not in state:
+        raise CheckpointError(
+            f"resume: {folder} holds a whole model, but the model has adapters. Resume with the "
+            "model settings the run was started with, or set another output_dir."
+        )
+    saved, section = state["adapter"], state["settings"]["model"]
+    before, now = saved["lora_init"], _notes(model).get("lora_init")
+    if before != now:
+        raise CheckpointError(
+            f"resume: {folder} was started with lora_init: {before or 'kaiming or gaussian'}, but "
+            f"the model has {now or 'kaiming or gaussian'}. Resume with the lora_init that the "
+            "run was started with."
+        )
+    check_same(folder, saved["trained"], trained_parameters(model))
+    scales = adapter_scales(model)
+    for name, scale in saved["scales"].items():
+        if scale != scales[name]:
+            raise CheckpointError(
+                f"resume: {folder} was trained with the scale {scale:g} on {name}, but the model "
+                f"has {scales[name]:g}. Resume with the lora_alpha, alpha_pattern and "
+                "use_rslora that the run was started with."
+            )
+    if saved["quantized"] != _is_quantized(model):
+        raise CheckpointError(
+            f"resume: the run was started over base weights {'' if saved['quantized'] else 'not '}"
+            f"in NF4, but now they are{' not' if saved['quantized'] else ''}. Resume with "
+            f"model._component_={section['_component_']} and the quantize_base the run was "
+            "started with."
+        )
+
+
+NF4_BASE = (
+    "the base weights in NF4, as in training: merge this adapter onto the dequantized NF4 base; "
+    "over the original weights it computes something else"
+)
+"""What an adapter of LoftQ belongs to."""
+
+
+def trained_adapter(
+    model: nn.Module,
+    trained: Tensors,
+    first: Tensors,
+    dropout: float,
+    *,
+    may_be_identity: bool,
+) -> Adapter:
+    """Return what was trained as an adapter of the original base, but for LoftQ's.
+
+    Args:
+        model: Knows the scales.
+        trained: All that is trained, whole.
+        first: From :func:`starting_weights`.
+        dropout: What it was trained with.
+        may_be_identity: Whether it may still be what it was at the start.
+
+    Raises:
+        AdapterError: It is not finite, or nothing was trained.
+    """
+    moved = {name: trained[name] - start for name, start in first.items()}
+    check_trained({**trained, **moved}, may_be_identity=may_be_identity)
+    scales = adapter_scales(model)
+    names = {f"{module}.{part}" for module in scales for part in (A, B, "magnitude")}
+    return Adapter(
+        for_original_base({n: v for n, v in trained.items() if n in names}, first),
+        scales,
+        {n: v for n, v in trained.items() if n not in names},
+        dropout,
+        origin={"layout": "fused", **_notes(model)},
+    )
+
+
+def for_original_base(adapter: Tensors, first: Tensors) -> dict[str, Tensor]:
     """Return the adapter of twice the rank that computes the same over the original weights.
 
     ``W - s B0 A0 + s B A`` is W and an adapter ``[B, B0] [A; -A0]`` of the same scale.
@@ -154,190 +377,12 @@ def for_original_base(adapter: dict[str, Tensor], first: dict[str, Tensor]) -> d
     for name, value in first.items():
         own = adapter[name]
         start = value.to(own.dtype)
-        both = [own, -start] if name.endswith(A) else [own, start]
-        joined[name] = torch.cat(both, dim=0 if name.endswith(A) else 1)
+        joined[name] = torch.cat([own, -start]) if name.endswith(A) else torch.cat([own, start], 1)
     return joined
 
 
-def halves(
-    joined: dict[str, Tensor], modules: Iterable[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Undo :func:`for_original_base` bit for bit.
-
-    Args:
-        joined: What it returned.
-        modules: Those that PiSSA started.
-
-    Returns:
-        The adapter, and A0 and B0.
-    """
-    adapter, first = dict(joined), dict[str, Tensor]()
-    for name in (f"{module}.{part}" for module in modules for part in (A, B)):
-        if name in joined:  # what is missing is for the caller to find
-            own, start = joined[name].chunk(2, dim=0 if name.endswith(A) else 1)
-            adapter[name] = own.contiguous()
-            first[name] = (-start if name.endswith(A) else start).float().contiguous()
-    return adapter, first
-
-
-def adapter_scales(model: nn.Module) -> dict[str, float]:
-    """Return by module what B A is multiplied with."""
-    return {n: float(m.scaling) for n, m in model.named_modules() if hasattr(m, "lora_a")}
-
-
-# Where a run of `phi3_plugin.recipes.lora_finetune` starts or goes on, and what it has made.
-
-NF4_BASE = (
-    "the base weights in NF4, as in training: merge this adapter onto the dequantized NF4 base; "
-    "over the original weights it computes something else"
-)
-"""What an adapter of LoftQ belongs to."""
-
-
-def starting_weights(
-    world: World, model: nn.Module, s: Settings, folder: Path | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a value for every parameter of a model, and what PiSSA took off the base.
-
-    Args:
-        world: Its processes share the work.
-        model: Built, sharded, and not filled yet.
-        s: Of the run.
-        folder: The checkpoint to go on from; None starts anew.
-
-    Raises:
-        AdapterError: The adapter to start from does not fit the model.
-        CheckpointError: Base weights or checkpoint are damaged, or are another model's.
-        ConfigError: Base weights in NF4 would have to be trained.
-    """
-    if not is_adapted(model):
-        if s.init_adapter:
-            raise AdapterError(
-                f"init_adapter: {s.init_adapter} needs a model with adapters. Set "
-                "model._component_=phi3_plugin.models.lora_phi3, or remove it."
-            )
-        if any(is_nf4(p) for p in map(local_rows, model.parameters())):
-            raise ConfigError("model.quantize_base: NF4 weights cannot be trained. Use lora_phi3.")
-        return {**open_weights(folder or s.checkpoint_dir)}, {}
-    weights: dict[str, Any] = {**open_weights(s.checkpoint_dir)}
-    known_hash(s.checkpoint_dir)  # for what is saved, so that no step waits for reading it
-    pissa = [n for n in split_names(model) if model.get_submodule(n).init == "pissa"]
-    first: dict[str, Tensor] = {}
-    if folder:
-        _check_start(folder, _notes(model))  # first, since halves are PiSSA's alone
-        values, first = halves(load_trained(folder, s.checkpoint_dir), pissa)
-        check_same(folder, values, trained(model))
-        _check_scales(folder, adapter_scales(model))
-    elif s.init_adapter:
-        values = adapter_of(s.init_adapter, s.checkpoint_dir, model)
-    else:
-        values = {**initial_adapter(model, s.seed), **_split(world, model, weights)}
-        first = {name: values[name] for module in pissa for name in _names(module)}
-    for name in pissa:
-        a, b = (first[n] for n in _names(name))
-        scaling = float(model.get_submodule(name).scaling)  # type: ignore[arg-type]
-        weights[f"{name}.weight"] = Residual(weights[f"{name}.weight"], a, b, scaling)
-    return {**weights, **values}, first
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def made(
-    model: nn.Module, values: dict[str, Tensor], first: dict[str, Tensor], dropout: float
-) -> Adapter:
-    """Return what was trained as an adapter of the original base, but for LoftQ's.
-
-    Args:
-        model: Knows the scales.
-        values: All that is trained, whole.
-        first: From :func:`starting_weights`.
-        dropout: What it was trained with.
-    """
-    scales = adapter_scales(model)
-    names = {f"{m}.{part}" for m in scales for part in (A, B, "magnitude")}
-    tensors = {name: value for name, value in values.items() if name in names}
-    saved = {name: value for name, value in values.items() if name not in names}
-    tensors = for_original_base(tensors, first)
-    return Adapter(tensors, scales, saved, dropout, origin={"layout": "fused", **_notes(model)})
-
-
-def adapter_of(folder: Path, checkpoint_dir: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Return the values of somebody's adapter for a model that has its ranks and scales.
-
-    Args:
-        folder: Any that :func:`phi3_plugin.checkpoint.foreign.read_adapter` reads.
-        checkpoint_dir: Of the base model.
-        model: Knows what is trained.
-
-    Raises:
-        AdapterError: The model's keys are others; those that would fit are listed.
-    """
-    config = read_config(checkpoint_dir)
-    adapter = read_adapter(folder, config=config, base=checkpoint_dir)
-    ours, rslora = keys_of_model(model), "rslora" in _notes(model)
-    kind = {"use_dora": adapter.is_dora, "use_rslora": rslora, "layers": config.num_hidden_layers}
-    theirs = keys_of(adapter.ranks, adapter.scales, set(adapter.saved), **kind)
-    ours["lora_init"], theirs["lora_init"] = (
-        "loftq" if one.get("lora_init") == "loftq" else "kaiming"  # the rest serves any base
-        for one in (_notes(model), adapter.origin)
-    )
-    if wrong := [f"model.{key}={_shown(v)}" for key, v in theirs.items() if ours[key] != v]:
-        raise AdapterError(
-            f"init_adapter: {folder} does not fit the model's keys. These would fit:\n  "
-            + "\n  ".join([*wrong, *_left_over(ours, theirs)])
-        )
-    return {**adapter.tensors, **adapter.saved}
-
-
-def _left_over(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Say that a pattern of the YAML must go, where the command line would only add to it."""
-    patterns = [key for key in ("rank_pattern", "alpha_pattern") if theirs[key]]
-    if names := [f"{key}.{n}" for key in patterns for n in {*ours[key]} - {*theirs[key]}]:
-        return [f"and remove from the YAML what is not there: {', '.join(sorted(names))}"]
-    return []
-
-
-def _check_start(folder: Path, model: Mapping[str, Any]) -> None:
-    """Refuse to go on as if the run had started elsewhere, on what would be another base."""
-    saved, given = (n.get("lora_init", "kaiming") for n in (load_origin(folder), model))
-    if saved != given:
-        words = (init if init in FROM_BASE else "kaiming or gaussian" for init in (saved, given))
-        raise CheckpointError(
-            "resume: {} was started with lora_init: {}, but the model has {}. Resume with the "
-            "lora_init that the run was started with.".format(folder, *words)
-        )
-
-
-def check_base(before: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse to go on over a base in another precision, which no adapter's file tells.
-
-    Args:
-        before: The section ``model`` that the run was started with.
-        model: That is to go on.
-    """
-    was = "qlora" in str(before.get("_component_")) or bool(before.get("quantize_base"))
-    now = any(is_nf4(p) for p in map(local_rows, model.parameters()))
-    if was != now:
-        raise CheckpointError(
-            f"resume: the run was started over base weights {'' if was else 'not '}in NF4, but "
-            f"now they are{'' if now else ' not'}. Resume with model._component_="
-            f"{before.get('_component_')} and the quantize_base the run was started with."
-        )
-
-
-def _check_scales(folder: Path, model: Mapping[str, float]) -> None:
-    """Refuse to go on with other scales, which no shape tells."""
-    modules: Mapping[str, Any] = load_origin(folder).get(MODULES, {})
-    for name, (_, scale, *_) in modules.items():
-        if scale != model.get(name):
-            raise CheckpointError(
-                f"resume: {folder} was trained with the scale {scale:g} on {name}, but the model "
-                f"has {model.get(name):g}. Resume with the lora_alpha, alpha_pattern and "
-                "use_rslora that the run was started with."
-            )
+def _is_quantized(model: nn.Module) -> bool:
+    return any(is_nf4(local_rows(parameter)) for parameter in model.parameters())
 
 
 def _notes(model: nn.Module) -> dict[str, Any]:
@@ -349,26 +394,3 @@ def _notes(model: nn.Module) -> dict[str, Any]:
         if (init := getattr(module, "init", "kaiming")) in FROM_BASE:
             notes["lora_init"] = init
     return notes
-
-
-def _split(world: World, model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return adapters split off the base weights; each process works some of them out."""
-    own: dict[str, Tensor] = {}
-    for name in split_names(model)[world.rank :: world.size]:
-        module: Any = model.get_submodule(name)
-        factors = split(module, weights[f"{name}.weight"], world.device)
-        own |= dict(zip(_names(name), factors, strict=True))
-    return {name: value for part in world.gather(own) for name, value in part.items()}
-
-
-def _names(module: str) -> tuple[str, str]:
-    return f"{module}.{A}", f"{module}.{B}"
-
-
-def _shown(value: object) -> str:
-    """Return a value as the command line takes it."""
-    if isinstance(value, dict) and value:  # an empty one would leave that of the YAML
-        return "'{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}'"
-    if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
-    return "null" if value in (None, {}) else str(value)

@@ -11,50 +11,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torchtune.training import set_default_dtype
 
-from phi3_plugin.errors import ConfigError
-from phi3_plugin.train.optimizer import check_state, copied, filled, kind, set_rates
-from phi3_plugin.train.prepare import refuse_other_weights
-
-# Which device a process trains on.
-
-
-def pick_device(name: str | None, local_rank: int) -> torch.device:
-    """Return the device of one process, and make it torch's own if it is a GPU.
-
-    Args:
-        name: ``cpu`` or ``cuda``; None takes what the machine has.
-        local_rank: Number of the process among those of its machine.
-
-    Raises:
-        ConfigError: The device is not there.
-    """
-    available = torch.cuda.device_count()
-    if name not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device: {name!r} must be 'cpu', 'cuda' or null for what is there.")
-    if name == "cuda" and not available:
-        raise ConfigError("device: 'cuda' was asked for, but torch sees no GPU. Use null or 'cpu'.")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    if local_rank >= available:
-        raise ConfigError(
-            f"--nproc_per_node: process {local_rank} has no GPU of its own, there are {available}."
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
+from phi3_plugin.errors import CheckpointError, ConfigError
+from phi3_plugin.models.nf4 import rows_of
 
 T = TypeVar("T")
-RowsOf = Callable[[Any, Tensor, int, int, torch.device], Tensor]
-"""(whole weight, what holds the rows, rank, size, device) -> the rows of this rank."""
 
 
 class World:
@@ -74,26 +39,34 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        self.mesh: DeviceMesh | None = None
-        self.shards, left = divmod(self.size, replicas)
-        if left or not self.shards:
+        if self.size % replicas:
             raise ConfigError(
                 f"fsdp_replicas: {replicas} copies cannot be shared out evenly over {self.size} "
                 "processes. Use a divisor of their number."
             )
+        self.shards = self.size // replicas
+        """Processes that share one copy of the model."""
+        self.mesh: DeviceMesh | None = None
         if self.size > 1:
             # Object gathering and barriers on the CPU, gradients on the GPU.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend)
-        if self.shards > 1:
-            both = ((replicas, self.shards), ("replicate", "shard"))
-            shape, names = ((self.size,), ("shard",)) if replicas == 1 else both
-            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        if self.shards > 1 and replicas == 1:
+            self.mesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        elif self.shards > 1:
+            self.mesh = init_device_mesh(
+                self.device.type, (replicas, self.shards), mesh_dim_names=("replicate", "shard")
+            )
 
     @property
     def is_main(self) -> bool:
         """Whether this process talks and writes for all."""
         return self.rank == 0
+
+    @property
+    def shard(self) -> int:
+        """Which shard is this process's; neighbours share a copy, so that it is on one node."""
+        return self.rank % self.shards
 
     def build(
         self,
@@ -119,13 +92,8 @@ class World:
                 "fsdp_cpu_offload: True needs a model that several processes share. Set it to "
                 "False, start more processes, or lower fsdp_replicas."
             )
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta" if self.mesh else self.device):
-                model = make()
-        finally:
-            torch.set_default_dtype(before)
+        with set_default_dtype(dtype), torch.device("meta" if self.mesh else self.device):
+            model = make()
         if self.mesh:
             options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": reshard}
             if offload:
@@ -136,57 +104,33 @@ class World:
             fully_shard(model, **options)
         return model
 
-    def load(
-        self, model: nn.Module, weights: Mapping[str, Any], rows_of: RowsOf, *, offload: bool
-    ) -> None:
+    def load(self, model: nn.Module, weights: Mapping[str, Any], *, offload: bool = False) -> None:
         """Fill one parameter after the other; a process reads and keeps its own rows only.
 
         Args:
             model: From :meth:`build`.
             weights: For every parameter a whole tensor, or what reads rows when it is sliced.
-            rows_of: Fills what holds this process's rows.
             offload: As for :meth:`build`.
 
         Raises:
             CheckpointError: Names or shapes are not those of the model; all are listed.
         """
-        refuse_other_weights(model, weights)
+        check_weights(model, weights)
         device = torch.device("cpu") if offload else self.device
-        place = self.rank % self.shards  # neighbours share a copy, so that it is on one node
         state: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             local = getattr(parameter, "_local_tensor", parameter).detach()
-            rows = rows_of(weights[name], local, place, self.shards, device)
-            state |= {name: _as_shard(rows, parameter)} if self.mesh else {}
+            rows = rows_of(weights[name], local, self.shard, self.shards, device)
+            if self.mesh:  # else they are in their place by now
+                state[name] = _as_shard(rows, parameter)
         if self.mesh:
             model.load_state_dict(state, assign=True)
-            model.apply(lambda module: getattr(module, "rope_init", lambda _: None)(self.device))
-
-    def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Return a copy of the optimizer's whole state by parameter name, for the main process."""
-        if not optimizer.state:  # torch would make a step to have something to return
-            return {"rates": [float(group["lr"]) for group in optimizer.param_groups]}
-        state = get_optimizer_state_dict(model, optimizer)
-        return {"kind": kind(optimizer), **copied(state, self.whole, keep=self.is_main)}
-
-    def load_optimizer_state(
-        self, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
-    ) -> None:
-        """Give every process its part of a whole state from :meth:`optimizer_state`."""
-        if "rates" in state:
-            return set_rates(optimizer, state["rates"])
-        check_state(optimizer, dict(model.named_parameters()), state)
-        own = get_optimizer_state_dict(model, optimizer)["state"]
-        state = {**state, "state": filled(own, state["state"], self._fill)}
-        return set_optimizer_state_dict(model, optimizer, state)
-
-    def _fill(self, own: Any, saved: Any) -> Any:
-        if not isinstance(own, DTensor):
-            return saved
-        rows = -(-len(own) // self.shards)
-        first = self.rank % self.shards * rows
-        own.to_local().copy_(saved[first : first + rows])
-        return own
+        modules: Iterable[Any] = model.modules()
+        for module in modules:
+            if self.mesh and hasattr(module, "rope_init"):
+                module.rope_init(self.device)
+            if hasattr(module, "initialize_dora_magnitude"):
+                module.initialize_dora_magnitude()  # where it is zero: see its docstring
 
     def random_state(self) -> list[Tensor]:
         """Return this process's random number states: CPU, and GPU if it has one."""
@@ -230,9 +174,7 @@ class World:
 
     def whole(self, value: Tensor) -> Tensor:
         """Return a sharded tensor, gathered; every process must ask for it."""
-        if isinstance(value, DTensor):
-            return value.full_tensor()
-        return value
+        return value.full_tensor() if isinstance(value, DTensor) else value
 
     def gather(self, value: T) -> list[T]:
         """Return every process's object, by rank."""
@@ -243,19 +185,19 @@ class World:
         return values
 
     def same(self, key: str, value: T) -> T:
-        """Return a value that all processes must have found alike in the file system.
+        """Return a value that all processes must have read alike from the file system.
 
         Args:
             key: The setting it comes from.
-            value: What this process found.
+            value: What this process read.
 
         Raises:
             ConfigError: They differ, as on nodes that do not share their storage.
         """
-        found = self.gather(value)
-        if any(other != value for other in found):
+        values = self.gather(value)
+        if any(other != value for other in values):
             raise ConfigError(
-                f"{key}: the nodes do not see the same files: {found}. Use storage "
+                f"{key}: the nodes do not see the same files: {values}. Use storage "
                 "that all of them share."
             )
         return value
@@ -269,6 +211,49 @@ class World:
         """Leave the group."""
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def pick_device(name: str | None, local_rank: int) -> torch.device:
+    """Return the device of one process, and make it torch's own if it is a GPU.
+
+    Args:
+        name: ``cpu`` or ``cuda``; None takes what the machine has.
+        local_rank: Number of the process among those of its machine.
+
+    Raises:
+        ConfigError: The device is not there.
+    """
+    available = torch.cuda.device_count()
+    if name not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device: {name!r} must be 'cpu', 'cuda' or null for what is there.")
+    if name == "cuda" and not available:
+        raise ConfigError("device: 'cuda' was asked for, but torch sees no GPU. Use null or 'cpu'.")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise ConfigError(
+            f"--nproc_per_node: process {local_rank} has no GPU of its own, there are {available}."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Check that weights are those of the model, before the first is read.
+
+    Args:
+        model: May be on the meta device, or sharded.
+        weights: Anything with a shape, by parameter name.
+
+    Raises:
+        CheckpointError: Names or shapes differ; all are listed.
+    """
+    ours = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if differing:
+        lines = [f"{n}: the model has {ours.get(n)}, given is {theirs.get(n)}" for n in differing]
+        raise CheckpointError("The weights do not fit the model:\n  " + "\n  ".join(lines))
 
 
 def _as_shard(rows: Tensor, parameter: Tensor) -> nn.Parameter:

@@ -9,7 +9,7 @@ from phi3_plugin.recipes import phi3_inspect_data as recipe
 
 from phi3_plugin import settings as strict
 from phi3_plugin.errors import ConfigError, DataError
-from phi3_plugin.train.feed import make_feed
+from phi3_plugin.train.data import load_data
 from tests.own import CONFIG, TINY, chat, merged, tiny_inputs
 from tests.stock import TUNE, _run
 
@@ -63,7 +63,7 @@ def test_from_the_command_line(folder, tmp_path):
 
 def test_the_numbers_are_those_of_the_samples(inspect, folder):
     code, out, page = inspect("samples=2")
-    feed = make_feed(strict.read(merged(*TINY, "output_dir=out", cwd=folder)), 1)
+    feed = load_data(strict.read(merged(*TINY, "output_dir=out", cwd=folder)), 1)
     dataset = feed.order.dataset
     said = out.splitlines()
     share = f"{100 * dataset.labelled.sum() / dataset.lengths.sum():.0f} %"

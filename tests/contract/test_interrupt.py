@@ -12,32 +12,13 @@ from phi3_plugin.recipes import lora_finetune
 
 from benchmarks import kills
 from phi3_plugin.train import checkpoints as run
-from tests.own import own_run, tiny_inputs
-from tests.resumed import RUN, assert_same_end, lines, same, state, train
+from tests.own import RUN, assert_same_end, lines, own_run, same, state, train
 from tests.stock import TUNE
 
 pytestmark = pytest.mark.slow
 
 RARELY = ("save_every_n_steps=4", "save_every_epoch=False")
 OF_TWO = ("gradient_accumulation_steps=1",)  # so that two processes make the steps of one
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
-
-
-@pytest.fixture(scope="module")
-def whole(inputs):
-    train(inputs, *RARELY)
-    return inputs / "out"
-
-
-@pytest.fixture
-def cwd(inputs, tmp_path):
-    for name in ("base", "rows.jsonl"):
-        (tmp_path / name).symlink_to(inputs / name)
-    return tmp_path
 
 
 def at_call(count, stock, action):
@@ -80,7 +61,7 @@ def test_a_signal_ends_the_run_after_its_step(
     else:
         folder = cwd / "out" / run.step_name(step)
         assert last == f"Saved {folder}. Repeat the command with resume=auto to go on."
-        assert train(cwd, *RARELY, "resume=auto").found.folder == folder
+        assert train(cwd, *RARELY, "resume=auto").last.folder == folder
     assert_same_end(cwd / "out", whole)
 
 
@@ -90,7 +71,7 @@ def test_a_signal_before_the_first_step_leaves_a_start_to_go_on_from(whole, cwd,
     with monkeypatch.context() as patch:
         patch.setattr(lora_finetune.Finetune, "setup_model", send)
         assert train(cwd, *RARELY).step == 0
-    assert train(cwd, *RARELY, "resume=auto").found.folder.name == "step_000000"
+    assert train(cwd, *RARELY, "resume=auto").last.folder.name == "step_000000"
     assert_same_end(cwd / "out", whole)
 
 

@@ -13,7 +13,7 @@ from torchtune.modules.peft import disable_adapter
 from phi3_plugin.checkpoint.base import to_peft
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.prepare import prepare
+from phi3_plugin.train.model import prepare
 from tests.chosen import some
 from tests.models import twins
 

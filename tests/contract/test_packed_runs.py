@@ -8,9 +8,18 @@ import pytest
 
 from phi3_plugin.checkpoint.peft import load_adapter
 from tests.chosen import some
-from tests.own import TINY, finished, metrics, own_run
-from tests.parity import losses, same_losses, same_weights
-from tests.resumed import assert_same_end, leave_until, train
+from tests.own import (
+    TINY,
+    assert_same_end,
+    finished,
+    leave_until,
+    losses,
+    metrics,
+    own_run,
+    same_losses,
+    same_weights,
+    train,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -48,5 +57,5 @@ def test_a_stopped_run_ends_in_the_same_bits(kind, accumulation, cwd):
         (cwd / "again" / name).symlink_to(cwd / name)
     leave_until(3, cwd / "out", cwd / "again" / "out")
     recipe = train(cwd / "again", *settings, "resume=auto")
-    assert recipe.found.folder.name == "step_000003"
+    assert recipe.last.folder.name == "step_000003"
     assert_same_end(cwd / "again" / "out", cwd / "out")

@@ -19,8 +19,21 @@ from phi3_plugin.data.collate import pad_right
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.train import start as lora_finetune_start
 from tests.chosen import some
-from tests.own import CONFIG, TINY, finished, full_config, merged, own_run, started, tiny_inputs
-from tests.parity import VARIANTS, losses, peft_agrees, same_losses, same_weights
+from tests.own import (
+    CONFIG,
+    TINY,
+    VARIANTS,
+    finished,
+    full_config,
+    losses,
+    merged,
+    own_run,
+    peft_agrees,
+    same_losses,
+    same_weights,
+    started,
+    tiny_inputs,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -8,36 +8,27 @@ from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.train import checkpoints as run
 from phi3_plugin.train.monitor import History
-from tests.own import full_config, own_run, started, tiny_inputs
-from tests.resumed import RUN, assert_same_end, leave_until, lines, same, state, train
+from tests.own import (
+    RUN,
+    assert_same_end,
+    full_config,
+    leave_until,
+    lines,
+    own_run,
+    same,
+    started,
+    state,
+    train,
+)
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
-
-
-@pytest.fixture(scope="module")
-def whole(inputs):
-    recipe = train(inputs)
-    assert (recipe.order.steps_per_epoch, recipe.total_steps) == (3, 9)
-    return inputs / "out"
-
-
-@pytest.fixture
-def cwd(inputs, tmp_path):
-    for name in ("base", "rows.jsonl"):
-        (tmp_path / name).symlink_to(inputs / name)
-    return tmp_path
 
 
 @pytest.mark.parametrize("step", range(1, 9))
 def test_a_run_stopped_after_any_step_ends_in_the_same_bits(step, whole, cwd):
     leave_until(step, whole, cwd / "out")
     recipe = train(cwd, "resume=auto")
-    assert recipe.found.folder == cwd / "out" / run.step_name(step)
+    assert recipe.last.folder == cwd / "out" / run.step_name(step)
     assert_same_end(cwd / "out", whole)
 
 
@@ -45,14 +36,14 @@ def test_a_run_killed_between_its_last_validation_and_its_last_save_does_too(who
     leave_until(9, whole, cwd / "out")
     shutil.rmtree(cwd / "out" / "step_000008")
     recipe = train(cwd, "resume=auto")
-    assert recipe.found.folder == cwd / "out" / "best"
+    assert recipe.last.folder == cwd / "out" / "best"
     assert_same_end(cwd / "out", whole)
 
 
 def test_a_finished_run_stays_as_it_is(whole, cwd):
     shutil.copytree(whole, cwd / "out")
     recipe = train(cwd, "resume=auto")
-    assert recipe.found.folder == cwd / "out" / "final"
+    assert recipe.last.folder == cwd / "out" / "final"
     assert_same_end(cwd / "out", whole)
 
 
@@ -124,7 +115,7 @@ def test_a_base_in_another_precision_is_refused(whole, cwd):
 def test_a_named_checkpoint_is_gone_on_from(whole, cwd):
     leave_until(3, whole, cwd / "out")
     recipe = train(cwd, f"resume={cwd / 'out' / 'step_000003'}")
-    assert recipe.found.folder == cwd / "out" / "step_000003"
+    assert recipe.last.folder == cwd / "out" / "step_000003"
     resumed = [line for line in History.read(cwd / "out" / "metrics.jsonl") if "event" in line]
     assert {"event": "resumed", "step": 3, "folder": "step_000003"} in resumed
     assert_same_end(cwd / "out", whole)
@@ -138,7 +129,7 @@ def test_one_process_goes_on_where_two_stopped(cwd):
     assert done.returncode == 0, done.stderr
     leave_until(4, cwd / "two", cwd / "out")
     recipe = train(cwd, *settings, "resume=auto")
-    assert recipe.found.folder.name == "step_000004"
+    assert recipe.last.folder.name == "step_000004"
     ours, theirs = lines(cwd / "out"), lines(cwd / "two")
     assert len(ours) == len(theirs) == 9 + 3
     for one, other in zip(ours, theirs, strict=True):
@@ -154,7 +145,7 @@ def test_a_whole_model_ends_in_the_same_bits(cwd):
         with started(*settings, f"output_dir={output}", *more, cwd=cwd, config=config) as recipe:
             recipe.train()
             recipe.finish()
-    assert recipe.found.folder.name == "step_000001"
+    assert recipe.last.folder.name == "step_000001"
     weights = [dict(load_base_weights(cwd / name / "final")) for name in ("out", "whole")]
     assert same(*weights)
     assert same(*(state(cwd / name / "final") for name in ("out", "whole")))

@@ -8,10 +8,20 @@ from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.checkpoint.peft import export_model, load_trained
 from phi3_plugin.errors import CheckpointError
 from tests.chosen import some
-from tests.own import TINY, own_run, started
-from tests.parity import losses, same_losses, same_weights
-from tests.recipes.computed import BATCH, logits
-from tests.resumed import RUN, assert_same_end, leave_until, train
+from tests.own import (
+    BATCH,
+    RUN,
+    TINY,
+    assert_same_end,
+    leave_until,
+    logits,
+    losses,
+    own_run,
+    same_losses,
+    same_weights,
+    started,
+    train,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +76,7 @@ def test_peft_computes_what_was_trained_and_a_resume_ends_in_the_same_bits(kind,
         (cwd / "again" / name).symlink_to(cwd / name)
     leave_until(1, cwd / "out", cwd / "again" / "out")
     again = train(cwd / "again", *settings, "resume=auto")
-    assert again.found.folder.name == "step_000001"
+    assert again.last.folder.name == "step_000001"
     assert_same_end(cwd / "again" / "out", cwd / "out")
 
 

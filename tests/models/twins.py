@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from phi3_plugin.checkpoint.base import load_base_weights, to_peft
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora_settings import TARGETS
-from phi3_plugin.train.prepare import prepare
+from phi3_plugin.train.model import prepare
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 SMALL = {"num_hidden_layers": 2}

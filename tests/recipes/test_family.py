@@ -10,8 +10,18 @@ from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.peft import load_adapter
 from tests.chosen import some
 from tests.oracles import hf_model
-from tests.own import TINY, finished, full_config, own_run, tiny_inputs
-from tests.parity import VARIANTS, losses, peft_agrees, same_losses, same_weights
+from tests.own import (
+    TINY,
+    VARIANTS,
+    finished,
+    full_config,
+    losses,
+    own_run,
+    peft_agrees,
+    same_losses,
+    same_weights,
+    tiny_inputs,
+)
 
 pytestmark = pytest.mark.slow
 

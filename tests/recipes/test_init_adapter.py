@@ -11,8 +11,7 @@ from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.errors import AdapterError, ConfigError, Phi3Error
 from phi3_plugin.models.lora_settings import TARGETS
 from tests.chosen import some
-from tests.own import TINY, full_config, started
-from tests.recipes.computed import BATCH, logits
+from tests.own import BATCH, TINY, full_config, logits, started
 
 pytestmark = pytest.mark.slow
 

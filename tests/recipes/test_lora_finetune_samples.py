@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from phi3_plugin.recipes.lora_finetune import BROKEN, answers
 
+from phi3_plugin.generate import BROKEN
+from phi3_plugin.generate import answers_in_training as answers
 from tests.chosen import some
 from tests.own import TINY, finished, own_run, started, tiny_inputs
 
@@ -56,7 +57,7 @@ def test_the_report_shows_them(alone):
 def test_answers_are_what_the_whole_model_says(cwd, compiled):
     more = compiled, "enable_activation_checkpointing=True"
     with started(*ASKED, *more, "output_dir=whole", cwd=cwd) as recipe:
-        model, tokenizer = recipe.model, recipe.feed.tokenizer
+        model, tokenizer = recipe.model, recipe.data.tokenizer
         found = answers(model, tokenizer, PROMPTS, 9)
         assert model.training
         model.eval()
@@ -67,7 +68,7 @@ def test_answers_are_what_the_whole_model_says(cwd, compiled):
 def test_a_model_that_diverged_is_no_reason_to_stop(cwd):
     with started(*ASKED, "output_dir=diverged", cwd=cwd) as recipe, torch.no_grad():
         recipe.model.norm.scale.fill_(torch.inf)
-        assert answers(recipe.model, recipe.feed.tokenizer, PROMPTS, 9) == [BROKEN] * len(PROMPTS)
+        assert answers(recipe.model, recipe.data.tokenizer, PROMPTS, 9) == [BROKEN] * len(PROMPTS)
         assert recipe.model.training
 
 

@@ -10,8 +10,18 @@ from omegaconf import OmegaConf
 
 from phi3_plugin import settings as strict
 from phi3_plugin.errors import CheckpointError, ConfigError
-from tests.own import CONFIG, merged, metrics, own_run, tiny_inputs
-from tests.resumed import RUN, assert_same_end, leave_until, lines, train
+from tests.own import (
+    CONFIG,
+    RUN,
+    assert_same_end,
+    leave_until,
+    lines,
+    merged,
+    metrics,
+    own_run,
+    tiny_inputs,
+    train,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +114,7 @@ def test_a_resumed_run_ends_in_the_same_bits(component, cwd):
     train(cwd, *settings, "output_dir=whole", config=cwd / "plain.yaml")
     leave_until(1, cwd / "whole", cwd / "out")
     recipe = train(cwd, *settings, "resume=auto", config=cwd / "plain.yaml")
-    assert recipe.found.folder.name == "step_000001"
+    assert recipe.last.folder.name == "step_000001"
     slow, fast = (group["lr"] for group in recipe.optimizer.param_groups)
     assert float(fast) == pytest.approx(4 * float(slow))
     assert_same_end(cwd / "out", cwd / "whole")

@@ -8,9 +8,20 @@ import torch
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import CheckpointError
 from tests.chosen import some
-from tests.own import TINY, finished, own_run, started
-from tests.parity import losses, peft_agrees, same_losses, same_weights
-from tests.resumed import RUN, assert_same_end, leave_until, train
+from tests.own import (
+    RUN,
+    TINY,
+    assert_same_end,
+    finished,
+    leave_until,
+    losses,
+    own_run,
+    peft_agrees,
+    same_losses,
+    same_weights,
+    started,
+    train,
+)
 from tests.stock import tune_run
 
 pytestmark = pytest.mark.slow
@@ -48,7 +59,7 @@ def test_a_stopped_run_ends_in_the_same_bits(more, cwd):
         (cwd / "again" / name).symlink_to(cwd / name)
     leave_until(1, cwd / "out", cwd / "again" / "out")
     recipe = train(cwd / "again", *settings, "resume=auto")
-    assert recipe.found.folder.name == "step_000001"
+    assert recipe.last.folder.name == "step_000001"
     assert_same_end(cwd / "again" / "out", cwd / "out")
 
 

@@ -46,7 +46,7 @@ from phi3_plugin.evaluate import (
 from phi3_plugin.generate import Answer
 from phi3_plugin.models import logps
 from phi3_plugin.pages.evaluation import LONGEST_TEXT, page_of_evaluation
-from phi3_plugin.train.feed import build
+from phi3_plugin.train.data import build
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.step import validate, with_targets
 from phi3_plugin.train.world import World

@@ -40,7 +40,7 @@ from phi3_plugin.inspect import (
     survey,
     unpacked,
 )
-from phi3_plugin.train.feed import make_feed
+from phi3_plugin.train.data import load_data
 from tests.assets import assets_dir
 from tests.data.tiny import MEDIUM, MINI, PHI35, edit_json
 from tests.inspected import FOUND, findings, numbers
@@ -196,7 +196,7 @@ SPLIT = ["dataset.packed=True", "dataset.split_documents=True", "tokenizer.max_s
 def test_steps_and_padding_are_those_of_a_run_that_pads(base, settings, chosen, processes):
     settings = [*TINY, "output_dir=out", "epochs=3", "gradient_accumulation_steps=1", *settings]
     s = strict.read(merged(*settings, cwd=base.parent))
-    feed = make_feed(s, processes)
+    feed = load_data(s, processes)
     samples = survey(unpacked(feed.order.dataset), feed.tokenizer.stop_tokens)
     found = statistics(s, feed, samples, processes)
     total = real = 0
@@ -597,7 +597,7 @@ def test_the_messages_that_samples_were_made_of(tokenizer, tmp_path):
 
 
 def compared_with_hf(settings):
-    feed = make_feed(settings, 1)
+    feed = load_data(settings, 1)
     samples = survey(unpacked(feed.order.dataset), feed.tokenizer.stop_tokens)
     return compare_with_hf(settings, feed, samples)
 

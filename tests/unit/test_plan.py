@@ -11,6 +11,7 @@ from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import adapted, decoder
 from phi3_plugin.train.losses import sft
+from phi3_plugin.train.model import prepare
 from phi3_plugin.train.plan import (
     Estimate,
     Work,
@@ -21,7 +22,6 @@ from phi3_plugin.train.plan import (
     size_of,
     weights,
 )
-from phi3_plugin.train.prepare import prepare
 from phi3_plugin.train.step import with_targets
 from tests.train.tiny import CONFIG
 

@@ -1,10 +1,12 @@
+"""What is trained, in which precision, and what recomputes."""
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.prepare import is_adapted, parameter_groups, prepare
+from phi3_plugin.train.model import is_adapted, prepare
 from phi3_plugin.train.step import with_targets
 from tests.train.tiny import tiny_batch, tiny_model
 
@@ -120,35 +122,6 @@ def test_the_model_may_be_without_memory():
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.bfloat16}
     assert all(p.is_meta for p in model.parameters())
-
-
-def test_there_is_one_group_of_parameters():
-    model = prepare(tiny_model(), **AS_IT_IS)
-    (group,) = parameter_groups(model, 0.1, None)
-    assert list(map(id, group["params"])) == [id(p) for p in model.parameters() if p.requires_grad]
-    assert "lr" not in group
-
-
-def test_with_lora_plus_the_b_matrices_learn_faster():
-    model = prepare(tiny_model(use_dora=True), **AS_IT_IS)
-    names = {id(p): name for name, p in model.named_parameters()}
-    slow, fast = parameter_groups(model, 0.1, 16.0)
-    assert fast["lr"] == pytest.approx(1.6)
-    assert "lr" not in slow
-    assert {names[id(p)].rpartition("lora_")[2] for p in fast["params"]} == {"b.weight"}
-    assert len(slow["params"]) == 2 * len(fast["params"]) == 24
-    optimizer = torch.optim.AdamW([slow, fast], lr=0.1)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, pytest.approx(1.6)]
-
-
-def test_with_lora_plus_embedding_and_head_learn_as_told():
-    """The embedding's A starts at zero, not its B; what is trained whole has neither."""
-    keys = {"apply_lora_to_embedding": True, "modules_to_save": ["lm_head"]}
-    model = prepare(tiny_model(**keys), **AS_IT_IS)
-    names = {id(p): name for name, p in model.named_parameters()}
-    slow, fast = ({names[id(p)] for p in g["params"]} for g in parameter_groups(model, 0.1, 16.0))
-    assert {"tok_embeddings.lora_a.weight", "tok_embeddings.lora_b.weight", "output.weight"} <= slow
-    assert fast == {n for n in names.values() if n.startswith("layers") and "lora_b" in n}
 
 
 def test_what_is_trained_whole_takes_the_adapters_precision():

@@ -1,4 +1,4 @@
-"""What a run is fed: the YAML's data sections, built, split, ordered and ready to be collated.
+"""The data of a run: the YAML's sections, built, split, ordered and ready to be collated.
 
 It needs no model, so an inspection sees exactly what a training run would.
 """
@@ -15,11 +15,9 @@ from torchtune.config._utils import _get_component_from_path
 from phi3_plugin.data.order import Collate, Order, hold_out
 from phi3_plugin.settings import Settings
 
-PACKED_COLLATE = "phi3_plugin.data.collate.concatenate"
-
 
 @dataclass(frozen=True)
-class Feed:
+class RunData:
     """All batches of a run, in their order."""
 
     tokenizer: Any
@@ -32,7 +30,7 @@ class Feed:
     """Optimizer steps of the whole run."""
 
 
-def make_feed(settings: Settings, processes: int) -> Feed:
+def load_data(settings: Settings, processes: int) -> RunData:
     """Tokenize, split and order the samples.
 
     Args:
@@ -44,18 +42,23 @@ def make_feed(settings: Settings, processes: int) -> Feed:
     dataset, held_out = hold_out(build(s.dataset, tokenizer), s.val_fraction, s.seed)
     if held_out is None:
         held_out = build(s.dataset_val, tokenizer)
-    cut = partial(Order, batch_size=s.batch_size, processes=processes, seed=s.seed)
-    order = cut(
+    order_of = partial(Order, batch_size=s.batch_size, processes=processes, seed=s.seed)
+    order = order_of(
         dataset,
         accumulation=s.gradient_accumulation_steps,
         shuffle=s.shuffle,
         group_by_length=s.group_by_length,
     )
-    order_val = None if held_out is None else cut(held_out, accumulation=1, shuffle=False)
+    order_val = None if held_out is None else order_of(held_out, accumulation=1, shuffle=False)
     steps = s.epochs * order.steps_per_epoch
-    sections = s.dataset, s.dataset_val or s.dataset
-    collate, collate_val = (_collate(part, s.collate_fn, tokenizer.pad_id) for part in sections)
-    return Feed(tokenizer, order, collate, order_val, collate_val, min(steps, s.max_steps or steps))
+    return RunData(
+        tokenizer,
+        order,
+        _collate(s.dataset, s.collate_fn, tokenizer.pad_id),
+        order_val,
+        _collate(s.dataset_val or s.dataset, s.collate_fn, tokenizer.pad_id),
+        min(steps, s.max_steps or steps),
+    )
 
 
 def build(section: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +70,6 @@ def build(section: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
 
 def _collate(section: Mapping[str, Any], collate_fn: str, padding_idx: int) -> Collate:
     """Return what a data set's section asks for: validation data may be packed alone."""
-    if section.get("packed", False):
-        collate_fn = PACKED_COLLATE  # whatever is asked for: any other would mix the documents
+    if section.get("packed", False):  # any other would mix the documents
+        collate_fn = "phi3_plugin.data.collate.concatenate"
     return partial(_get_component_from_path(collate_fn), padding_idx=padding_idx)

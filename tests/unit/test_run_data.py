@@ -1,4 +1,4 @@
-"""What a run is fed: the same samples for any number of processes, packed or padded."""
+"""The data of a run: the same samples for any number of processes, packed or padded."""
 
 import json
 from itertools import chain
@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from phi3_plugin.data.order import shares
 from phi3_plugin.settings import read
-from phi3_plugin.train.feed import make_feed
+from phi3_plugin.train.data import load_data
 from tests.data.tiny import write_checkpoint
 from tests.own import chat
 
@@ -23,7 +23,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("feed")
+    folder = tmp_path_factory.mktemp("data")
     write_checkpoint(folder / "base")
     for name, rows in (("rows.jsonl", range(ROWS)), ("val.jsonl", range(ROWS, ROWS + 5))):
         text = "".join(json.dumps(chat(number)) + "\n" for number in rows)
@@ -32,8 +32,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def feed(folder):
-    """Make what a run is fed with six micro-batches a step, shared out to the processes."""
+def load(folder):
+    """Load with six micro-batches a step, shared out to the processes."""
 
     def make(processes=1, **changed):
         keys = {
@@ -51,7 +51,7 @@ def feed(folder):
             "batch_size": 1,
             "dtype": "fp32",
         }
-        return make_feed(read(OmegaConf.merge(keys, changed)), processes)
+        return load_data(read(OmegaConf.merge(keys, changed)), processes)
 
     return make
 
@@ -65,20 +65,20 @@ def trained(batches):
     return sorted(b["labels"][b["labels"] != -100].tolist() for b in batches)
 
 
-def step_of(feed, step, processes=1):
-    batches = [feed.order.batches(step, rank, feed.collate) for rank in range(processes)]
+def step_of(data, step, processes=1):
+    batches = [data.order.batches(step, rank, data.collate) for rank in range(processes)]
     return [labels for labels in trained(chain(*batches)) if labels]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_for_any_number_of_processes_and_from_any_step_on(kind, feed):
-    one = feed(epochs=2, val_fraction=0.2, **KINDS[kind])
+def test_the_same_for_any_number_of_processes_and_from_any_step_on(kind, load):
+    one = load(epochs=2, val_fraction=0.2, **KINDS[kind])
     steps = [step_of(one, step) for step in range(one.total_steps)]
     assert len(steps) == 2 * one.order.steps_per_epoch > 3
     half = len(steps) // 2
     assert sorted(chain(*steps[:half])) == sorted(chain(*steps[half:]))
     for processes in (2, 3):
-        many = feed(processes, epochs=2, val_fraction=0.2, **KINDS[kind])
+        many = load(processes, epochs=2, val_fraction=0.2, **KINDS[kind])
         assert many.order.identity == one.order.identity
         assert many.total_steps == one.total_steps
         # Backwards: a resumed run asks for any step first
@@ -90,9 +90,9 @@ def test_the_same_for_any_number_of_processes_and_from_any_step_on(kind, feed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_held_out_is_not_trained_on(kind, feed):
-    fed = feed(val_fraction=0.2, **KINDS[kind])
-    kept, held = (set(documents(order.dataset)) for order in (fed.order, fed.order_val))
+def test_what_is_held_out_is_not_trained_on(kind, load):
+    data = load(val_fraction=0.2, **KINDS[kind])
+    kept, held = (set(documents(order.dataset)) for order in (data.order, data.order_val))
     assert len(held) > 3
     assert not kept & held
 
@@ -102,32 +102,32 @@ def documents(dataset):
     return [tuple(inner[i]["tokens"]) for i in range(len(inner))]
 
 
-def test_without_validation_data_there_is_no_order_of_it(feed):
-    assert feed().order_val is None
+def test_without_validation_data_there_is_no_order_of_it(load):
+    assert load().order_val is None
 
 
-def test_max_steps_ends_a_run_early(feed):
-    assert feed(epochs=3).total_steps == 15
-    assert feed(epochs=3, max_steps=4).total_steps == 4
-    assert feed(epochs=1, max_steps=40).total_steps == 5
+def test_max_steps_ends_a_run_early(load):
+    assert load(epochs=3).total_steps == 15
+    assert load(epochs=3, max_steps=4).total_steps == 4
+    assert load(epochs=1, max_steps=40).total_steps == 5
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_validation_data_is_packed_if_its_own_section_says_so(packed, feed, folder):
-    fed = feed(
+def test_validation_data_is_packed_if_its_own_section_says_so(packed, load, folder):
+    data = load(
         dataset={"packed": packed}, dataset_val=section(folder / "val.jsonl", packed=not packed)
     )
-    both = shares(fed.order, 0, fed.collate), shares(fed.order_val, 0, fed.collate_val)
+    both = shares(data.order, 0, data.collate), shares(data.order_val, 0, data.collate_val)
     found = [any(len(batch["lengths"]) > 1 for batch in batches) for batches in both]
     assert found == [packed, not packed]
 
 
-def test_padding_is_the_tokenizers(feed):
+def test_padding_is_the_tokenizers(load):
     pad_right = "phi3_plugin.data.collate.pad_right"
     sizes = {"batch_size": 6, "gradient_accumulation_steps": 1}
-    fed = feed(tokenizer={"pad": "unk"}, collate_fn=pad_right, **sizes)
-    (batch,) = fed.order.batches(0, 0, fed.collate)
-    lengths = [len(fed.order.dataset[i]["tokens"]) for i in fed.order.indices(0)]
+    data = load(tokenizer={"pad": "unk"}, collate_fn=pad_right, **sizes)
+    (batch,) = data.order.batches(0, 0, data.collate)
+    lengths = [len(data.order.dataset[i]["tokens"]) for i in data.order.indices(0)]
     assert len(set(lengths)) > 1
     for row, length in zip(batch["tokens"], lengths, strict=True):
-        assert row[length:].eq(fed.tokenizer.unk_id).all()
+        assert row[length:].eq(data.tokenizer.unk_id).all()

@@ -1,0 +1,246 @@
+"""What torchtune's own LoRA recipes are given: a checkpointer, and a logger that waits.
+
+The checkpointer's folders are those of :mod:`phi3_plugin.train.checkpoints`, one an epoch.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torchtune.training.metric_logging import DiskLogger as TorchtuneDiskLogger
+
+from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.base import known_hash, load_base_weights, split_weights
+from phi3_plugin.checkpoint.files import check_output, whole_folder
+from phi3_plugin.checkpoint.peft import check_trained, export_adapter, targets_of
+from phi3_plugin.config import checkpoint_folder, read_config
+from phi3_plugin.errors import CheckpointError, ConfigError, MissingFileError, OutputError
+from phi3_plugin.train.checkpoints import STATE, load_state, problem_of, save
+
+log = logging.getLogger(__name__)
+
+_EPOCH = re.compile(r"epoch_(\d+)")
+
+
+class Phi3Checkpointer:
+    """Reads a Phi-3 checkpoint folder and writes one PEFT adapter folder an epoch.
+
+    ``output_dir/epoch_N`` holds the adapter, the tokenizer with config.json, a model card and,
+    until the last epoch, the recipe's state. A folder is written aside and renamed, so it is
+    whole or absent.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | Path | None,
+        output_dir: str | Path | None,
+        *,
+        layout: str = "fused",
+        lora_attn_modules: Sequence[str] | None = None,
+        lora_dropout: float = 0.0,
+        card: Mapping[str, Any] | None = None,
+        save_adapter_weights_only: bool = True,
+        should_load_recipe_state: bool = False,
+        model_type: str = "PHI3_MINI",
+    ) -> None:
+        """Check both folders; nothing is read or written yet.
+
+        Args:
+            checkpoint_dir: Folder of the base model in Hugging Face layout.
+            output_dir: Where the epoch folders go.
+            layout: ``fused`` for the models of this package, ``split`` for torchtune's own
+                Phi-3 with q_proj, k_proj, v_proj, w1, w2, w3. Adapters are always saved fused.
+            lora_attn_modules: Those of the model. A resume with others than were saved is then
+                refused here, and not by an assertion of the recipe's that names none of them.
+            lora_dropout: Recorded in adapter_config.json.
+            card: Rows of the model card's table: what the adapter was trained on and how. The
+                recipes tell a checkpointer nothing of it, so the YAML does.
+            save_adapter_weights_only: The recipe's setting of that name, which must be True.
+            should_load_recipe_state: True when the recipe resumes.
+            model_type: Read by torchtune's recipes only.
+
+        Raises:
+            ConfigError: A key is not set or cannot be honoured.
+            MissingFileError: There is no checkpoint, or nothing to resume from.
+            OutputError: The output folder cannot be written or holds another run.
+        """
+        if not save_adapter_weights_only:
+            raise ConfigError(
+                "save_adapter_weights_only: False is not supported: on a CPU torchtune's recipes "
+                "then merge the adapter into the weights that are still being trained. Set it "
+                "to True and merge the saved adapter with `phi3-tune adapter merge`."
+            )
+        if layout not in ("fused", "split"):
+            raise ConfigError(f"checkpointer.layout: {layout!r} must be 'fused' or 'split'.")
+        self._checkpoint_dir = checkpoint_folder(checkpoint_dir)
+        if output_dir is None:
+            raise ConfigError(
+                "output_dir is not set. Set it in the YAML or add output_dir=/path/to/results to "
+                "the command."
+            )
+        self._output_dir = Path(output_dir)
+        check_output(self._output_dir, self._checkpoint_dir)
+        self.model_type = model_type
+        self._layout = layout
+        self._targets = lora_attn_modules
+        self._dropout = lora_dropout
+        self._card = {str(key): value for key, value in (card or {}).items()}
+        self._resume = should_load_recipe_state
+        epochs = self._epochs()
+        if epochs and not should_load_recipe_state:
+            raise OutputError(
+                f"output_dir: {output_dir} holds the checkpoints of another run "
+                f"({', '.join(path.name for path in epochs)}). Choose another folder, or continue "
+                "that run with resume_from_checkpoint=True."
+            )
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Return the base weights under ``model`` and, when resuming, adapter and recipe state.
+
+        Raises:
+            CheckpointError: The weights or the saved state are damaged or do not fit.
+            MissingFileError: Files are missing.
+        """
+        # The cheap part first: a run that cannot resume should say so before 8 GB are read.
+        state = self._load_state() if self._resume else {}
+        weights = load_base_weights(self._checkpoint_dir)
+        known_hash(self._checkpoint_dir)  # for what is saved, so that no save has to read it
+        if self._layout == "split":
+            weights = split_weights(weights, read_config(self._checkpoint_dir))
+        return {"model": weights, **state}
+
+    def save_checkpoint(
+        self,
+        state_dict: dict[str, Any],
+        epoch: int,
+        intermediate_checkpoint: bool,
+        adapter_only: bool = True,
+    ) -> None:
+        """Write ``epoch_N``, called by the recipe with what it gathered.
+
+        Args:
+            state_dict: ``adapter`` and ``adapter_config``, and recipe state in between epochs.
+            epoch: N, from 0.
+            intermediate_checkpoint: Whether more epochs follow, so that state is worth keeping.
+            adapter_only: What the recipe was told; merged weights are never written.
+
+        Raises:
+            AdapterError: The adapter is untrained or not finite.
+            OutputError: The folder cannot be written.
+        """
+        check_trained(state_dict["adapter"])
+        settings = state_dict["adapter_config"]
+        adapter = Adapter.of(
+            state_dict["adapter"],
+            settings["lora_alpha"] / settings["r"],
+            dropout=self._dropout,
+            origin={"layout": self._layout},
+        )
+        card = {**self._card, "epochs trained": epoch + 1}
+
+        def write(folder: Path) -> None:
+            export_adapter(folder, adapter, checkpoint_dir=self._checkpoint_dir, card=card)
+
+        folder = self._output_dir / f"epoch_{epoch}"
+        if intermediate_checkpoint:
+            unsaved = ("adapter_config", "model")
+            state = {key: value for key, value in state_dict.items() if key not in unsaved}
+            state["layout"] = self._layout
+            save(folder, epoch + 1, write, state, replace=False)
+        else:
+            with whole_folder(folder) as partial:
+                write(partial)
+        log.info("Saved a PEFT adapter to %s", folder)
+        if not adapter_only:
+            raise ConfigError(
+                f"save_adapter_weights_only: False is not supported; the adapter is in {folder}, "
+                "the merged weights were not written. Set it to True."
+            )
+
+    def _epochs(self) -> list[Path]:
+        """Return the epoch folders of the run, oldest first."""
+        matches = [_EPOCH.fullmatch(path.name) for path in self._output_dir.glob("epoch_*")]
+        numbers = sorted(int(match.group(1)) for match in matches if match)
+        return [self._output_dir / f"epoch_{number}" for number in numbers]
+
+    def _load_state(self) -> dict[str, Any]:
+        """Return adapter and recipe state of the newest epoch, if they are this model's."""
+        epochs = self._epochs()
+        if not epochs:
+            raise MissingFileError(
+                f"resume_from_checkpoint: {self._output_dir} has no epoch_* folder to resume "
+                "from. Set output_dir to the folder of the interrupted run, or start anew with "
+                "resume_from_checkpoint=False."
+            )
+        folder = epochs[-1]
+        if not (folder / STATE).exists():
+            raise CheckpointError(
+                f"resume_from_checkpoint: {folder} is the last epoch of a finished run; "
+                "torchtune's recipe keeps no optimizer state there. Its adapter is ready to use. "
+                "To train longer, start a new run with more epochs, or move this folder away to "
+                "go on from the epoch before it."
+            )
+        if problem := problem_of(folder):
+            raise CheckpointError(
+                f"resume_from_checkpoint: {folder} cannot be resumed from: {problem}. Move it "
+                "away to go on from the epoch before it."
+            )
+        state = load_state(folder)
+        if state["layout"] != self._layout:
+            raise CheckpointError(
+                f"checkpointer.layout: {self._layout!r}, but {folder} was saved from a model with "
+                f"layout {state['layout']!r}. Resume with the model it was started with."
+            )
+        # The head and torchtune's MLP have switches of their own.
+        others = ("output", "w1", "w2", "w3")
+        targets = [t for t in targets_of(state["adapter"]) if t not in others]
+        if self._targets is not None and targets != sorted(set(self._targets)):
+            raise CheckpointError(
+                f"lora_attn_modules: {list(self._targets)}, but {folder} was saved from a model "
+                f"with {targets}. Resume with the model it was started with."
+            )
+        return {key: value for key, value in state.items() if key not in ("layout", "step")}
+
+
+class DiskLogger:
+    """Writes ``output_dir/logs/log_*.txt`` and the settings, from the first step on.
+
+    torchtune's recipes start their logger before they look at anything else; its own loggers
+    write at once, and leave files behind when the run is refused a moment later.
+    """
+
+    def __init__(self, output_dir: str | Path | None) -> None:
+        """Write nothing yet.
+
+        Args:
+            output_dir: Where the run's results go. None is left to the checkpointer to refuse.
+        """
+        self._output_dir = output_dir
+        self._config: DictConfig | None = None
+        self._logger: Any = None
+
+    def log_config(self, config: DictConfig) -> None:
+        """Keep the settings until the first step."""
+        self._config = config
+
+    def log(self, name: str, data: float, step: int) -> None:
+        """Write one number."""
+        self._start().log(name, data, step)
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        """Write the numbers of one step on one line."""
+        self._start().log_dict(payload, step)
+
+    def close(self) -> None:
+        """Close the file if one was opened."""
+        if self._logger is not None:
+            self._logger.close()
+
+    def _start(self) -> Any:
+        if self._logger is None:
+            self._logger = TorchtuneDiskLogger(f"{self._output_dir}/logs")
+            self._logger.log_config(self._config)
+        return self._logger
