@@ -3,11 +3,13 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
 
 from phi3_plugin import settings
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.import_config import HANDLED, NO_EFFECT, ONLY, SAME, translate
+from phi3_plugin.import_config import path, translate
 from phi3_plugin.models import lora_phi3_mini
+from tests.oracles import MINI_4K, TINY_MHA, hf_model
 
 # What the sample script says, with the two values that it hands to its trainer.
 SAMPLE = {
@@ -222,11 +224,6 @@ def test_both_dictionaries_must_be_there():
         translate({"training_config": {}})
 
 
-def test_no_key_is_listed_twice():
-    keys = [*SAME, *NO_EFFECT, *ONLY, *HANDLED]
-    assert len(keys) == len(set(keys))
-
-
 @pytest.mark.parametrize("given", [{}, *(given for given, _ in CHOICES)])
 def test_the_strict_settings_take_what_is_written(given, tmp_path):
     (tmp_path / "base").mkdir()
@@ -236,3 +233,152 @@ def test_the_strict_settings_take_what_is_written(given, tmp_path):
     yaml["dataset"]["source"] = "chats.jsonl"
     read = settings.read(OmegaConf.create(yaml))
     assert read.model["lora_rank"] == 16 and read.optimizer["lr"] == 5e-6
+
+
+# Names, against what PEFT finds under them in a Phi-3.
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return hf_model(MINI_4K, **TINY_MHA)
+
+
+def adapted_by_peft(hf, **keys):
+    """Return layer, target and rank of each adapter that PEFT makes."""
+    with torch.device("meta"):
+        model = get_peft_model(hf, LoraConfig(r=4, **keys))
+    found = {
+        (path(name.removeprefix("base_model.model.")), module.r["default"])
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    model.unload()
+    return found
+
+
+@pytest.mark.parametrize(
+    "target_modules",
+    [
+        ["qkv_proj", "self_attn.o_proj"],
+        ["mlp.down_proj", "q_proj"],
+        ["lm_head", "model.embed_tokens", "o_proj"],
+        ["mlp.o_proj", "o_proj.", "down_proj"],
+    ],
+)
+def test_names_are_those_that_peft_finds(hf, target_modules):
+    section = translate(sample(target_modules=target_modules)).yaml["model"]
+    ours = {*section["lora_attn_modules"]}
+    ours |= {"lm_head"} if section["apply_lora_to_output"] else set()
+    ours |= {"embed_tokens"} if section.get("apply_lora_to_embedding") else set()
+    assert ours == {target for (_, target), _ in adapted_by_peft(hf, target_modules=target_modules)}
+
+
+def test_ranks_are_those_that_peft_gives(hf):
+    given = {"layers.1.self_attn.o_proj": 2, "0.mlp.down_proj": 3, "self_attn.qkv_proj": 5}
+    keys = {"target_modules": ["qkv_proj", "o_proj", "down_proj"], "rank_pattern": given}
+    ours = translate(sample(**keys)).yaml["model"]["rank_pattern"]
+    assert ours == {"1.o_proj": 2, "0.down_proj": 3, "qkv_proj": 5}
+    for (layer, target), rank in adapted_by_peft(hf, **keys):
+        assert rank == ours.get(f"{layer}.{target}", ours.get(target, 4))
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"target_modules": "o_proj"}, "'o_proj' is a pattern for PEFT. List the names"),
+        ({"target_modules": ["o_proj", "norm"]}, "'norm' is no linear layer"),
+        ({"target_modules": ["layers.1.mlp.down_proj"]}, "is in one layer. Name 'down_proj'"),
+        ({"rank_pattern": {"^.*o_proj": 2}}, r"rank_pattern: '\^\.\*o_proj' is no layer"),
+        ({"rank_pattern": {"3.o_proj": 2}}, "rank_pattern: '3.o_proj' is no layer"),
+        (
+            {"alpha_pattern": {"o_proj": 2, "layers.1.self_attn.o_proj": 3}},
+            "alpha_pattern: 'layers.1.self_attn.o_proj' is never reached after 'o_proj'",
+        ),
+    ],
+)
+def test_what_peft_reads_otherwise_is_refused(keys, match):
+    with pytest.raises(ConfigError, match=match):
+        translate(sample(**keys))
+
+
+def test_a_name_of_nothing_stays_in_its_line():
+    note = translate(sample(target_modules=["o_proj", "x\nseed: 5"])).notes[-1]
+    assert note == r"target_modules: these match nothing in a Phi-3: 'x\nseed: 5'."
+
+
+def test_a_layer_that_is_named_beside_its_parts_is_there_once():
+    targets = ["qkv_proj", "q_proj", "up_proj"]
+    section = translate(sample(target_modules=targets), "as-intended").yaml["model"]
+    assert section["lora_attn_modules"] == ["qkv_proj", "up_proj"]
+
+
+# Values that serve nothing, or only together with others.
+
+WRONG = [
+    *({"max_steps": value} for value in ("10", None)),
+    *({"num_train_epochs": value} for value in ("x", None, 0)),
+    *({key: ["x"]} for key in ("lr_scheduler_type", "optim", "eval_strategy")),
+    *({key: 0.1} for key in ("save_steps", "logging_steps", "eval_steps")),
+    *({"warmup_ratio": value} for value in (2, "x")),
+    *({"output_dir": value} for value in ({"_component_": "os.system"}, "${oc.env:HOME}", "???")),
+    *({key: "false"} for key in ("bf16", "gradient_checkpointing", "group_by_length")),
+    {"adam_beta1": "x"},
+    {"learning_rate": float("nan")},
+    {"load_best_model_at_end": True},
+    {"seed": -1},
+]
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_a_value_that_serves_nothing_is_one_line_under_its_own_name(given):
+    with pytest.raises(ConfigError) as error:
+        translate(sample(given))
+    assert str(error.value).startswith(f"{next(iter(given))}: ")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"r": value} for value in (0, None, "8")),
+        *({"lora_alpha": value} for value in (0, 1.5)),
+        *({"target_modules": value} for value in (5, [1, {}])),
+        {"lora_dropout": None},
+        {"use_rslora": "false"},
+        {"modules_to_save": "lm_head"},
+        {"init_lora_weights": ["x"]},
+        {"init_lora_weight": False},
+    ],
+)
+def test_a_value_that_peft_does_not_take_is_never_replaced(given):
+    with pytest.raises(ConfigError, match=rf"^peft_config\.{next(iter(given))}: ") as error:
+        translate(sample(**given))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_starts_that_need_another_base_are_refused():
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    with pytest.raises(ConfigError, match="init_lora_weights: 'pissa' needs a base that is not"):
+        translate({**sample(init_lora_weights="pissa"), "bnb_config": nf4})
+    with pytest.raises(ConfigError, match="init_lora_weights: 'loftq' makes up for what NF4"):
+        translate(sample(init_lora_weights="loftq"))
+    out = translate({**sample(init_lora_weights="loftq"), "bnb_config": nf4})
+    assert out.yaml["model"]["lora_init"] == "loftq"
+    assert "bnb_4bit_compute_dtype: 'float32' has no effect: bf16 makes it bf16." in out.notes
+
+
+def test_a_length_of_its_own_and_no_other():
+    with pytest.raises(ConfigError, match="max_seq_length and max_length: 2048 and 512 differ"):
+        translate(sample({"max_length": 512}))
+    short = {key: value for key, value in SAMPLE.items() if key != "max_seq_length"}
+    with pytest.raises(ConfigError, match="packing: True needs the length of a pack"):
+        translate(short)
+
+
+def test_a_warm_up_below_one_step_is_a_share():
+    schedule = translate(sample({"warmup_steps": 0.1})).yaml["lr_scheduler"]
+    assert schedule["warmup_ratio"] == 0.1 and "num_warmup_steps" not in schedule
+
+
+def test_one_layer_alone():
+    assert translate(sample(layers_to_transform=1)).yaml["model"]["layers_to_transform"] == [1]
