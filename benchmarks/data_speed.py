@@ -107,7 +107,7 @@ def bare(args: argparse.Namespace) -> dict[str, float]:
         for pair in pairs
     ]
     texts = [tokenizer.render(chat).text for chat in chats]
-    encode = tokenizer._backend.encode_batch_fast
+    encode = tokenizer.backend.encode_batch_fast
     seconds, _ = timed(lambda: encode(texts, add_special_tokens=False))
     return {"seconds": seconds, "rows": len(texts)}
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from phi3_plugin.checkpoint.check import hf_tokenizer
-from phi3_plugin.data.dataset import IGNORED
+from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.data.dataset import conversations
 from phi3_plugin.inspect import (
     FIRST,
     Comparison,
     Samples,
     arrays,
-    conversations,
     truncation,
     unpacked,
 )

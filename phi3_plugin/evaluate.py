@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from phi3_plugin.data.dataset import IGNORED
+from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.data.dataset import conversations
 from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
-from phi3_plugin.inspect import CHAT_DATASETS, arrays, conversations, count, place
+from phi3_plugin.inspect import CHAT_DATASETS, arrays, count, place
 from phi3_plugin.prompts import as_line
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import build

@@ -9,15 +9,14 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phi3_plugin.config import read_config
-from phi3_plugin.data.dataset import COMMON, IGNORED, Read, chat_dataset, make_reading
-from phi3_plugin.data.formats import (
+from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.data.dataset import (
     BROKEN,
     CUT_AWAY,
     DROPPED_MESSAGE,
@@ -26,7 +25,6 @@ from phi3_plugin.data.formats import (
     SPECIAL_IN_TEXT,
     UNUSABLE,
     Findings,
-    Written,
 )
 from phi3_plugin.data.order import Order
 from phi3_plugin.data.packing import Packs
@@ -264,7 +262,7 @@ class Statistics:
     limit: int | None
     """Where samples are cut."""
     truncate: str = "right"
-    """What becomes of longer ones, see :mod:`phi3_plugin.data.tokenizer`."""
+    """What becomes of longer ones, see :func:`phi3_plugin.data.chat_dataset`."""
     positions: int
     """How many the model was made for."""
     batchings: list[Batching]
@@ -438,7 +436,7 @@ def _batchings(
     limit = getattr(feed.tokenizer, "max_seq_len", None)
     if limit is not None and settings.dataset["_component_"] in CHAT_DATASETS:
         seed = settings.dataset.get("seed", 0)
-        orders[PACKED] = order(Packs(dataset, limit, feed.tokenizer.pad_id, seed=seed))
+        orders[PACKED] = order(Packs(dataset, limit, seed=seed))
     mine = GROUPED if chosen.group_by_length else PLAIN
     mine = PACKED if isinstance(chosen.dataset, Packs) else mine
     orders[mine] = chosen
@@ -489,7 +487,7 @@ def cuts(
         lost: [L] tokens of each conversation that gave no sample.
         named: More lengths, and what each of them is.
         limit: The chosen one.
-        truncate: What becomes of longer conversations, see :mod:`phi3_plugin.data.tokenizer`.
+        truncate: What becomes of longer conversations, see :func:`phi3_plugin.data.chat_dataset`.
     """
     # A shorter conversation would be lost at any limit
     lost = lost[lost > limit] if limit is not None else lost[:0]
@@ -791,7 +789,7 @@ class Speller:
 
     def __init__(self, tokenizer: Phi3Tokenizer) -> None:
         """Read the added tokens."""
-        self._tokenizer, self._backend = tokenizer, tokenizer._backend
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend
         decoder = self._backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in decoder.items()}
         # Decoding drops the space at the very start, so that every text gets one before it
@@ -829,44 +827,3 @@ class Speller:
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([*self._before, *ids], False)[self._skip :]
-
-
-# The rows as messages
-
-
-def conversations(
-    tokenizer: Phi3Tokenizer, options: Mapping[str, Any]
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield where each row stands, and its messages, marked by what is trained on.
-
-    Rows that give no sample, and those that are a text already, are passed over.
-
-    Args:
-        tokenizer: Of the checkpoint.
-        options: Of :func:`phi3_plugin.data.chat_dataset`.
-    """
-    defaults = {name: option.default for name, option in signature(chat_dataset).parameters.items()}
-    choices = defaults | {name: options[name] for name in defaults if name in options}
-    reading = make_reading(
-        tokenizer,
-        choices["source"],
-        {name: choices[name] for name in COMMON},
-        tool_calls=choices["tool_calls"],
-        group_by=choices["group_by"],
-        lesson=(choices["train_on"], choices["system_prompt"], choices["add_eos"]),
-        truncate=choices["truncate"],
-    )
-    for number, source in enumerate(reading.sources):
-        for row in reading.rows(number, source):
-            if not isinstance(row, Read) or isinstance(row.chat, Written):
-                continue
-            try:
-                turns = reading.preparation.lesson.prepare(row.chat)
-            except DataError:  # there is nothing to train on
-                continue
-            messages = []
-            for turn in turns:
-                tools = {} if turn.tools is None else {"tools": turn.tools}
-                message = {"role": turn.role, "content": turn.content, **tools}
-                messages.append({**message, "trained": turn.trained})
-            yield row.where, messages

@@ -8,9 +8,8 @@ import pytest
 
 from phi3_plugin.data import phi3_tokenizer
 from tests.assets import assets_dir
-from tests.data.tiny import write_checkpoint
-from tests.data.variants import BUILT, FROM_ASSETS
 from tests.own import tiny_inputs, train
+from tests.variants import BUILT, FROM_ASSETS, write_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,7 @@
-"""The formats of data rows we know, by name, and which of them rows have."""
+"""From a row of data to a conversation: the formats of rows, by name, and how they are told."""
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as shortened
@@ -10,112 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 from phi3_plugin.errors import ConfigError, DataError
 
-# Checks of values that come from a YAML file; ``key`` is the key as the user typed it.
-
-
-def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
-    """Raise a ConfigError unless the value is one of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{key}: {value!r} must be one of: {', '.join(choices)}.")
-
-
-def check_switch(key: str, value: object) -> None:
-    """Raise a ConfigError unless the value is a bool; a text like "no" would count as True."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key}: {value!r} must be True or False.")
-
-
-def check_text(key: str, value: object) -> None:
-    """Raise a ConfigError unless the value is a string; YAML reads 2024 as a number."""
-    if not isinstance(value, str):
-        raise ConfigError(f"{key}: {value!r} must be text; put quotes around a number.")
-
-
-def check_length(key: str, value: object) -> None:
-    """Raise a ConfigError unless the value is None or a positive whole number."""
-    if value is not None and (type(value) is not int or value < 1):
-        raise ConfigError(f"{key}: {value!r} must be a whole number above 0, or null for no limit.")
-
-
-def check_share(key: str, value: object) -> None:
-    """Raise a ConfigError unless the value is a number from 0 up to, but not including, 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ConfigError(f"{key}: {value!r} must be a number from 0 up to, but without, 1.")
-
-
-# What was noticed about rows of data, counted, with the places where it happened.
-
-BROKEN = "cannot be read"
-UNUSABLE = "cannot be used"
-FILTERED = "do not pass the filter"
-CUT_AWAY = "have nothing to train on within max_seq_len"
-TOO_LONG = "are longer than max_seq_len"
-DROPPED = (BROKEN, UNUSABLE, FILTERED, CUT_AWAY, TOO_LONG)
-"""Why a row gives no sample."""
-
-TRUNCATED = "are cut at max_seq_len"
-DROPPED_MESSAGE = "have a message that the chat template leaves out"
-NO_FINAL_ANSWER = "do not end with an assistant turn"
-BLANK_ANSWER = "have an answer that says nothing, and would be trained on"
-SPECIAL_IN_TEXT = "have special tokens written in a message"
-PASSED_OVER = "have weight or train fields that dataset.train_on passes over"
-NOTICED = (
-    *(TRUNCATED, DROPPED_MESSAGE, NO_FINAL_ANSWER),
-    *(BLANK_ANSWER, SPECIAL_IN_TEXT, PASSED_OVER),
-)
-"""What was noticed about rows that do."""
-
-LISTED = 1000
-"""Places of one kind that are kept; all are counted."""
-
-
-class Findings:
-    """Counts, and the first places of each kind with what there is to say about them."""
-
-    def __init__(self) -> None:
-        """Start with nothing."""
-        self.counts: Counter[str] = Counter()
-        self.places: dict[str, list[tuple[str, str]]] = {}
-
-    def add(self, kind: str, where: str, detail: str = "") -> None:
-        """Count one row.
-
-        Args:
-            kind: One of :data:`DROPPED` or :data:`NOTICED`.
-            where: The row's place, as in ``chats.jsonl:7``.
-            detail: What in particular, if there is more to say.
-        """
-        self.counts[kind] += 1
-        places = self.places.setdefault(kind, [])
-        if len(places) < LISTED:
-            places.append((where, detail))
-
-    @property
-    def dropped(self) -> int:
-        """Rows that give no sample."""
-        return sum(self.counts[kind] for kind in DROPPED)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what :meth:`from_json` takes."""
-        return {"counts": dict(self.counts), "places": self.places}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Findings":
-        """Return findings that were written to a file."""
-        findings = cls()
-        findings.counts.update(content["counts"])
-        for kind, places in content["places"].items():
-            findings.places[kind] = [(where, detail) for where, detail in places]
-        return findings
-
-
-# The messages of a conversation, checked.
-
 ROLES = ("system", "user", "assistant")
 """The roles that every format of data rows has; a chat template may know others."""
-
-ROLE = re.compile(r"\w[\w-]*")
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Turn(NamedTuple):
@@ -142,6 +37,9 @@ class Written(NamedTuple):
 Chat = Sequence[Turn] | Written
 """One row of data, read."""
 
+ROLE = re.compile(r"\w[\w-]*")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def make_turn(
     role: object,
@@ -165,18 +63,13 @@ def make_turn(
     # Templates write the role where special tokens are: text in it could speak for another
     if not isinstance(role, str) or not ROLE.fullmatch(role):
         raise DataError(f"unknown role {role!r}, expected a word such as {', '.join(ROLES)}")
-    said = _field_text(f"the {role} content", content)
-    described = None if tools is None else _field_text(f"tools of the {role} message", tools)
+    text = _text(f"the {role} content", content)
+    described = None if tools is None else _text(f"tools of the {role} message", tools)
     counts = role == "assistant" if trained is None else trained
-    return Turn(role, said, counts, described, wanted)
+    return Turn(role, text, counts, described, wanted)
 
 
-def kind(value: object) -> str:
-    """Name the type of a JSON value for an error message."""
-    return "null" if value is None else type(value).__name__
-
-
-def _field_text(name: str, value: object) -> str:
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} is {kind(value)}, expected a string")
     if not value.isascii() and SURROGATE.search(value):
@@ -184,7 +77,27 @@ def _field_text(name: str, value: object) -> str:
     return value
 
 
-# Rows that keep a conversation in columns of text.
+class Format(Protocol):
+    """One shape of data row."""
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has this shape, judged by its keys."""
+
+    def read(self, row: Mapping[str, Any]) -> Chat:
+        """Read the row as a conversation.
+
+        Raises:
+            DataError: The row is broken; the message does not name the row.
+        """
+
+
+# What a row or a message holds, and how errors name it
+
+NAMES_LISTED = 20
+"""An error names no more keys than this."""
+
+EMPTY = ("[]", "{}", "null")
+"""How some data sets write that there is nothing, beside null and the empty text."""
 
 UNSEEN = ("functions", "image", "images", "audio", "audios", "video", "videos")
 """Columns of what was shown or offered to the assistant, which no format here reads."""
@@ -195,11 +108,13 @@ BESIDE = ("system", "system_prompt", "tools", *UNSEEN)
 OUTSIDE = ("system", "system_prompt", "context", "input", "history", "tools", *UNSEEN)
 """Columns that some data sets keep a part of the prompt in."""
 
-NONE = ("[]", "{}", "null")
-"""How some data sets write that there is nothing, beside null and the empty text."""
+NAME_COLUMNS = "name the columns to read with dataset.columns"
+"""What to do about rows that keep a part of the prompt in a column of its own."""
 
-NAMES_LISTED = 20
-"""An error names no more keys than this."""
+
+def kind(value: object) -> str:
+    """Name the type of a JSON value for an error message."""
+    return "null" if value is None else type(value).__name__
 
 
 def column(row: Mapping[str, Any], name: str) -> Any:
@@ -215,24 +130,27 @@ def column(row: Mapping[str, Any], name: str) -> Any:
 
 def key_names(keys: Iterable[str]) -> str:
     """Write keys for an error message, whatever they hold."""
-    named = [printable(str(key)) for key in keys]
-    return ", ".join([*named[:NAMES_LISTED], *(["…"] if len(named) > NAMES_LISTED else [])])
+    names = [_printable(str(key)) for key in keys]
+    return ", ".join([*names[:NAMES_LISTED], *(["…"] if len(names) > NAMES_LISTED else [])])
 
 
-def printable(text: str) -> str:
-    """Return text that a terminal can show, half surrogate pairs written as escapes."""
+def shown(value: Any) -> str:
+    """Write a value for an error message, shortened."""
+    return _printable(shortened(value))
+
+
+def _printable(text: str) -> str:
+    # A terminal cannot show half a surrogate pair
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def refuse_filled(row: Mapping[str, Any], names: Iterable[str], advice: str) -> None:
-    """Raise a DataError if one of the columns is filled, which the format would drop."""
+def _refuse_filled(row: Mapping[str, Any], names: Iterable[str], advice: str) -> None:
     for name in names:
-        if row.get(name) and row[name] not in NONE:
+        if row.get(name) and row[name] not in EMPTY:
             raise DataError(f"there is a {name!r} too, which this format would drop; {advice}")
 
 
-NAME_COLUMNS = "name the columns to read with dataset.columns"
-"""What to do about rows that keep a part of the prompt in a column of its own."""
+# Rows that keep a conversation in columns of text
 
 
 @dataclass(frozen=True)
@@ -251,7 +169,7 @@ class Columns:
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read system, user and assistant message, in this order."""
         if not self.unless.isdisjoint(row):
-            refuse_filled(row, [name for name in row if name in self.unless], NAME_COLUMNS)
+            _refuse_filled(row, [name for name in row if name in self.unless], NAME_COLUMNS)
         return [
             make_turn(role, column(row, self.names[role])) for role in ROLES if role in self.names
         ]
@@ -283,14 +201,11 @@ class Alpaca:
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the system, the user and the assistant message."""
         user, assistant = self.pair.read(row)
-        extra = row.get("input")
-        if extra:
-            text = f"{user.content}\n Input: {_column_text('input', extra)}"
-            user = make_turn("user", text)
-        system = row.get("system")
-        if not system:
+        if row.get("input"):
+            user = user._replace(content=f"{user.content}\n Input: {_text('input', row['input'])}")
+        if not row.get("system"):
             return [user, assistant]
-        return [make_turn("system", _column_text("system", system)), user, assistant]
+        return [make_turn("system", _text("system", row["system"])), user, assistant]
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -309,10 +224,9 @@ class Text:
 
     def read(self, row: Mapping[str, Any]) -> Written:
         """Read the text; the marks in it tell later who says what."""
-        # A turn's content is checked, and so is this
-        text = make_turn(self.name, column(row, self.name)).content
+        text = _text(f"the {self.name} content", column(row, self.name))
         lost = [name for name in BESIDE if name in row and not _holds(text, name, row[name])]
-        refuse_filled(row, lost, "write it in the text, or remove the column")
+        _refuse_filled(row, lost, "write it in the text, or remove the column")
         return Written(text, None)
 
     def __str__(self) -> str:
@@ -324,163 +238,7 @@ def _holds(text: str, name: str, value: Any) -> bool:
     return name not in UNSEEN and isinstance(value, str) and value.strip() in text
 
 
-def _column_text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} is {kind(value)}, expected a string")
-    return value
-
-
-# The fields of one message beside who speaks: what is said, the tools, what is trained on.
-
-LOST = (
-    *("function_call", "refusal", "reasoning", "reasoning_content", "thinking"),
-    *("image", "images", "audio", "audios", "video", "videos", "file", "files", "attachments"),
-    *("loss", "train_detail"),
-)
-"""Fields that change what is learned and that nothing here reads.
-
-All others (``id``, ``name``, ``tool_call_id``, ``timestamp``, …) say nothing that a template of
-the family writes, and are passed over.
-"""
-
-
-def check_layout(layout: object) -> None:
-    """Raise a ConfigError unless the option ``tool_calls`` is a text with one place to fill."""
-    if layout is not None and (not isinstance(layout, str) or layout.count("{}") != 1):
-        raise ConfigError(
-            f"dataset.tool_calls: {layout!r} must be a text with one {{}}, where the calls are "
-            "written, as in <|tool_call|>{}<|/tool_call|>"
-        )
-
-
-def check_lost(message: Mapping[str, Any]) -> None:
-    """Refuse a message that says more than can be read.
-
-    Raises:
-        DataError: A field of :data:`LOST` has a value.
-    """
-    for name in LOST:
-        # False is what `loss` says of a message that is not learned
-        if name in message and message[name] not in (None, "", [], {}):
-            raise DataError(f"a message has {name}, which nothing reads; {_advice(name)}")
-
-
-def _advice(name: str) -> str:
-    if name in ("loss", "train_detail"):
-        return "write it as train: true or false"
-    return "write it as content, or remove it"
-
-
-def said(role: Any, content: Any) -> Any:
-    """Return the content; where OpenAI's parts are all text, the texts as one.
-
-    Raises:
-        DataError: The content is a list of something else.
-    """
-    if not isinstance(content, list):
-        return content
-    return "".join(_part(role, part) for part in content) if content else content
-
-
-def _part(role: Any, part: Any) -> str:
-    form = part.get("type") if isinstance(part, dict) else part
-    text = part.get("text") if isinstance(part, dict) else None
-    if form == "text" and isinstance(text, str):
-        return text
-    raise DataError(
-        f"the {printable(str(role))} content is list, expected a string or parts such as "
-        f"{{type: text, text: …}}; one part is {shown(form)}"
-    )
-
-
-def wanted(message: Mapping[str, Any]) -> bool | None:
-    """Return what the message says about being trained on, by ``weight`` or ``train``.
-
-    Raises:
-        DataError: One has another value than 0, 1, true or false, or they disagree.
-    """
-    weight, train = message.get("weight"), message.get("train")
-    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
-        raise DataError(f"weight is {shown(weight)}, expected 0 or 1")
-    if train is not None and not isinstance(train, bool):
-        raise DataError(f"train is {shown(train)}, expected true or false")
-    if weight is not None and train is not None and bool(weight) is not train:
-        raise DataError(f"weight is {shown(weight)} and train is {shown(train)}: remove one")
-    return train if weight is None else bool(weight)
-
-
-def with_calls(content: Any, calls: Any, layout: str | None) -> str:
-    """Put the calls of tools after what is said.
-
-    Args:
-        content: What is said, or None.
-        calls: ``[{"name", "arguments"}]``, or as OpenAI writes them.
-        layout: The option ``tool_calls``.
-
-    Raises:
-        DataError: There is no layout, or the calls are broken.
-    """
-    if layout is None:
-        raise DataError(
-            "a message has tool_calls, and nothing says how to write them; set dataset.tool_calls, "
-            "as in <|tool_call|>{}<|/tool_call|>, or write them as content"
-        )
-    if not isinstance(calls, list):
-        raise DataError(f"tool_calls is {kind(calls)}, expected a list")
-    if content is not None and not isinstance(content, str):
-        raise DataError(f"the content beside tool_calls is {kind(content)}, expected a string")
-    written = as_json("tool_calls", [_call(call) for call in calls], ensure_ascii=False)
-    return (content or "") + layout.replace("{}", written)
-
-
-def _call(call: Any) -> dict[str, Any]:
-    inner = call.get("function") or call if isinstance(call, dict) else call
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise DataError("a tool call has no name, expected {name, arguments}")
-    arguments = inner.get("arguments")
-    if isinstance(arguments, str):
-        arguments = from_json("arguments of a tool call", arguments)
-    if not isinstance(arguments, dict):
-        raise DataError(f"arguments of a tool call is {kind(arguments)}, expected an object")
-    return {"name": inner["name"], "arguments": arguments}
-
-
-def tools_text(tools: Any) -> Any:
-    """Return a list of tools as JSON, and anything else as it is."""
-    # As Phi-4-mini's model card writes them: the template puts text between <|tool|> and <|/tool|>
-    return as_json("tools", tools) if isinstance(tools, list | dict) else tools
-
-
-def as_json(name: str, value: Any, ensure_ascii: bool = True) -> str:
-    """Write a value as JSON.
-
-    Raises:
-        DataError: JSON has no such value.
-    """
-    try:
-        return json.dumps(value, ensure_ascii=ensure_ascii)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{name} cannot be written as JSON: {error}") from error
-
-
-def from_json(name: str, text: str) -> Any:
-    """Read a value from JSON.
-
-    Raises:
-        DataError: The text is none.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is broken JSON: {error}") from error
-
-
-def shown(value: Any) -> str:
-    """Write a value for an error message, shortened."""
-    return printable(shortened(value))
-
-
-# Rows that list messages.
+# Rows that list messages
 
 SPEAKERS = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -497,7 +255,16 @@ CALLS = "function_call"
 KEYS = {"role": "content", "from": "value"}
 """The field that holds who speaks, and the one that holds what is said."""
 
-SYSTEMS = ("system", "system_prompt")
+LOST = (
+    *("function_call", "refusal", "reasoning", "reasoning_content", "thinking"),
+    *("image", "images", "audio", "audios", "video", "videos", "file", "files", "attachments"),
+    *("loss", "train_detail"),
+)
+"""Fields of a message that change what is learned and that nothing here reads.
+
+All others (``id``, ``name``, ``tool_call_id``, ``timestamp``, …) say nothing that a template of
+the family writes, and are passed over.
+"""
 
 
 @dataclass(frozen=True)
@@ -535,34 +302,41 @@ class MessageList:
     def _turn(self, message: Any) -> Turn:
         if not isinstance(message, dict):
             raise DataError(f"a message is {kind(message)}, expected an object")
-        key = self._key(message)
-        theirs = column(message, key)
-        if theirs == CALLS and (self.mapped or key == "from"):
+        keys = (key for key in (self.role, *KEYS) if message.get(key) is not None)
+        key = next(keys, self.role)
+        role, mapped = column(message, key), self.mapped or key == "from"
+        if mapped and role == CALLS:
             calls = column(message, KEYS[key])
-            return self._calling({**message, "tool_calls": _calls(calls)}, "assistant", None)
-        role = self._our(theirs) if self.mapped or key == "from" else theirs
-        if not isinstance(role, str):
-            raise DataError(f"unknown role {shown(role)}, expected a string")
-        if message.get("tool_calls"):
-            return self._calling(message, role, message.get(KEYS[key]))
-        return _checked(message, role, column(message, KEYS[key]))
-
-    def _key(self, message: Mapping[str, Any]) -> str:
-        known = [key for key in (self.role, *KEYS) if message.get(key) is not None]
-        return known[0] if known else self.role
-
-    def _our(self, role: Any) -> str:
-        if not isinstance(role, str) or role not in SPEAKERS:
+            calls = _from_json(CALLS, calls) if isinstance(calls, str) else calls
+            text = self._with_calls(None, calls if isinstance(calls, list) else [calls])
+            return _turn_of("assistant", text, message)
+        if mapped and (not isinstance(role, str) or role not in SPEAKERS):
             raise DataError(
                 f"unknown role {shown(role)}, expected one of: {', '.join([*SPEAKERS, CALLS])}"
             )
-        return SPEAKERS[role]
-
-    def _calling(self, message: Mapping[str, Any], role: str, content: Any) -> Turn:
+        role = SPEAKERS[role] if mapped else role
+        if not isinstance(role, str):
+            raise DataError(f"unknown role {shown(role)}, expected a string")
+        if not message.get("tool_calls"):
+            return _turn_of(role, _joined(role, column(message, KEYS[key])), message)
         if role != "assistant":
             raise DataError("a message has tool_calls and is not the assistant's")
-        text = with_calls(said(role, content), message["tool_calls"], self.tool_calls)
-        return _checked(message, role, text)
+        text = self._with_calls(_joined(role, message.get(KEYS[key])), message["tool_calls"])
+        return _turn_of(role, text, message)
+
+    def _with_calls(self, content: Any, calls: Any) -> str:
+        """Put the calls of tools after what is said: ``[{"name", "arguments"}]``, or OpenAI's."""
+        if self.tool_calls is None:
+            raise DataError(
+                "a message has tool_calls, and nothing says how to write them; set "
+                "dataset.tool_calls, as in <|tool_call|>{}<|/tool_call|>, or write them as content"
+            )
+        if not isinstance(calls, list):
+            raise DataError(f"tool_calls is {kind(calls)}, expected a list")
+        if content is not None and not isinstance(content, str):
+            raise DataError(f"the content beside tool_calls is {kind(content)}, expected a string")
+        written = _as_json("tool_calls", [_call(call) for call in calls], ensure_ascii=False)
+        return (content or "") + self.tool_calls.replace("{}", written)
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -583,32 +357,19 @@ def with_rest(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
     return _with_tools(_with_system(turns, row), row.get("tools"))
 
 
-def _checked(message: Mapping[str, Any], role: str, content: Any) -> Turn:
-    if len(message) == len(KEYS):  # Most messages: no field but these
-        return make_turn(role, said(role, content))
-    check_lost(message)
-    tools = tools_text(message.get("tools"))
-    return make_turn(role, said(role, content), tools=tools, wanted=wanted(message))
-
-
-def _calls(value: Any) -> Any:
-    calls = from_json(CALLS, value) if isinstance(value, str) else value
-    return calls if isinstance(calls, list) else [calls]
-
-
 def _with_system(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
-    given = [make_turn("system", row[name]) for name in SYSTEMS if row.get(name)]
-    found = {turn.content: turn for turn in given}
+    columns = [make_turn("system", row[n]) for n in ("system", "system_prompt") if row.get(n)]
+    beside = {turn.content: turn for turn in columns}
     listed = {turn.content for turn in turns if turn.role == "system"}
-    if found.keys() <= listed:
+    if beside.keys() <= listed:
         return list(turns)
-    if listed or len(found) > 1:
+    if listed or len(beside) > 1:
         raise DataError("there is a column for the system message and another system message")
-    return [*found.values(), *turns]
+    return [*beside.values(), *turns]
 
 
 def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
-    if not tools or tools in NONE:
+    if not tools or tools in EMPTY:
         return turns
     systems = [i for i, turn in enumerate(turns) if turn.role == "system"]
     if not systems:
@@ -616,11 +377,91 @@ def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
     first = turns[systems[0]]
     if first.tools:
         raise DataError("there is a column 'tools' and a system message that has tools")
-    described = make_turn(first.role, first.content, tools=tools_text(tools), wanted=first.wanted)
-    return [*turns[: systems[0]], described, *turns[systems[0] + 1 :]]
+    turns[systems[0]] = make_turn(
+        first.role, first.content, tools=_tools_text(tools), wanted=first.wanted
+    )
+    return turns
 
 
-# Rows of a better and a worse answer, of which the better one is learned.
+def _turn_of(role: str, content: Any, message: Mapping[str, Any]) -> Turn:
+    """Check a message, and the fields of it beside who speaks and what is said."""
+    if len(message) == len(KEYS):  # Most messages: no field but these
+        return make_turn(role, content)
+    for name in LOST:
+        # False is what `loss` says of a message that is not learned
+        if name in message and message[name] not in (None, "", [], {}):
+            as_train = name in ("loss", "train_detail")
+            advice = "train: true or false" if as_train else "content, or remove it"
+            raise DataError(f"a message has {name}, which nothing reads; write it as {advice}")
+    tools = _tools_text(message.get("tools"))
+    return make_turn(role, content, tools=tools, wanted=wanted(message))
+
+
+def wanted(message: Mapping[str, Any]) -> bool | None:
+    """Return what the message says about being trained on, by ``weight`` or ``train``.
+
+    Raises:
+        DataError: One has another value than 0, 1, true or false, or they disagree.
+    """
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise DataError(f"weight is {shown(weight)}, expected 0 or 1")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"train is {shown(train)}, expected true or false")
+    if weight is not None and train is not None and bool(weight) is not train:
+        raise DataError(f"weight is {shown(weight)} and train is {shown(train)}: remove one")
+    return train if weight is None else bool(weight)
+
+
+def _joined(role: str, content: Any) -> Any:
+    """Return the content; where OpenAI's parts are all text, the texts as one."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = []
+    for part in content:
+        form = part.get("type") if isinstance(part, dict) else part
+        text = part.get("text") if isinstance(part, dict) else None
+        if form != "text" or not isinstance(text, str):
+            raise DataError(
+                f"the {_printable(role)} content is list, expected a string or parts such as "
+                f"{{type: text, text: …}}; one part is {shown(form)}"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _call(call: Any) -> dict[str, Any]:
+    inner = call.get("function") or call if isinstance(call, dict) else call
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise DataError("a tool call has no name, expected {name, arguments}")
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _from_json("arguments of a tool call", arguments)
+    if not isinstance(arguments, dict):
+        raise DataError(f"arguments of a tool call is {kind(arguments)}, expected an object")
+    return {"name": inner["name"], "arguments": arguments}
+
+
+def _tools_text(tools: Any) -> Any:
+    # As Phi-4-mini's model card writes them: the template puts text between <|tool|> and <|/tool|>
+    return _as_json("tools", tools) if isinstance(tools, list | dict) else tools
+
+
+def _as_json(name: str, value: Any, ensure_ascii: bool = True) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{name} cannot be written as JSON: {error}") from error
+
+
+def _from_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is broken JSON: {error}") from error
+
+
+# Rows of a better and a worse answer, of which the better one is learned
 
 PROMPTS = ("prompt", "question", "instruction", "input")
 """Columns that may hold what the answers are given to; a row has one of them."""
@@ -645,28 +486,25 @@ class Preference:
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the prompt and the chosen answer; the rejected one is not looked at."""
-        refuse_filled(row, NOT_KEPT, NAME_COLUMNS)
+        _refuse_filled(row, NOT_KEPT, NAME_COLUMNS)
         chosen = row.get("chosen")
-        if isinstance(chosen, str):
-            return with_rest(self._answer(chosen, row), row)
-        if not isinstance(chosen, list):
+        if isinstance(chosen, list):
+            turns = self.messages.listed(chosen, "chosen")
+            # A whole conversation says again what the prompt says
+            before = self._prompt(_prompt_of(row)) if turns[0].role == "assistant" else []
+            return with_rest([*before, *turns], row)
+        if not isinstance(chosen, str):
             raise DataError(f"chosen is {kind(chosen)}, expected a text or a list of messages")
-        turns = self.messages.listed(chosen, "chosen")
-        # A whole conversation says again what the prompt says
-        before = self._prompt(row) if turns[0].role == "assistant" else []
-        return with_rest([*before, *turns], row)
-
-    def _answer(self, chosen: str, row: Mapping[str, Any]) -> list[Turn]:
         if chosen.startswith(HUMAN):
-            return _transcript(chosen)
-        before = self._prompt(row)
-        if isinstance(_value(row), str) and before[-1].role == "assistant":
+            return with_rest(_transcript(chosen), row)
+        prompt = _prompt_of(row)
+        before = self._prompt(prompt)
+        if isinstance(prompt, str) and before[-1].role == "assistant":
             # The prompt is written up to the name of who speaks next
             before, chosen = before[:-1], before[-1].content + chosen.strip()
-        return [*before, make_turn("assistant", chosen)]
+        return with_rest([*before, make_turn("assistant", chosen)], row)
 
-    def _prompt(self, row: Mapping[str, Any]) -> list[Turn]:
-        prompt = _value(row)
+    def _prompt(self, prompt: Any) -> list[Turn]:
         if isinstance(prompt, list):
             return self.messages.listed(prompt, "the prompt")
         if isinstance(prompt, str) and prompt.startswith(HUMAN):
@@ -678,37 +516,22 @@ class Preference:
         return "chosen, rejected and perhaps prompt"
 
 
-def _value(row: Mapping[str, Any]) -> Any:
-    found = [name for name in PROMPTS if row.get(name)]
-    if not found:
+def _prompt_of(row: Mapping[str, Any]) -> Any:
+    names = [name for name in PROMPTS if row.get(name)]
+    if not names:
         raise DataError(f"chosen has no prompt before it; the keys are: {key_names(row)}")
-    if len(found) > 1:
-        raise DataError(f"the prompt may be any of: {', '.join(found)}; remove the others")
-    return row[found[0]]
+    if len(names) > 1:
+        raise DataError(f"the prompt may be any of: {', '.join(names)}; remove the others")
+    return row[names[0]]
 
 
 def _transcript(text: str) -> list[Turn]:
-    names, said = SPEAKER.findall(text), SPEAKER.split(text)[1:]
+    names, parts = SPEAKER.findall(text), SPEAKER.split(text)[1:]
     roles = ["user" if name == HUMAN else "assistant" for name in names]
-    return [make_turn(role, part.strip()) for role, part in zip(roles, said, strict=True)]
+    return [make_turn(role, part.strip()) for role, part in zip(roles, parts, strict=True)]
 
 
-# The formats of data rows we know, by name, and which of them rows have.
-
-
-class Format(Protocol):
-    """One shape of data row."""
-
-    def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row has this shape, judged by its keys."""
-
-    def read(self, row: Mapping[str, Any]) -> Chat:
-        """Read the row as a conversation.
-
-        Raises:
-            DataError: The row is broken; the message does not name the row.
-        """
-
+# The formats by name, and which of them rows have
 
 LISTS = ("messages", "sharegpt")
 """Formats of a list of messages: other columns of such rows are taken for notes about it."""
@@ -716,40 +539,25 @@ LISTS = ("messages", "sharegpt")
 
 def _formats(tool_calls: str | None = None) -> dict[str, Format]:
     messages = MessageList("messages", "role", tool_calls=tool_calls)
-    alpaca = {"input", "system"}
+    beside_alpaca = [name for name in OUTSIDE if name not in ("input", "system")]
+    beside_input = [*OUTSIDE, "instruction", "prompt", "question", "query"]
     return {
         "messages": messages,
         "sharegpt": MessageList("conversations", "from", mapped=True, tool_calls=tool_calls),
         "preference": Preference(messages),
-        "alpaca": Alpaca(
-            pair("instruction", "output", [name for name in OUTSIDE if name not in alpaca])
-        ),
+        "alpaca": Alpaca(pair("instruction", "output", beside_alpaca)),
         "question_answer": pair("question", "answer"),
         "prompt_response": pair("prompt", "response"),
         "prompt_completion": pair("prompt", "completion"),
         "instruction_response": pair("instruction", "response"),
         "query_response": pair("query", "response"),
-        "input_output": pair(
-            "input", "output", [*OUTSIDE, "instruction", "prompt", "question", "query"]
-        ),
+        "input_output": pair("input", "output", beside_input),
         "text": Text("text"),
     }
 
 
 FORMATS = _formats()
 """What can be read, by the name that ``dataset.format`` takes."""
-
-
-def check_format(name: str | None, columns: Mapping[str, str] | None, key: str = "dataset") -> None:
-    """Check how rows are to be read; ``key`` is where the two options stand.
-
-    Raises:
-        ConfigError: The name or the columns are not usable.
-    """
-    if columns is not None:
-        _check_columns(name, columns, key)
-    elif name is not None and (not isinstance(name, str) or name not in FORMATS):
-        raise ConfigError(f"{key}.format: {name!r} is unknown. Known formats:{_known()}")
 
 
 def pick_format(
@@ -783,22 +591,11 @@ def pick_format(
     return known[name or _recognized(rows)]
 
 
-def _check_columns(name: str | None, columns: Mapping[str, str], key: str) -> None:
-    if name is not None:
-        raise ConfigError(f"{key}.format and {key}.columns are both set. Remove one of them.")
-    texts = isinstance(columns, Mapping) and all(isinstance(c, str) for c in columns.values())
-    if not texts or not {"user", "assistant"} <= columns.keys() <= set(ROLES):
-        raise ConfigError(
-            f"{key}.columns: {columns!r} must name one column for user, one for assistant and "
-            "at most one for system, as in {user: question, assistant: answer}."
-        )
-
-
 def _recognized(rows: Sequence[Mapping[str, Any]]) -> str:
     filled = {key for row in rows for key, value in row.items() if value is not None}
-    known = [{key: row[key] for key in row if key in filled} for row in rows]
+    without_nulls = [{key: row[key] for key in row if key in filled} for row in rows]
     # Rows that are null where they should not be are better named than not recognized
-    fitting = _fitting(known) or _fitting(rows)
+    fitting = _fitting(without_nulls) or _fitting(rows)
     if len(fitting) == 1:
         return fitting[0]
     keys = key_names(dict.fromkeys(key for row in rows for key in row))
@@ -824,3 +621,61 @@ def _fitting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _known() -> str:
     return "".join(f"\n  {name} ({format})" for name, format in FORMATS.items())
+
+
+# Checks of values that come from a YAML file; ``key`` is the key as the user typed it
+
+
+def check_format(name: str | None, columns: Mapping[str, str] | None, key: str = "dataset") -> None:
+    """Raise a ConfigError unless rows can be read so; ``key`` is where the two options stand."""
+    if columns is None:
+        if name is not None and (not isinstance(name, str) or name not in FORMATS):
+            raise ConfigError(f"{key}.format: {name!r} is unknown. Known formats:{_known()}")
+        return
+    if name is not None:
+        raise ConfigError(f"{key}.format and {key}.columns are both set. Remove one of them.")
+    texts = isinstance(columns, Mapping) and all(isinstance(c, str) for c in columns.values())
+    if not texts or not {"user", "assistant"} <= columns.keys() <= set(ROLES):
+        raise ConfigError(
+            f"{key}.columns: {columns!r} must name one column for user, one for assistant and "
+            "at most one for system, as in {user: question, assistant: answer}."
+        )
+
+
+def check_layout(layout: object) -> None:
+    """Raise a ConfigError unless the option ``tool_calls`` is a text with one place to fill."""
+    if layout is not None and (not isinstance(layout, str) or layout.count("{}") != 1):
+        raise ConfigError(
+            f"dataset.tool_calls: {layout!r} must be a text with one {{}}, where the calls are "
+            "written, as in <|tool_call|>{}<|/tool_call|>"
+        )
+
+
+def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ConfigError unless the value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{key}: {value!r} must be one of: {', '.join(choices)}.")
+
+
+def check_switch(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is a bool; a text like "no" would count as True."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: {value!r} must be True or False.")
+
+
+def check_text(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is a string; YAML reads 2024 as a number."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{key}: {value!r} must be text; put quotes around a number.")
+
+
+def check_length(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is None or a positive whole number."""
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigError(f"{key}: {value!r} must be a whole number above 0, or null for no limit.")
+
+
+def check_share(key: str, value: object) -> None:
+    """Raise a ConfigError unless the value is a number from 0 up to, but not including, 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"{key}: {value!r} must be a number from 0 up to, but without, 1.")

@@ -1,4 +1,24 @@
-"""Several documents in one row of fixed length, and which document lies in which."""
+"""Several documents in one row: which of them lie together, and what such a pack holds.
+
+With room for 8 tokens, documents of 3, 2 and 5 tokens become two packs::
+
+    tokens     a0 a1 a2 c0 c1 c2 c3 c4      b0 b1
+    labels      . a1 a2  . c1 c2 c3 c4       . b1
+    input_pos   0  1  2  0  1  2  3  4       0  1
+    lengths    [3, 5]                       [2]
+
+and, if documents may be split::
+
+    tokens     a0 a1 a2 b0 b1 c0 c1 c2      c3 c4
+    labels      . a1 a2  . b1  . c1 c2       . c4
+    input_pos   0  1  2  0  1  0  1  2       0  1
+    lengths    [3, 2, 3]                    [2]
+
+``.`` is not trained on. The first token of a document never is, and neither is that of a part that
+a cut has left without what comes before it. So after the shift that the recipes do, nothing is
+predicted from one document about the next. A pack has no padding;
+:class:`phi3_plugin.data.collate.StockPacks` adds it for torchtune's own recipes.
+"""
 
 import hashlib
 import logging
@@ -10,13 +30,160 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX as IGNORED
-from torchtune.datasets import PackedDataset
 from torchtune.utils import log_rank_zero
 
 from phi3_plugin.errors import DataError
 
-# Which document lies in which pack: decided once, from the lengths and a seed alone.
+logger = logging.getLogger(__name__)
+
+
+class Packs(Dataset[dict[str, Tensor]]):
+    """Packs, each made of its documents when it is asked for.
+
+    A pack of which nothing is trained, as a cut may leave it, is not among them: it would be a
+    step without a loss.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        size: int,
+        *,
+        seed: int = 0,
+        split_documents: bool = False,
+        buffer: int | None = None,
+    ) -> None:
+        """Plan the packs; see :func:`plan`.
+
+        Args:
+            dataset: Samples of ``tokens`` and ``labels``. Those of a chat data set are read as
+                arrays, others one by one.
+            size: Tokens that a pack has room for.
+            seed: Decides the packs and their order.
+            split_documents: See :func:`plan`.
+            buffer: See :func:`plan`; None is :data:`BUFFER`.
+
+        Raises:
+            DataError: A document is longer than a pack, or nothing is trained on.
+        """
+        self.ds = dataset if hasattr(dataset, "arrays") else _Arrays(dataset)
+        self.size = size
+        self._options: dict[str, Any] = {
+            "seed": seed,
+            "split_documents": split_documents,
+            "buffer": BUFFER if buffer is None else buffer,
+        }
+        planned = plan(self.ds.lengths, size, **self._options)
+        labelled = planned.summed(self._labelled(planned))
+        if not labelled.any():
+            raise DataError("there is no token to train on in any pack.")
+        kept = np.flatnonzero(labelled)
+        if left_out := len(planned) - len(kept):
+            message = f"left out {left_out} of {len(planned)} packs: they train nothing"
+            log_rank_zero(logger, message, logging.WARNING)
+        self.plan, self.labelled = planned.select(kept), labelled[kept].astype(np.int32)
+        self.lengths = self.plan.summed(self.plan.lengths).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return ``tokens``, ``labels`` and ``input_pos``, each [T], and ``lengths``, [D].
+
+        T tokens of D documents, one after the other.
+        """
+        documents = self.documents(index)
+        parts = []
+        for document, start, length in documents:
+            ids, labels = self.ds.arrays(document)
+            counted = labels[start : start + length].copy()
+            counted[0] = IGNORED
+            parts.append((ids[start : start + length], counted, np.arange(length)))
+        tokens, labels, input_pos = (
+            torch.from_numpy(np.concatenate(column).astype(np.int64))
+            for column in zip(*parts, strict=True)
+        )
+        lengths = torch.tensor([length for _, _, length in documents])
+        return {"tokens": tokens, "labels": labels, "input_pos": input_pos, "lengths": lengths}
+
+    def documents(self, index: int) -> list[tuple[int, int, int]]:
+        """Return the documents of a pack: index in the data set, first token and length."""
+        index = range(len(self))[index]
+        here = slice(self.plan.borders[index], self.plan.borders[index + 1])
+        values = (self.plan.documents[here], self.plan.starts[here], self.plan.lengths[here])
+        return list(zip(*(array.tolist() for array in values), strict=True))
+
+    @property
+    def waste(self) -> float:
+        """Share of the room in all packs that no document fills."""
+        return self.plan.waste
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that the packs hold: the data set's own, and the plan."""
+        arrays = (self.plan.documents, self.plan.starts, self.plan.lengths, self.plan.borders)
+        digest = hashlib.sha256(f"{self.ds.fingerprint} {self.size}".encode())
+        for array in arrays:
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+    def hold_out(self, share: float, seed: int) -> tuple["Packs", "Packs"]:
+        """Split the documents as their data set does, and pack both parts.
+
+        Args:
+            share: Of the documents that is held out.
+            seed: Decides which.
+
+        Returns:
+            What to train on, and what is held out.
+        """
+        kept, held = self.ds.hold_out(share, seed)
+        return Packs(kept, self.size, **self._options), Packs(held, self.size, **self._options)
+
+    def _labelled(self, planned: "Plan") -> NDArray[np.int32]:
+        counts: NDArray[np.int32] = self.ds.labelled[planned.documents]
+        for piece in np.flatnonzero(planned.lengths < self.ds.lengths[planned.documents]):
+            _, labels = self.ds.arrays(int(planned.documents[piece]))
+            start, length = int(planned.starts[piece]), int(planned.lengths[piece])
+            counts[piece] = np.count_nonzero(labels[start + 1 : start + length] != IGNORED)
+        return counts
+
+
+class _Arrays:
+    """A data set that offers samples only, read once."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._samples = []
+        for i in range(len(dataset)):  # torch's data sets have no end that iteration would find
+            sample = dataset[i]
+            pair = (np.asarray(sample[key], np.int32) for key in ("tokens", "labels"))
+            self._samples.append(tuple(pair))
+        self.lengths = np.array([len(ids) for ids, _ in self._samples], np.int32)
+        counts = [np.count_nonzero(labels[1:] != IGNORED) for _, labels in self._samples]
+        self.labelled = np.array(counts, np.int32)
+
+    def arrays(self, index: int) -> tuple[NDArray[np.int32], ...]:
+        return self._samples[index]
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for array in (array for sample in self._samples for array in sample):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+    def hold_out(self, share: float, seed: int) -> tuple[Any, Any]:
+        raise DataError(
+            f"val_fraction: {share} cannot be split off a packed data set that does not say how. "
+            "Set dataset_val."
+        )
+
+
+# Which document lies in which pack: decided once, from the lengths and a seed alone
+
+# Shapes: N documents, P pieces of documents, K packs
 
 BUFFER = 16384
 """Documents that are sorted at once. More waste hardly less, fewer mix better."""
@@ -25,7 +192,6 @@ CARRIED = 1024
 """Packs with room left that the next buffer may fill."""
 
 
-# Shapes: N documents, P pieces of documents, K packs
 @dataclass(frozen=True)
 class Plan:
     """Which piece of which document lies in which pack; pieces stand in the order of the packs."""
@@ -49,14 +215,9 @@ class Plan:
         return np.diff(np.concatenate([[0], values.cumsum(dtype=np.int64)])[self.borders])
 
     @property
-    def padding(self) -> int:
-        """Tokens that are none, in all packs."""
-        return len(self) * self.size - int(self.lengths.sum(dtype=np.int64))
-
-    @property
     def waste(self) -> float:
-        """Share of the padding."""
-        return self.padding / (len(self) * self.size)
+        """Share of the room in all packs that no document fills."""
+        return 1 - int(self.lengths.sum(dtype=np.int64)) / (len(self) * self.size)
 
     def select(self, packs: NDArray[np.int64]) -> "Plan":
         """Return the plan of some of the packs, in the given order."""
@@ -76,7 +237,7 @@ def plan(
     buffer: int = BUFFER,
     split_documents: bool = False,
 ) -> Plan:
-    """Plan packs with little padding, the same ones for the same seed wherever it runs.
+    """Plan packs with little room left, the same ones for the same seed wherever it runs.
 
     Documents are shuffled. A buffer of them after the other is packed, longest first, each into
     the pack with the least room that still holds it (best-fit decreasing). The packs are shuffled
@@ -88,7 +249,7 @@ def plan(
         seed: Decides both orders.
         buffer: Documents that are sorted at once.
         split_documents: Write the documents one after the other and cut that at ``size``; only
-            the last pack has padding then.
+            the last pack has room left then.
 
     Raises:
         DataError: There is no document, or one is empty or longer than a pack.
@@ -160,174 +321,3 @@ def _cut(order: NDArray[np.int64], lengths: NDArray[np.int32], size: int, _: int
     borders = np.append(np.flatnonzero(pieces % size == 0), len(pieces))
     documents, inside = order[found].astype(np.int32), (pieces - starts[found]).astype(np.int32)
     return Plan(documents, inside, sizes, borders, size)
-
-
-# Several documents in one row of fixed length; :mod:`phi3_plugin.data.packing` says which.
-#
-# With room for 8 tokens, documents of 3, 2 and 5 tokens become two packs::
-#
-#     tokens     a0 a1 a2 c0 c1 c2 c3 c4      b0 b1  _  _  _  _  _  _
-#     labels      . a1 a2  . c1 c2 c3 c4       . b1  .  .  .  .  .  .
-#     input_pos   0  1  2  0  1  2  3  4       0  1  0  0  0  0  0  0
-#     seq_lens   [3, 5]                       [2, 6]
-#
-# and, if documents may be split::
-#
-#     tokens     a0 a1 a2 b0 b1 c0 c1 c2      c3 c4  _  _  _  _  _  _
-#     labels      . a1 a2  . b1  . c1 c2       . c4  .  .  .  .  .  .
-#     input_pos   0  1  2  0  1  0  1  2       0  1  0  0  0  0  0  0
-#     seq_lens   [3, 2, 3]                    [2, 6]
-#
-# ``_`` is padding, ``.`` is not trained on. The first token of a document never is, and neither is
-# that of a part that a cut has left without what comes before it. So after the shift that the
-# recipes do, nothing is predicted from one document about the next.
-
-logger = logging.getLogger(__name__)
-
-
-class Packs(PackedDataset):  # type: ignore[misc]
-    """Packs, each made of its documents when it is asked for.
-
-    A stock recipe takes it as torchtune's own packed data set. A pack of which nothing is
-    trained, as a cut may leave it, is not among them: it would be a step without a loss.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        size: int,
-        padding_idx: int = 0,
-        *,
-        seed: int = 0,
-        split_documents: bool = False,
-        buffer: int = BUFFER,
-    ) -> None:
-        """Plan the packs; see :func:`plan`.
-
-        Args:
-            dataset: Samples of ``tokens`` and ``labels``. Those of a chat data set are read as
-                arrays, others one by one.
-            size: Tokens of a pack.
-            padding_idx: Fills a pack up.
-            seed: Decides the packs and their order.
-            split_documents: See :func:`plan`.
-            buffer: See :func:`plan`.
-
-        Raises:
-            DataError: A document is longer than a pack, or nothing is trained on.
-        """
-        self.ds, self.max_seq_len, self.padding_idx = dataset, size, padding_idx
-        self._choices: dict[str, Any] = {"seed": seed, "buffer": buffer}
-        self._choices["split_documents"] = split_documents
-        if not hasattr(dataset, "arrays"):
-            self.ds = dataset = _Arrays(dataset)
-        planned = plan(dataset.lengths, size, **self._choices)
-        labelled = planned.summed(self._labelled(planned))
-        if not labelled.any():
-            raise DataError("there is no token to train on in any pack.")
-        kept = np.flatnonzero(labelled)
-        if left_out := len(planned) - len(kept):
-            message = f"left out {left_out} of {len(planned)} packs: they train nothing"
-            log_rank_zero(logger, message, logging.WARNING)
-        self.plan, self.labelled = planned.select(kept), labelled[kept].astype(np.int32)
-        self.lengths = self.plan.summed(self.plan.lengths).astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``tokens``, ``labels`` and ``input_pos``, each [size], and ``seq_lens``.
-
-        The padding is one more document, but for its positions: they stay at 0, so that they
-        cannot come past the one from which LongRoPE turns every angle of the batch.
-        """
-        fills = {"tokens": self.padding_idx, "labels": IGNORED, "input_pos": 0}
-        pack = {key: np.full(self.max_seq_len, fill, np.int64) for key, fill in fills.items()}
-        end, lengths = 0, list[int]()
-        for document, start, length in self.documents(index):
-            ids, labels = self.ds.arrays(document)
-            begin, end = end, end + length
-            pack["tokens"][begin:end] = ids[start : start + length]
-            pack["labels"][begin + 1 : end] = labels[start + 1 : start + length]
-            pack["input_pos"][begin:end] = np.arange(length)
-            lengths.append(length)
-        if end < self.max_seq_len:
-            lengths.append(self.max_seq_len - end)
-        pack["seq_lens"] = np.array(lengths, np.int64)
-        return {key: torch.from_numpy(values) for key, values in pack.items()}
-
-    def documents(self, index: int) -> list[tuple[int, int, int]]:
-        """Return the documents of a pack: index in the data set, first token and length."""
-        index = range(len(self))[index]
-        here = slice(self.plan.borders[index], self.plan.borders[index + 1])
-        values = (self.plan.documents[here], self.plan.starts[here], self.plan.lengths[here])
-        return list(zip(*(array.tolist() for array in values), strict=True))
-
-    @property
-    def waste(self) -> float:
-        """Share of the padding in all packs."""
-        return self.plan.waste
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that the packs hold: the data set's own, and the plan."""
-        arrays = (self.plan.documents, self.plan.starts, self.plan.lengths, self.plan.borders)
-        settings = f"{self.ds.fingerprint} {self.max_seq_len} {self.padding_idx}"
-        digest = hashlib.sha256(settings.encode())
-        for array in arrays:
-            digest.update(array.tobytes())
-        return digest.hexdigest()[:16]
-
-    def hold_out(self, share: float, seed: int) -> tuple["Packs", "Packs"]:
-        """Split the documents as their data set does, and pack both parts.
-
-        Args:
-            share: Of the documents that is held out.
-            seed: Decides which.
-
-        Returns:
-            What to train on, and what is held out.
-        """
-        kept, held = self.ds.hold_out(share, seed)
-        return self._packed(kept), self._packed(held)
-
-    def _packed(self, dataset: Any) -> "Packs":
-        return Packs(dataset, self.max_seq_len, self.padding_idx, **self._choices)
-
-    def _labelled(self, planned: Plan) -> NDArray[np.int32]:
-        counts: NDArray[np.int32] = self.ds.labelled[planned.documents]
-        for piece in np.flatnonzero(planned.lengths < self.ds.lengths[planned.documents]):
-            _, labels = self.ds.arrays(int(planned.documents[piece]))
-            start, length = int(planned.starts[piece]), int(planned.lengths[piece])
-            counts[piece] = np.count_nonzero(labels[start + 1 : start + length] != IGNORED)
-        return counts
-
-
-class _Arrays:
-    """A data set that offers samples only, read once."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._samples = []
-        for i in range(len(dataset)):  # torch's data sets have no end that iteration would find
-            sample = dataset[i]
-            pair = (np.asarray(sample[key], np.int32) for key in ("tokens", "labels"))
-            self._samples.append(tuple(pair))
-        self.lengths = np.array([len(ids) for ids, _ in self._samples], np.int32)
-        counts = [np.count_nonzero(labels[1:] != IGNORED) for _, labels in self._samples]
-        self.labelled = np.array(counts, np.int32)
-
-    def arrays(self, index: int) -> tuple[NDArray[np.int32], ...]:
-        return self._samples[index]
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.lengths.tobytes())
-        for array in (array for sample in self._samples for array in sample):
-            digest.update(array.tobytes())
-        return digest.hexdigest()[:16]
-
-    def hold_out(self, share: float, seed: int) -> tuple[Any, Any]:
-        raise DataError(
-            f"val_fraction: {share} cannot be split off a packed data set that does not say how. "
-            "Set dataset_val."
-        )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phi3_plugin.data.formats import DROPPED, NOTICED, Findings
+from phi3_plugin.data.dataset import DROPPED, NOTICED, Findings
 from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, count, percent, problems
 from phi3_plugin.pages import harmless, render, write_files
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 
+from phi3_plugin.data.collate import without_padding
 from phi3_plugin.data.order import Collate, Order, hold_out
 from phi3_plugin.settings import Settings
 
@@ -39,9 +40,10 @@ def load_data(settings: Settings, processes: int) -> RunData:
     """
     s = settings
     tokenizer = build(s.tokenizer)
-    dataset, held_out = hold_out(build(s.dataset, tokenizer), s.val_fraction, s.seed)
+    dataset = without_padding(build(s.dataset, tokenizer))
+    dataset, held_out = hold_out(dataset, s.val_fraction, s.seed)
     if held_out is None:
-        held_out = build(s.dataset_val, tokenizer)
+        held_out = without_padding(build(s.dataset_val, tokenizer))
     order_of = partial(Order, batch_size=s.batch_size, processes=processes, seed=s.seed)
     order = order_of(
         dataset,

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.formats import make_turn
 from tests.assets import assets_dir
-from tests.data.variants import ENDS, FROM_ASSETS, PHI4_MINI, phi4_mini
+from tests.variants import ENDS, FROM_ASSETS, PHI4_MINI, phi4_mini
 
 SPECIAL = (
     *("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<s>", "</s>"),

@@ -35,7 +35,7 @@ LENGTHS = [3, 40, 7, 1, 16, 9, 2, 30, 5]
 
 
 def test_split_documents_restart_and_predict_nothing_across_the_cut():
-    packs = Packs(Numbered(LENGTHS), 16, 0, seed=1, split_documents=True)
+    packs = Packs(Numbered(LENGTHS), 16, seed=1, split_documents=True)
     cut = 0
     for i, pack in enumerate(packs):
         said = packs.documents(i)
@@ -55,7 +55,7 @@ def test_split_documents_restart_and_predict_nothing_across_the_cut():
 
 
 def test_packs_that_train_nothing_are_left_out(caplog):
-    packs = Packs(Numbered([200]), 16, 0, split_documents=True)
+    packs = Packs(Numbered([200]), 16, split_documents=True)
     assert len(packs) == 7  # of 13: the answer begins at token 100
     assert (packs.labelled > 0).all()
     assert "left out 6 of 13 packs: they train nothing" in caplog.text
@@ -63,11 +63,11 @@ def test_packs_that_train_nothing_are_left_out(caplog):
 
 
 def test_both_parts_are_packed_alike():
-    packs = Packs(Numbered(LENGTHS), 16, 9, seed=2, split_documents=True)
+    packs = Packs(Numbered(LENGTHS), 16, seed=2, split_documents=True)
     kept, held = packs.hold_out(1 / 3, seed=0)
     assert (len(kept.ds), len(held.ds)) == (6, 3)
     for part in (kept, held):
-        alone = Packs(part.ds, 16, 9, seed=2, split_documents=True)
+        alone = Packs(part.ds, 16, seed=2, split_documents=True)
         assert part.fingerprint == alone.fingerprint != packs.fingerprint
         assert part.lengths.sum() == part.ds.lengths.sum()
 
@@ -82,7 +82,7 @@ def test_a_copy_in_another_process_holds_the_same():
 
 def test_the_fingerprint_tells_packs_apart():
     lengths = [n for n in LENGTHS if n <= 16]
-    options = [{}, {"seed": 1}, {"split_documents": True}, {"padding_idx": 1}]
+    options = [{}, {"seed": 1}, {"split_documents": True}, {"seed": 1, "split_documents": True}]
     packs = [Packs(Numbered(lengths), 16, **more) for more in options]
     packs += [Packs(Numbered(lengths), 17), Packs(Numbered(lengths, 1), 16)]
     assert len({p.fingerprint for p in packs}) == len(packs)

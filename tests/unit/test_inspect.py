@@ -12,8 +12,10 @@ from hypothesis import strategies as draw
 from phi3_plugin import settings as strict
 from phi3_plugin.compare import as_trained, compare_with_hf, difference
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data import formats as f
-from phi3_plugin.data.collate import pad_right
+from phi3_plugin.data import dataset as f
+from phi3_plugin.data.collate import StockPacks, pad_right
+from phi3_plugin.data.dataset import conversations
+from phi3_plugin.data.packing import Packs
 from phi3_plugin.errors import DataError
 from phi3_plugin.inspect import (
     GROUPED,
@@ -27,7 +29,6 @@ from phi3_plugin.inspect import (
     HeldOut,
     Speller,
     alike,
-    conversations,
     count,
     cuts,
     histogram,
@@ -42,9 +43,9 @@ from phi3_plugin.inspect import (
 )
 from phi3_plugin.train.data import load_data
 from tests.assets import assets_dir
-from tests.data.tiny import MEDIUM, MINI, PHI35, edit_json
 from tests.inspected import FOUND, findings, numbers
 from tests.own import TINY, merged, tiny_inputs
+from tests.variants import MEDIUM, MINI, PHI35, edit_json
 
 # One pass over the samples
 
@@ -199,11 +200,12 @@ def test_steps_and_padding_are_those_of_a_run_that_pads(base, settings, chosen, 
     feed = load_data(s, processes)
     samples = survey(unpacked(feed.order.dataset), feed.tokenizer.stop_tokens)
     found = statistics(s, feed, samples, processes)
-    total = real = 0
+    total, real, padded = 0, 0, feed.order.dataset
+    padded = StockPacks(padded) if isinstance(padded, Packs) else padded
     for step in range(feed.order.steps_per_epoch):
         places = feed.order.indices(step)
         for start in range(0, len(places), s.batch_size):
-            samples = [feed.order.dataset[i] for i in places[start : start + s.batch_size]]
+            samples = [padded[i] for i in places[start : start + s.batch_size]]
             total += pad_right(samples)["tokens"].numel()
             real += sum(map(real_tokens, samples))
     assert found.batching.name == chosen and found.steps == feed.total_steps
@@ -221,7 +223,7 @@ def counted(dataset):
 
 
 def real_tokens(sample):
-    if "input_pos" not in sample:
+    if "seq_lens" not in sample:
         return len(sample["tokens"])
     lengths = torch.as_tensor(sample["seq_lens"]).tolist()
     last = lengths.pop()  # the padding, if all its positions are 0

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from phi3_plugin.data.order import shares
 from phi3_plugin.settings import read
 from phi3_plugin.train.data import load_data
-from tests.data.tiny import write_checkpoint
 from tests.own import chat
+from tests.variants import write_checkpoint
 
 ROWS = 30
 KINDS = {

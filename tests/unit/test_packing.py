@@ -1,14 +1,17 @@
-"""Plans of packs: every token once, little padding, the same wherever they are made."""
+"""Plans of packs: every token once, little room left, the same wherever they are made."""
 
 from hashlib import sha256
+from itertools import chain
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_plugin.data.packing import CARRIED, plan
+from phi3_plugin.data import chat_dataset, phi3_tokenizer
+from phi3_plugin.data.packing import CARRIED, Packs, plan
 from phi3_plugin.errors import DataError
+from tests.assets import assets_dir
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=80)
 BUFFERS = st.integers(1, 90)
@@ -33,12 +36,11 @@ def test_every_document_whole_and_once(lengths, size, buffer, seed):
     filled = [sum(length for _, _, length in pack) for pack in packs(planned)]
     assert filled == planned.summed(planned.lengths).tolist()
     assert all(0 < tokens <= size for tokens in filled)
-    assert planned.padding == sum(size - tokens for tokens in filled)
-    assert planned.waste == planned.padding / (len(planned) * size)
+    assert planned.waste == pytest.approx(1 - sum(filled) / (len(planned) * size))
 
 
 @given(LENGTHS, st.integers(1, 64), st.integers(0, 3))
-def test_split_documents_leave_padding_in_one_pack_only(lengths, size, seed):
+def test_split_documents_leave_room_in_one_pack_only(lengths, size, seed):
     planned = plan(lengths, size, seed=seed, split_documents=True)
     filled = sorted(planned.summed(planned.lengths).tolist())
     assert filled[1:] == [size] * (len(filled) - 1)
@@ -70,7 +72,7 @@ def test_best_fit_and_longest_first():
     planned = plan([3, 6, 4, 5, 2], 10, seed=0)
     found = sorted(sorted(int(length) for _, _, length in pack) for pack in packs(planned))
     assert found == [[2, 3, 5], [4, 6]]
-    assert planned.padding == 0
+    assert planned.waste == 0
 
 
 def test_a_plan_depends_on_seed_and_lengths_and_on_nothing_else(fresh_python):
@@ -130,3 +132,17 @@ def test_a_plan_is_small():
     planned = plan(sizes(count=20000), 2048, seed=0)
     arrays = (planned.documents, planned.starts, planned.lengths, planned.borders)
     assert sum(array.nbytes for array in arrays) < 20000 * 20
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("file", ["gsm8k_train.jsonl", "oasst_en_100_messages.jsonl"])
+def test_real_conversations_leave_little_room(file):
+    folder = assets_dir()
+    tokenizer = phi3_tokenizer(folder / "models" / "phi3-mini-4k-instruct", max_seq_len=2048)
+    alone = chat_dataset(tokenizer, folder / "data" / file)
+    packs = Packs(alone, 2048)
+    assert packs.waste < 0.02
+    found = chain.from_iterable(packs.documents(i) for i in range(len(packs)))
+    assert sorted(found) == [(i, 0, n) for i, n in enumerate(packs.ds.lengths)]
+    document, _, length = packs.documents(0)[-1]
+    assert packs[0]["tokens"][-length:].tolist() == alone[document]["tokens"]

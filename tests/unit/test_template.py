@@ -1,10 +1,14 @@
+"""What a chat template writes, what of it is trained on, and templates that cannot be followed."""
+
+import re
+
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from phi3_plugin.data.formats import Turn, make_turn
-from phi3_plugin.data.template import ChatTemplate, Piece
+from phi3_plugin.data.template import ChatTemplate, Piece, run_template, token_pattern
 from phi3_plugin.errors import DataError, TokenizerError
-from tests.data.tiny import MINI, PHI35
-from tests.data.variants import APRIL, MINI_TOKENS, MINI_TOOLS, PHI4_MINI, TRIMMING
+from tests.variants import APRIL, MINI, MINI_TOKENS, MINI_TOOLS, PHI4_MINI, PHI35, TRIMMING
 
 NAMES = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
 ADDED = frozenset([*NAMES.values(), *MINI_TOKENS, *MINI_TOOLS])
@@ -26,10 +30,6 @@ def rendered(source, *messages, **options):
     return fit(source).render(turns(*messages), **options)
 
 
-def text(chat):
-    return "".join(piece.text for piece in chat.pieces)
-
-
 def test_a_message_is_a_header_and_an_output():
     assert rendered(MINI, ("user", "Hello"), ("assistant", "Hi")).pieces == [
         Piece("<|user|>\n", False),
@@ -49,7 +49,7 @@ def test_a_prompt_ends_in_an_open_header():
 @pytest.mark.parametrize(("source", "skipped"), [(MINI, False), (PHI35, True), (APRIL, True)])
 def test_an_empty_system_message_may_be_left_out(source, skipped):
     chat = rendered(source, ("system", ""), ("user", ""), ("assistant", ""))
-    assert ("<|system|>" not in text(chat)) is skipped
+    assert ("<|system|>" not in chat.text) is skipped
     assert [piece.text for piece in chat.pieces if piece.trained] == ["", "<|end|>"]
     assert chat.dropped == ()
 
@@ -73,7 +73,7 @@ def test_texts_may_come_in_another_order():
     source = "{% for m in messages | reverse %}{{ m.content }}<|end|>{% endfor %}"
     chat = rendered(source, ("user", "a"), ("assistant", "b"), ("user", "a"))
     assert [(p.text, p.trained) for p in chat.pieces if p.said][1] == ("b", True)
-    assert text(chat) == "a<|end|>b<|end|>a<|end|>"
+    assert chat.text == "a<|end|>b<|end|>a<|end|>"
 
 
 def test_tools_are_a_part_of_their_message():
@@ -93,7 +93,7 @@ def test_what_is_left_out_is_told():
 
 
 def test_a_role_needs_a_special_token():
-    assert text(rendered(PHI4_MINI, ("tool", "x"))) == "<|tool|>x<|end|><|endoftext|>"
+    assert rendered(PHI4_MINI, ("tool", "x")).text == "<|tool|>x<|end|><|endoftext|>"
     with pytest.raises(DataError, match=r"writes <\|asistant\|>, no added token of to"):
         rendered(PHI4_MINI, ("asistant", "x"))
     with pytest.raises(DataError, match="unknown role 'asistant': the chat template has no spec"):
@@ -111,7 +111,8 @@ def test_a_template_needs_its_tokens():
 def test_an_answer_without_an_end_cannot_be_trained_on():
     template = fit(PLAIN)
     assert template.turn_end is None
-    assert text(template.render(turns(("user", "a")), add_generation_prompt=True)) == "user: a\n"
+    chat = template.render(turns(("user", "a")), add_generation_prompt=True)
+    assert chat.text == "user: a\n"
     with pytest.raises(TokenizerError, match=r"writes '\\n' after .* never learn to stop"):
         template.render(turns(("user", "a"), ("assistant", "b")))
 
@@ -183,22 +184,76 @@ def test_a_template_that_changes_after_the_probes_is_caught():
         sly.render(turns(("user", "secret")))
 
 
-@pytest.mark.parametrize(
-    ("message", "says"),
-    [
-        (("tool <|end|>", "x"), "unknown role 'tool <|end|>', expected a word such as system, us"),
-        ((None, "x"), "unknown role None"),
-        (("user", None), "the user content is null, expected a string"),
-        (("assistant", 3), "the assistant content is int"),
-        (("user", "\ud83d"), "not valid Unicode"),
-        (("system", "a", None, ["f"]), "tools of the system message is list"),
-    ],
-)
-def test_bad_messages(message, says):
-    with pytest.raises(DataError, match=says.replace("|", r"\|")):
-        make_turn(*message)
-
-
 def test_no_message():
     with pytest.raises(DataError, match="the conversation is empty"):
         fit(MINI).render([])
+
+
+# Templates that look into the texts: the layout of a shape is not the text of all of its kind
+
+FOR = "{% for m in messages %}"
+TELLING = {
+    "search": FOR + "{% if 'x' in m.content %}x{% endif %}{{ m.content }}<|end|>{% endfor %}",
+    "equal": FOR + "{% if m.content == 'x' %}y{% endif %}{{ m.content }}<|end|>{% endfor %}",
+    "set": FOR + "{% set x = m.content %}{% if x == 'x' %}z{% endif %}{{ x }}<|end|>{% endfor %}",
+    "compared": FOR + "{% if m.content < 'y' %}x{% endif %}{{ m.content }}<|end|>{% endfor %}",
+    "inline if": FOR + "{{ m.content if m.content != 'x' else 'y' }}<|end|>{% endfor %}",
+    "changed": FOR + "{{ m.content }}{{ loop.changed(m.content) }}<|end|>{% endfor %}",
+    "length": FOR + "{{ m.content }}{{ m.content | length }}<|end|>{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_a_template_that_looks_into_texts_writes_what_it_writes_or_is_refused(name):
+    """Every text is compared with what the template renders of it."""
+    try:
+        template = fit(TELLING[name])
+    except TokenizerError as error:
+        assert "turns cannot be told apart" in str(error)
+        return
+    for words in (("a", "b"), ("x", "b"), ("x", "x"), ("zz", "x y")):
+        chat = turns(("user", words[0]), ("assistant", words[1]))
+        try:
+            found = template.render(chat)
+        except (DataError, TokenizerError) as error:
+            assert re.search("turns cannot be told apart|never learn to stop", str(error))
+            continue
+        assert found.text == template.write(chat, add_generation_prompt=False)
+        assert [piece.text for piece in found.pieces if piece.said] == list(words)
+
+
+# The text is that of transformers, whatever the template is made of
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}\n  {% if m.content %}\n {{ m.role }}\n  {% endif %}\n{% endfor %}",
+        "{% for m in messages %}{{ m | tojson }}{{ m.tools is defined }}{% endfor %}\n",
+        "{% for m in messages %}{{ m | tojson(ensure_ascii=true, indent=1) }}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }}{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ bos_token }}{{ eos }}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+        "{{ strftime_now('%Y') }}{{ messages[0]['content'] | upper | trim }}",
+    ],
+)
+@pytest.mark.parametrize("ask", [True, False])
+def test_text_is_that_of_transformers(source, ask):
+    chat = turns(("system", "é <s>", None, "[f]"), ("user", " a\n"), ("x", ""))
+    messages = [{"role": turn.role, "content": turn.content} for turn in chat]
+    messages[0]["tools"] = "[f]"
+    options = {"add_generation_prompt": ask, "bos_token": "<s>"}
+    expected = render_jinja_template([messages], chat_template=source, **options)[0]
+    names = {"bos_token": "<s>"}
+    found = run_template(source, chat, add_generation_prompt=ask, special_tokens=names)
+    assert [found] == ([expected] if isinstance(expected, str) else expected)
+
+
+def test_the_leftmost_and_longest_token_is_found():
+    assert token_pattern(["<|a|>", "<|a|><|b|>", "|><"]).findall("<|a|><|b|><|a|>x") == [
+        "<|a|><|b|>",
+        "<|a|>",
+    ]
+    assert token_pattern(["a", "ab", "b+"]).findall("xabb+") == ["ab", "b+"]
+    assert token_pattern([]).findall("a") == []

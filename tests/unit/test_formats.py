@@ -1,0 +1,493 @@
+"""Rows of every format, as data sets really write them, and how a format is told."""
+
+import pytest
+
+from phi3_plugin.data.formats import (
+    CALLS,
+    FORMATS,
+    LOST,
+    NAMES_LISTED,
+    SPEAKERS,
+    Written,
+    key_names,
+    make_turn,
+    pick_format,
+    shown,
+)
+from phi3_plugin.errors import ConfigError, DataError
+
+USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+PAIR = [("user", "u"), ("assistant", "a")]
+TOOLS, TOOLS_TEXT = [{"name": "é"}], '[{"name": "\\u00e9"}]'
+CALL = {"name": "f", "arguments": {"city": "Köln"}}
+CALL_TEXT = '[{"name": "f", "arguments": {"city": "Köln"}}]'
+
+ROWS = {
+    "messages": {"messages": [USER, ASSISTANT], "prompt": "only a note beside messages"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+    "preference": {"prompt": "u", "chosen": "a", "rejected": "b"},
+    "alpaca": {"instruction": "u", "output": "a"},
+    "question_answer": {"question": "u", "answer": "a", "id": 3},
+    "prompt_response": {"prompt": "u", "response": "a"},
+    "prompt_completion": {"prompt": "u", "completion": "a"},
+    "instruction_response": {"instruction": "u", "response": "a"},
+    "query_response": {"query": "u", "response": "a"},
+    "input_output": {"input": "u", "output": "a"},
+    "text": {"text": "<|user|>u"},
+}
+
+
+def read(row, name=None, columns=None, tool_calls=None):
+    return pick_format(name, columns, [row], tool_calls=tool_calls).read(row)
+
+
+def spoken(turns):
+    return [turn[:2] for turn in turns]
+
+
+def messages(*listed, name="messages", tool_calls=None, **row):
+    key = "conversations" if name == "sharegpt" else "messages"
+    return read({key: list(listed), **row}, name, tool_calls=tool_calls)
+
+
+def refused(says, read, *args, **options):
+    with pytest.raises(DataError, match=says):
+        read(*args, **options)
+
+
+# Which format rows have
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_recognized_and_named(name):
+    row = ROWS[name]
+    assert pick_format(None, None, [row] * 3) is FORMATS[name]
+    if name != "text":
+        expected = [("user", "u", False), ("assistant", "a", True)]
+        assert [t[:3] for t in read(row)] == [t[:3] for t in read(row, name)] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (ROWS["messages"] | {"prompt": "u", "prompt_id": "1"}, "messages"),
+        (ROWS["messages"] | ROWS["question_answer"], "messages"),
+        (ROWS["messages"] | ROWS["preference"], "messages"),
+        (ROWS["sharegpt"] | ROWS["alpaca"] | ROWS["text"], "sharegpt"),
+        (ROWS["alpaca"] | {"input": "", "text": "all of it again"}, "alpaca"),
+        (ROWS["preference"] | {"question": None}, "preference"),
+        ({"messages": None, "tools": None} | ROWS["question_answer"], "question_answer"),
+        ({"context": None, "input": None} | ROWS["prompt_response"], "prompt_response"),
+        ({"instruction": None} | ROWS["input_output"], "input_output"),
+    ],
+)
+def test_which_format_goes_before_others(row, name):
+    for rows in ([row], [row] * 10):
+        assert pick_format(None, None, rows) is FORMATS[name]
+
+
+def test_alpaca_rows_with_and_without_input_are_one_format():
+    rows = [{"instruction": "u", "output": "a"}, {"instruction": "u", "input": "i", "output": "a"}]
+    for ordered in (rows, rows[::-1]):
+        assert pick_format(None, None, ordered) is FORMATS["alpaca"]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("alpaca", "context"),
+        ("question_answer", "image"),
+        ("prompt_response", "system_prompt"),
+        ("prompt_completion", "tools"),
+        ("instruction_response", "input"),
+    ],
+)
+def test_a_column_of_the_prompt_is_not_dropped_silently(name, extra):
+    row = ROWS[name] | {extra: "x"}
+    with pytest.raises(DataError, match=rf"the format of the rows .* {extra}\. Known") as error:
+        pick_format(None, None, [row])
+    assert extra in str(error.value).splitlines()[-1]
+    refused(rf"there is a '{extra}' too, .*dataset\.columns", read, row, name)
+    for blank in ("", None, [], "[]"):
+        assert read(ROWS[name] | {extra: blank}, name) == read(ROWS[name])
+
+
+def test_columns_can_be_named():
+    row = {"hint": "s", "ask": "u", "reply": "a"}
+    columns = {"assistant": "reply", "user": "ask", "system": "hint"}
+    assert spoken(read(row, columns=columns)) == [("system", "s"), *PAIR]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        *({}, {"user": "q"}, {"user": "q", "assistant": 3}, ["q", "a"]),
+        {"user": "q", "assistant": "a", "tool": "t"},
+    ],
+)
+def test_bad_columns(columns):
+    with pytest.raises(ConfigError, match=r"dataset\.columns: .* must name one column for user"):
+        pick_format(None, columns, [{"q": "", "a": ""}])
+
+
+def test_bad_options():
+    with pytest.raises(ConfigError, match="are both set"):
+        pick_format("messages", {"user": "q", "assistant": "a"}, [{}])
+    with pytest.raises(ConfigError, match=r"dataset\.format: 'chatml' is unknown.*\n  messages \("):
+        pick_format("chatml", None, [{}])
+    for layout in ("", "calls", "{}{}", 3, ["{}"]):
+        with pytest.raises(ConfigError, match=r"dataset\.tool_calls: .* must be a text with one"):
+            pick_format(None, None, [ROWS["messages"]], tool_calls=layout)
+
+
+@pytest.mark.parametrize("row", [{"note": "t"}, {"instruction": "i", "input": "x"}, {"q": 1}, {}])
+def test_unrecognized_rows(row):
+    with pytest.raises(DataError) as error:
+        pick_format(None, None, [row])
+    assert f"their keys are: {', '.join(row)}." in str(error.value)
+    for known in (
+        "\n  sharegpt (conversations: [{from, value}])\n",
+        "\n  question_answer (question, answer)\n",
+        "\n  alpaca (instruction, output and perhaps input and system)\n",
+    ):
+        assert known in str(error.value)
+    assert "dataset.columns" in str(error.value)
+
+
+def test_rows_that_differ_are_not_recognized():
+    with pytest.raises(DataError, match="keys are: question, answer, id, prompt, response"):
+        pick_format(None, None, [ROWS["question_answer"], ROWS["prompt_response"]])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("messages", "sharegpt"),
+        ("question_answer", "prompt_response"),
+        ("preference", "prompt_response"),
+    ],
+)
+def test_rows_that_fit_twice(one, other):
+    row = ROWS[one] | ROWS[other]
+    refused(rf"several formats: {one}, {other}\. Choose one with", pick_format, None, None, [row])
+    assert spoken(read(row, one)) == spoken(read(row, other))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": None}, "messages is null, expected a list"),
+        ({"question": "x", "answer": None}, "the assistant content is null"),
+        ({"question": None, "answer": None}, "the user content is null"),
+    ],
+)
+def test_nulls_are_named_where_nothing_else_fits(row, says):
+    refused(says, read, row)
+
+
+# Rows of columns
+
+
+@pytest.mark.parametrize(
+    ("instruction", "extra", "text"),
+    [
+        ("Add.", "2, 3", "Add.\n Input: 2, 3"),
+        (" Add.\n", " ", " Add.\n\n Input:  "),
+        ("Add.", "", "Add."),
+        ("Add.", None, "Add."),
+        ("", "2", "\n Input: 2"),
+    ],
+)
+def test_alpaca_text(instruction, extra, text):
+    row = {"instruction": instruction, "input": extra, "output": "5", "id": 1}
+    assert spoken(read(row, "alpaca")) == [("user", text), ("assistant", "5")]
+
+
+def test_alpaca_with_a_system_message():
+    row = ROWS["alpaca"] | {"system": "s"}
+    assert read(row)[0][:3] == ("system", "s", False)
+    for blank in ("", None):
+        assert len(read(row | {"system": blank})) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("question_answer", {"question": "x", "answer": "\udc80"}, "not valid Unicode"),
+        ("question_answer", {"question": "x", "answer": ["y"]}, "the assistant content is list"),
+        ("question_answer", {"question": "x"}, "there is no 'answer'; the keys are: question"),
+        ("alpaca", ROWS["alpaca"] | {"input": 3}, "input is int, expected a string"),
+        ("alpaca", ROWS["alpaca"] | {"input": "\udc80"}, "not valid Unicode"),
+        ("alpaca", ROWS["alpaca"] | {"system": [1]}, "system is list, expected a string"),
+        ("alpaca", ROWS["alpaca"] | {"instruction": None}, "the user content is null"),
+        ("text", {"text": None}, "the text content is null, expected a string"),
+        ("text", {"text": "\ud800"}, "not valid Unicode"),
+    ],
+)
+def test_bad_rows_of_columns(name, row, says):
+    refused(says, read, row, name)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "tools"])
+def test_text_beside_a_part_of_the_prompt(name):
+    row = {"text": "<|system|>s<|user|>u"}
+    for held in ("", None, [], "[]", "s", " s\n"):
+        assert read(row | {name: held}, "text") == Written(row["text"], None)
+    for lost in ("other", ["s"]):
+        says = f"there is a '{name}' too, .* write it in the text"
+        refused(says, read, row | {name: lost}, "text")
+    assert read(row | {"input": "i", "context": "c"}, "text").text == row["text"]
+    refused("there is a 'image' too", read, row | {"image": "s"}, "text")
+
+
+# Rows of messages
+
+
+@pytest.mark.parametrize("theirs", SPEAKERS)
+def test_sharegpt_roles(theirs):
+    listed = [{"from": theirs, "value": "x"}, {"from": "gpt", "value": "y"}]
+    turns = messages(*listed, name="sharegpt")
+    assert turns[0][:2] == (SPEAKERS[theirs], "x")
+    assert turns[1] == ("assistant", "y", True, None, None)
+
+
+def test_the_other_keys():
+    theirs, ours = {"from": "gpt", "value": "x"}, {"role": "assistant", "content": "x"}
+    for name in ("messages", "sharegpt"):
+        for message in (theirs, ours, theirs | {"role": None, "content": None}):
+            assert messages(message, name=name)[0][:3] == ("assistant", "x", True)
+    assert messages({"role": "human", "content": "x"}, name="sharegpt")[0].role == "user"
+    assert messages({"role": "tool", "content": "42"})[0][:3] == ("tool", "42", False)
+
+
+def test_fields_without_effect():
+    blank = {"tool_calls": None, "weight": None, "function_call": None, "images": []}
+    assert messages(USER | {"id": 1, "name": "Bob", "timestamp": 3} | blank) == messages(USER)
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_fields_that_would_be_lost(name):
+    refused(f"a message has {name}, which nothing reads; ", messages, USER | {name: {"a": 1}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"weight": 0}, False),
+        ({"weight": 1.0}, True),
+        ({"weight": True}, True),
+        ({"train": False}, False),
+        ({"train": True, "weight": 1}, True),
+        ({"train": None}, None),
+    ],
+)
+def test_weight_and_train(fields, expected):
+    assert messages(USER | fields)[0].wanted is expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"weight": 0.5}, r"weight is 0\.5, expected 0 or 1"),
+        ({"weight": "1"}, "weight is '1', expected 0 or 1"),
+        ({"weight": float("nan")}, "weight is nan, expected 0 or 1"),
+        ({"train": 1}, "train is 1, expected true or false"),
+        ({"train": True, "weight": 0}, "weight is 0 and train is True: remove one"),
+    ],
+)
+def test_bad_weight_and_train(fields, says):
+    refused(says, messages, USER | fields)
+
+
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image_url": None}]
+    assert messages({"role": "user", "content": parts})[0].content == "a b"
+
+
+@pytest.mark.parametrize(
+    ("parts", "form"),
+    [
+        (["a"], "'a'"),
+        ([{"type": "image_url", "image_url": {}}], "'image_url'"),
+        ([{"type": "text", "text": "a"}, {"text": "b"}], "None"),
+        ([{"type": "text", "text": None}], "'text'"),
+    ],
+)
+def test_other_parts(parts, form):
+    says = f"the user content is list, .*; one part is {form}"
+    refused(says, messages, {"role": "user", "content": parts})
+
+
+@pytest.mark.parametrize(
+    ("tools", "text"),
+    [(TOOLS, TOOLS_TEXT), ({"name": "f"}, '{"name": "f"}'), ("f(x)", "f(x)"), ("", "")],
+)
+def test_tools_of_a_message_are_text_or_become_json(tools, text):
+    assert messages(SYSTEM | {"tools": tools})[0].tools == text
+
+
+def test_tools_of_a_row():
+    assert messages(USER, tools=TOOLS)[0][:4] == ("system", "", False, TOOLS_TEXT)
+    turns = messages(USER, SYSTEM, SYSTEM, tools=TOOLS_TEXT)
+    assert [turn.tools for turn in turns] == [None, TOOLS_TEXT, None]
+    for none in (None, [], "", "[]"):
+        assert messages(USER, tools=none) == messages(USER)
+    human = {"from": "human", "value": "u"}
+    assert messages(human, name="sharegpt", tools=TOOLS)[0].tools == TOOLS_TEXT
+
+
+def test_system_message_of_a_row():
+    for name in ("system", "system_prompt"):
+        assert spoken(messages(USER, **{name: "s"})) == [("system", "s"), ("user", "u")]
+        assert messages(SYSTEM, USER, **{name: "s"}) == messages(SYSTEM, USER)
+        assert messages(USER, **{name: ""}) == messages(USER)
+        refused("a column for the system message", messages, SYSTEM, USER, **{name: "other"})
+    refused("a column for the system message", messages, USER, system="a", system_prompt="b")
+    assert messages(USER, system="s", tools="f")[0][:4] == ("system", "s", False, "f")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        {"id": "1", "type": "function", "function": CALL},
+        {"function": CALL | {"arguments": '{"city": "K\\u00f6ln"}'}},
+        CALL | {"function": None},
+    ],
+)
+def test_calls_of_tools_are_written(call):
+    message = {"role": "assistant", "tool_calls": [call], "weight": 1}
+    for content, before in (({}, ""), ({"content": None}, ""), ({"content": "Wait. "}, "Wait. ")):
+        (turn,) = messages(message | content, tool_calls="\\<{}>")
+        assert turn == ("assistant", f"{before}\\<{CALL_TEXT}>", True, None, True)
+    refused("is not the assistant's", messages, message | {"role": "user"}, tool_calls="{}")
+    refused(r"set dataset\.tool_calls", messages, message)
+    assert pick_format(None, None, [ROWS["alpaca"]], tool_calls="{}") == FORMATS["alpaca"]
+
+
+def test_calls_of_tools_in_sharegpt():
+    for value in ('{"name": "f", "arguments": {}}', '[{"name": "f", "arguments": {}}]'):
+        message = {"from": CALLS, "value": value}
+        (turn,) = messages(message, name="sharegpt", tool_calls="<{}>")
+        assert turn[:2] == ("assistant", '<[{"name": "f", "arguments": {}}]>')
+    refused("nothing says how to write them", messages, message, name="sharegpt")
+    broken = {"from": CALLS, "value": "f()"}
+    refused("is broken JSON", messages, broken, name="sharegpt", tool_calls="<{}>")
+
+
+@pytest.mark.parametrize(
+    ("calls", "says"),
+    [
+        ({"name": "f"}, "tool_calls is dict, expected a list"),
+        (["f"], "a tool call has no name"),
+        ([{"name": 1}], "a tool call has no name"),
+        ([{"name": "f"}], "arguments of a tool call is null, expected an object"),
+        ([{"name": "f", "arguments": "{"}], "arguments of a tool call is broken JSON"),
+        ([{"name": "f", "arguments": "[" * 10**5}], "arguments of a tool call is broken JSON"),
+        ([{"name": "f", "arguments": {"a": {1}}}], "tool_calls cannot be written as JSON"),
+    ],
+)
+def test_broken_calls(calls, says):
+    refused(says, messages, {"role": "assistant", "tool_calls": calls}, tool_calls="{}")
+    message = {"role": "assistant", "content": 3, "tool_calls": [CALL]}
+    refused("the content beside tool_calls is int", messages, message, tool_calls="{}")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({}, "there is no 'messages'; the keys are: $"),
+        ({"messages": "[]"}, "messages is str, expected a list"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": ["hi"]}, "a message is str, expected an object"),
+        ({"messages": [{"role": "user"}]}, "there is no 'content'; the keys are: role"),
+        ({"messages": [{"content": "x"}]}, "there is no 'role'; the keys are: content"),
+        ({"messages": [{"role": "user", "content": []}]}, "the user content is list"),
+        ({"messages": [{"role": "a b", "content": "x"}]}, "unknown role 'a b', expected a word"),
+        ({"messages": [{"role": [], "content": "x"}]}, r"unknown role \[\]"),
+        ({"messages": [{"role": None, "content": "x"}]}, "unknown role None"),
+        ({"messages": [SYSTEM | {"tools": 3}]}, "tools of the system message is int, expected"),
+        ({"messages": [SYSTEM | {"tools": [{1}]}]}, "tools cannot be written as JSON"),
+        ({"messages": [{"from": "alien", "value": "x"}]}, "role 'alien', expected one of: human"),
+        ({"messages": [USER], "images": ["x"]}, "there is a column 'images', which nothing reads"),
+        ({"messages": [USER], "tools": 3}, "tools of the system message is int"),
+        ({"messages": [USER], "system": 3}, "the system content is int"),
+        ({"messages": [SYSTEM | {"tools": "f"}], "tools": "g"}, "a system message that has tools"),
+    ],
+)
+def test_bad_rows_of_messages(row, says):
+    refused(says, FORMATS["messages"].read, row)
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (("tool <|end|>", "x"), r"unknown role 'tool <\|end\|>', expected a word such as system"),
+        ((None, "x"), "unknown role None"),
+        (("user", None), "the user content is null, expected a string"),
+        (("user", "\ud83d"), "not valid Unicode"),
+        (("system", "a", None, ["f"]), "tools of the system message is list"),
+    ],
+)
+def test_bad_turns(message, says):
+    refused(says, make_turn, *message)
+
+
+# Rows of a better and a worse answer
+
+MORE = [USER, ASSISTANT, USER, ASSISTANT]
+PROMPT = "\n\nHuman: u\n\nAssistant: a\n\nHuman: u\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": "u", "chosen": "a"}, PAIR),
+        ({"question": "u", "chosen": "a", "system": "s"}, [("system", "s"), *PAIR]),
+        ({"prompt": [USER], "chosen": "a"}, PAIR),
+        ({"prompt": "u", "chosen": [ASSISTANT]}, PAIR),
+        ({"prompt": [USER], "chosen": [ASSISTANT]}, PAIR),
+        ({"prompt": "u", "chosen": [USER, ASSISTANT]}, PAIR),
+        ({"prompt": "a summary", "chosen": MORE}, PAIR * 2),
+        ({"prompt": None, "chosen": MORE}, PAIR * 2),
+        ({"chosen": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, PAIR),
+        ({"chosen": f"{PROMPT} a"}, PAIR * 2),
+        ({"prompt": PROMPT, "chosen": " a"}, PAIR * 2),
+        ({"prompt": PROMPT, "chosen": f"{PROMPT} a"}, PAIR * 2),
+        ({"prompt": "\n\nHuman: u", "chosen": "a"}, PAIR),
+        ({"prompt": "u", "chosen": "a", "context": "", "history": []}, PAIR),
+    ],
+)
+def test_preferences(row, turns):
+    assert spoken(FORMATS["preference"].read({"rejected": "b", **row})) == turns
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"chosen": "a"}, "chosen has no prompt before it; the keys are: rejected, chosen"),
+        ({"chosen": [ASSISTANT], "prompt": ""}, "chosen has no prompt before it"),
+        ({"chosen": "a", "prompt": "u", "input": "i"}, "the prompt may be any of: prompt, input"),
+        ({"chosen": None, "prompt": "u"}, "chosen is null, expected a text or a list of messages"),
+        ({"chosen": [], "prompt": "u"}, "chosen is empty"),
+        ({"chosen": "a", "prompt": 3}, "the user content is int"),
+        ({"prompt": "u"}, "chosen is null"),
+        ({"prompt": "u", "chosen": "a", "image": "x.png"}, "there is a column 'image'"),
+        ({"prompt": "u", "chosen": "a", "context": "c"}, "there is a 'context' too, which this"),
+        ({"prompt": "u", "chosen": MORE, "history": ["h"]}, "there is a 'history' too, .*columns"),
+    ],
+)
+def test_bad_preferences(row, says):
+    refused(says, FORMATS["preference"].read, {"rejected": "b", **row})
+
+
+def test_values_and_keys_can_always_be_shown():
+    nested = []
+    for _ in range(10**5):
+        nested = [nested]
+    assert len(shown(nested)) < 50
+    assert len(shown("x" * 10**6)) < 50
+    shown({"\ud800": "\ud800"}).encode()
+    assert key_names({"a": 1, "\ud800": 2}) == "a, \\ud800"
+    assert key_names(map(str, range(99))).count(",") == NAMES_LISTED
