@@ -22,7 +22,7 @@ SHORT = "generation.max_new_tokens=12"
 @pytest.fixture(scope="module")
 def trained(inputs):
     """A run that held 10 of 40 chats out, and validated at its end."""
-    settings = ("output_dir=run", "epochs=12", "optimizer.lr=5e-3", "val_fraction=0.25")
+    settings = ("output_dir=run", "epochs=4", "optimizer.lr=1e-2", "val_fraction=0.25")
     rest = ("report=False", "save_every_epoch=False", "keep_best=False")
     return finished(*TINY, *settings, *rest, "gradient_accumulation_steps=1", cwd=inputs)
 
