@@ -23,7 +23,7 @@ from phi3_plugin.generate import (
     penalized,
     probabilities,
 )
-from tests.answers import Letters, chi_square, ours, prompts_of, served
+from tests.answers import Letters, ours, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 
 # How a token is chosen.
@@ -67,21 +67,6 @@ def test_probabilities_are_those_of_transformers(case, vocabulary):
         scores = penalized(logits(seed, vocabulary), SEEN, sampling.repetition_penalty)
         expected = theirs(logits(seed, vocabulary), sampling)
         torch.testing.assert_close(probabilities(scores, sampling), expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_draws_follow_the_probabilities(case):
-    sampling, random = Sampling(**case), torch.Generator().manual_seed(0)
-    draws = [choose(logits(), SEEN, sampling, random) for _ in range(3000)]
-    counts = torch.bincount(torch.tensor(draws), minlength=16).double()
-    expected = theirs(logits(), sampling).double() * len(draws)
-    assert not counts[expected == 0].any()
-    squares, freedom = chi_square(counts, expected)
-    # Beyond the 99.99 % quantile (Wilson and Hilferty's formula) once in ten thousand seeds
-    limit = (
-        freedom * (1 - 2 / (9 * max(freedom, 1)) + 3.72 * (2 / (9 * max(freedom, 1))) ** 0.5) ** 3
-    )
-    assert squares <= max(limit, 1e-9)
 
 
 def test_greedy_takes_the_likeliest_that_the_penalty_leaves():
