@@ -1,7 +1,11 @@
-"""Generation: keys and values of rows that are being generated, and layers laid out for few rows."""
+"""Generation: keys and values of rows that are being generated, and layers laid out for few rows.
+
+Rows are not padded. New prompts are read as documents side by side, and a row that ends makes room
+for another, whose length has nothing to do with its neighbours'. Where the model has a sliding
+window, a row is a ring of as many places: what falls out of the window is written over.
+"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,23 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
+from phi3_plugin.models.attention import Documents, attend_causally, borders_of
 from phi3_plugin.models.lora import (
-    Adapter,
     DoRALinear,
     Linear,
     LoRALinear,
     MergedLoRALinear,
+    Update,
+    linear,
     row_norms,
 )
-from phi3_plugin.models.masks import BLOCK, Documents, attend_within, borders_of, causal_band
-from phi3_plugin.models.nf4 import is_nf4, nf4_linear
+from phi3_plugin.models.nf4 import is_nf4
 from phi3_plugin.models.rope import RotaryEmbedding
-
-# Keys and values of rows that are being generated, each row as long as it is.
-#
-# Rows are not padded. New prompts are read as documents side by side, and a row that ends makes room
-# for another, whose length has nothing to do with its neighbours'. Where the model has a sliding
-# window, a row is a ring of as many places: what falls out of the window is written over.
 
 ROOM = 256
 """Places that a cache grows by, so that it does not grow with every token."""
@@ -57,16 +56,13 @@ class Cache:
             dtype: Of keys and values.
             device: Of the model.
         """
-        self.window, self.lengths = window, [0] * rows
+        self.window = window
+        self.lengths = [0] * rows
         self.written = [0] * rows  # tokens of each row, those of a step that was given up included
         self.places = 0  # C, tokens of a row that there is memory for
-        shape = rows, heads, 0, head_dim
-        kept = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
-        self.keys, self.values = kept[:layers], kept[layers:]
-
-    def place(self, position: int) -> int:
-        """Return where in its row a token lies."""
-        return position % self.window if self.window else position
+        empty = torch.empty(rows, heads, 0, head_dim, dtype=dtype, device=device)
+        self.keys = [empty] * layers  # each [N, K, C, F]
+        self.values = [empty] * layers
 
     def held(self, length: int) -> int:
         """Return how many of a row's tokens are kept."""
@@ -78,7 +74,8 @@ class Cache:
         for kept in (*self.keys, *self.values):
             kept[to, :, :held] = kept[row, :, :held]
         self.written[to] = self.written[row]
-        self.lengths[to], self.lengths[row] = self.lengths[row], 0
+        self.lengths[to] = self.lengths[row]
+        self.lengths[row] = 0
 
     def keep(self, row: int, length: int) -> None:
         """Forget all but the first tokens of a row.
@@ -103,12 +100,12 @@ class Cache:
 
     def past(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Return the kept keys and values of a row in their order, each ``[1, K, held, F]``."""
-        length = self.lengths[row]
+        keys, values, length = self.keys[layer], self.values[layer], self.lengths[row]
         held = self.held(length)
-        places = slice(held)
+        places: slice | Tensor = slice(held)
         if length > held:
-            places = torch.arange(length - held, length, device=self.keys[0].device) % held  # type: ignore[assignment]
-        return self.keys[layer][row, None, :, places], self.values[layer][row, None, :, places]
+            places = torch.arange(length - held, length, device=keys.device) % held
+        return keys[row, None, :, places], values[row, None, :, places]
 
     def write(self, layer: int, row: int, start: int, k: Tensor, v: Tensor) -> None:
         """Keep new tokens of a row.
@@ -128,89 +125,81 @@ class Cache:
         self.values[layer][row].index_copy_(1, at, v[:, first - start :])
 
 
-@dataclass
 class Step:
     """New tokens of some rows, one row's after the other's, that go on from what is cached."""
 
-    cache: Cache
-    rows: Sequence[int]
-    """Of the cache; one token for each of the first rows is the fast case."""
-    lengths: Sequence[int]
-    """New tokens of each."""
-    rope: RotaryEmbedding
-    layer: int = 0
-    """The one that is being computed."""
-    cos: Tensor = field(init=False)
-    """By which the heads turn, ``[1, T, 1, R / 2]``."""
-    sin: Tensor = field(init=False)
+    def __init__(
+        self, cache: Cache, rows: Sequence[int], lengths: Sequence[int], rope: RotaryEmbedding
+    ) -> None:
+        """Make room for the tokens, and work out what every layer needs to know of them.
 
-    def __post_init__(self) -> None:
-        cache, device, dtype = self.cache, self.cache.keys[0].device, self.cache.keys[0].dtype
-        self.starts = [cache.lengths[row] for row in self.rows]
-        ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
+        Args:
+            cache: Of the rows.
+            rows: Their numbers; one token for each of the first rows is the fast case.
+            lengths: New tokens of each, T in all.
+            rope: Of the model.
+        """
+        self.cache = cache
+        self.rows = rows
+        self.lengths = lengths
+        self.layer = 0  # the one that is being computed
+        self.starts = [cache.lengths[row] for row in rows]
+        ends = [start + count for start, count in zip(self.starts, lengths, strict=True)]
         cache.reserve(max(ends))
-        for row, end in zip(self.rows, ends, strict=True):
+        for row, end in zip(rows, ends, strict=True):
             cache.written[row] = max(cache.written[row], end)
         spans = zip(self.starts, ends, strict=True)
+        device = cache.keys[0].device
         positions = torch.cat([torch.arange(*span) for span in spans]).to(device)
-        self.cos, self.sin = self.rope.turns_of(positions, ends, self.lengths, dtype)
-        self.single = max(self.lengths) == 1 and list(self.rows) == [*range(len(self.rows))]
+        self.cos, self.sin = rope.turns_by_row(positions, ends, lengths, cache.keys[0].dtype)
+        self.single = max(lengths) == 1 and list(rows) == [*range(len(rows))]
         if self.single:
-            self._look_ahead(ends, device)
-
-    def _look_ahead(self, ends: Sequence[int], device: torch.device) -> None:
-        """Work out once what every layer needs: where tokens go, and what each row sees."""
-        self.at = torch.tensor([self.cache.place(start) for start in self.starts], device=device)
-        self.numbers = torch.arange(len(ends), device=device)
-        held = [self.cache.held(end) for end in ends]
-        self.longest, self.seen = max(held), None
-        if min(held) < self.longest:
-            seen = torch.arange(self.longest) < torch.tensor(held)[:, None]
-            self.seen = seen[:, None, None].to(device)
+            starts = torch.tensor(self.starts, device=device)
+            self.at = starts % cache.window if cache.window else starts
+            self.numbers = torch.arange(len(rows), device=device)
+            held = [cache.held(end) for end in ends]
+            self.longest = max(held)
+            self.seen: Tensor | None = None
+            if min(held) < self.longest:
+                seen = torch.arange(self.longest) < torch.tensor(held)[:, None]
+                self.seen = seen[:, None, None].to(device)
 
     def done(self) -> None:
         """Note that all layers have seen the tokens."""
         for row, start, count in zip(self.rows, self.starts, self.lengths, strict=True):
             self.cache.lengths[row] = start + count
 
-    def last(self, device: torch.device) -> Tensor | None:
+    def last(self) -> Tensor | None:
         """Return the number of each row's last token, or None where there are no others."""
-        return None if self.single else (borders_of(tuple(self.lengths), device)[1:] - 1).long()
+        if self.single:
+            return None
+        return (borders_of(tuple(self.lengths), self.cos.device)[1:] - 1).long()
 
-    def attend(self, qkv: Tensor, heads: list[int]) -> Tensor:
-        """Attend to what each row has seen, and keep what is new.
-
-        Args:
-            qkv: Queries, keys and values, rotated, ``[1, T, H + 2 K, F]``.
-            heads: H, K and K.
-
-        Returns:
-            ``[1, T, H F]``.
-        """
+    def attend(self, qkv: Tensor, heads: list[int], window: int | None) -> Tensor:
+        """Attend to what each row has seen, and keep what is new; see `Attends.attend`."""
         if self.single:
             return self._one_each(qkv, heads)
-        out = self._together(qkv, heads) if not any(self.starts) else None
+        out = None
+        if not any(self.starts):
+            new = Documents(tuple(self.lengths), self.cos, self.sin)
+            out = new.attend(qkv, heads, window)
         found = []
         for part, row, start in zip(
             qkv.split(list(self.lengths), dim=1), self.rows, self.starts, strict=True
         ):
             q, k, v = part.transpose(1, 2).split(heads, dim=1)
             if out is None:
-                found.append(self._onward(q, k, v, row))
+                keys, values = self.cache.past(self.layer, row)
+                both = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
+                found.append(attend_causally(q, *both, window).transpose(1, 2).flatten(2))
             self.cache.write(self.layer, row, start, k[0], v[0])
         return torch.cat(found, dim=1) if out is None else out
-
-    def _together(self, qkv: Tensor, heads: list[int]) -> Tensor:
-        lengths = tuple(self.lengths)
-        borders = borders_of(lengths, qkv.device)
-        return attend_within(
-            qkv, heads, Documents(lengths, borders, self.cos, self.sin), self.cache.window
-        )
 
     def _one_each(self, qkv: Tensor, heads: list[int]) -> Tensor:
         q, k, v = qkv[0].split(heads, dim=1)
         keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
-        keys[self.numbers, :, self.at], values[self.numbers, :, self.at] = k, v
+        keys[self.numbers, :, self.at] = k
+        values[self.numbers, :, self.at] = v
         seen = slice(len(k)), slice(None), slice(self.longest)
         # Heads that share keys are rows of one question. Two rows take a CPU half as long as one
         # in bf16, so a single one is asked twice.
@@ -220,71 +209,49 @@ class Step:
         out = F.scaled_dot_product_attention(asked, keys[seen], values[seen], attn_mask=self.seen)
         return out[:, :, : q.shape[2]].flatten(1)[None]
 
-    def _onward(self, q: Tensor, k: Tensor, v: Tensor, row: int) -> Tensor:
-        """Attend from several new tokens of a row that has some already, a block at a time."""
-        past = self.cache.past(self.layer, row)
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
-        count, total, gqa = q.shape[2], keys.shape[2], q.shape[1] != k.shape[1]
-        before, window = total - count, self.cache.window or total
-        found = []
-        for first in range(0, count, BLOCK):
-            last = min(first + BLOCK, count)
-            mask = causal_band(last - first, before + last, before + first, window, q.device)
-            kept = keys[:, :, : before + last], values[:, :, : before + last]
-            part = q[:, :, first:last]
-            out = F.scaled_dot_product_attention(part, *kept, attn_mask=mask, enable_gqa=gqa)
-            found.append(out)
-        return torch.cat(found, dim=2).transpose(1, 2).flatten(2)
 
-
-# Linear layers of a model that only answers: laid out for few rows at a time.
-#
-# On a CPU a token costs as much time as reading every weight once takes, and that takes longest from
-# plain rows. oneDNN's own layout of them gives the same products, bit for bit.
-
-
-# Shapes: N tokens, I input, O output, R rank
+# Shapes: I input, O output
 class ServedLinear(nn.Module):
     """What a linear layer with or without adapters computes, without a way back.
 
-    The adapters stay beside the weight: they are not merged.
+    On a CPU a token costs as much time as reading every weight once takes, and that takes longest
+    from plain rows. oneDNN's own layout of them gives the same products, bit for bit. The adapters
+    stay beside the weight: they are not merged.
     """
 
     def __init__(
-        self, weight: Tensor, is_laid_out: bool, adapters: list[Adapter], stretch: Tensor | None
+        self, weight: Tensor, is_laid_out: bool, updates: list[Update], stretch: Tensor | None
     ) -> None:
         """Take a weight and what is added to its products.
 
         Args:
             weight: ``[O, I]``, plain or NF4, or as :func:`laid_out` returns it.
             is_laid_out: Which of them.
-            adapters: For rows of it that do not overlap.
+            updates: For rows of it that do not overlap.
             stretch: What each row is multiplied with in the end, ``[O]``.
         """
         super().__init__()
-        self.weight, self.is_laid_out = weight, is_laid_out
-        self.starts = [adapter.start for adapter in adapters]
-        dtype = weight.dtype
-        self.a = [adapter.a.detach().to(dtype) for adapter in adapters]
-        self.b = [(adapter.b.detach() * adapter.scaling).to(dtype) for adapter in adapters]
+        self.weight = weight
+        self.is_laid_out = is_laid_out
+        self.starts = [update.start for update in updates]
+        self.a = [update.a.detach().to(weight.dtype) for update in updates]
+        self.b = [(update.b.detach() * update.scaling).to(weight.dtype) for update in updates]
         self.stretch = stretch
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., I]`` to ``[..., O]``."""
         flat = x.flatten(0, -2)
-        out = self._base(flat)
+        out: Tensor
+        if self.is_laid_out:
+            plain: Any = flat, self.weight, None, "none", [], ""
+            out = torch.ops.mkldnn._linear_pointwise(*plain)
+        else:
+            out = linear(flat, self.weight)
         for start, a, b in zip(self.starts, self.a, self.b, strict=True):
             out[:, start : start + len(b)].addmm_(flat @ a.t(), b.t())
         if self.stretch is not None:
             out = (self.stretch * out).to(out.dtype)
         return out.view(*x.shape[:-1], -1)
-
-    def _base(self, x: Tensor) -> Tensor:
-        if not self.is_laid_out:
-            return nf4_linear(x, self.weight) if is_nf4(self.weight) else F.linear(x, self.weight)
-        plain: Any = x, self.weight, None, "none", [], ""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(*plain)
-        return out
 
 
 def laid_out(weight: Tensor) -> tuple[Tensor, bool]:
@@ -335,15 +302,12 @@ def served(layer: Any, laid: tuple[Tensor, bool] | None = None) -> ServedLinear:
         layer: With or without adapters, or a head that is tied to the embedding.
         laid: Its weight as :func:`laid_out` returns it.
     """
-    weight, stretch, adapters = layer.weight, None, list[Adapter]()
-    if isinstance(layer, MergedLoRALinear):
-        adapters = layer.active()
-    elif isinstance(layer, LoRALinear) and not layer.disabled:
-        adapters = [layer.adapter()]
-        if isinstance(layer, DoRALinear):
-            factors = layer.lora_a.weight, layer.lora_b.weight
-            stretch = layer.magnitude / row_norms(weight, *factors, layer.scaling)
-    return ServedLinear(*(laid or laid_out(weight)), adapters, stretch)
+    stretch = None
+    updates = layer.updates() if isinstance(layer, LoRALinear | MergedLoRALinear) else []
+    if isinstance(layer, DoRALinear) and updates:
+        factors = layer.lora_a.weight, layer.lora_b.weight
+        stretch = layer.magnitude / row_norms(layer.weight, *factors, layer.scaling)
+    return ServedLinear(*(laid or laid_out(layer.weight)), updates, stretch)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, str]]:

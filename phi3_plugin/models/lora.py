@@ -1,4 +1,8 @@
-"""Linear layers with low-rank adapters, and without."""
+"""Linear layers and embeddings with low-rank adapters, and without.
+
+An adapter adds ``scaling B A dropout(x)`` to what a frozen weight gives. It is on all rows of the
+weight, or on those of one part of a layer that fuses several, such as q and v of ``qkv_proj``.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,16 +17,10 @@ from typing_extensions import Self
 
 from phi3_plugin.models.nf4 import is_nf4, nf4_linear, nf4_zeros, plain
 
-# A frozen linear map and its adapters as one operation, with its own backward pass.
-#
-# Autograd would keep the output of every factor and pass over the wide outputs again for the scale
-# and for each sum. Here the input and what is as narrow as the rank are kept, the frozen weight has
-# no gradient, and both products are added into one output, in either direction.
 
-
-# Shapes: N tokens, I input, O output, R rank
-class Adapter(NamedTuple):
-    """Low-rank factors for consecutive rows of a weight."""
+# Shapes: N tokens, I input, O output, R rank, B batch, S sequence, D model, V vocabulary
+class Update(NamedTuple):
+    """What an adapter adds to consecutive rows of a weight: ``scaling B A``."""
 
     start: int
     """First of the rows; B says how many there are."""
@@ -34,28 +32,29 @@ class Adapter(NamedTuple):
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, adapters: Sequence[Adapter], dropout: float = 0.0
+    x: Tensor, weight: Tensor, updates: Sequence[Update], dropout: float = 0.0
 ) -> Tensor:
-    """Return ``W x`` with ``scaling B A dropout(x)`` added to the rows of each adapter.
+    """Return ``W x`` with ``scaling B A dropout(x)`` added to the rows of each update.
 
-    Adapters in another precision than the input's are rounded to it for the products; their
+    Factors in another precision than the input's are rounded to it for the products; their
     gradients have their own.
 
     Args:
         x: ``[..., I]``.
         weight: ``[O, I]``, plain or NF4; usually frozen.
-        adapters: For rows that do not overlap; all see the same dropout.
-        dropout: Probability with which an input of the adapters is zeroed.
+        updates: For rows that do not overlap; all see the same dropout.
+        dropout: Probability with which an input of the updates is zeroed.
 
     Returns:
         ``[..., O]`` in the dtype of ``x``.
     """
-    rows = tuple((adapter.start, adapter.scaling) for adapter in adapters)
-    factors = [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
+    if not updates:
+        return linear(x, weight)
+    rows = tuple((update.start, update.scaling) for update in updates)
+    factors = [factor for update in updates for factor in (update.a, update.b)]
     flat = x.flatten(0, -2)
     inside = torch.compiler.is_compiling()  # asked once: a graph break would change the answer
-    given = flat, weight, rows, dropout, inside, *factors
-    out: Tensor = _LoRALinear.apply(*given)  # type: ignore[no-untyped-call]
+    out: Tensor = _LoRALinear.apply(flat, weight, rows, dropout, inside, *factors)  # type: ignore[no-untyped-call]
     if not inside:
         # After, not in the operation: recomputing it ends as soon as what it keeps is there, so
         # that the largest product of a layer's last operation is not computed twice.
@@ -63,11 +62,23 @@ def lora_linear(
     return out.view(*x.shape[:-1], len(weight))
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Map ``x [..., I]`` to ``[..., O]`` by a plain or an NF4 weight."""
+    return nf4_linear(x, weight) if is_nf4(weight) else F.linear(x, weight)
+
+
 def _add_base(out: Tensor, x: Tensor, weight: Tensor) -> None:
     out.addmm_(x, plain(weight, x.dtype).t())
 
 
 class _LoRALinear(torch.autograd.Function):
+    """Both products in one operation, with its own backward pass.
+
+    Autograd would keep the output of every factor and pass over the wide outputs again for the
+    scale and for each sum. Here the input and what is as narrow as the rank are kept, the frozen
+    weight has no gradient, and both products are added into one output, in either direction.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -78,7 +89,7 @@ class _LoRALinear(torch.autograd.Function):
         inside: bool,
         *factors: Tensor,
     ) -> Tensor:
-        kept = _kept(x, dropout)
+        kept = kept_inputs(x, dropout)
         seen = x if kept is None else x * kept / (1 - dropout)
         whole = len(rows) == 1 and len(factors[1]) == len(weight)
         out = (x.new_empty if whole else x.new_zeros)(len(x), len(weight))
@@ -91,9 +102,11 @@ class _LoRALinear(torch.autograd.Function):
             else:
                 torch.mm(low, b.to(x.dtype).t(), out=part)
             lows.append(low)
-        ctx.rows, ctx.dropout, ctx.count = rows, dropout, len(factors)
-        whole_too = x if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(weight, kept, seen, whole_too, *factors, *lows)
+        ctx.rows = rows
+        ctx.dropout = dropout
+        ctx.count = len(factors)
+        for_weight = x if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(weight, kept, seen, for_weight, *factors, *lows)
         if inside:
             _add_base(out, x, weight)
         return out
@@ -101,35 +114,27 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        weight, kept, seen, whole, *rest = ctx.saved_tensors
+        weight, kept, seen, for_weight, *rest = ctx.saved_tensors
         factors, lows = rest[: ctx.count], rest[ctx.count :]
         gx = g @ plain(weight, g.dtype) if ctx.needs_input_grad[0] else None
-        found: list[Tensor | None] = []
+        gfactors: list[Tensor | None] = []
         for (start, scaling), a, b, low in zip(
             ctx.rows, factors[::2], factors[1::2], lows, strict=True
         ):
             part = g[:, start : start + len(b)]
             inner = (part @ b.to(g.dtype)) * scaling
-            if gx is not None:
-                _add(gx, inner, a.to(g.dtype), kept, ctx.dropout)
-            found += [(inner.t() @ seen).to(a.dtype), (part.t() @ low).to(b.dtype)]
-        gweight = None if whole is None else g.t() @ whole
-        return gx, gweight, None, None, None, *found
+            if gx is not None and kept is None:
+                gx.addmm_(inner, a.to(g.dtype))
+            elif gx is not None:
+                gx.add_((inner @ a.to(g.dtype)).mul_(kept), alpha=1 / (1 - ctx.dropout))
+            gfactors += [(inner.t() @ seen).to(a.dtype), (part.t() @ low).to(b.dtype)]
+        gweight = None if for_weight is None else g.t() @ for_weight
+        return gx, gweight, None, None, None, *gfactors
 
 
-def _kept(x: Tensor, dropout: float) -> Tensor | None:
+def kept_inputs(x: Tensor, dropout: float) -> Tensor | None:
+    """Draw which inputs an adapter sees; None is all."""
     return torch.rand_like(x, dtype=torch.float32) >= dropout if dropout else None
-
-
-def _add(gx: Tensor, inner: Tensor, a: Tensor, kept: Tensor | None, dropout: float) -> None:
-    """Add the gradient that an adapter passes to its input."""
-    if kept is None:
-        gx.addmm_(inner, a)
-    else:
-        gx.add_((inner @ a).mul_(kept), alpha=1 / (1 - dropout))
-
-
-# The linear layers of the model: frozen, and frozen with a low-rank adapter.
 
 
 class Linear(nn.Module):
@@ -139,20 +144,19 @@ class Linear(nn.Module):
     """
 
     def __init__(self, in_dim: int, out_dim: int, quantize: bool = False) -> None:
-        """Allocate the weight ``[out_dim, in_dim]``.
-
-        Args:
-            in_dim: Width of the input.
-            out_dim: Width of the output.
-            quantize: Store it in NF4.
-        """
+        """Allocate the weight ``[out_dim, in_dim]``, in NF4 if asked for."""
         super().__init__()
-        self.in_dim, self.out_dim = in_dim, out_dim
-        self.weight = zeros(out_dim, in_dim, quantize)
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        self.weight = _zeros(out_dim, in_dim, quantize)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
         return linear(x, self.weight)
+
+
+def _zeros(out_dim: int, in_dim: int, quantize: bool) -> nn.Parameter:
+    return nf4_zeros(out_dim, in_dim) if quantize else nn.Parameter(torch.zeros(out_dim, in_dim))
 
 
 class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
@@ -183,14 +187,19 @@ class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
             alpha: Numerator of the scale.
             dropout: Probability with which an input is zeroed in training.
             use_rslora: Scale by alpha / sqrt(rank) instead.
-            init: One of :data:`phi3_plugin.models.lora_settings.INITS`. What splits the base weight is
+            init: One of `phi3_plugin.models.lora_settings.INITS`. What splits the base weight is
                 drawn like kaiming until :mod:`phi3_plugin.train.start` has that weight.
         """
         nn.Module.__init__(self)  # torchtune's own draws random base weights
-        self.in_dim, self.out_dim, self.rank, self.alpha = in_dim, out_dim, rank, alpha
-        self.use_rslora, self.init = use_rslora, init
-        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
-        self.use_bias = self.disabled = self.merged = False
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        self.rank = rank
+        self.alpha = alpha
+        self.use_rslora = use_rslora
+        self.init = init
+        self.scaling = scale_of(rank, alpha, use_rslora)
+        self.disabled = False
+        self.use_bias = self.merged = False  # torchtune asks
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_a = nn.Linear(in_dim, rank, bias=False)
         self.lora_b = nn.Linear(rank, out_dim, bias=False)
@@ -201,9 +210,10 @@ class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
         draw(self.lora_a.weight, self.init)
         nn.init.zeros_(self.lora_b.weight)
 
-    def adapter(self, start: int = 0) -> Adapter:
-        """Return the factors, for rows of a weight from ``start`` on."""
-        return Adapter(start, self.scaling, self.lora_a.weight, self.lora_b.weight)
+    def updates(self, start: int = 0) -> list[Update]:
+        """Return what is added to rows of a weight from ``start`` on; nothing when disabled."""
+        factors = self.lora_a.weight, self.lora_b.weight
+        return [] if self.disabled else [Update(start, self.scaling, *factors)]
 
 
 class LoRALinear(LowRank):
@@ -216,55 +226,35 @@ class LoRALinear(LowRank):
         rank: int,
         alpha: float,
         dropout: float = 0.0,
+        *,
         quantize_base: bool = False,
-        **how: Any,
+        **options: Any,
     ) -> None:
-        """Allocate the base weight and the adapter.
-
-        Args:
-            in_dim: Width of the input.
-            out_dim: Width of the output.
-            rank: Inner width of the adapter.
-            alpha: Numerator of its scale.
-            dropout: Probability with which an input of the adapter is zeroed in training.
-            quantize_base: Store the base weight in NF4.
-            **how: ``use_rslora`` and ``init``, see `LowRank`.
-        """
-        super().__init__(in_dim, out_dim, rank, alpha, dropout, **how)
-        self._quantize_base = quantize_base
-        self.weight = zeros(out_dim, in_dim, quantize_base)
+        """Allocate the base weight, in NF4 if asked for, and the adapter; see `LowRank`."""
+        super().__init__(in_dim, out_dim, rank, alpha, dropout, **options)
+        self._quantize_base = quantize_base  # torchtune asks
+        self.weight = _zeros(out_dim, in_dim, quantize_base)
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
-        if self.disabled:
-            return linear(x, self.weight)
-        return lora_linear(x, self.weight, [self.adapter()], probability(self.dropout))
+        return lora_linear(x, self.weight, self.updates(), probability(self.dropout))
 
 
 class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
     """LoRA whose rows are rescaled to a trained magnitude: ``m V / ||V||``, V = W + s B A.
 
-    The norm is a constant in the backward pass, as in PEFT.
+    The norm is a constant in the backward pass, as in PEFT. Recipes call
+    ``initialize_dora_magnitude`` once the base weight is loaded.
 
     Source: Liu et al. 2024, DoRA, sections 4.1 and 4.3.
     """
 
     def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        quantize_base: bool = False,
-        **how: Any,
+        self, in_dim: int, out_dim: int, rank: int, alpha: float, *args: Any, **options: Any
     ) -> None:
-        """Allocate base weight, adapter and magnitude; see `LoRALinear`.
-
-        Recipes call ``initialize_dora_magnitude`` once the base weight is loaded.
-        """
-        super().__init__(in_dim, out_dim, rank, alpha, dropout, quantize_base, **how)
+        """Allocate base weight, adapter and magnitude ``[out_dim]``; see `LoRALinear`."""
+        super().__init__(in_dim, out_dim, rank, alpha, *args, **options)
         self.magnitude = nn.Parameter(torch.zeros(out_dim))
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
@@ -285,12 +275,13 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
         for this after it has restored the adapter. Rows are computed where they lie, since an
         NF4 weight that is sharded can only be dequantized locally.
         """
-        magnitude, base = local_rows(self.magnitude), local_rows(self.weight)
+        magnitude = local_rows(self.magnitude)
         if magnitude.any():
             return
         a = self.lora_a.weight
         a = a.full_tensor() if hasattr(a, "full_tensor") else a
-        magnitude.copy_(row_norms(base, a, local_rows(self.lora_b.weight), self.scaling))
+        factors = a, local_rows(self.lora_b.weight)
+        magnitude.copy_(row_norms(local_rows(self.weight), *factors, self.scaling))
 
     def adapter_params(self) -> list[str]:
         """Name the parameters that are trained."""
@@ -305,60 +296,6 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
         stretch = self.magnitude / row_norms(self.weight, *factors, self.scaling)
         stretched: Tensor = (stretch * out).to(out.dtype)
         return stretched
-
-
-def draw(lora_a: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
-    """Fill A ``[rank, in_dim]`` with random numbers, in place.
-
-    Source: PEFT 0.21 ``reset_lora_parameters``.
-    """
-    if init == "gaussian":
-        return nn.init.normal_(lora_a, std=1 / lora_a.shape[0], generator=generator)
-    return nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
-
-
-def probability(dropout: nn.Module) -> float:
-    """Return with which probability a module drops its input now."""
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-@torch.no_grad()
-def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return the norms of the rows of ``W + s B A``, without making that matrix.
-
-    Args:
-        weight: W ``[out, in]``, plain or NF4.
-        a: ``[rank, in]``.
-        b: ``[out, rank]``.
-        scaling: s.
-
-    Returns:
-        ``[out]`` in the precision of the factors.
-    """
-    base, b = plain(weight, weight.dtype), b.float() * scaling
-    squares: Tensor = torch.linalg.vector_norm(base, dim=1, dtype=torch.float32).square_()
-    squares += 2 * ((base @ a.to(base.dtype).t()) * b).sum(dim=1)
-    squares += ((b @ (a.float() @ a.float().t())) * b).sum(dim=1)
-    return squares.clamp_(min=0).sqrt_().to(a.dtype)
-
-
-def local_rows(weight: Tensor) -> Tensor:
-    """Return the rows that this process holds."""
-    rows: Tensor = getattr(weight, "_local_tensor", weight)
-    return rows
-
-
-def zeros(out_dim: int, in_dim: int, quantize: bool) -> nn.Parameter:
-    """Return a weight of zeros, in NF4 if asked for."""
-    return nf4_zeros(out_dim, in_dim) if quantize else nn.Parameter(torch.zeros(out_dim, in_dim))
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Map ``x [..., in]`` to ``[..., out]`` by a plain or an NF4 weight."""
-    return nf4_linear(x, weight) if is_nf4(weight) else F.linear(x, weight)
-
-
-# Adapters on some parts of a layer that fuses several, such as q and v of ``qkv_proj``.
 
 
 class MergedLoRALinear(Linear):
@@ -383,7 +320,7 @@ class MergedLoRALinear(Linear):
         dropout: float = 0.0,
         quantize_base: bool = False,
     ) -> None:
-        """Allocate the base weight and the adapters.
+        """Allocate the base weight and take the adapters.
 
         Args:
             in_dim: Width of the input.
@@ -401,26 +338,30 @@ class MergedLoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., rows of all parts]``."""
-        active = self.active()
-        if not active:
-            return linear(x, self.weight)
-        return lora_linear(x, self.weight, active, probability(self.dropout))
+        return lora_linear(x, self.weight, self.updates(), probability(self.dropout))
 
-    def active(self) -> list[Adapter]:
-        """Return the adapters that are not disabled, each for the rows of its part."""
-        active, start = [], 0
+    def updates(self) -> list[Update]:
+        """Return what the adapters add, each to the rows of its part."""
+        updates, start = list[Update](), 0
         for name, count in self.rows.items():
-            module = getattr(self, name, None)
-            if module is not None and not module.disabled:
-                active.append(module.adapter(start))
+            if name in self.adapters:
+                updates += getattr(self, name).updates(start)
             start += count
-        return active
+        return updates
 
 
-# Embedding and head beyond plain ones: trained whole, and the embedding with an adapter.
+class WholeLinear(Linear):
+    """A linear layer that is trained whole beside adapters, in their precision."""
+
+    def adapter_params(self) -> list[str]:
+        """Name the parameters that are trained."""
+        return ["weight"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., in_dim]`` to ``[..., out_dim]``, in the dtype of the weight."""
+        return F.linear(x.to(self.weight.dtype), self.weight)
 
 
-# Shapes: B batch, S sequence, D model, V vocabulary, R rank
 class Embedding(nn.Embedding):
     """A frozen embedding that starts at zero, since a checkpoint follows."""
 
@@ -446,18 +387,6 @@ class WholeEmbedding(Embedding):
         return super().forward(tokens).to(self._dtype)
 
 
-class WholeLinear(Linear):
-    """A linear layer that is trained whole beside adapters, in their precision."""
-
-    def adapter_params(self) -> list[str]:
-        """Name the parameters that are trained."""
-        return ["weight"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x [..., in_dim]`` to ``[..., out_dim]``, in the dtype of the weight."""
-        return F.linear(x.to(self.weight.dtype), self.weight)
-
-
 class LoRAEmbedding(Embedding):
     """``W[t] + scale A[:, t]^T B^T`` for a token t; A starts at zero and B is drawn.
 
@@ -467,18 +396,12 @@ class LoRAEmbedding(Embedding):
     def __init__(
         self, vocabulary: int, dim: int, rank: int, alpha: float, *, use_rslora: bool = False
     ) -> None:
-        """Allocate the weight ``[V, D]`` and the adapter: A ``[R, V]``, B ``[D, R]``.
-
-        Args:
-            vocabulary: V.
-            dim: D.
-            rank: R.
-            alpha: Numerator of the scale.
-            use_rslora: Divide it by sqrt(rank) instead of rank.
-        """
+        """Allocate the weight ``[V, D]`` and the adapter, A ``[R, V]`` and B ``[D, R]``."""
         super().__init__(vocabulary, dim)
-        self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
-        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.rank = rank
+        self.alpha = alpha
+        self.use_rslora = use_rslora
+        self.scaling = scale_of(rank, alpha, use_rslora)
         self.disabled = False
         self.lora_a = nn.Linear(vocabulary, rank, bias=False)
         self.lora_b = nn.Linear(rank, dim, bias=False)
@@ -500,3 +423,49 @@ class LoRAEmbedding(Embedding):
             return out
         low: Tensor = self.lora_b(F.embedding(tokens, self.lora_a.weight.T)) * self.scaling
         return (out + low).to(out.dtype)
+
+
+def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
+    """Return what B A is multiplied with."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def draw(lora_a: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
+    """Fill A ``[R, I]`` with random numbers, in place.
+
+    Source: PEFT 0.21 ``reset_lora_parameters``.
+    """
+    if init == "gaussian":
+        return nn.init.normal_(lora_a, std=1 / lora_a.shape[0], generator=generator)
+    return nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
+
+
+def probability(dropout: nn.Module) -> float:
+    """Return with which probability a module drops its input now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return the norms of the rows of ``W + s B A``, without making that matrix.
+
+    Args:
+        weight: W ``[O, I]``, plain or NF4.
+        a: ``[R, I]``.
+        b: ``[O, R]``.
+        scaling: s.
+
+    Returns:
+        ``[O]`` in the precision of the factors.
+    """
+    base, b = plain(weight, weight.dtype), b.float() * scaling
+    squares: Tensor = torch.linalg.vector_norm(base, dim=1, dtype=torch.float32).square_()
+    squares += 2 * ((base @ a.to(base.dtype).t()) * b).sum(dim=1)
+    squares += ((b @ (a.float() @ a.float().t())) * b).sum(dim=1)
+    return squares.clamp_(min=0).sqrt_().to(a.dtype)
+
+
+def local_rows(weight: Tensor) -> Tensor:
+    """Return the rows that this process holds."""
+    rows: Tensor = getattr(weight, "_local_tensor", weight)
+    return rows

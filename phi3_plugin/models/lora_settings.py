@@ -1,11 +1,11 @@
-"""The adapter settings of a recipe: what they may be, and the layers that they make."""
+"""The options of LoRA: what they may be, the layers they make, and which ones an adapter needs."""
 
 import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import nn
@@ -24,8 +24,6 @@ from phi3_plugin.models.lora import (
     WholeLinear,
 )
 
-# Which layers can have an adapter, and how a recipe names them.
-
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """The linear layers of one Phi-3 block, under Hugging Face's names."""
 
@@ -42,31 +40,363 @@ ALIASES = {"output": HEAD, "tok_embeddings": EMBEDDING}
 """torchtune's names, which are those of our modules, for Hugging Face's."""
 
 SYNONYMS = {
-    **dict.fromkeys(("output_proj", "out_proj"), "o_proj"),
+    "output_proj": "o_proj",
+    "out_proj": "o_proj",
     "w1": "gate_proj",
     "w2": "down_proj",
     "w3": "up_proj",
 }
 """Names people know from other models, and ours."""
 
+INITS = ("kaiming", "gaussian", "pissa", "loftq")
+"""Where an adapter starts: drawn, or split off the base weight."""
+FROM_BASE = INITS[2:]
 
-_NUMBERED = re.compile(r"(?:layers\.)?(\d+)\.(\w+)")
+Place = tuple[int | None, str]
+"""Number of the layer, which head and embedding have not, and target."""
 
 
-def place(key: str) -> tuple[int | None, str]:
+@dataclass(frozen=True)
+class LoRASettings:
+    """The options of LoRA, as the YAML of a recipe spells them.
+
+    The first eight are those of torchtune's own builders, in their order.
+
+    Raises:
+        AdapterError: Something is wrong; all problems, one line each.
+    """
+
+    lora_attn_modules: Sequence[str]
+    """Any of qkv_proj, o_proj, gate_up_proj, down_proj; or of q_proj, k_proj, v_proj, gate_proj,
+    up_proj, for an adapter on that part of a fused layer alone. The name is torchtune's; its
+    recipes read it."""
+    apply_lora_to_mlp: bool = False
+    """Must say whether the list holds gate_up_proj, down_proj or such a part."""
+    apply_lora_to_output: bool = False
+    """An adapter on the head as well."""
+    lora_rank: int = 8
+    """Inner width of every adapter."""
+    lora_alpha: int = 16
+    """The adapters are scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    use_dora: bool = False
+    """Train the magnitude of each row as well."""
+    quantize_base: bool = False
+    """Store the base weights in NF4, all linear layers but the head."""
+    _: KW_ONLY
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_rank) instead."""
+    rank_pattern: Mapping[str, int] | None = None
+    """Other ranks, by target (``o_proj: 8``) or by layer and target (``3.o_proj: 4``), which comes
+    first. Head and embedding are ``lm_head`` and ``embed_tokens``, or ``output`` and
+    ``tok_embeddings``."""
+    alpha_pattern: Mapping[str, float] | None = None
+    """Other alphas, likewise."""
+    layers_to_transform: Sequence[int] | None = None
+    """Numbers of the layers that get adapters; None is all."""
+    lora_init: str = "kaiming"
+    """How the adapters start: kaiming or gaussian draw A; pissa takes the largest directions of
+    the base weight, loftq what NF4 loses of it, each for our recipe only."""
+    apply_lora_to_embedding: bool = False
+    """An adapter on the embedding as well."""
+    modules_to_save: Sequence[str] | None = None
+    """lm_head, embed_tokens: trained whole beside the adapters."""
+
+    def __post_init__(self) -> None:
+        """Check everything at once."""
+        if problems := _problems(self):
+            raise AdapterError("\n".join(problems))
+
+    @property
+    def whole(self) -> set[str]:
+        """What is trained whole, under Hugging Face's names."""
+        return {ALIASES.get(name, name) for name in self.modules_to_save or ()}
+
+    def make(self, name: str, in_dim: int, out_dim: int) -> nn.Module:
+        """Return the layer of this name, with an adapter if it or a part of it is a target.
+
+        Args:
+            name: As in the patterns: ``3.qkv_proj``, or ``lm_head``.
+            in_dim: Width of the input.
+            out_dim: Width of the output.
+        """
+        layer, target = place(name)
+        quantize = self.quantize_base and target != HEAD
+        if target in self.whole:
+            return WholeLinear(in_dim, out_dim)
+        if layer is not None and layer not in (self.layers_to_transform or [layer]):
+            return Linear(in_dim, out_dim, quantize)
+        # A head that is not quantized has no error for LoftQ to make up for
+        init = "kaiming" if self.lora_init == "loftq" and not quantize else self.lora_init
+        how: Any = {"use_rslora": self.use_rslora, "init": init}
+        if target in self.lora_attn_modules or (target == HEAD and self.apply_lora_to_output):
+            kind = DoRALinear if self.use_dora else LoRALinear
+            how |= {"dropout": self.lora_dropout, "quantize_base": quantize}
+            return kind(in_dim, out_dim, *self._rank_and_alpha(layer, target), **how)
+        rows = _part_rows(target, in_dim, out_dim)
+        adapters = {
+            part: LowRank(in_dim, count, *self._rank_and_alpha(layer, part), **how)
+            for part, count in rows.items()
+            if part in self.lora_attn_modules
+        }
+        if adapters:
+            return MergedLoRALinear(in_dim, rows, adapters, self.lora_dropout, quantize)
+        return Linear(in_dim, out_dim, quantize)
+
+    def make_embedding(self, vocabulary: int, dim: int) -> nn.Embedding:
+        """Return the embedding, with an adapter or trained whole if that is asked for."""
+        if self.apply_lora_to_embedding:
+            numbers = self._rank_and_alpha(None, EMBEDDING)
+            return LoRAEmbedding(vocabulary, dim, *numbers, use_rslora=self.use_rslora)
+        return (WholeEmbedding if EMBEDDING in self.whole else Embedding)(vocabulary, dim)
+
+    def _rank_and_alpha(self, layer: int | None, target: str) -> tuple[int, float]:
+        """A key with the layer's number comes before one without."""
+        rank, alpha = int(self.lora_rank), float(self.lora_alpha)
+        for where in ((None, target), (layer, target)):
+            rank = int(_at(where, self.rank_pattern, rank))
+            alpha = float(_at(where, self.alpha_pattern, alpha))
+        return rank, int(alpha) if alpha.is_integer() else alpha
+
+
+def place(key: str) -> Place:
     """Return layer and target of a pattern's key: ``qkv_proj``, ``3.qkv_proj``, ``output``.
 
     The layer is None where the key means all of them.
     """
-    if numbered := _NUMBERED.fullmatch(key):
+    if numbered := re.fullmatch(r"(?:layers\.)?(\d+)\.(\w+)", key):
         return int(numbered[1]), numbered[2]
     return None, ALIASES.get(key, key)
 
 
-# Which keys of a recipe make a model that an adapter fits.
+def _at(where: Place, pattern: Mapping[str, float] | None, otherwise: float) -> float:
+    return next((v for key, v in (pattern or {}).items() if place(key) == where), otherwise)
 
-Place = tuple[int | None, str]
-"""Number of the layer, which head and embedding have not, and target."""
+
+def _part_rows(fused: str, in_dim: int, out_dim: int) -> dict[str, int]:
+    """Return how many rows each part has; all query heads together are as wide as the model."""
+    if fused not in PARTS:
+        return {}
+    first = in_dim if fused == "qkv_proj" else out_dim // 2
+    others = PARTS[fused][1:]
+    return {PARTS[fused][0]: first, **dict.fromkeys(others, (out_dim - first) // len(others))}
+
+
+# What is wrong with settings: in themselves, for a model, and for torchtune's recipes; a line each.
+
+
+def _problems(s: LoRASettings) -> list[str]:
+    if kinds := [*_wrong_kinds(s)]:
+        return kinds  # what follows takes lists and switches for granted
+    targets = [*_wrong_targets(s), *_wrong_whole(s)]
+    patterns = [] if targets else [*_wrong_patterns(s)]
+    return [*targets, *_wrong_numbers(s), *patterns, *_wrong_start(s)]
+
+
+def misfits(s: LoRASettings, layers: int, *, tied: bool) -> Iterator[str]:
+    """Say what settings ask of a model that it does not have.
+
+    Args:
+        s: Right by themselves.
+        layers: How many the model has.
+        tied: Whether its head is its embedding.
+    """
+    for key, what in (
+        ("apply_lora_to_output", "a head of its own, but this checkpoint ties it to the embedding"),
+        ("apply_lora_to_embedding", "an embedding of its own, but this checkpoint ties the head"),
+        ("modules_to_save", "a head and an embedding of their own, but this checkpoint ties them"),
+    ):
+        if tied and (value := getattr(s, key)):
+            shown = value if isinstance(value, bool) else list(value)
+            yield (
+                f"{key}: {shown} needs {what}, so that what is trained on the one would change "
+                f"the other as well. Set it to {False if value is True else 'null'}."
+            )
+    numbers = [("layers_to_transform", layer) for layer in s.layers_to_transform or ()]
+    for key in ("rank_pattern", "alpha_pattern"):
+        numbers += [(key, place(name)[0] or 0) for name in getattr(s, key) or ()]
+    for key, number in numbers:
+        if number >= layers:
+            yield f"{key}: there is no layer {number}. The last one is {layers - 1}."
+
+
+def under_torchtune(s: LoRASettings) -> Iterator[str]:
+    """Say which settings the running program cannot train or save, if it is torchtune's recipe.
+
+    Those, and copies of them, load the weights themselves, save what is called lora or magnitude,
+    and tell a checkpointer one rank and one alpha.
+    """
+    main = vars(sys.modules["__main__"]).values()
+    if not any(FTRecipeInterface in v.__mro__[1:] for v in main if isinstance(v, type)):
+        return
+    keys = ["use_rslora", "rank_pattern", "alpha_pattern", "apply_lora_to_embedding"]
+    asked = [key for key in [*keys, "modules_to_save"] if getattr(s, key)]
+    for key in asked + (["lora_init"] if s.lora_init in FROM_BASE else []):
+        value = getattr(s, key)
+        shown = value if isinstance(value, bool) else repr(value)
+        yield (
+            f"{key}: {shown} is not supported by torchtune's recipes, which would start from or "
+            "save something else. Use phi3_lora_finetune with the same YAML, or remove the key."
+        )
+
+
+def _wrong_kinds(s: LoRASettings) -> Iterator[str]:
+    for key, example in (("lora_attn_modules", "o_proj"), ("modules_to_save", HEAD)):
+        names = getattr(s, key) or ()
+        if not _is_list(names) or not all(isinstance(name, str) for name in names):
+            yield f"{key}: {names!r} must be a list of names, as in [{example}]."
+    for key in (
+        *("apply_lora_to_mlp", "apply_lora_to_output", "apply_lora_to_embedding"),
+        *("use_dora", "use_rslora", "quantize_base"),
+    ):
+        if type(value := getattr(s, key)) is not bool:  # 'False' would be true
+            yield f"{key}: {value!r} must be True or False."
+    layers = s.layers_to_transform
+    if layers is not None and not (
+        _is_list(layers) and layers and all(type(n) is int and n >= 0 for n in layers)
+    ):
+        yield (
+            f"layers_to_transform: {layers!r} must be a list of layer numbers from 0 on, or null "
+            "for all."
+        )
+
+
+def _wrong_targets(s: LoRASettings) -> list[str]:
+    targets = list(s.lora_attn_modules)
+    available = f"Available: {', '.join(TARGETS)}, and the parts {', '.join(FUSED)}."
+    problems = []
+    for name in targets:
+        if name in SYNONYMS:
+            called = f"is called {SYNONYMS[name]!r} here"
+            problems.append(f"lora_attn_modules: {name!r} {called}. {available}")
+        elif name not in TARGETS and name not in FUSED:
+            problems.append(
+                f"lora_attn_modules: {name!r} matches no linear layer of a block. {available}"
+            )
+    problems += _wrong_parts(s)
+    if not targets and not s.apply_lora_to_output and not s.apply_lora_to_embedding:
+        problems.append(f"lora_attn_modules: empty, so no adapter is trained. {available}")
+    mlp = [name for name in targets if FUSED.get(name, name) in MLP_TARGETS]
+    if not problems and bool(mlp) != s.apply_lora_to_mlp:
+        problems.append(
+            f"apply_lora_to_mlp: {s.apply_lora_to_mlp} disagrees with lora_attn_modules "
+            f"{targets}. Set it to {bool(mlp)}, or {'drop' if mlp else 'add'} "
+            f"{' and '.join(mlp or MLP_TARGETS)}."
+        )
+    return problems
+
+
+def _wrong_parts(s: LoRASettings) -> Iterator[str]:
+    parts = [part for part in FUSED if part in s.lora_attn_modules]
+    for fused in PARTS:
+        own = [repr(part) for part in parts if FUSED[part] == fused]
+        if own and fused in s.lora_attn_modules:
+            yield (
+                f"lora_attn_modules: {fused!r} and its part{'s' if len(own) > 1 else ''} "
+                f"{', '.join(own)} would be adapted twice. Keep either."
+            )
+    needs_whole = [("use_dora: True", "set use_dora to False")] if s.use_dora else []
+    if s.lora_init in FROM_BASE:
+        needs_whole.append((f"lora_init: {s.lora_init!r}", "take 'kaiming'"))
+    for asked, instead in needs_whole if parts else ():
+        whole = ", ".join(repr(fused) for fused in dict.fromkeys(FUSED[part] for part in parts))
+        yield (
+            f"{asked} needs whole layers, but lora_attn_modules has "
+            f"{', '.join(map(repr, parts))}. Use {whole}, or {instead}."
+        )
+
+
+def _wrong_whole(s: LoRASettings) -> Iterator[str]:
+    for name in s.modules_to_save or ():
+        if place(name)[1] not in (HEAD, EMBEDDING):
+            yield (
+                f"modules_to_save: {name!r} cannot be trained whole beside adapters. "
+                f"Available: {HEAD}, {EMBEDDING}."
+            )
+    for key, module in (("apply_lora_to_output", HEAD), ("apply_lora_to_embedding", EMBEDDING)):
+        if getattr(s, key) and module in s.whole:
+            yield f"modules_to_save: {module!r} conflicts with {key}: True. Keep either."
+    if s.use_dora and s.apply_lora_to_embedding:
+        yield (
+            "apply_lora_to_embedding: True conflicts with use_dora: True, which would need a "
+            "magnitude for the embedding as well. Set either to False."
+        )
+
+
+def _wrong_numbers(s: LoRASettings) -> Iterator[str]:
+    if not _is_whole(s.lora_rank):
+        yield f"lora_rank: {s.lora_rank!r} must be a whole number above 0."
+    if not _is_whole(s.lora_alpha):
+        yield (
+            f"lora_alpha: {s.lora_alpha!r} must be a whole number above 0, since PEFT "
+            "declares it an integer."
+        )
+    p = s.lora_dropout
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+        yield f"lora_dropout: {p!r} must be at least 0 and below 1."
+
+
+def _wrong_patterns(s: LoRASettings) -> Iterator[str]:
+    for key, right, words in (
+        ("rank_pattern", _is_whole, "a whole number above 0"),
+        ("alpha_pattern", _is_positive, "a number above 0"),
+    ):
+        pattern = getattr(s, key) or {}
+        if not isinstance(pattern, Mapping):
+            yield f"{key}: {pattern!r} must be a section such as {{o_proj: 8, 3.o_proj: 4}}."
+            continue
+        places = [place(str(name)) for name in pattern]
+        for where, (name, value) in zip(places, pattern.items(), strict=True):
+            if problem := _misplaced(where, s):
+                yield f"{key}: {name!r} {problem}"
+            if places.count(where) > 1:
+                yield f"{key}: {name!r} is there twice, under two names. Keep one."
+            if not right(value):
+                yield f"{key}.{name}: {value!r} must be {words}."
+
+
+def _misplaced(where: Place, s: LoRASettings) -> str:
+    """Say why a pattern's key names no adapter, or return nothing if it does."""
+    layer, target = where
+    adapted = [*s.lora_attn_modules]
+    adapted += [HEAD] if s.apply_lora_to_output else []
+    adapted += [EMBEDDING] if s.apply_lora_to_embedding else []
+    if target not in adapted or (layer is not None and target in (HEAD, EMBEDDING)):
+        return (
+            "matches no adapter. Name a target as in o_proj, or with its layer as in 3.o_proj; "
+            f"adapted are {', '.join(adapted)}."
+        )
+    if layer is not None and s.layers_to_transform and layer not in s.layers_to_transform:
+        return f"is in a layer without adapters, says layers_to_transform: {s.layers_to_transform}."
+    return ""
+
+
+def _wrong_start(s: LoRASettings) -> Iterator[str]:
+    if s.lora_init not in INITS:
+        yield f"lora_init: {s.lora_init!r} must be one of {', '.join(INITS)}."
+    if s.lora_init == "pissa" and s.quantize_base:
+        yield (
+            "lora_init: 'pissa' needs a base that is not quantized, or the adapter could not be "
+            "exported for the original one. Use 'loftq', or set quantize_base to False."
+        )
+    if s.lora_init == "loftq" and not s.quantize_base:
+        yield "lora_init: 'loftq' makes up for what NF4 loses. Set quantize_base to True."
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 < value < math.inf
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_positive(value) and float(value).is_integer()
+
+
+# The way back: which keys of a recipe make a model that an adapter fits.
 
 
 def keys_of(
@@ -78,7 +408,7 @@ def keys_of(
     use_dora: bool,
     use_rslora: bool,
 ) -> dict[str, Any]:
-    """Return the keys of ``lora_phi3`` that give these adapters; equal adapters, equal keys.
+    """Return the keys of `LoRASettings` that give these adapters; equal adapters, equal keys.
 
     Args:
         ranks: By module, our names.
@@ -91,7 +421,7 @@ def keys_of(
     Raises:
         AdapterError: No keys say that a layer has adapters on other targets than the next one.
     """
-    places = {module: _place(module) for module in ranks}
+    places = {module: _place_of(module) for module in ranks}
     used = {target for _, target in places.values()}
     targets = [t for t in (*TARGETS, *FUSED) if t in used]
     rank, rank_pattern = _pattern({place: ranks[m] for m, place in places.items()})
@@ -123,22 +453,18 @@ def keys_of_model(model: nn.Module) -> dict[str, Any]:
         model: torchtune's decoder; knows what is trained.
     """
     adapted: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "lora_a")}
-    whole = [n for n in (f"{module}.weight" for module in ALIASES) if _is_trained(model, n)]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return keys_of(
         {name: module.rank for name, module in adapted.items()},
         {name: module.scaling for name, module in adapted.items()},
-        whole,
+        trained & {f"{module}.weight" for module in ALIASES},
         layers=len(model.layers),  # type: ignore[arg-type]
         use_dora=any(hasattr(module, "magnitude") for module in adapted.values()),
         use_rslora=any(module.use_rslora for module in adapted.values()),
     )
 
 
-def _is_trained(model: nn.Module, name: str) -> bool:
-    return any(n == name and p.requires_grad for n, p in model.named_parameters())
-
-
-def _place(module: str) -> Place:
+def _place_of(module: str) -> Place:
     words = module.split(".")
     layer = int(words[1]) if words[0] == "layers" else None
     return layer, ALIASES.get(words[-1], words[-1])
@@ -159,7 +485,7 @@ def _layers(places: Collection[Place], targets: list[str], layers: int) -> list[
 def _pattern(values: Mapping[Place, float]) -> tuple[int, dict[str, float]]:
     """Return the commonest whole number, and what differs, by target or layer and target."""
     whole = Counter(value for value in values.values() if value == int(value))
-    # Of several as common the smallest, so that the order of the modules decides nothing.
+    # Of several as common the smallest, so that the order of the modules decides nothing
     usual = int(min(whole, key=lambda value: (-whole[value], value))) if whole else 1
     pattern: dict[str, float] = {}
     for target in dict.fromkeys(target for _, target in values):
@@ -175,341 +501,3 @@ def _tidy(alpha: float) -> float:
     """Return the whole number that rounding hid, if there is one."""
     whole = round(alpha)
     return whole if math.isclose(alpha, whole, rel_tol=1e-9) else alpha
-
-
-# What is wrong with adapter settings: in themselves, for a model, and for torchtune's recipes.
-
-INITS = ("kaiming", "gaussian", "pissa", "loftq")
-"""Where an adapter starts: drawn, or split off the base weight."""
-FROM_BASE = INITS[2:]
-SWITCHES = (
-    *("apply_lora_to_mlp", "apply_lora_to_output", "apply_lora_to_embedding"),
-    *("use_dora", "use_rslora", "quantize_base"),
-)
-
-
-def problems(s: "LoRASettings") -> list[str]:
-    """Say all that is wrong with settings by themselves, a line each."""
-    if kinds := [*_wrong_kinds(s)]:
-        return kinds  # what follows takes lists and switches for granted
-    targets = [*_wrong_targets(s), *_wrong_whole(s)]
-    patterns = [] if targets else [*_wrong_patterns(s)]
-    return [*targets, *_wrong_numbers(s), *patterns, *_wrong_layers(s), *_wrong_start(s)]
-
-
-def misfits(s: "LoRASettings", layers: int, *, tied: bool) -> Iterator[str]:
-    """Say what settings ask of a model that it does not have.
-
-    Args:
-        s: Right by themselves.
-        layers: How many the model has.
-        tied: Whether its head is its embedding.
-    """
-    for key, what in (
-        ("apply_lora_to_output", "a head of its own, but this checkpoint ties it to the embedding"),
-        ("apply_lora_to_embedding", "an embedding of its own, but this checkpoint ties the head"),
-        ("modules_to_save", "a head and an embedding of their own, but this checkpoint ties them"),
-    ):
-        if tied and (value := getattr(s, key)):
-            shown = value if isinstance(value, bool) else list(value)
-            yield (
-                f"{key}: {shown} needs {what}, so that what is trained on the one would change "
-                f"the other as well. Set it to {False if value is True else 'null'}."
-            )
-    numbers = [("layers_to_transform", layer) for layer in s.layers_to_transform or ()]
-    for key in ("rank_pattern", "alpha_pattern"):
-        numbers += [(key, place(name)[0] or 0) for name in getattr(s, key) or ()]
-    for key, number in numbers:
-        if number >= layers:
-            yield f"{key}: there is no layer {number}. The last one is {layers - 1}."
-
-
-def under_torchtune(s: "LoRASettings") -> Iterator[str]:
-    """Say which settings the running program cannot train or save, if it is torchtune's recipe.
-
-    Those, and copies of them, load the weights themselves, save what is called lora or magnitude,
-    and tell a checkpointer one rank and one alpha.
-    """
-    main = vars(sys.modules["__main__"]).values()
-    if not any(FTRecipeInterface in v.__mro__[1:] for v in main if isinstance(v, type)):
-        return
-    keys = ("use_rslora", "rank_pattern", "alpha_pattern", "apply_lora_to_embedding")
-    asked = [key for key in (*keys, "modules_to_save") if getattr(s, key)]
-    for key in [*asked, *(["lora_init"] if s.lora_init in FROM_BASE else [])]:
-        value = getattr(s, key)
-        shown = value if isinstance(value, bool) else repr(value)
-        yield (
-            f"{key}: {shown} is not supported by torchtune's recipes, which would start from or "
-            "save something else. Use phi3_lora_finetune with the same YAML, or remove the key."
-        )
-
-
-def _wrong_kinds(s: "LoRASettings") -> Iterator[str]:
-    for key, example in (("lora_attn_modules", "o_proj"), ("modules_to_save", HEAD)):
-        names = getattr(s, key) or ()
-        listed = isinstance(names, Sequence) and not isinstance(names, str)
-        if not listed or not all(isinstance(name, str) for name in names):
-            yield f"{key}: {names!r} must be a list of names, as in [{example}]."
-    for key in SWITCHES:
-        if type(value := getattr(s, key)) is not bool:  # 'False' would be true
-            yield f"{key}: {value!r} must be True or False."
-
-
-def _wrong_targets(s: "LoRASettings") -> list[str]:
-    targets = list(s.lora_attn_modules)
-    found = [_unknown_target(n) for n in targets if n not in TARGETS and n not in FUSED]
-    found += _wrong_parts(s)
-    if not targets and not s.apply_lora_to_output and not s.apply_lora_to_embedding:
-        found.append(f"lora_attn_modules: empty, so no adapter is trained. {_available()}")
-    mlp = [name for name in targets if FUSED.get(name, name) in MLP_TARGETS]
-    in_mlp = bool(mlp)
-    if not found and in_mlp != bool(s.apply_lora_to_mlp):
-        found.append(
-            f"apply_lora_to_mlp: {s.apply_lora_to_mlp} disagrees with lora_attn_modules "
-            f"{targets}. Set it to {in_mlp}, or {'drop' if in_mlp else 'add'} "
-            f"{' and '.join(mlp or MLP_TARGETS)}."
-        )
-    return found
-
-
-def _wrong_parts(s: "LoRASettings") -> list[str]:
-    given = [part for part in FUSED if part in s.lora_attn_modules]
-    found = []
-    for fused in PARTS:
-        parts = [repr(part) for part in given if FUSED[part] == fused]
-        if parts and fused in s.lora_attn_modules:
-            found.append(
-                f"lora_attn_modules: {fused!r} and its part{'s' * (len(parts) > 1)} "
-                f"{', '.join(parts)} would be adapted twice. Keep either."
-            )
-    whole = ", ".join(repr(fused) for fused in dict.fromkeys(map(FUSED.get, given)))
-    for asked, instead in (
-        ("use_dora: True" if s.use_dora else "", "set use_dora to False"),
-        (f"lora_init: {s.lora_init!r}" if s.lora_init in FROM_BASE else "", "take 'kaiming'"),
-    ):
-        if given and asked:
-            found.append(
-                f"{asked} needs whole layers, but lora_attn_modules has "
-                f"{', '.join(map(repr, given))}. Use {whole}, or {instead}."
-            )
-    return found
-
-
-def _wrong_whole(s: "LoRASettings") -> Iterator[str]:
-    for name in s.modules_to_save or ():
-        if place(name)[1] not in (HEAD, EMBEDDING):
-            yield (
-                f"modules_to_save: {name!r} cannot be trained whole beside adapters. "
-                f"Available: {HEAD}, {EMBEDDING}."
-            )
-    for key, module in (
-        ("apply_lora_to_output", HEAD),
-        ("apply_lora_to_embedding", EMBEDDING),
-    ):
-        if getattr(s, key) and module in s.whole:
-            yield f"modules_to_save: {module!r} conflicts with {key}: True. Keep either."
-    if s.use_dora and s.apply_lora_to_embedding:
-        yield (
-            "apply_lora_to_embedding: True conflicts with use_dora: True, which would need a "
-            "magnitude for the embedding as well. Set either to False."
-        )
-
-
-def _wrong_numbers(s: "LoRASettings") -> Iterator[str]:
-    if not _is_whole(s.lora_rank):
-        yield f"lora_rank: {s.lora_rank!r} must be a whole number above 0."
-    if not _is_whole(s.lora_alpha):
-        yield (
-            f"lora_alpha: {s.lora_alpha!r} must be a whole number above 0, since PEFT "
-            "declares it an integer."
-        )
-    p = s.lora_dropout
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
-        yield f"lora_dropout: {p!r} must be at least 0 and below 1."
-
-
-def _wrong_patterns(s: "LoRASettings") -> Iterator[str]:
-    for key, right, words in (
-        ("rank_pattern", _is_whole, "a whole number above 0"),
-        ("alpha_pattern", _is_positive, "a number above 0"),
-    ):
-        pattern = getattr(s, key) or {}
-        if not isinstance(pattern, Mapping):
-            yield f"{key}: {pattern!r} must be a section such as {{o_proj: 8, 3.o_proj: 4}}."
-            continue
-        names = {name: place(str(name)) for name in pattern}
-        for name, value in pattern.items():
-            if problem := _misplaced(names[name], s):
-                yield f"{key}: {name!r} {problem}"
-            if list(names.values()).count(names[name]) > 1:
-                yield f"{key}: {name!r} is there twice, under two names. Keep one."
-            if not right(value):
-                yield f"{key}.{name}: {value!r} must be {words}."
-
-
-def _misplaced(where: tuple[int | None, str], s: "LoRASettings") -> str:
-    """Say why a pattern's key names no adapter, or return nothing if it does."""
-    layer, target = where
-    adapted = [*s.lora_attn_modules]
-    adapted += [HEAD] * bool(s.apply_lora_to_output) + [EMBEDDING] * bool(s.apply_lora_to_embedding)
-    if target not in adapted or (layer is not None and target in (HEAD, EMBEDDING)):
-        return (
-            "matches no adapter. Name a target as in o_proj, or with its layer as in 3.o_proj; "
-            f"adapted are {', '.join(adapted)}."
-        )
-    if layer is not None and s.layers_to_transform and layer not in s.layers_to_transform:
-        return f"is in a layer without adapters, says layers_to_transform: {s.layers_to_transform}."
-    return ""
-
-
-def _wrong_layers(s: "LoRASettings") -> Iterator[str]:
-    layers = s.layers_to_transform
-    if layers is None:
-        return
-    listed = isinstance(layers, Sequence) and not isinstance(layers, str) and bool(layers)
-    if not listed or not all(type(n) is int and n >= 0 for n in layers):
-        yield (
-            f"layers_to_transform: {layers!r} must be a list of layer numbers from 0 on, or null "
-            "for all."
-        )
-
-
-def _wrong_start(s: "LoRASettings") -> Iterator[str]:
-    if s.lora_init not in INITS:
-        yield f"lora_init: {s.lora_init!r} must be one of {', '.join(INITS)}."
-    if s.lora_init == "pissa" and s.quantize_base:
-        yield (
-            "lora_init: 'pissa' needs a base that is not quantized, or the adapter could not be "
-            "exported for the original one. Use 'loftq', or set quantize_base to False."
-        )
-    if s.lora_init == "loftq" and not s.quantize_base:
-        yield "lora_init: 'loftq' makes up for what NF4 loses. Set quantize_base to True."
-
-
-def _unknown_target(name: str) -> str:
-    if name in SYNONYMS:
-        return f"lora_attn_modules: {name!r} is called {SYNONYMS[name]!r} here. {_available()}"
-    return f"lora_attn_modules: {name!r} matches no linear layer of a block. {_available()}"
-
-
-def _available() -> str:
-    return f"Available: {', '.join(TARGETS)}, and the parts {', '.join(FUSED)}."
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and 0 < value < math.inf
-
-
-def _is_whole(value: Any) -> bool:
-    return _is_positive(value) and float(value).is_integer()
-
-
-# The adapter settings of a recipe, and the layers that they make.
-
-
-@dataclass(frozen=True)
-class LoRASettings:
-    """The adapter settings of a recipe, with the keys as its YAML spells them.
-
-    Raises:
-        AdapterError: Something is wrong; all problems, one line each.
-    """
-
-    lora_attn_modules: Sequence[str]
-    """Any of `TARGETS`, or of their `PARTS`: an adapter on a part leaves the other rows alone."""
-    apply_lora_to_mlp: bool
-    """Must say whether the list holds one of `MLP_TARGETS` or a part of one."""
-    apply_lora_to_output: bool
-    """An adapter on the head as well."""
-    lora_rank: int
-    lora_alpha: int
-    lora_dropout: float
-    use_dora: bool
-    quantize_base: bool
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank)."""
-    rank_pattern: Mapping[str, int] | None = None
-    """Ranks that differ, by target (``o_proj``) or by layer and target (``3.o_proj``)."""
-    alpha_pattern: Mapping[str, float] | None = None
-    """Alphas that differ, likewise."""
-    layers_to_transform: Sequence[int] | None = None
-    """Layers with adapters; None is all."""
-    lora_init: str = "kaiming"
-    """One of `INITS`."""
-    apply_lora_to_embedding: bool = False
-    """An adapter on the embedding as well."""
-    modules_to_save: Sequence[str] | None = None
-    """Head and embedding, under either name: trained whole instead of by an adapter."""
-
-    def __post_init__(self) -> None:
-        """Check everything at once."""
-        if found := problems(self):
-            raise AdapterError("\n".join(found))
-
-    def make(self, name: str, in_dim: int, out_dim: int) -> nn.Module:
-        """Return the layer of this name, with an adapter if it or a part of it is a target.
-
-        Args:
-            name: As in the patterns: ``3.qkv_proj``, or ``lm_head``.
-            in_dim: Width of the input.
-            out_dim: Width of the output.
-        """
-        layer, target = place(name)
-        quantize = self.quantize_base and target != HEAD
-        if target in self.whole:
-            return WholeLinear(in_dim, out_dim)
-        if layer is not None and layer not in (self.layers_to_transform or [layer]):
-            return Linear(in_dim, out_dim, quantize)
-        if target in self.lora_attn_modules or (target == HEAD and self.apply_lora_to_output):
-            kind = DoRALinear if self.use_dora else LoRALinear
-            numbers = self._numbers(layer, target)
-            how = self._how(quantize)
-            return kind(in_dim, out_dim, *numbers, self.lora_dropout, quantize, **how)
-        if any(part in self.lora_attn_modules for part in PARTS.get(target, ())):
-            return self._merged(layer, target, in_dim, out_dim)
-        return Linear(in_dim, out_dim, quantize)
-
-    def make_embedding(self, vocabulary: int, dim: int) -> nn.Embedding:
-        """Return the embedding, with an adapter or trained whole if that is asked for."""
-        if self.apply_lora_to_embedding:
-            numbers = self._numbers(None, EMBEDDING)
-            return LoRAEmbedding(vocabulary, dim, *numbers, use_rslora=self.use_rslora)
-        return (WholeEmbedding if EMBEDDING in self.whole else Embedding)(vocabulary, dim)
-
-    @property
-    def whole(self) -> set[str]:
-        """What is trained whole, under Hugging Face's names."""
-        return {ALIASES.get(name, name) for name in self.modules_to_save or ()}
-
-    def _merged(self, layer: int | None, fused: str, in_dim: int, out_dim: int) -> nn.Module:
-        rows, how = _part_rows(fused, in_dim, out_dim), self._how(self.quantize_base)
-        adapters = {
-            part: LowRank(in_dim, count, *self._numbers(layer, part), **how)
-            for part, count in rows.items()
-            if part in self.lora_attn_modules
-        }
-        return MergedLoRALinear(in_dim, rows, adapters, self.lora_dropout, self.quantize_base)
-
-    def _how(self, quantize: bool) -> dict[str, Any]:
-        # A head that is not quantized has no error for LoftQ to make up for.
-        init = "kaiming" if self.lora_init == "loftq" and not quantize else self.lora_init
-        return {"use_rslora": self.use_rslora, "init": init}
-
-    def _numbers(self, layer: int | None, target: str) -> tuple[int, float]:
-        """Return rank and alpha; a key with the layer's number comes before one without."""
-        rank, alpha = int(self.lora_rank), float(self.lora_alpha)
-        for where in ((None, target), (layer, target)):
-            rank = int(_at(where, self.rank_pattern, rank))
-            alpha = float(_at(where, self.alpha_pattern, alpha))
-        return rank, int(alpha) if alpha.is_integer() else alpha
-
-
-def _at(where: tuple[int | None, str], pattern: Mapping[str, float] | None, other: float) -> float:
-    return next((v for key, v in (pattern or {}).items() if place(key) == where), other)
-
-
-def _part_rows(fused: str, in_dim: int, out_dim: int) -> dict[str, int]:
-    """Return how many rows each part has; all query heads together are as wide as the model."""
-    first = in_dim if fused == "qkv_proj" else out_dim // 2
-    others = PARTS[fused][1:]
-    return {PARTS[fused][0]: first, **dict.fromkeys(others, (out_dim - first) // len(others))}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models.lora import MergedLoRALinear, WholeEmbedding, WholeLinear
+from phi3_plugin.models.lora_settings import ALIASES, EMBEDDING, HEAD
 
 BIASES = ("none", "all", "lora_only")
 
@@ -26,7 +27,7 @@ BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoralibLayer:
     """How loralib builds the counterpart of one of our layers."""
 
     kind: str
@@ -79,9 +80,14 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     _check(model, bias, is_kept=True)
     out: dict[str, Tensor] = {}
     for name, module in _adapted(model):
-        layer = _layer(name, module)
-        a, b = _stacked(module, layer) if layer.groups else _factors(module)
-        out |= {f"{_theirs(name)}.lora_A": a, f"{_theirs(name)}.lora_B": b}
+        groups = _layer(name, module).groups
+        if groups:  # a part of several groups repeats its A
+            own = {part: _factors(getattr(module, part)) for part in groups}
+            a = torch.cat([own[part][0] for part, group in groups.items() for _ in group])
+            b = torch.cat([b for _, b in own.values()])
+        else:
+            a, b = _factors(module)
+        out |= {f"{_hf_name(name)}.lora_A": a, f"{_hf_name(name)}.lora_B": b}
     return out
 
 
@@ -99,20 +105,49 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     expected = {name: value.shape for name, value in lora_state_dict(model).items()}
     problems = [f"missing: {name}" for name in expected if name not in state]
-    problems += [f"unexpected: {name}{_why(name)}" for name in state if name not in expected]
+    for name in state:
+        if name not in expected:
+            kind = (
+                ", a bias, which a Phi-3 has not" if name.endswith("bias") else ", not an adapter"
+            )
+            problems.append(f"unexpected: {name}{'' if 'lora_' in name else kind}")
     for name, shape in expected.items():
         problems += _wrong(name, state[name], shape) if name in state else []
-    copies = [] if problems else list(_copies(model, state))
-    problems += [str(to) for to, _ in copies if isinstance(to, str)]
+    values: list[tuple[Tensor, Tensor]] = []
+    for name, module in _adapted(model) if not problems else ():
+        a, b = (state[f"{_hf_name(name)}.lora_{kind}"] for kind in "AB")
+        groups = _layer(name, module).groups
+        if not groups:
+            values += zip(_factors(module), (a, b), strict=True)
+            continue
+        rows = b.split([module.rows[part] for part in groups])
+        stacked, taken = a.chunk(sum(map(len, groups.values()))), 0
+        for (part, group), b_of_part in zip(groups.items(), rows, strict=True):
+            first, *others = stacked[taken : taken + len(group)]
+            taken += len(group)
+            if any(not torch.equal(other, first) for other in others):
+                problems.append(
+                    f"{_hf_name(name)}.lora_A: the groups of {part} differ, but it has one A"
+                )
+            values += zip(_factors(getattr(module, part)), (first, b_of_part), strict=True)
     if problems:
         raise AdapterError(
             "The state dict is not that of loralib for this model:\n  " + "\n  ".join(problems)
         )
-    for to, value in copies:
-        to.copy_(value)
+    for parameter, value in values:
+        parameter.copy_(value)
 
 
-def layers(model: nn.Module) -> dict[str, Layer]:
+def _wrong(name: str, value: Any, shape: torch.Size) -> list[str]:
+    """Say what is wrong with a tensor of a state dict, if anything is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return [f"not a tensor of floats: {name}"]
+    if value.shape != shape:
+        return [f"wrong shape: {name} is {list(value.shape)}, the model's {list(shape)}"]
+    return [] if value.isfinite().all() else [f"not finite: {name}"]
+
+
+def layers(model: nn.Module) -> dict[str, LoralibLayer]:
     """Say how to build the same model with loralib.
 
     Args:
@@ -125,7 +160,7 @@ def layers(model: nn.Module) -> dict[str, Layer]:
         AdapterError: The model has what loralib cannot build.
     """
     _check(model, "none", is_kept=True)
-    return {_theirs(name): _layer(name, module) for name, module in _adapted(model)}
+    return {_hf_name(name): _layer(name, module) for name, module in _adapted(model)}
 
 
 def Conv2d(*_: Any, **__: Any) -> NoReturn:
@@ -165,14 +200,10 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _layer(name: str, module: Any) -> Layer:
-    if isinstance(module, MergedLoRALinear):
-        return _merged(name, module)
-    kind = "Embedding" if isinstance(module, nn.Embedding) else "Linear"
-    return Layer(kind, module.rank, _alpha(module))
-
-
-def _merged(name: str, module: MergedLoRALinear) -> Layer:
+def _layer(name: str, module: Any) -> LoralibLayer:
+    if not isinstance(module, MergedLoRALinear):
+        kind = "Embedding" if isinstance(module, nn.Embedding) else "Linear"
+        return LoralibLayer(kind, module.rank, _alpha(module))
     parts = {part: getattr(module, part) for part in module.adapters}
     if len({(part.rank, part.scaling) for part in parts.values()}) > 1:
         raise AdapterError(
@@ -184,9 +215,9 @@ def _merged(name: str, module: MergedLoRALinear) -> Layer:
         groups[part] = range(start, start + rows // size)
         start += rows // size
     enabled = tuple(part in parts for part, group in groups.items() for _ in group)
-    first = next(iter(parts.values()))
-    mine = {part: groups[part] for part in parts}
-    return Layer("MergedLinear", first.rank, _alpha(first), enabled, mine)
+    first = parts[module.adapters[0]]
+    adapted = {part: groups[part] for part in parts}
+    return LoralibLayer("MergedLinear", first.rank, _alpha(first), enabled, adapted)
 
 
 def _alpha(module: Any) -> float:
@@ -195,54 +226,12 @@ def _alpha(module: Any) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _stacked(module: Any, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Stack A and B of the parts; a part of several groups repeats its A."""
-    groups = layer.groups or {}
-    own = {part: _factors(getattr(module, part)) for part in groups}
-    a = [own[part][0] for part, group in groups.items() for _ in group]
-    return torch.cat(a), torch.cat([b for _, b in own.values()])
-
-
-def _copies(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[Any, Tensor]]:
-    """Yield each of our tensors and its value, or a problem in the place of the tensor."""
-    for name, module in _adapted(model):
-        layer = _layer(name, module)
-        a, b = (state[f"{_theirs(name)}.lora_{kind}"] for kind in "AB")
-        if not layer.groups:
-            yield from zip(_factors(module), (a, b), strict=True)
-            continue
-        stacked = a.split(layer.r)  # E of them
-        rows = b.split([module.rows[part] for part in layer.groups])
-        taken = 0
-        for (part, group), value in zip(layer.groups.items(), rows, strict=True):
-            mine = stacked[taken : taken + len(group)]
-            taken += len(group)
-            if any(not torch.equal(other, mine[0]) for other in mine[1:]):
-                yield f"{_theirs(name)}.lora_A: the groups of {part} differ, but it has one A", b
-            yield from zip(_factors(getattr(module, part)), (mine[0], value), strict=True)
-
-
 def _factors(module: Any) -> tuple[Tensor, Tensor]:
     return module.lora_a.weight.detach(), module.lora_b.weight.detach()
 
 
-def _wrong(name: str, value: Any, shape: torch.Size) -> list[str]:
-    """Say what is wrong with a tensor of a state dict, if anything is."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return [f"not a tensor of floats: {name}"]
-    if value.shape != shape:
-        return [f"wrong shape: {name} is {list(value.shape)}, the model's {list(shape)}"]
-    return [] if value.isfinite().all() else [f"not finite: {name}"]
-
-
-def _theirs(name: str) -> str:
+def _hf_name(module: str) -> str:
     """Return Hugging Face's name of one of our modules."""
-    if name in (other := {"tok_embeddings": "model.embed_tokens", "output": "lm_head"}):
-        return other[name]
-    return f"model.{name.replace('.attn.', '.self_attn.')}"
-
-
-def _why(name: str) -> str:
-    if "lora_" in name:
-        return ""
-    return ", a bias, which a Phi-3 has not" if name.endswith("bias") else ", not an adapter"
+    if module in ALIASES:
+        return {HEAD: HEAD, EMBEDDING: f"model.{EMBEDDING}"}[ALIASES[module]]
+    return f"model.{module.replace('.attn.', '.self_attn.')}"

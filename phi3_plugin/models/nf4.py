@@ -1,5 +1,7 @@
 """Base weights in 4-bit NormalFloat with double quantization; the only user of torchao.
 
+They are quantized some rows at a time as they are read, and dequantized for each product.
+
 Source: Dettmers et al. 2023, QLoRA, section 3.
 """
 
@@ -13,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor, construct_nf4_args, get_block_absmax, to_nf4
+
+# torchtune teaches NF4 tensors to be cloned and filled in place, which load_state_dict needs
 from torchtune.modules import low_precision as _low_precision  # noqa: F401
 from torchtune.modules.common_utils import _register_reparametrize_state_dict_hooks
 
 from phi3_plugin.errors import ConfigError
-
-# torchtune teaches NF4 tensors to be cloned and filled in place, which load_state_dict needs.
-
 
 GROUP, GROUPS = 64, 256
 """Weights that share a scale, and scales that share one of their own: torchao's defaults."""
@@ -184,12 +185,6 @@ def dequantize_in_state_dicts(model: nn.Module, dtype: torch.dtype) -> None:
     _register_reparametrize_state_dict_hooks(model, dtype=dtype)
 
 
-# Products with NF4 weights, which are dequantized for each and kept by none.
-
-PRODUCT_PIECE = 1 << 20
-"""Weights that are dequantized at a time on a CPU: what its cache holds."""
-
-
 def nf4_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Map ``x [..., in]`` to ``[..., out]``; nothing dequantized is kept for the backward pass."""
     out: Tensor = _NF4Linear.apply(x, weight)  # type: ignore[no-untyped-call]
@@ -213,11 +208,13 @@ def plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     An NF4 weight is dequantized, into memory that the next one takes again: use it at once.
     """
-    if not is_nf4(weight):
-        return weight.to(dtype)
-    if torch.compiler.is_compiling():
+    if not is_nf4(weight) or torch.compiler.is_compiling():
         return weight.to(dtype)
     return _dequantized(weight).to(dtype)
+
+
+DEQUANTIZED = 1 << 20
+"""Weights that are dequantized at a time on a CPU: what its cache holds."""
 
 
 class _Memory(threading.local):
@@ -243,7 +240,7 @@ def _dequantized(weight: Any) -> Tensor:
     scalers = weight.dequantize_scalers(
         weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
     )
-    step = PRODUCT_PIECE if codes.device.type == "cpu" else count
+    step = DEQUANTIZED if codes.device.type == "cpu" else count
     for first in range(0, count, step):
         last = min(first + step, count)
         piece = out[first:last]

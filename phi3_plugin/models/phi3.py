@@ -1,7 +1,8 @@
 """Phi-3 inside torchtune's decoder shell, sized by the checkpoint's config.json."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,17 @@ from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAtt
 
 from phi3_plugin.config import Phi3Config, Rope, read_config
 from phi3_plugin.errors import AdapterError, ConfigError
-from phi3_plugin.models.attention import Phi3Attention
+from phi3_plugin.models.attention import Attends, Documents, Mask, Phi3Attention, take
 from phi3_plugin.models.cache import Cache, Step
 from phi3_plugin.models.logps import token_logps
 from phi3_plugin.models.lora import Embedding, Linear
 from phi3_plugin.models.lora_settings import HEAD, LoRASettings, misfits, under_torchtune
-from phi3_plugin.models.masks import Documents, borders_of, take
 from phi3_plugin.models.nf4 import dequantize_in_state_dicts
 from phi3_plugin.models.rope import RotaryEmbedding
 
-# RMSNorm with the order of operations of Hugging Face's Phi-3.
 
-
-# Shapes: D model
+# Shapes: B batch, S sequence, T tokens of all rows, D model, I intermediate, V vocabulary,
+# N labelled tokens
 class RMSNorm(nn.Module):
     """Root mean square norm: computed in fp32, cast back, then multiplied by the scale.
 
@@ -34,12 +33,7 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(self, dim: int, eps: float) -> None:
-        """Start as the identity scale.
-
-        Args:
-            dim: Width of the last axis.
-            eps: Added to the mean square.
-        """
+        """Start as the identity scale ``[D]``; eps is added to the mean square."""
         super().__init__()
         self.eps = eps
         self.scale = nn.Parameter(torch.ones(dim))
@@ -81,10 +75,6 @@ class _RMSNorm(torch.autograd.Function):
         return gx, gscale, None
 
 
-# The gated feed-forward block over Phi-3's fused ``gate_up_proj``.
-
-
-# Shapes: D model, I intermediate
 class Phi3MLP(nn.Module):
     """``down(up * silu(gate))`` with gate and up in one matrix, gate first.
 
@@ -92,14 +82,10 @@ class Phi3MLP(nn.Module):
     """
 
     def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module) -> None:
-        """Take the two projections as built, with or without adapters.
-
-        Args:
-            gate_up_proj: D to twice the intermediate size.
-            down_proj: Intermediate size to D.
-        """
+        """Take the two projections as built, D to 2 I and I to D, with or without adapters."""
         super().__init__()
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., D]`` to ``[..., D]``."""
@@ -107,14 +93,7 @@ class Phi3MLP(nn.Module):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Return ``up * silu(gate)``.
-
-    Args:
-        gate_up: Gate, then up, ``[..., 2 I]``.
-
-    Returns:
-        ``[..., I]``.
-    """
+    """Return ``up * silu(gate)``, ``[..., I]``, of gate and up side by side, ``[..., 2 I]``."""
     if torch.compiler.is_compiling():  # which fuses this into one pass by itself
         gate, up = gate_up.chunk(2, dim=-1)
         return up * F.silu(gate)
@@ -142,44 +121,39 @@ class _SwiGLU(torch.autograd.Function):
         return both
 
 
-# torchtune's decoder shell, taught to train on rows of documents and to return the loss.
-
-
-# Shapes: B batch, S sequence, D model
 class Phi3Layer(TransformerSelfAttentionLayer):  # type: ignore[misc]
-    """A decoder layer that can leave out tokens whose result nobody needs."""
+    """A decoder layer; torchtune's is its base for what its recipes wrap and compile."""
 
-    def forward(self, x: Tensor, *, rows: Tensor | None = None, **seen: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        attends: Attends | None = None,
+        rows: Tensor | None = None,
+        mask: Mask = None,
+        input_pos: Tensor | None = None,
+        **other: Any,
+    ) -> Tensor:
         """Map ``x [B, S, D]`` to the same shape.
 
         Args:
             x: Hidden states.
+            attends: What the tokens see; None is what torchtune says by the next two.
             rows: Numbers of the tokens whose result is wanted, counted over all of B and S; None
                 is all. The result is then ``[1, rows, D]``.
-            **seen: ``mask`` and ``input_pos``, see :class:`Phi3Attention`.
+            mask: See `Mask`.
+            input_pos: Position of each token ``[B, S]``; None counts from 0.
+            **other: What torchtune's decoder passes for layers of other kinds.
         """
-        normed = self.sa_norm(x)
-        seen = {key: seen.get(key) for key in ("mask", "input_pos")}
-        h = take(x, rows) + self.attn(normed, rows=rows, **seen)
+        if attends is None:
+            attends = self.attn.dense(x, mask, input_pos)
+        attended = self.attn(self.sa_norm(x), attends, rows)
+        h = take(x, rows) + attended
         return h + self.mlp(self.mlp_norm(h))  # type: ignore[no-any-return]
 
 
 class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
-    """torchtune's decoder, with a second way to call it: for log p of labelled tokens.
-
-    They are worked out inside, so that what shards or wraps the model sees one call, and the
-    head and the last layer's feed-forward run for labelled tokens alone.
-    """
-
-    def __init__(self, rope: RotaryEmbedding, **parts: Any) -> None:
-        """Assemble.
-
-        Args:
-            rope: Shared by all layers.
-            **parts: See torchtune's.
-        """
-        super().__init__(**parts)
-        object.__setattr__(self, "rope", rope)  # a part of the layers, not one more
+    """torchtune's decoder, with two more ways to call it: to train, and to generate."""
 
     def forward(
         self,
@@ -192,9 +166,11 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         step: Step | None = None,
         **rest: Any,
     ) -> Any:
-        """Return logits as torchtune's decoder does, or with ``targets`` log p of each, ``[N]``.
+        """Return logits ``[B, S, V]`` as torchtune's decoder does, or with ``targets`` their log p.
 
-        Or with ``step`` the logits after the last token of each of its rows, ``[rows, V]``.
+        That is ``[N]``, worked out inside, so that what shards or wraps the model sees one call,
+        and head and last feed-forward run for labelled tokens alone. With ``step`` return the
+        logits after the last token of each of its rows, ``[rows, V]``.
 
         Args:
             tokens: ``[B, S]``; with ``lengths`` a single row.
@@ -209,63 +185,132 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
             ConfigError: A document is longer than the model has positions.
         """
         if step is not None:
-            return self._go_on(tokens, step)
+            return self._next(tokens, step)
         if targets is None:
             return super().forward(tokens, input_pos=input_pos, **rest)
-        if not tokens.is_meta:  # which has sizes alone, for a plan
-            self._check_length(tokens.shape[1] if lengths is None else max(lengths))
-        seen = {"input_pos": input_pos, **rest}
+        longest = tokens.shape[1] if lengths is None else max(lengths)
+        if longest > self.max_seq_len and not tokens.is_meta:  # a plan has sizes alone
+            raise ConfigError(
+                f"tokenizer.max_seq_len: a document has {longest} tokens, but the model has "
+                f"{self.max_seq_len} positions. Set it to {self.max_seq_len} or less."
+            )
         h = self.tok_embeddings(tokens)
+        seen: dict[str, Any] = {"input_pos": input_pos, **rest}
         if lengths is not None:
-            turns = self.rope.turns(tokens.shape[1], input_pos, h.dtype)
-            where = tuple(lengths)
-            seen = {"mask": Documents(where, borders_of(where, tokens.device), *turns)}
+            turns = self._rope.turns(tokens.shape[1], input_pos, h.dtype)
+            seen = {"attends": Documents(tuple(lengths), *turns)}
         for layer in self.layers[:-1]:
             h = layer(h, **seen)
         h = self.norm(self.layers[-1](h, rows=rows, **seen))[0]
         return token_logps(h, self.output, targets, self.tok_embeddings.num_embeddings)
 
+    def _next(self, tokens: Tensor, step: Step) -> Tensor:
+        h = self.tok_embeddings(tokens)
+        last, end = step.last(), len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            step.layer = number
+            h = layer(h, attends=step, rows=last if number == end else None)
+        step.done()
+        logits: Tensor = self.output(self.norm(h))
+        return logits[0]
+
     def cache(self, rows: int) -> Cache:
         """Return an empty cache for so many rows."""
         attention, scale = self.layers[0].attn, self.norm.scale
-        sizes = len(self.layers), rows, attention.num_kv_heads, attention.head_dim
+        sizes = len(self.layers), rows, attention.heads[1], attention.head_dim
         window = attention.sliding_window
         return Cache(*sizes, window=window, dtype=scale.dtype, device=scale.device)
 
     def step(self, cache: Cache, rows: Sequence[int], lengths: Sequence[int]) -> Step:
         """Return what ``forward`` needs to know of new tokens, so many for each of these rows."""
-        return Step(cache, rows, lengths, self.rope)
+        return Step(cache, rows, lengths, self._rope)
 
     def turns_alike(self, length: int, other: int) -> bool:
         """Whether rows of these lengths turn by the same LongRoPE factors.
 
         What is cached of a row that grows past the switch is of no use, as for transformers.
         """
-        switch = self.rope.switch
+        switch = self._rope.switch
         return switch is None or (length > switch) == (other > switch)
 
-    def _go_on(self, tokens: Tensor, step: Step) -> Tensor:
-        h = self.tok_embeddings(tokens)
-        last, end = step.last(h.device), len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            step.layer = number
-            h = layer(h, mask=step, rows=last if number == end else None)
-        step.done()
-        logits: Tensor = self.output(self.norm(h))
-        return logits[0]
+    @property
+    def _rope(self) -> RotaryEmbedding:
+        rope: RotaryEmbedding = self.layers[0].attn.rope
+        return rope
 
-    def _check_length(self, longest: int) -> None:
-        if longest > self.max_seq_len:
-            raise ConfigError(
-                f"tokenizer.max_seq_len: a document has {longest} tokens, but the model has "
-                f"{self.max_seq_len} positions. Set it to {self.max_seq_len} or less."
-            )
-
-
-# Build Phi-3 inside torchtune's decoder shell, sized by the checkpoint's config.json.
 
 MakeLinear = Callable[[str, int, int], nn.Module]
 """(number of the block and target, as in ``3.qkv_proj``, or the head; in_dim, out_dim) -> layer."""
+
+
+def decoder(
+    config: Phi3Config,
+    linear: MakeLinear,
+    rope_factors: str = "auto",
+    embed: Callable[[int, int], nn.Embedding] = Embedding,
+) -> TransformerDecoder:
+    """Assemble the model in torchtune's shell.
+
+    Args:
+        config: Sizes and constants.
+        linear: Makes each linear layer, told its name.
+        rope_factors: See :func:`phi3`.
+        embed: Makes the embedding, told V and D.
+
+    Raises:
+        ConfigError: There are no such factors.
+    """
+    d, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+    rope = RotaryEmbedding(config.rope, config.max_position_embeddings, rope_factors)
+    embedding = embed(config.vocab_size, d)
+    layers = []
+    for number in range(config.num_hidden_layers):
+        attention = Phi3Attention(
+            qkv_proj=linear(f"{number}.qkv_proj", d, config.qkv_size),
+            o_proj=linear(f"{number}.o_proj", d, d),
+            rope=rope,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            sliding_window=config.sliding_window,
+        )
+        gate_up = linear(f"{number}.gate_up_proj", d, 2 * inner)
+        mlp = Phi3MLP(gate_up, linear(f"{number}.down_proj", inner, d))
+        norms = {"sa_norm": RMSNorm(d, eps), "mlp_norm": RMSNorm(d, eps)}
+        layers.append(Phi3Layer(attention, mlp, **norms))
+    tied = config.tie_word_embeddings
+    return Phi3Decoder(
+        tok_embeddings=embedding,
+        layers=layers,
+        max_seq_len=config.max_position_embeddings,
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        norm=RMSNorm(d, eps),
+        output=TiedLinear(embedding) if tied else linear(HEAD, d, config.vocab_size),
+    )
+
+
+def adapted(
+    config: Phi3Config, settings: LoRASettings, rope_factors: str = "auto"
+) -> TransformerDecoder:
+    """Assemble the model with adapters.
+
+    Args:
+        config: Sizes and constants.
+        settings: Where the adapters go, and what is quantized.
+        rope_factors: See :func:`phi3`.
+
+    Raises:
+        AdapterError: The settings do not fit the model, or the program that trains it; all
+            problems, one line each.
+    """
+    tied, layers = config.tie_word_embeddings, config.num_hidden_layers
+    if problems := [*misfits(settings, layers, tied=tied), *under_torchtune(settings)]:
+        raise AdapterError("\n".join(problems))
+    model = decoder(config, settings.make, rope_factors, settings.make_embedding)
+    if settings.quantize_base:
+        dequantize_in_state_dicts(model, model.tok_embeddings.weight.dtype)
+    return model
 
 
 MINI = Phi3Config(
@@ -282,6 +327,9 @@ MINI = Phi3Config(
 )
 """What microsoft/Phi-3-mini-4k-instruct publishes, for builders without a checkpoint folder."""
 
+# What YAMLs name. `tune validate` asks for signatures; the options of LoRA are those of
+# `LoRASettings`, which says what each is for.
+
 
 def phi3(
     checkpoint_dir: str | Path | None, *, rope_factors: str = "auto", quantize_base: bool = False
@@ -292,8 +340,10 @@ def phi3(
 
     Args:
         checkpoint_dir: Folder in Hugging Face layout; only its config.json is read.
-        rope_factors: See :func:`lora_phi3`.
-        quantize_base: Likewise; for inference, since NF4 weights cannot be trained.
+        rope_factors: Which LongRoPE factors turn a batch: auto decides by its longest position,
+            as transformers does; short or long fixes one, as vLLM does by its maximum length.
+        quantize_base: Store the base weights in NF4, all linear layers but the head; for
+            inference, since NF4 weights cannot be trained.
 
     Raises:
         ConfigError: config.json holds something we do not compute, or sizes NF4 cannot store.
@@ -304,74 +354,22 @@ def phi3(
 
 
 def lora_phi3(
-    checkpoint_dir: str | Path | None,
-    lora_attn_modules: list[str],
-    apply_lora_to_mlp: bool = False,
-    apply_lora_to_output: bool = False,
-    *,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    use_rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    layers_to_transform: Sequence[int] | None = None,
-    lora_init: str = "kaiming",
-    apply_lora_to_embedding: bool = False,
-    modules_to_save: Sequence[str] | None = None,
-    quantize_base: bool = False,
-    rope_factors: str = "auto",
+    checkpoint_dir: str | Path | None, *targets: Any, rope_factors: str = "auto", **options: Any
 ) -> TransformerDecoder:
     """Build the model of a checkpoint folder with adapters on its linear layers.
 
     Args:
         checkpoint_dir: Folder in Hugging Face layout; only its config.json is read.
-        lora_attn_modules: Any of qkv_proj, o_proj, gate_up_proj, down_proj; or of q_proj, k_proj,
-            v_proj, gate_proj, up_proj, for an adapter on that part of a fused layer alone. The
-            name is torchtune's; its recipes read it.
-        apply_lora_to_mlp: Must say whether the list holds gate_up_proj, down_proj or such a part.
-        apply_lora_to_output: An adapter on the head as well.
-        lora_rank: Inner width of every adapter.
-        lora_alpha: The adapters are scaled by lora_alpha / lora_rank.
-        lora_dropout: Dropout on the adapters' input.
-        use_dora: Train the magnitude of each row as well.
-        use_rslora: Scale by lora_alpha / sqrt(lora_rank) instead.
-        rank_pattern: Other ranks, by target (``o_proj: 8``) or by layer and target
-            (``3.o_proj: 4``), which comes first. Head and embedding are ``lm_head`` and
-            ``embed_tokens``, or ``output`` and ``tok_embeddings``.
-        alpha_pattern: Other alphas, likewise.
-        layers_to_transform: Numbers of the layers that get adapters; None is all.
-        lora_init: How the adapters start: kaiming or gaussian draw A; pissa takes the largest
-            directions of the base weight, loftq what NF4 loses of it, each for our recipe only.
-        apply_lora_to_embedding: An adapter on the embedding as well.
-        modules_to_save: lm_head, embed_tokens: trained whole beside the adapters.
-        quantize_base: Store the base weights in NF4, all linear layers but the head.
-        rope_factors: Which LongRoPE factors turn a batch: auto decides by its longest position,
-            as transformers does; short or long fixes one, as vLLM does by its maximum length.
+        *targets: The first options of `LoRASettings`, ``lora_attn_modules`` above all.
+        rope_factors: See :func:`phi3`.
+        **options: Those of `LoRASettings`.
 
     Raises:
         AdapterError: The adapter settings are wrong; all problems are listed.
         ConfigError: config.json holds something we do not compute, or sizes NF4 cannot store.
         MissingFileError: No such folder, or no config.json in it.
     """
-    settings = LoRASettings(
-        lora_attn_modules,
-        apply_lora_to_mlp,
-        apply_lora_to_output,
-        lora_rank,
-        lora_alpha,
-        lora_dropout,
-        use_dora,
-        quantize_base,
-        use_rslora,
-        rank_pattern,
-        alpha_pattern,
-        layers_to_transform,
-        lora_init,
-        apply_lora_to_embedding,
-        modules_to_save,
-    )
+    settings = LoRASettings(*targets, **options)
     return adapted(read_config(checkpoint_dir), settings, rope_factors)
 
 
@@ -380,111 +378,27 @@ def phi3_mini() -> TransformerDecoder:
     return decoder(MINI, lambda _, i, o: Linear(i, o))
 
 
-def lora_phi3_mini(
-    lora_attn_modules: list[str],
-    apply_lora_to_mlp: bool = False,
-    apply_lora_to_output: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
-) -> TransformerDecoder:
+def lora_phi3_mini(*targets: Any, **options: Any) -> TransformerDecoder:
     """Build Phi-3-mini-4k with adapters without a checkpoint folder; see :func:`lora_phi3`.
 
     The signature is that of ``torchtune.models.phi3.lora_phi3_mini``; the targets are ours.
     """
-    settings = LoRASettings(
-        lora_attn_modules,
-        apply_lora_to_mlp,
-        apply_lora_to_output,
-        lora_rank,
-        lora_alpha,
-        lora_dropout,
-        use_dora,
-        quantize_base,
-    )
-    return adapted(MINI, settings)
+    bound = signature(lora_phi3_mini).bind(*targets, **options)
+    return adapted(MINI, LoRASettings(*bound.args, **bound.kwargs))
 
+
+def _sign(build: Any, options: Sequence[Parameter]) -> None:
+    """Give a builder these options in place of its ``*targets`` and ``**options``."""
+    own = [p for p in signature(build).parameters.values() if p.name not in ("targets", "options")]
+    build.__signature__ = Signature(sorted([*own, *options], key=lambda p: p.kind))
+
+
+_OPTIONS = [*signature(LoRASettings).parameters.values()]
+_sign(lora_phi3, _OPTIONS)
+_sign(lora_phi3_mini, [p for p in _OPTIONS if p.kind is not Parameter.KEYWORD_ONLY])
 
 qlora_phi3 = partial(lora_phi3, quantize_base=True)
 qlora_phi3.__doc__ = "Build the model of a checkpoint folder over an NF4 base; see `lora_phi3`."
 
 qlora_phi3_mini = partial(lora_phi3_mini, quantize_base=True)
 qlora_phi3_mini.__doc__ = "Build Phi-3-mini-4k over an NF4 base; see `lora_phi3_mini`."
-
-
-def adapted(
-    config: Phi3Config, settings: LoRASettings, rope_factors: str = "auto"
-) -> TransformerDecoder:
-    """Assemble the model with adapters.
-
-    Args:
-        config: Sizes and constants.
-        settings: Where the adapters go, and what is quantized.
-        rope_factors: See :func:`lora_phi3`.
-
-    Raises:
-        AdapterError: The settings do not fit the model, or the program that trains it; all
-            problems, one line each.
-    """
-    tied, layers = config.tie_word_embeddings, config.num_hidden_layers
-    if problems := [*misfits(settings, layers, tied=tied), *under_torchtune(settings)]:
-        raise AdapterError("\n".join(problems))
-    model = decoder(config, settings.make, rope_factors, settings.make_embedding)
-    if settings.quantize_base:
-        dequantize_in_state_dicts(model, model.tok_embeddings.weight.dtype)
-    return model
-
-
-def decoder(
-    config: Phi3Config,
-    linear: MakeLinear,
-    rope_factors: str = "auto",
-    embed: Callable[[int, int], nn.Embedding] = Embedding,
-) -> TransformerDecoder:
-    """Assemble the model in torchtune's shell.
-
-    Args:
-        config: Sizes and constants.
-        linear: Makes each linear layer, told its name.
-        rope_factors: See :func:`lora_phi3`.
-        embed: Makes the embedding, told its size.
-
-    Raises:
-        ConfigError: There are no such factors.
-    """
-    rope = RotaryEmbedding(config.rope, config.max_position_embeddings, rope_factors)
-    size = config.vocab_size, config.hidden_size
-    embedding = embed(*size)
-    tied = config.tie_word_embeddings
-    return Phi3Decoder(
-        rope,
-        tok_embeddings=embedding,
-        layers=[_layer(config, linear, rope, i) for i in range(config.num_hidden_layers)],
-        max_seq_len=config.max_position_embeddings,
-        num_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-        output=TiedLinear(embedding) if tied else linear(HEAD, *reversed(size)),
-    )
-
-
-def _layer(config: Phi3Config, linear: MakeLinear, rope: RotaryEmbedding, number: int) -> Phi3Layer:
-    d, inner = config.hidden_size, config.intermediate_size
-    attention = Phi3Attention(
-        qkv_proj=linear(f"{number}.qkv_proj", d, config.qkv_size),
-        o_proj=linear(f"{number}.o_proj", d, d),
-        rope=rope,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        sliding_window=config.sliding_window,
-    )
-    gate_up = linear(f"{number}.gate_up_proj", d, 2 * inner)
-    return Phi3Layer(
-        attention,
-        Phi3MLP(gate_up, linear(f"{number}.down_proj", inner, d)),
-        sa_norm=RMSNorm(d, config.rms_norm_eps),
-        mlp_norm=RMSNorm(d, config.rms_norm_eps),
-    )

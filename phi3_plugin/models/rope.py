@@ -13,9 +13,9 @@ FACTORS = ("auto", "short", "long")
 """Which of LongRoPE's sets turns a batch: the longest position decides, or always the one."""
 
 
-# Shapes: B batch, S sequence, H heads, F head dim, R rotated dims, P positions
+# Shapes: B batch, S sequence, T tokens of all rows, F head dim, R rotated dims, P positions
 class RotaryEmbedding(nn.Module):
-    """Rotates queries and keys by their position.
+    """Knows by which angle a position turns queries and keys.
 
     The tables are fp32 whatever the default dtype is: recipes build models under bf16,
     and a bf16 ``arange`` cannot tell position 257 from 256.
@@ -47,9 +47,12 @@ class RotaryEmbedding(nn.Module):
                 f"rope_factors: {factors!r} must be auto"
                 + (", short or long." if rope.scaling else ": this checkpoint has no LongRoPE.")
             )
-        self.rope, self.max_seq_len, self.factors = rope, max_seq_len, factors
-        both = rope.scaling is not None and factors == "auto"
-        self.switch = rope.scaling.original_max_position_embeddings if both else None  # type: ignore[union-attr]
+        self.rope = rope
+        self.max_seq_len = max_seq_len
+        self.factors = factors
+        self.switch: int | None = None  # the length that the short factors are for
+        if rope.scaling is not None and factors == "auto":
+            self.switch = rope.scaling.original_max_position_embeddings
         self.rope_init()
 
     def rope_init(self, device: torch.device | str | None = None) -> None:
@@ -82,31 +85,28 @@ class RotaryEmbedding(nn.Module):
         angles: Tensor = torch.arange(length, **exact)[:, None] * inv_freq
         return angles
 
-    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
-        """Rotate the first R dimensions of every head.
-
-        Args:
-            x: Queries or keys ``[B, S, H, F]``.
-            input_pos: Position of each token ``[B, S]`` or ``[S]``; None counts from 0.
-        """
-        cos, sin = self.turns(x.shape[1], input_pos, x.dtype)
-        return _turned(x, cos, sin)
-
     def turns(
         self, length: int, input_pos: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines for heads at these positions, ``[B or 1, S, 1, R / 2]``.
+        """Return cosines and sines for heads at these positions, ``[B, S, 1, R / 2]``.
 
         Args:
             length: S.
-            input_pos: Position of each token ``[B, S]`` or ``[S]``; None counts from 0.
+            input_pos: Position of each token ``[B, S]`` or ``[S]``; None counts from 0. The result
+                has no B then.
             dtype: Of the heads.
         """
-        rows = self._rows(length, input_pos)
-        cos, sin = (table[rows].to(dtype).unsqueeze(-2) for table in (self.cos, self.sin))
-        return cos, sin
+        places: slice | Tensor
+        if input_pos is None:
+            start = self.switch if self.switch is not None and length > self.switch else 0
+            places = slice(start, start + length)
+        elif self.switch is None:
+            places = input_pos
+        else:  # without asking the GPU for a number
+            places = input_pos + self.switch * (input_pos.max() >= self.switch)
+        return self._at(places, dtype)
 
-    def turns_of(
+    def turns_by_row(
         self, positions: Tensor, ends: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return cosines and sines for rows side by side, each turned by its own length.
@@ -118,23 +118,17 @@ class RotaryEmbedding(nn.Module):
             dtype: Of the heads.
 
         Returns:
-            ``[1, T, 1, R / 2]`` each.
+            ``[T, 1, R / 2]`` each.
         """
         if self.switch is not None:
-            long = torch.tensor([self.switch * (end > self.switch) for end in ends])
-            shift = long.repeat_interleave(torch.tensor(lengths))
-            positions = positions + shift.to(positions.device)
-        cos, sin = (table[positions].to(dtype)[None, :, None] for table in (self.cos, self.sin))
-        return cos, sin
+            shift = torch.tensor([self.switch if end > self.switch else 0 for end in ends])
+            by_token = shift.repeat_interleave(torch.tensor(lengths))
+            positions = positions + by_token.to(positions.device)
+        return self._at(positions, dtype)
 
-    def _rows(self, length: int, input_pos: Tensor | None) -> slice | Tensor:
-        """Return the places in the tables; without asking the GPU for a number."""
-        if input_pos is None:
-            start = self.switch if self.switch is not None and length > self.switch else 0
-            return slice(start, start + length)
-        if self.switch is None:
-            return input_pos
-        return input_pos + self.switch * (input_pos.max() >= self.switch)
+    def _at(self, places: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        cos, sin = (table[places].to(dtype).unsqueeze(-2) for table in (self.cos, self.sin))
+        return cos, sin
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
@@ -171,12 +165,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    turned = x[..., : 2 * cos.shape[-1]]
-    turned.copy_(_turned(turned, cos, sin))
+    rotated = x[..., : 2 * cos.shape[-1]]
+    rotated.copy_(_turned(rotated, cos, sin))
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
-    turned, rest = x.split([2 * half, x.shape[-1] - 2 * half], dim=-1)
-    low, high = turned.chunk(2, dim=-1)
+    rotated, rest = x.split([2 * half, x.shape[-1] - 2 * half], dim=-1)
+    low, high = rotated.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)

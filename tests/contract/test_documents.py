@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phi3_plugin.models import masks as module
-from phi3_plugin.models.masks import Documents, attend_within, borders_of, take
+from phi3_plugin.models import attention as module
+from phi3_plugin.models.attention import Documents, borders_of, take
 
 CPU = torch.device("cpu")
 HEADS = {"mha": [4, 4, 4], "gqa": [4, 2, 2]}
@@ -13,7 +13,7 @@ HEADS = {"mha": [4, 4, 4], "gqa": [4, 2, 2]}
 
 def row(lengths):
     empty = torch.empty(0)
-    return Documents(tuple(lengths), borders_of(tuple(lengths), CPU), empty, empty)
+    return Documents(tuple(lengths), empty, empty)
 
 
 def by_mask(qkv, heads, lengths, window):
@@ -32,10 +32,10 @@ def by_mask(qkv, heads, lengths, window):
 @pytest.mark.parametrize("window", [None, 1, 7, 8, 9, 20, 100])
 @pytest.mark.parametrize("lengths", [[30], [1, 8, 9, 1, 21], [40, 3]])
 def test_it_is_attention_with_a_mask_of_all_pairs(lengths, window, heads, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(module, "QUERIES", 8)
     torch.manual_seed(0)
     qkv = torch.randn(1, sum(lengths), sum(heads), 16, requires_grad=True)
-    ours = attend_within(qkv, heads, row(lengths), window)
+    ours = row(lengths).attend(qkv, heads, window)
     theirs = by_mask(qkv, heads, lengths, window)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
     direction = torch.randn_like(ours)
@@ -52,8 +52,8 @@ def test_no_mask_is_larger_than_the_window(monkeypatch):
         return attention(q, k, v, attn_mask=attn_mask, **how)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(module, "BLOCK", 8)
-    attend_within(torch.randn(1, 400, 3, 8), [1, 1, 1], row([400]), 16)
+    monkeypatch.setattr(module, "QUERIES", 8)
+    row([400]).attend(torch.randn(1, 400, 3, 8), [1, 1, 1], 16)
     assert len(sizes) == 400 / 8
     assert max(sizes) == 8 * (8 + 15)
 
@@ -62,7 +62,7 @@ def test_borders_are_where_documents_begin_and_the_last_ends():
     borders = borders_of((3, 1, 5), CPU)
     assert borders.tolist() == [0, 3, 4, 9]
     assert borders.dtype == torch.int32
-    assert row([3, 1, 5]).longest == 5
+    assert torch.equal(row([3, 1, 5]).borders, borders)
 
 
 def test_taking_tokens_puts_their_gradient_back():
@@ -80,8 +80,7 @@ def test_the_kernel_takes_what_it_is_given(heads):
     """Shapes alone, which needs no GPU."""
     qkv = torch.empty(1, 50, sum(heads), 96, dtype=torch.bfloat16, device="meta")
     qkv.requires_grad_()
-    where = Documents((20, 30), borders_of((20, 30), qkv.device), qkv, qkv)
-    out = module._by_kernel(qkv, heads, where, 7)
+    out = Documents((20, 30), qkv, qkv).by_kernel(qkv, heads, 7)
     assert out.shape == (1, 50, heads[0] * 96)
     out.sum().backward()
     assert qkv.grad.shape == qkv.shape
@@ -94,8 +93,7 @@ def test_the_kernel_computes_what_the_cpu_does(window, heads):
     lengths = [130, 1, 65, 300]
     qkv = torch.randn(1, sum(lengths), sum(heads), 96, dtype=torch.bfloat16, device="cuda")
     qkv.requires_grad_()
-    where = Documents(tuple(lengths), borders_of(tuple(lengths), qkv.device), qkv, qkv)
-    ours = attend_within(qkv, heads, where, window)
+    ours = Documents(tuple(lengths), qkv, qkv).attend(qkv, heads, window)
     theirs = by_mask(qkv.float().cpu(), heads, lengths, window)
     torch.testing.assert_close(ours.float().cpu(), theirs, rtol=0, atol=2e-2)
     ours.sum().backward()

@@ -6,9 +6,9 @@ from phi3_plugin.models.cache import serve
 from tests.answers import ours, prompts_of, served, theirs
 from tests.chosen import some
 from tests.family import LONG, published, sizes
-from tests.models.twins import base_of, train_by_hand, twin
-from tests.models.twins import ours as adapted
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
+from tests.twins import base_of, train_by_hand, twin
+from tests.twins import ours as adapted
 
 FAMILIES = {"mini": (MINI_4K, TINY_MHA), "gqa": (MEDIUM_4K, TINY_GQA)}
 COUNT = 200

@@ -8,7 +8,7 @@ from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora_settings import TARGETS, keys_of, keys_of_model
 from phi3_plugin.train.start import adapter_scales, initial_adapter
 from tests.chosen import some
-from tests.models.twins import BATCH, FAMILIES, assert_same, base_of, ours, train_by_hand, twin
+from tests.twins import BATCH, FAMILIES, assert_same, base_of, ours, train_by_hand, twin
 
 RANKS = {
     "rank_pattern": {"o_proj": 2, "1.qkv_proj": 5, "qkv_proj": 3},

@@ -14,8 +14,8 @@ from phi3_plugin.checkpoint.base import to_peft
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import prepare
+from tests import twins
 from tests.chosen import some
-from tests.models import twins
 
 LENGTHS = [17, 5, 1, 30]
 VARIANTS = {

@@ -18,7 +18,7 @@ from phi3_plugin.train.start import (
     split,
     split_names,
 )
-from tests.models.twins import BATCH, assert_same, base_of, ours, train_by_hand, trained, twin
+from tests.twins import BATCH, assert_same, base_of, ours, train_by_hand, trained, twin
 
 CPU = torch.device("cpu")
 CASES = {

@@ -85,3 +85,12 @@ def assert_same(model: nn.Module, theirs: nn.Module) -> None:
     assert found.keys() == expected.keys()
     for name, grad in found.items():
         assert (grad - expected[name]).norm() <= 2e-5 * expected[name].norm(), name
+
+
+def kept_by(make) -> list[int]:
+    """Return the number of values of each tensor that is kept for the backward pass."""
+    sizes = []
+    hooks = (lambda t: sizes.append(t.numel()) or t), (lambda t: t)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        make()
+    return sizes

@@ -1,12 +1,14 @@
-"""The sliding window over packed documents, as boolean and as block masks."""
+"""The sliding window over packed documents, as boolean and as block masks.
+
+Documents without a mask are in tests/contract/test_documents.py, cached rows in test_cache.py.
+"""
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtune.modules.attention_utils import create_block_causal_mask
 
-from phi3_plugin.models.attention import attend
-from phi3_plugin.models.masks import windowed
+from phi3_plugin.models.attention import Dense, attend_causally, windowed
 
 CPU = torch.device("cpu")
 
@@ -39,7 +41,13 @@ def test_the_window_within_packed_documents(documents, window):
         assert torch.equal(plain[0], expected([14], window))
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["mha", "gqa"])
+def test_a_cache_offset_moves_the_band():
+    rows = windowed(None, 3, 10, 5, 4, CPU)
+    whole = expected([10], 4)
+    assert torch.equal(rows[0], whole[5:8])
+
+
+@pytest.mark.parametrize("heads", [[4, 4, 4], [4, 2, 2]], ids=["mha", "gqa"])
 @pytest.mark.parametrize("window", [None, 60])
 def test_block_masks_attend_like_boolean_masks(window, heads):
     documents = torch.tensor([100, 37, 163])
@@ -48,19 +56,21 @@ def test_block_masks_attend_like_boolean_masks(window, heads):
     def same_document(batch, head, query, key):
         return (query >= key) & (owner[query] == owner[key])
 
-    blocks = create_block_mask(same_document, 1, None, 300, 300, device="cpu")
-    boolean = create_block_causal_mask([documents])
-    q = torch.randn(1, heads[0], 300, 16)
-    k, v = torch.randn(2, 1, heads[1], 300, 16)
-    torch.testing.assert_close(
-        attend(q, k, v, windowed(blocks, 300, 300, 0, window, CPU)),
-        attend(q, k, v, windowed(boolean, 300, 300, 0, window, CPU)),
-        rtol=0,
-        atol=1e-5,
+    masks = (
+        create_block_mask(same_document, 1, None, 300, 300, device="cpu"),
+        create_block_causal_mask([documents]),
     )
+    qkv, empty = torch.randn(1, 300, sum(heads), 16), torch.empty(0)
+    found, other = (Dense(empty, empty, mask).attend(qkv, heads, window) for mask in masks)
+    torch.testing.assert_close(found, other, rtol=0, atol=1e-5)
 
 
-def test_a_cache_offset_moves_the_band():
-    rows = windowed(None, 3, 10, 5, 4, CPU)
-    whole = expected([10], 4)
-    assert torch.equal(rows[0], whole[5:8])
+@pytest.mark.parametrize("window", [None, 3, 9, 50])
+@pytest.mark.parametrize("queries", [1, 7, 20])
+def test_the_last_tokens_of_a_row_see_what_they_see_in_the_whole(queries, window, monkeypatch):
+    """As new tokens of a cached row do, some at a time."""
+    monkeypatch.setattr("phi3_plugin.models.attention.QUERIES", 3)
+    q, k, v = torch.randn(1, 4, 20, 8), *torch.randn(2, 1, 2, 20, 8)
+    whole = attend_causally(q, k, v, window)
+    last = attend_causally(q[:, :, -queries:], k, v, window)
+    torch.testing.assert_close(last, whole[:, :, -queries:], rtol=0, atol=1e-6)

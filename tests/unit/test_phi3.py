@@ -1,12 +1,17 @@
-"""RMSNorm, SwiGLU and the rotation against autograd's own, and what they keep."""
+"""RMSNorm, SwiGLU and the rotation against autograd's own; the builders' signatures."""
+
+import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from phi3_plugin.models import lora_phi3, lora_phi3_mini, qlora_phi3
+from phi3_plugin.models.lora_settings import LoRASettings
 from phi3_plugin.models.phi3 import RMSNorm, swiglu
 from phi3_plugin.models.rope import rotate
-from tests.models.test_lora_linear import kept_by
+from tests.twins import kept_by
 
 
 def plain_norm(x, scale, eps):
@@ -34,7 +39,7 @@ def test_the_norm_is_what_autograd_gives(dtype, frozen):
 
 def test_the_norm_keeps_its_input_and_a_number_a_token():
     x = torch.randn(5, 48, dtype=torch.bfloat16, requires_grad=True)
-    sizes, _ = kept_by(lambda: RMSNorm(48, 1e-5).to(torch.bfloat16)(x))
+    sizes = kept_by(lambda: RMSNorm(48, 1e-5).to(torch.bfloat16)(x))
     assert sorted(sizes) == [5, 48, 5 * 48]
 
 
@@ -43,8 +48,7 @@ def test_swiglu_is_what_autograd_gives():
     gate, up = x.chunk(2, dim=-1)
     torch.testing.assert_close(swiglu(x), up * F.silu(gate), rtol=1e-14, atol=0)
     assert torch.autograd.gradcheck(swiglu, x)
-    sizes, _ = kept_by(lambda: swiglu(x))
-    assert sizes == [x.numel()]
+    assert kept_by(lambda: swiglu(x)) == [x.numel()]
 
 
 @pytest.mark.parametrize("rotated", [16, 12])
@@ -61,3 +65,17 @@ def test_rotating_in_place_is_what_autograd_gives(rotated):
     torch.testing.assert_close(turned(x)[:, :, :4], expected)
     assert torch.equal(turned(x)[:, :, 4:], x[:, :, 4:])
     assert torch.autograd.gradcheck(turned, x)
+
+
+@pytest.mark.parametrize("build", [lora_phi3, qlora_phi3])
+def test_the_signature_names_every_option(build):
+    """`tune validate` reads it."""
+    parameters = inspect.signature(build).parameters
+    assert list(parameters)[:2] == ["checkpoint_dir", "lora_attn_modules"]
+    assert {field.name for field in fields(LoRASettings)} < parameters.keys()
+    assert parameters["quantize_base"].default is (build is qlora_phi3)
+
+
+def test_the_builder_without_a_folder_takes_torchtunes_options_alone():
+    with pytest.raises(TypeError, match="use_rslora"):
+        lora_phi3_mini(["o_proj"], use_rslora=True)

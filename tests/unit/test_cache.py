@@ -1,4 +1,4 @@
-"""Layers that only answer compute what those they stand for do."""
+"""Cached rows, and layers that only answer: both compute what the model does without them."""
 
 import weakref
 
@@ -8,7 +8,7 @@ from torch import nn
 from torchtune.training import set_default_dtype
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.models import cache as serving
+from phi3_plugin.models import cache as module
 from phi3_plugin.models import phi3
 from phi3_plugin.models.cache import ServedLinear, serve, served
 from phi3_plugin.models.lora import (
@@ -19,7 +19,7 @@ from phi3_plugin.models.lora import (
     MergedLoRALinear,
     WholeLinear,
 )
-from tests.models.twins import BATCH, base_of, ours, train_by_hand
+from tests.twins import BATCH, base_of, ours, train_by_hand
 
 IN, OUT = 256, 384
 
@@ -124,7 +124,7 @@ def test_weights_are_laid_out_one_layer_at_a_time(tmp_path, monkeypatch):
         left.append(sum(one() is not None for one in plain))
         return weight.detach().clone(), False
 
-    monkeypatch.setattr(serving, "laid_out", laid)
+    monkeypatch.setattr(module, "laid_out", laid)
     serve(model)
     assert left == [*range(len(plain), 0, -1)]
 
