@@ -6,7 +6,7 @@ A set is a torchao and the newest PEFT that takes it: PEFT 0.19 and later refuse
 0.16. Everything else is what the present environment has (`make setup`: constraints.txt). Each
 set gets an environment of its own in DIR, in front of the present one (see environments.py), and
 is kept there for the next run. By default DIR is temporary and `pytest -m "not slow"` is run;
-arguments of your own come after that: `tests/models`, `-x`, `-m "slow"`.
+arguments of your own come after that: `tests/unit`, `-x`, `-m "slow"`.
 
 Exits with 1 if a test failed on any set.
 """

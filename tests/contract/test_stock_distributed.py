@@ -15,7 +15,7 @@ from tests.stock import gsm8k, tiny_checkpoint, torchrun_stock
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
-CONFIG = Path(__file__).parents[1] / "configs" / "phi3_mini_lora.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "phi3_mini_lora.yaml"
 RUN = (
     "--config",
     str(CONFIG),
