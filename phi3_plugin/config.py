@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_plugin.errors import ConfigError, MissingFileError
+from phi3_plugin.errors import ConfigError, MissingFileError, Phi3Error
 
 # How a ``config.json`` says that positions are encoded: rotary frequencies and LongRoPE.
 #
@@ -249,13 +249,32 @@ def read_config(checkpoint_dir: str | Path | None) -> Phi3Config:
             f"checkpoint_dir: {file.parent} has no config.json. Give the folder of a Phi-3 "
             "checkpoint in Hugging Face layout (config.json, tokenizer files, *.safetensors)."
         )
+    return parse_config(read_json_object(file), str(file))
+
+
+JSON_BYTES = 64_000_000
+"""More than any tokenizer has; what is read becomes an object of many times its size."""
+
+
+def read_json_object(file: Path, error: type[Phi3Error] = ConfigError) -> dict[str, Any]:
+    """Read the JSON object of a file that a stranger may have written.
+
+    Args:
+        file: Must be there.
+        error: What is raised.
+
+    Raises:
+        Phi3Error: It holds something else, or is too large or too deep to be read.
+    """
+    if (size := file.stat().st_size) > JSON_BYTES:
+        raise error(f"{file} has {size} bytes: that is no configuration.")
     try:
         keys = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}. Download it again.") from error
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{file} is not valid JSON: {problem}. Download or copy it again.") from problem
     if not isinstance(keys, dict):
-        raise ConfigError(f"{file} must hold a JSON object, not {type(keys).__name__}.")
-    return parse_config(keys, str(file))
+        raise error(f"{file} must hold a JSON object, not {type(keys).__name__}.")
+    return keys
 
 
 def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
@@ -412,15 +431,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file holds something else.
     """
-    if not file.is_file():
-        return {}
-    try:
-        keys = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}. Download it again.") from error
-    if not isinstance(keys, dict):
-        raise ConfigError(f"{file} must hold a JSON object, not {type(keys).__name__}.")
-    return keys
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torchtune.training import set_default_dtype
 
-from phi3_plugin.checkpoint.adapter import A, Adapter, B
-from phi3_plugin.checkpoint.base import open_weights, refuse_other_base
+from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.base import A, B, open_weights, refuse_other_base
 from phi3_plugin.checkpoint.files import StoredTensor
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import CONFIG

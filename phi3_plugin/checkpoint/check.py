@@ -1,188 +1,119 @@
 """What serves an adapter: each runtime's verdict, and a proof by loading it."""
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phi3_plugin.checkpoint.base import EMBEDDING, HEAD, open_weights
+from phi3_plugin.checkpoint.base import (
+    MAGNITUDE,
+    NAMES,
+    PEFT_ENDINGS,
+    PEFT_PREFIX,
+    A,
+    B,
+    expected_shapes,
+    open_weights,
+)
+from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import (
-    KINDS,
+    CONFIG,
+    OFF,
     STARTS,
-    PeftFolder,
-    is_adaptable,
-    listed,
+    WEIGHTS,
+    PeftConfig,
+    is_plain,
     load_origin,
-    read_peft_folder,
-    shape_problems,
+    wrong_values,
 )
-from phi3_plugin.config import Phi3Config, read_config
-from phi3_plugin.errors import AdapterError, Phi3Error
+from phi3_plugin.config import Phi3Config, read_config, read_json_object
+from phi3_plugin.errors import AdapterError, MissingFileError, Phi3Error
 from phi3_plugin.load import assembled
+from phi3_plugin.options import RUNTIMES
 from phi3_plugin.train.model import DTYPES
-
-# Load what we wrote with the libraries that will serve it.
-#
-# The only module that imports transformers and peft; both come with ``phi3-plugin[hf]``.
-
-# Shapes: B batch, S sequence, V vocabulary
-
-
-class NotLoadedError(AdapterError):
-    """PEFT refuses an adapter, or does not find a place for every tensor."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What an adapter computes in PEFT and in another model."""
-
-    difference: float
-    """The largest distance of two logits."""
-    effect: float
-    """How far the adapter moves a logit at most, in PEFT."""
-    largest: float
-    """The largest logit."""
-
-
-def prove(
-    checkpoint_dir: str | Path,
-    adapter_dir: str | Path,
-    dtype: str = "fp32",
-    *,
-    shape: tuple[int, int] = (2, 17),
-    seed: int = 0,
-) -> Proof:
-    """Load base and adapter in transformers + PEFT, and compare its logits with our model's.
-
-    One model after the other is in memory.
-
-    Args:
-        checkpoint_dir: Folder of the base model.
-        adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
-        dtype: What both compute in, bf16 or fp32.
-        shape: B and S of the random tokens.
-        seed: Of the tokens.
-
-    Raises:
-        NotLoadedError: PEFT does not load the adapter, or not all of it.
-    """
-    theirs, base, tokens = _peft_logits(checkpoint_dir, adapter_dir, DTYPES[dtype], shape, seed)
-    with torch.no_grad():
-        ours = logits(Path(checkpoint_dir), Path(adapter_dir), dtype, tokens)
-        difference = (ours.float() - theirs).abs().max()
-    effect = (theirs - base).abs().max()
-    return Proof(float(difference), float(effect), float(theirs.abs().max()))
-
-
-def _peft_logits(
-    checkpoint_dir: str | Path,
-    adapter_dir: str | Path,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits with and without the adapter, and the tokens; the model is let go of."""
-    model = load_with_peft(checkpoint_dir, adapter_dir, dtype)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator)
-    with torch.no_grad():
-        theirs = model(input_ids=tokens, use_cache=False).logits.float()
-        with model.disable_adapter():
-            base = model(input_ids=tokens, use_cache=False).logits.float()
-    return theirs, base, tokens
-
-
-def load_base_with_hf(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Return the base model as ``transformers`` loads it, on the CPU, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype).eval()
-
-
-def hf_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer as ``transformers`` loads it from a checkpoint or adapter folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def load_with_peft(
-    checkpoint_dir: str | Path, adapter_dir: str | Path, dtype: torch.dtype = torch.float32
-) -> Any:
-    """Return base and adapter as PEFT loads them, after checking that every tensor found a place.
-
-    PEFT itself passes over tensors that match nothing.
-
-    Args:
-        checkpoint_dir: Folder of the base model.
-        adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
-        dtype: What the base weights are cast to.
-
-    Returns:
-        A ``PeftModel`` on the CPU, in evaluation mode.
-
-    Raises:
-        NotLoadedError: PEFT refuses it, or keys are missing or unexpected; the first are listed.
-    """
-    from peft import get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    model = _in_peft(load_base_with_hf(checkpoint_dir, dtype), adapter_dir)
-    places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    names = load_peft_weights(str(adapter_dir), device="cpu")
-    # Beside an adapter of the embedding or the head PEFT also keeps the base's own weight.
-    stored = {name for name in names if not name.endswith(".base_layer.weight")}
-    if places != stored:
-        missing, unexpected = (_first(names) for names in (places - stored, stored - places))
-        raise NotLoadedError(
-            f"PEFT does not load {adapter_dir} completely: missing {missing}, unexpected "
-            f"{unexpected}."
-        )
-    return model.eval()
-
-
-def _in_peft(base: Any, adapter_dir: str | Path) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(base, str(adapter_dir))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {str(error).strip()[:500]}"
-        raise NotLoadedError(f"PEFT does not load {adapter_dir}. It says {why}") from error
-
-
-def _first(names: set[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{sorted(names)[:most]}{more}"
-
 
 # What each runtime makes of an adapter folder as it lies there.
 #
 # Read from the sources of the runtimes, of which only PEFT is run in our tests:
 #
 #     PEFT       0.21.2, tuners/lora, utils/save_and_load.py
-#     vLLM       main of 2026, lora/peft_helper.py, lora/lora_model.py, lora/utils.py, config/lora.py,
-#                models/phi3.py, models/llama.py
+#     vLLM       main of 2026, lora/peft_helper.py, lora/lora_model.py, lora/utils.py,
+#                config/lora.py, models/phi3.py, models/llama.py
 #     llama.cpp  0b03ada, convert_lora_to_gguf.py; src/llama-adapter.{h,cpp}, src/llama-graph.cpp
 
 LOADS, MISSCALED, MISREAD, REJECTED = "loads", "mis-scaled", "mis-read", "rejected"
-_WORST = [LOADS, MISSCALED, MISREAD, REJECTED]
+"""`MISSCALED` loads, and multiplies B A with a wrong number; `MISREAD` loads, and computes
+something else; `REJECTED` ends with an error."""
+
+WORST = [LOADS, MISSCALED, MISREAD, REJECTED]
+
+VERDICTS: dict[str, tuple[str, str | None, str | None, str | None]] = {
+    "no adapter": (
+        "the file holds no adapter: no lora_A, no lora_B", REJECTED, REJECTED, REJECTED),
+    "shape": ("{}", REJECTED, REJECTED, REJECTED),
+    "rank of a target": ("{}", REJECTED, None, None),
+    "rank": ("{}", MISREAD, MISREAD, MISREAD),
+    "not finite": (
+        "NaN or infinite numbers in {}: every answer would be", MISREAD, MISREAD, MISREAD),
+    "target of nothing": (
+        "target_modules names what a Phi-3 does not have: {}", LOADS, LOADS, LOADS),
+    "start": ("init_lora_weights: it is for a base that {} has changed", MISREAD, MISREAD, MISREAD),
+    "start that PEFT repeats": (
+        "init_lora_weights: PEFT changes the base by {} again when it loads this; others do not",
+        LOADS, MISREAD, MISREAD),
+    "no target": ("no module of a Phi-3 is in target_modules", REJECTED, None, None),
+    "not a target": (
+        "not in target_modules or not in a Phi-3, so PEFT passes over their tensors silently: {}",
+        MISREAD, None, None),
+    "unknown name": ("PEFT passes over names that are not its own: {}", MISREAD, None, None),
+    "neither A nor B": ("neither a lora_A nor a lora_B: {}", None, REJECTED, REJECTED),
+    "no lora_alpha": ("lora_alpha is missing: PEFT takes 8", MISSCALED, REJECTED, REJECTED),
+    "no r": ("adapter_config.json has no r", None, REJECTED, None),
+    "no target_modules": ("adapter_config.json has no target_modules", None, REJECTED, None),
+    "no task_type": (
+        "task_type is missing: PeftModel loads it, AutoPeftModelForCausalLM does not",
+        LOADS, None, None),
+    "DoRA without magnitude": ("use_dora, but no magnitude for {}", MISREAD, None, None),
+    "DoRA unsaid": (
+        "magnitudes of DoRA are passed over, since use_dora is not true", MISREAD, None, None),
+    "DoRA": ("DoRA is not supported", None, REJECTED, REJECTED),
+    "modules_to_save": ("modules_to_save is not supported", None, REJECTED, None),
+    "saved": ("the converter exits at modules_to_save: {}", None, None, REJECTED),
+    "saved norm": ("trained norms are passed over: {}", None, None, MISREAD),
+    "bias": ("adapters with a bias are not supported", None, REJECTED, None),
+    "bias tensor": ("the converter exits at a bias: {}", None, None, REJECTED),
+    "other layer": (
+        "not a layer of its Phi-3: {}. It has the fused layers", None, REJECTED, REJECTED),
+    "rank above vLLM's": ("rank above {}", None, REJECTED, None),
+    "tied head": (
+        "this base has no head of its own, so its adapter finds no tensor", None, None, REJECTED),
+    "tied embedding": (
+        "the head is the embedding's tensor, and would get its adapter too", None, None, MISREAD),
+    "one scale": ("patterns are ignored: {}", None, MISSCALED, None),
+    "alpha over rank": ("alpha_pattern and use_rslora are ignored: {}", None, None, MISSCALED),
+}  # fmt: skip
+"""What an adapter may be like: why that matters, and what PEFT, vLLM and llama.cpp then do; None
+where it is nothing to them. A reason with `LOADS` is a remark."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` takes; 16 if it is not given."""
 
-VLLM_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "embed_tokens", "lm_head")
-
-REPEATABLE = ("pissa", "olora")
+REPEATED_STARTS = ("pissa", "olora")
 """Starting points that change the base, as PEFT does once more when it loads the adapter."""
 
-Finding = tuple[str, str]
-"""A status and its reason; a reason with `LOADS` is a remark."""
+INSTEAD = {
+    "PEFT": "phi3-tune adapter convert --to peft, or correct what is named",
+    "vLLM": "phi3-tune adapter convert --to peft; where that keeps what is named, merge",
+    "llama.cpp": "phi3-tune adapter convert --to gguf; where that cannot, merge",
+}
+"""What to do where a runtime does not load the adapter as it is."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +122,7 @@ class Verdict:
 
     runtime: str
     status: str
-    """`LOADS`; `MISSCALED` loads, and multiplies B A with a wrong number; `MISREAD` loads, and
-    computes something else; `REJECTED` ends with an error."""
+    """One of `WORST`."""
     reasons: tuple[str, ...]
     """Why, and remarks where it loads."""
     use: str
@@ -214,188 +144,344 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
         MissingFileError: One of the two files is missing.
     """
     adapter = read_peft_folder(folder)
-    everywhere, out = [*_broken(adapter, base)], []
-    for name, find in RUNTIMES.items():
-        found = [*everywhere, *_start(adapter, name), *find(adapter, base)]
-        out.append(_verdict(name, found, str(folder), adapter))
-    return out
+    properties = list(_properties(adapter, base))
+    ranks = [adapter.config.keys.get("r", 8), *adapter.ranks.values()]
+    least = next((size for size in VLLM_RANKS if size >= max(ranks)), 0)
+    use = {
+        "PEFT": f"PeftModel.from_pretrained(base, {str(folder)!r})",
+        "vLLM": f"--enable-lora --max-lora-rank {least} --lora-modules NAME={folder}",
+        "llama.cpp": f"convert_lora_to_gguf.py --base BASE {folder}, then --lora",
+    }
+    judged = []
+    for runtime in RUNTIMES:
+        status, reasons = LOADS, list[str]()
+        for name, detail in properties:
+            reason, *statuses = VERDICTS[name]
+            own = statuses[RUNTIMES.index(runtime)]
+            if own is not None:
+                status = max(status, own, key=WORST.index)
+                reasons.append(reason.format(detail))
+        advice = use[runtime] if status == LOADS else INSTEAD[runtime]
+        judged.append(Verdict(runtime, status, tuple(dict.fromkeys(reasons)), advice))
+    return judged
 
 
-def _verdict(runtime: str, found: list[Finding], folder: str, adapter: PeftFolder) -> Verdict:
-    status = max((status for status, _ in found), key=_WORST.index, default=LOADS)
-    reasons = tuple(dict.fromkeys(reason for _, reason in found))
-    use = USE[runtime](folder, adapter) if status == LOADS else INSTEAD[runtime]
-    return Verdict(runtime, status, reasons, use)
-
-
-def _broken(adapter: PeftFolder, base: Phi3Config | None) -> Iterator[Finding]:
-    """Yield what is wrong with the adapter itself, whoever reads it."""
-    if not adapter.adapted and not adapter.with_kind("saved"):
-        yield REJECTED, "the file holds no adapter: no lora_A, no lora_B"
-    if wrong := _wrong_ranks(adapter):
-        yield MISREAD, _ranks_differ(adapter, wrong)
-    yield from ((REJECTED, problem) for problem in shape_problems(adapter, base))
+def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tuple[str, str]]:
+    """Yield what of `VERDICTS` an adapter is like, and the modules or numbers concerned."""
+    keys, config, adapted = adapter.config.keys, adapter.config, adapter.adapted
+    targets = [module for module in adapted if adapter.targeted(module) and is_adaptable(module)]
+    saved, magnitudes = adapter.with_kind("saved"), adapter.with_kind(MAGNITUDE)
+    if not adapted and not saved:
+        yield "no adapter", ""
+    wrong = [module for module, rank in adapter.ranks.items() if config.rank(module) != rank]
+    if wrong:
+        ranks = f"{config.rank(wrong[0])} in the configuration, {adapter.ranks[wrong[0]]}"
+        text = f"rank {ranks} in the file: {listed(wrong)}"
+        yield "rank", text
+        if set(wrong) & set(targets):
+            yield "rank of a target", text
+    for problem in _shape_problems(adapter, base):
+        yield "shape", problem
     if broken := list(_not_finite(adapter)):
-        yield MISREAD, f"NaN or infinite numbers in {listed(broken)}: every answer would be"
+        yield "not finite", listed(broken)
     if names := adapter.targets_of_nothing():
-        yield LOADS, f"target_modules names what a Phi-3 does not have: {listed(names, 9)}"
+        yield "target of nothing", listed(names, 9)
+    if isinstance(start := keys.get("init_lora_weights", True), str) and start not in STARTS:
+        yield "start that PEFT repeats" if start in REPEATED_STARTS else "start", repr(start)
+
+    if adapted and not targets:
+        yield "no target", ""
+    elif lost := [module for module in adapted if module not in targets]:
+        yield "not a target", listed(lost)
+    if adapter.unknown:
+        yield "unknown name", listed(adapter.unknown)
+    low = tuple(ending for ending, kind in PEFT_ENDINGS.items() if kind in (A, B))
+    if names := [name for name in adapter.unknown if not name.endswith(low)]:
+        yield "neither A nor B", listed(names)
+    for key in ("lora_alpha", "r", "target_modules", "task_type"):
+        if keys.get(key) is None:
+            yield f"no {key}", ""
+    without = [module for module in adapted if module not in magnitudes]
+    if keys.get("use_dora") and without:
+        yield "DoRA without magnitude", listed(without)
+    if magnitudes and not keys.get("use_dora"):
+        yield "DoRA unsaid", ""
+    if magnitudes or keys.get("use_dora"):
+        yield "DoRA", ""
+
+    if keys.get("modules_to_save") or saved:
+        yield "modules_to_save", ""
+    if modules := [module for module in saved if not module.endswith("norm")]:
+        yield "saved", listed(modules)
+    if norms := [module for module in saved if module.endswith("norm")]:
+        yield "saved norm", listed(norms)
+    biased = adapter.with_kind("bias")
+    if biased or keys.get("bias", "none") != "none":
+        yield "bias", ""
+    if modules := [module for module in biased if not module.endswith("norm")]:
+        yield "bias tensor", listed(modules)
+    if other := [module for module in adapted if not is_adaptable(module)]:
+        yield "other layer", listed(other)
+    if max([keys.get("r", 0), *adapter.ranks.values()]) > VLLM_RANKS[-1]:
+        yield "rank above vLLM's", str(VLLM_RANKS[-1])
+    if base is not None and base.tie_word_embeddings:
+        if "lm_head" in adapted:
+            yield "tied head", ""
+        if "model.embed_tokens" in adapted:
+            yield "tied embedding", ""
+
+    alpha = keys.get("lora_alpha")
+    if alpha is not None:
+        if rank := keys.get("r"):  # vLLM has one r and one lora_alpha for all modules
+            scale = alpha / (rank**0.5 if keys.get("use_rslora") else rank)
+            yield from _misscaled("one scale", adapter, dict.fromkeys(adapted, scale))
+        own = {module: alpha / rank for module, rank in adapter.ranks.items()}
+        yield from _misscaled("alpha over rank", adapter, own)
 
 
-def _not_finite(adapter: PeftFolder) -> Iterator[str]:
+def _misscaled(
+    name: str, adapter: "PeftFolder", scales: Mapping[str, float]
+) -> Iterator[tuple[str, str]]:
+    factors = {module: scale / adapter.config.scale(module) for module, scale in scales.items()}
+    wrong = {module: factor for module, factor in factors.items() if abs(factor - 1) > 1e-6}
+    if wrong:
+        first, factor = next(iter(wrong.items()))
+        yield name, f"{first} would count {factor:.4g} times, {len(wrong)} modules so"
+
+
+def _not_finite(adapter: "PeftFolder") -> Iterator[str]:
     for module, kinds in adapter.tensors.items():
         for kind, tensor in kinds.items():
             if tensor.shape and not bool(torch.isfinite(tensor[:]).all()):
-                yield f"{module} ({kind})"
+                yield f"{module} ({kind.removeprefix('.')})"
 
 
-def _start(adapter: PeftFolder, runtime: str) -> Iterator[Finding]:
-    start = adapter.config.get("init_lora_weights", True)
-    if not isinstance(start, str) or start in STARTS:
-        return
-    if runtime == "PEFT" and start in REPEATABLE:
-        yield LOADS, f"init_lora_weights: PEFT changes the base by {start} again when it loads this"
-    else:
-        yield MISREAD, f"init_lora_weights: it is for a base that {start!r} has changed"
-
-
-def _peft(adapter: PeftFolder, base: Phi3Config | None) -> Iterator[Finding]:
-    reached = [m for m in adapter.adapted if adapter.targeted(m) and is_adaptable(m)]
-    if adapter.adapted and not reached:
-        yield REJECTED, "no module of a Phi-3 is in target_modules"
-    elif lost := [m for m in adapter.adapted if m not in reached]:
-        why = "not in target_modules or not in a Phi-3"
-        yield MISREAD, f"{why}, so PEFT passes over their tensors silently: {listed(lost)}"
-    if adapter.unknown:
-        yield MISREAD, f"PEFT passes over names that are not its own: {listed(adapter.unknown)}"
-    if set(wrong := _wrong_ranks(adapter)) & set(reached):
-        yield REJECTED, _ranks_differ(adapter, wrong)
-    if "lora_alpha" not in adapter.config:
-        yield MISSCALED, "lora_alpha is missing: PEFT takes 8"
-    yield from _dora(adapter)
-    if not adapter.config.get("task_type"):
-        yield LOADS, "task_type is missing: PeftModel loads it, AutoPeftModelForCausalLM does not"
-
-
-def _wrong_ranks(adapter: PeftFolder) -> list[str]:
-    return [m for m, rank in adapter.ranks.items() if adapter.said("r", m) != rank]
-
-
-def _ranks_differ(adapter: PeftFolder, modules: list[str]) -> str:
-    said, stored = adapter.said("r", modules[0]), adapter.ranks[modules[0]]
-    return f"rank {said} in the configuration, {stored} in the file: {listed(modules)}"
-
-
-def _no_lora(adapter: PeftFolder) -> Iterator[Finding]:
-    endings = tuple(ending for ending, kind in KINDS.items() if kind in "AB")
-    if names := [name for name in adapter.unknown if not name.endswith(endings)]:
-        yield REJECTED, f"neither a lora_A nor a lora_B: {listed(names)}"
-
-
-def _dora(adapter: PeftFolder) -> Iterator[Finding]:
-    magnitudes = set(adapter.with_kind("magnitude"))
-    if adapter.config.get("use_dora"):
-        if missing := [m for m in adapter.adapted if m not in magnitudes]:
-            yield MISREAD, f"use_dora, but no magnitude for {listed(missing)}"
-    elif magnitudes:
-        yield MISREAD, "magnitudes of DoRA are passed over, since use_dora is not true"
-
-
-def _vllm(adapter: PeftFolder, base: Phi3Config | None) -> Iterator[Finding]:
-    yield from _no_lora(adapter)
-    missing = [k for k in ("r", "lora_alpha", "target_modules") if k not in adapter.config]
-    if missing:
-        yield REJECTED, f"adapter_config.json has no {', '.join(missing)}"
-    if adapter.config.get("use_dora") or adapter.with_kind("magnitude"):
-        yield REJECTED, "DoRA is not supported"
-    if adapter.config.get("modules_to_save") or adapter.with_kind("saved"):
-        yield REJECTED, "modules_to_save is not supported"
-    if adapter.config.get("bias", "none") != "none" or adapter.with_kind("bias"):
-        yield REJECTED, "adapters with a bias are not supported"
-    if wrong := [m for m in adapter.adapted if m.rpartition(".")[2] not in VLLM_MODULES]:
-        yield REJECTED, f"not a layer of its Phi-3: {listed(wrong)}. It has the fused layers"
-    if max([adapter.config.get("r", 0), *adapter.ranks.values()]) > VLLM_RANKS[-1]:
-        yield REJECTED, f"rank above {VLLM_RANKS[-1]}"
-    if not missing:
-        # One r and one lora_alpha for all modules; patterns are not among the keys it reads.
-        root = adapter.config["r"] ** (0.5 if adapter.config.get("use_rslora") else 1)
-        one = adapter.config["lora_alpha"] / root
-        yield from _misscaled(adapter, dict.fromkeys(adapter.adapted, one), "patterns are ignored")
-
-
-def _llama_cpp(adapter: PeftFolder, base: Phi3Config | None) -> Iterator[Finding]:
-    if "lora_alpha" not in adapter.config:
-        yield REJECTED, "adapter_config.json has no lora_alpha"
-        return
-    yield from _no_lora(adapter)
-    for kind, what in (("magnitude", "DoRA"), ("saved", "modules_to_save"), ("bias", "a bias")):
-        if modules := [m for m in adapter.with_kind(kind) if not m.endswith("norm")]:
-            yield REJECTED, f"the converter exits at {what}: {listed(modules)}"
-    if norms := [m for m in adapter.with_kind("saved") if m.endswith("norm")]:
-        yield MISREAD, f"trained norms are passed over: {listed(norms)}"
-    if wrong := [m for m in adapter.adapted if not is_adaptable(m)]:
-        yield REJECTED, f"not a tensor of its Phi-3: {listed(wrong)}. It has the fused layers"
-    if base is not None and base.tie_word_embeddings:
-        if HEAD in adapter.adapted:
-            yield REJECTED, "this base has no head of its own, so its adapter finds no tensor"
-        if EMBEDDING in adapter.adapted:
-            yield MISREAD, "the head is the embedding's tensor, and would get its adapter too"
-    alpha = adapter.config["lora_alpha"]
-    theirs = {module: alpha / rank for module, rank in adapter.ranks.items()}
-    yield from _misscaled(adapter, theirs, "alpha_pattern and use_rslora are ignored")
-
-
-def _misscaled(adapter: PeftFolder, theirs: Mapping[str, float], why: str) -> Iterator[Finding]:
-    factors = {m: theirs[m] / adapter.scale(m) for m in adapter.adapted if m in theirs}
-    wrong = {m: factor for m, factor in factors.items() if abs(factor - 1) > 1e-6}
+def _shape_problems(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[str]:
+    """Yield which tensors are missing or fit neither each other nor the base."""
+    sizes = expected_shapes(base) if base else {}
+    alone, wrong = list[str](), list[str]()
+    for module in adapter.adapted:
+        a, b = (adapter.tensors[module].get(kind) for kind in (A, B))
+        if a is None or b is None:
+            alone.append(module)
+        elif not len(a.shape) == len(b.shape) == 2 or not 0 < a.shape[0] == b.shape[1]:
+            wrong.append(f"A {list(a.shape)} and B {list(b.shape)} do not multiply: {module}")
+        else:
+            layer = sizes.get(f"{module}.weight")  # none: another's name, of which runtimes judge
+            size = (b.shape[0], a.shape[1])
+            size = size[::-1] if module == "model.embed_tokens" else size
+            if layer is not None and size != layer:
+                here = f"{module} is {list(layer)} in this base"
+                yield f"{here}, the adapter is for {list(size)}"
+    if alone:
+        yield f"A or B is missing: {listed(alone)}"
     if wrong:
-        first, factor = next(iter(wrong.items()))
-        yield MISSCALED, f"{why}: {first} would count {factor:.4g} times, {len(wrong)} modules so"
+        yield listed(wrong)
 
 
-RUNTIMES: dict[str, Callable[[PeftFolder, Phi3Config | None], Iterator[Finding]]] = {
-    "PEFT": _peft,
-    "vLLM": _vllm,
-    "llama.cpp": _llama_cpp,
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names in a sentence, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# The folder of a PEFT adapter, as it lies there: its configuration and the header of its weights
+
+KINDS = {
+    **PEFT_ENDINGS,
+    ".lora_B.bias": "bias",
+    ".base_layer.weight": "base",
+    ".bias": "bias",
+    ".weight": "saved",
 }
-"""Each runtime, and what it makes of an adapter beyond what is wrong with it for all."""
+"""How names in a file of PEFT end, and what the tensors are; the first that fits counts."""
+
+JUDGED = {"bias", "lora_bias"}
+"""Of the features of PEFT that we do not compute, those whose fate in the runtimes is known."""
+
+ADAPTABLE = [name for name in NAMES if not name.endswith("norm")]
+"""The modules of a Phi-3 that can have an adapter; ``{}`` is the number of the layer."""
+
+_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+
+# Shapes: R rank
 
 
-def _vllm_flags(folder: str, adapter: PeftFolder) -> str:
-    rank = max([adapter.config["r"], *adapter.ranks.values()])
-    least = next(size for size in VLLM_RANKS if size >= rank)
-    return f"--enable-lora --max-lora-rank {least} --lora-modules NAME={folder}"
+@dataclass(frozen=True)
+class PeftFolder:
+    """The folder of an adapter, as it lies there; modules have Hugging Face's names."""
+
+    config: PeftConfig
+    tensors: Mapping[str, Mapping[str, StoredTensor]]
+    """Of each module, without PEFT's prefix, its tensors by kind; see `KINDS`."""
+    unknown: tuple[str, ...]
+    """Tensors of which nothing is known."""
+
+    @cached_property
+    def adapted(self) -> list[str]:
+        """The modules with an A or a B."""
+        return [module for module, kinds in self.tensors.items() if {A, B} & kinds.keys()]
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each adapted module that has a matrix A, as its tensor says."""
+        shapes = {m: self.tensors[m][A].shape for m in self.with_kind(A)}
+        return {m: shape[0] for m, shape in shapes.items() if len(shape) == 2 and shape[0]}
+
+    def with_kind(self, kind: str) -> list[str]:
+        """Return the modules that have a tensor of this kind."""
+        return [module for module, kinds in self.tensors.items() if kind in kinds]
+
+    def targeted(self, module: str) -> bool:
+        """Whether PEFT puts an adapter into a module of this name.
+
+        Source: PEFT 0.21.2, check_target_module_exists of tuners/tuners_utils.py.
+        """
+        keys = self.config.keys
+        excluded, targets = keys.get("exclude_modules") or [], keys.get("target_modules") or []
+        if isinstance(excluded, str):
+            if re.fullmatch(excluded, module):
+                return False
+        elif any(f".{module}".endswith(f".{name}") for name in excluded):
+            return False
+        if targets == "all-linear":
+            return module not in ("model.embed_tokens", "lm_head")
+        if isinstance(targets, str):  # one that takes long to match is believed
+            return not is_plain(targets, 3) or re.fullmatch(targets, module) is not None
+        layers, layer = keys.get("layers_to_transform"), _LAYER.search(module)
+        layers = [layers] if isinstance(layers, int) else layers
+        if layers and (layer is None or int(layer.group()) not in layers):
+            return False
+        return any(f".{module}".endswith(f".{target}") for target in targets)
+
+    def targets_of_nothing(self) -> list[str]:
+        """Return the names of target_modules that no module of a Phi-3 has."""
+        targets = self.config.keys.get("target_modules") or []
+        if isinstance(targets, str):
+            return []
+        modules = [f".{name.format(0)}" for name in ADAPTABLE]
+        return [
+            target
+            for target in targets
+            if not any(module.endswith(f".{_LAYER.sub('0', target)}") for module in modules)
+        ]
 
 
-USE: dict[str, Callable[[str, PeftFolder], str]] = {
-    "PEFT": lambda folder, _: f"PeftModel.from_pretrained(base, {folder!r})",
-    "vLLM": _vllm_flags,
-    "llama.cpp": lambda folder, _: f"convert_lora_to_gguf.py --base BASE {folder}, then --lora",
-}
-"""What to pass to a runtime that loads the adapter."""
-
-INSTEAD = {
-    "PEFT": "phi3-tune adapter convert --to peft, or correct what is named",
-    "vLLM": "phi3-tune adapter convert --to peft; where that keeps what is named, merge",
-    "llama.cpp": "phi3-tune adapter convert --to gguf; where that cannot, merge",
-}
-"""What to do where a runtime does not load the adapter as it is."""
+def is_adaptable(module: str) -> bool:
+    """Whether a Phi-3 has a module of this name that can have an adapter."""
+    return _LAYER.sub("{}", module, count=1) in ADAPTABLE
 
 
-# The proof in words, for people and for a run that has just saved an adapter.
+def read_peft_folder(folder: str | Path) -> PeftFolder:
+    """Read configuration and header of an adapter folder, ours or anyone's.
+
+    Raises:
+        AdapterError: The configuration is damaged, or is not that of a LoRA adapter.
+        CheckpointError: The weights are damaged or cut short.
+        MissingFileError: One of the two files is missing.
+    """
+    folder = Path(folder)
+    file, weights = folder / CONFIG, folder / WEIGHTS
+    if not file.is_file():
+        lacks = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
+        raise MissingFileError(
+            f"{folder} {lacks}: it is not an adapter folder of PEFT. `phi3-tune adapter "
+            "import` makes one of files of torchtune's and loralib's."
+        )
+    keys = read_json_object(file, AdapterError)
+    if problems := [*_not_judged(keys), *wrong_values(keys), *_wrong_names(keys)]:
+        raise AdapterError("\n".join(f"{file}: {problem}" for problem in problems))
+    if not weights.is_file():
+        pickled = [path.name for path in sorted(folder.glob("adapter_model.*"))]
+        if pickled := [name for name in pickled if name.endswith((".bin", ".pt"))]:
+            raise MissingFileError(
+                f"{folder} has {', '.join(pickled)}, but no {WEIGHTS}. A pickle is not opened "
+                "here: `phi3-tune adapter import` reads its tensors alone, and writes a folder "
+                "that can be checked."
+            )
+        raise MissingFileError(f"{folder} has no {WEIGHTS}: it is not an adapter folder of PEFT.")
+    tensors: dict[str, dict[str, StoredTensor]] = {}
+    unknown = []
+    for name, tensor in stored_tensors(weights).items():
+        ending = next((ending for ending in KINDS if name.endswith(ending)), None)
+        if ending is None or not name.startswith(PEFT_PREFIX):
+            unknown.append(name)
+        else:
+            module = name.removeprefix(PEFT_PREFIX).removesuffix(ending)
+            tensors.setdefault(module, {})[KINDS[ending]] = tensor
+    return PeftFolder(PeftConfig(file, keys), tensors, tuple(unknown))
+
+
+def _not_judged(keys: Mapping[str, Any]) -> Iterator[str]:
+    if (kind := keys.get("peft_type", "LORA")) != "LORA":
+        yield f"peft_type: {kind!r} is not a LoRA adapter, which is all that is judged here."
+    for key in OFF.keys() - JUDGED:
+        if keys.get(key) not in (None, False, {}, []):
+            yield f"{key}: a feature of PEFT that is not judged here."
+
+
+def _wrong_names(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the keys that say which modules are meant."""
+    for key in ("target_modules", "exclude_modules"):
+        names = keys.get(key) or []
+        if not isinstance(names, str | list) or not all(isinstance(name, str) for name in names):
+            yield f"{key}: {names!r} must be a name or a list of names."
+        elif key == "exclude_modules" and isinstance(names, str) and not is_plain(names, 3):
+            yield f"{key}: {names!r} is not read."
+    layers = keys.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(number) is int for number in numbers):
+        yield f"layers_to_transform: {layers!r} must be a number or a list of numbers."
+    if (pattern := keys.get("layers_pattern") or "layers") not in ("layers", ["layers"]):
+        yield f"layers_pattern: {pattern!r} is not where a Phi-3 has its layers."
+
+
+# A proof: base and adapter loaded by the libraries that will serve them, beside our own model.
+#
+# Only here are transformers and peft imported; both come with ``phi3-plugin[hf]``.
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """How far logits may be apart, as a part of the largest, before the proof fails: the order of
 sums differs. Tiny models agree to 1e-6 in fp32."""
 
+# Shapes: B batch, S sequence, V vocabulary
+
+
+class NotLoadedError(AdapterError):
+    """PEFT refuses an adapter, or does not find a place for every tensor."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an adapter computes in PEFT and in our model."""
+
+    difference: float
+    """The largest distance of two logits."""
+    effect: float
+    """How far the adapter moves a logit at most, in PEFT."""
+    largest: float
+    """The largest logit."""
+
 
 def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, str]:
-    """Return the proof, whether it fails, and a sentence on it."""
+    """Return the proof of an adapter, whether it fails, and a sentence on it.
+
+    Args:
+        base: Folder of the base model.
+        folder: Of the adapter.
+        dtype: What both models compute in, bf16 or fp32.
+    """
+    if not all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
+        missing = "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
+        return None, False, f"No proof: {missing}"
     try:
-        proof, reason = try_proof(base, folder, dtype)
+        open_weights(base)  # else transformers would say, in its own way, that there are none
+        proof = prove(base, folder, dtype)
     except NotLoadedError as error:
         return None, True, f"Proof failed: {error}"
-    if proof is None:
-        return None, False, f"No proof: {reason}"
+    except Phi3Error as error:
+        return None, False, f"No proof: {error}"
     limit = TOLERANCE[dtype] * proof.largest
     numbers = (
         f"logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter moves them "
@@ -409,21 +495,33 @@ def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, st
     return proof, False, f"Proof: {numbers}"
 
 
-def try_proof(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, str]:
-    """Return the proof, or why there is none.
+def prove(base: Path, folder: Path, dtype: str = "fp32") -> Proof:
+    """Load base and adapter in transformers + PEFT, and compare its logits with our model's.
+
+    One model after the other is in memory.
+
+    Args:
+        base: Folder of the base model.
+        folder: Of the adapter.
+        dtype: What both models compute in, bf16 or fp32.
 
     Raises:
-        NotLoadedError: PEFT does not load the adapter.
+        NotLoadedError: PEFT does not load the adapter, or not all of it.
     """
-    if not all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
-        return None, "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
-    try:
-        open_weights(base)  # else transformers would say, in its own way, that there are none
-        return prove(base, folder, dtype), ""
-    except NotLoadedError:
-        raise
-    except Phi3Error as error:
-        return None, str(error)
+    model = load_with_peft(base, folder, DTYPES[dtype])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 17), generator=generator)
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        with model.disable_adapter():
+            without = model(input_ids=tokens, use_cache=False).logits.float()
+        del model
+        ours = logits(base, folder, dtype, tokens).float()
+    return Proof(
+        difference=float((ours - theirs).abs().max()),
+        effect=float((theirs - without).abs().max()),
+        largest=float(theirs.abs().max()),
+    )
 
 
 def logits(base: Path, folder: Path, dtype: str, tokens: Tensor) -> Tensor:
@@ -433,6 +531,62 @@ def logits(base: Path, folder: Path, dtype: str, tokens: Tensor) -> Tensor:
     out: Tensor = model(tokens)
     return out
 
+
+def load_with_peft(
+    checkpoint_dir: str | Path, adapter_dir: str | Path, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Return base and adapter as PEFT loads them, after checking that every tensor found a place.
+
+    PEFT itself passes over tensors that match nothing.
+
+    Args:
+        checkpoint_dir: Folder of the base model.
+        adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
+        dtype: What the base weights are cast to.
+
+    Returns:
+        A ``PeftModel`` on the CPU, in evaluation mode.
+
+    Raises:
+        NotLoadedError: PEFT refuses it, or keys are missing or unexpected; the first are listed.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    base = load_base_with_hf(checkpoint_dir, dtype)
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter_dir))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        raise NotLoadedError(f"PEFT does not load {adapter_dir}. It says {why}") from error
+    places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    names = load_peft_weights(str(adapter_dir), device="cpu")
+    # Beside an adapter of the embedding or the head PEFT also keeps the base's own weight.
+    stored = {name for name in names if not name.endswith(".base_layer.weight")}
+    if places != stored:
+        missing, unexpected = sorted(places - stored), sorted(stored - places)
+        raise NotLoadedError(
+            f"PEFT does not load {adapter_dir} completely: missing {listed(missing, 4) or 'none'}, "
+            f"unexpected {listed(unexpected, 4) or 'none'}."
+        )
+    return model.eval()
+
+
+def load_base_with_hf(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the base model as ``transformers`` loads it, on the CPU, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype).eval()
+
+
+def hf_tokenizer(folder: str | Path) -> Any:
+    """Return the tokenizer as ``transformers`` loads it from a checkpoint or adapter folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# What a run says of an adapter that it has just saved
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -460,11 +614,13 @@ def proof(folder: Path, checkpoint_dir: Path) -> str:
         folder: Of the adapter.
         checkpoint_dir: Of its base.
     """
-    command = f"phi3-tune adapter check {folder} --base {checkpoint_dir}"
     if load_origin(folder).get("lora_init") == "loftq":
         return "No proof: the adapter belongs to the NF4 base it was trained over."
-    needed, free = memory_needed(checkpoint_dir), memory_free()
+    # bf16 becomes fp32, beside pages of the files
+    needed = 3 * sum(file.stat().st_size for file in checkpoint_dir.glob("*.safetensors"))
+    free = memory_free()
     if free is not None and free < needed:
+        command = f"phi3-tune adapter check {folder} --base {checkpoint_dir}"
         return f"No proof: PEFT would take {needed / 1e9:.0f} GB of memory: {command}"
     try:
         return proven(checkpoint_dir, folder, "fp32")[2]
@@ -472,16 +628,11 @@ def proof(folder: Path, checkpoint_dir: Path) -> str:
         return f"No proof: {type(error).__name__}: {error}"
 
 
-def memory_needed(checkpoint_dir: Path) -> int:
-    """Return how many bytes a model takes in fp32, with the files that are read meanwhile."""
-    stored = sum(file.stat().st_size for file in checkpoint_dir.glob("*.safetensors"))
-    return 3 * stored  # bf16 becomes fp32, beside pages of the files
-
-
 def memory_free() -> int | None:
     """Return how many bytes can be taken, where the system says so."""
     if not MEMINFO.is_file():
         return None
-    lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(kilobytes[0]) if kilobytes else None
+    for line in MEMINFO.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None

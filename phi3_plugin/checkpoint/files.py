@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import pickletools
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
@@ -148,9 +147,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-# Write a file so that it is either whole or not there.
-
-
 @contextmanager
 def whole_files(*finals: Path) -> Iterator[list[Path]]:
     """Give a name beside each file, and rename all into place when the block ends well.
@@ -182,7 +178,88 @@ def whole_files(*finals: Path) -> Iterator[list[Path]]:
                 partial.unlink(missing_ok=True)
 
 
-# Read tensors from a file that a stranger wrote: nothing in it is run, and no size is believed.
+def save_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file that others may read, too.
+
+    safetensors makes files that only their owner may read; a server runs as another user.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})
+    file.chmod(mode)
+
+
+# Tensors that stay in a safetensors file until they are needed
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""What weights can be stored in; others need scales that a Phi-3 checkpoint does not have."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Rows of it are read when it is sliced: ``stored[2:5]``, or ``stored[:]`` for all.
+
+    What is read belongs to the caller, who lets go of it: the file is mapped for that moment only,
+    since pages of a map count as this process's memory for as long as anything holds it.
+    """
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Read rows.
+
+        Raises:
+            CheckpointError: The file has changed since it was opened.
+        """
+        try:
+            with safe_open(self.file, framework="pt") as tensors:
+                part: Tensor = tensors.get_slice(self.name)[rows]
+                return part.clone()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file} changed while it was read: {error}.") from error
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a file by name; only the header is read.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds what is not a floating-point number.
+    """
+    stored, wrong = dict[str, StoredTensor](), list[str]()
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                about = tensors.get_slice(name)
+                if (kind := about.get_dtype()) in DTYPES:
+                    shape = tuple(about.get_shape())
+                    stored[name] = StoredTensor(file, name, DTYPES[kind], shape)
+                else:
+                    wrong.append(f"{name} is {kind}")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} ({file.stat().st_size} bytes) is damaged or cut short: {error}. "
+            "Download it again."
+        ) from error
+    if wrong:
+        raise CheckpointError(
+            f"{file} holds {len(wrong)} tensors that are not in {', '.join(DTYPES)}: "
+            f"{', '.join(wrong[:3])}. Use files that are not quantized."
+        )
+    return stored
+
+
+# Tensors from a file that a stranger wrote: nothing in it is run, and no size is believed
 
 HEADER_BYTES = 100_000_000
 """The largest header that safetensors reads."""
@@ -198,8 +275,13 @@ TENSOR_GLOBALS = {
     "torch._utils _rebuild_tensor_v2",
     *(f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double")),
 }
-"""What the pickle of a dictionary of tensors names. Others could only be refused later, and torch
-lets some pass that ask for any amount of memory."""
+"""What the pickle of a dictionary of tensors names. torch's own list is longer, and some on it ask
+for any amount of memory."""
+
+CALLS = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX")
+"""Ways of a pickle to name or make things that torch.save does not take."""
+
+AS_SAVED = "Old and foreign pickles are not read: load it where you trust it, save as safetensors."
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -218,7 +300,16 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, metadata = _from_safetensors(file)
     else:
         tensors, metadata = _from_zip(file), {}
-    _check(tensors, file)
+    for name, value in tensors.items():
+        plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
+        if not plain or value.device.type != "cpu":
+            what = f"{file}: {shown(name)} is a {type(value).__name__}"
+            raise AdapterError(f"{what}, expected a plain tensor.")
+        if value.dtype not in FLOATS:
+            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
+            raise AdapterError(f"{file}: {shown(name)} is {value.dtype}, expected {kinds}.")
+    if not tensors:
+        raise AdapterError(f"{file} holds no tensors.")
     # A tensor may repeat what little is stored; written out here it must not be more than that.
     if (total := sum(value.nbytes for value in tensors.values())) > file.stat().st_size:
         raise AdapterError(
@@ -229,24 +320,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _from_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    header = safetensors_header(file)
-    metadata = header.pop("__metadata__", {})
-    kinds = ("F32", "BF16", "F16")
-    if wrong := [(n, h.get("dtype")) for n, h in header.items() if h.get("dtype") not in kinds]:
-        name, kind = map(shown, wrong[0])
-        raise AdapterError(f"{file}: {name} is {kind}, expected one of {', '.join(kinds)}.")
-    try:
-        return load_file(file), metadata
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged or cut short: {error}. Copy it again.") from error
-
-
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """Return the header of a file, names unique and of the right kinds.
-
-    Raises:
-        AdapterError: It is not one.
-    """
+    """Read the header first: the library takes the last of two tensors with one name."""
     size = file.stat().st_size
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
@@ -262,19 +336,41 @@ def safetensors_header(file: Path) -> dict[str, Any]:
         raise AdapterError(f"{file}: its header is broken: {error}. Copy it again.") from error
     if not isinstance(header, dict) or not all(isinstance(h, dict) for h in header.values()):
         raise AdapterError(f"{file}: its header is no table of tensors. Copy it again.")
-    return header
+    metadata = header.pop("__metadata__", {})
+    for name, about in header.items():
+        if (kind := about.get("dtype")) not in ("F32", "BF16", "F16"):
+            what = f"{file}: {shown(name)} is {shown(kind)}"
+            raise AdapterError(f"{what}, expected one of F32, BF16, F16.")
+    try:
+        return load_file(file), metadata
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file} is damaged or cut short: {error}. Copy it again.") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{shown(twice)} is there twice")
-    return out
+    return unique
 
 
 def _from_zip(file: Path) -> dict[str, Tensor]:
-    _check_globals(_pickle_of(file), file)
+    """Read what torch.save wrote, after looking at all sizes and through the pickle."""
+    pickled, names = _pickle_of(file), set[str]()
+    try:
+        for code, argument, _ in pickletools.genops(io.BytesIO(pickled)):
+            if code.name in CALLS:
+                names.add(f"{code.name} {argument or ''}".strip())
+            elif code.name == "GLOBAL":
+                names.add(str(argument))
+    except (ValueError, IndexError, OverflowError, UnicodeError) as error:
+        raise AdapterError(f"{file}: its pickle is broken: {error}. {AS_SAVED}") from error
+    if foreign := sorted(names - TENSOR_GLOBALS):
+        raise AdapterError(
+            f"{file} asks for {', '.join(shown(name) for name in foreign[:5])}, which tensors do "
+            "not need. Nothing in it was run. If you trust it, save its tensors as safetensors."
+        )
     try:
         # Mapped, a storage cannot reach beyond the file, whatever the pickle says of its size.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -288,168 +384,43 @@ def _from_zip(file: Path) -> dict[str, Tensor]:
     return state
 
 
-BROKEN = (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, OverflowError)
-"""RuntimeError is for entries marked as encrypted, OverflowError for offsets beyond any file."""
-
-
 def _pickle_of(file: Path) -> bytes:
-    """Return the pickle of an archive as torch.save writes it, after looking at all its sizes."""
     size = file.stat().st_size
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            pickles = [e for e in entries if e.filename.rpartition("/")[2] == "data.pkl"]
-            packed = [e for e in entries if e.compress_type or e.file_size != e.compress_size]
-            if packed or sum(e.file_size for e in entries) > size or len(entries) > ENTRIES:
+            unpacked = sum(entry.file_size for entry in entries)
+            packed = any(e.compress_type or e.file_size != e.compress_size for e in entries)
+            if packed or unpacked > size or len(entries) > ENTRIES:
                 raise AdapterError(
-                    f"{file} ({size} bytes) unpacks to {sum(e.file_size for e in entries)} bytes "
-                    f"in {len(entries)} entries. torch.save does not compress: it was made to fill "
-                    "the memory, or by another program."
+                    f"{file} ({size} bytes) unpacks to {unpacked} bytes in {len(entries)} "
+                    "entries. torch.save does not compress: it was made to fill the memory, or by "
+                    "another program."
                 )
+            pickles = [e for e in entries if e.filename.rpartition("/")[2] == "data.pkl"]
             if len(pickles) != 1 or pickles[0].file_size > PICKLE_BYTES:
                 raise AdapterError(f"{file} has no data.pkl of a sensible size. {AS_SAVED}")
             return archive.read(pickles[0])
-    except BROKEN as error:
-        what = f"{file} is not an archive of torch.save: {error}."
-        raise AdapterError(f"{what} {AS_SAVED}") from error
-
-
-AS_SAVED = "Old and foreign pickles are not read: load it where you trust it, save as safetensors."
-
-
-def _check_globals(pickled: bytes, file: Path) -> None:
-    """Look through a pickle without running it."""
-    asked = set()
-    try:
-        for code, argument, _ in pickletools.genops(io.BytesIO(pickled)):
-            if code.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"):
-                asked.add(f"{code.name} {argument or ''}".strip())
-            elif code.name == "GLOBAL":
-                asked.add(str(argument))
-    except (ValueError, IndexError, OverflowError, UnicodeError) as error:
-        raise AdapterError(f"{file}: its pickle is broken: {error}. {AS_SAVED}") from error
-    if foreign := sorted(asked - TENSOR_GLOBALS):
+    except AdapterError:
+        raise
+    # RuntimeError is for entries marked as encrypted, OverflowError for offsets beyond any file
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        OverflowError,
+    ) as error:
         raise AdapterError(
-            f"{file} asks for {', '.join(shown(name) for name in foreign[:5])}, which tensors do "
-            "not need. Nothing in it was run. If you trust it, save its tensors as safetensors."
-        )
-
-
-def _check(tensors: Mapping[str, Any], file: Path) -> None:
-    for name, value in tensors.items():
-        plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
-        if not plain or value.device.type != "cpu":
-            what = f"{file}: {shown(name)} is a {type(value).__name__}"
-            raise AdapterError(f"{what}, expected a plain tensor.")
-        if value.dtype not in FLOATS:
-            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
-            raise AdapterError(f"{file}: {shown(name)} is {value.dtype}, expected {kinds}.")
-    if not tensors:
-        raise AdapterError(f"{file} holds no tensors.")
+            f"{file} is not an archive of torch.save: {error}. {AS_SAVED}"
+        ) from error
 
 
 def shown(name: object) -> str:
     """Return a name as it can be printed: one line, not too long."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-# Tensors that stay in a safetensors file until they are needed, and then are read, not mapped.
-#
-# Source: the safetensors format: a little-endian uint64, that many bytes of JSON, the data.
-
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""What weights can be stored in; others need scales that a Phi-3 checkpoint does not have."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Rows of it are read when it is sliced: ``stored[2:5]``, or ``stored[:]`` for all.
-
-    Pages of a mapped file would count as this process's memory for as long as anything holds the
-    map. What is read here belongs to the caller, who lets go of it.
-    """
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    """Where in the file it begins."""
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        """Read consecutive rows.
-
-        Raises:
-            CheckpointError: The file has become shorter.
-            ValueError: The slice leaves rows out.
-        """
-        start, stop, step = rows.indices(self.shape[0])
-        if step != 1:
-            raise ValueError(f"Only consecutive rows can be read, not every {step}.")
-        out = torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype)
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        read_into(self.file, self.offset + start * row, out)
-        return out
-
-
-def read_into(file: Path, offset: int, out: Tensor) -> None:
-    """Fill a new tensor with the bytes at an offset.
-
-    Raises:
-        CheckpointError: The file ends before it is full.
-    """
-    left = out.flatten().view(torch.uint8).numpy().data  # the same memory
-    with file.open("rb", buffering=0) as data:
-        data.seek(offset)
-        while left:  # one call reads 2 GB at most
-            count = data.readinto(left)
-            if not count:
-                raise CheckpointError(f"{file} became shorter while it was read. Try again.")
-            left = left[count:]
-
-
-def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a file by name; only the header is read.
-
-    Raises:
-        CheckpointError: The file is damaged, or holds what is not a floating-point number.
-    """
-    try:
-        with safe_open(file, framework="pt"):  # checks that the data is as long as it should be
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} ({file.stat().st_size} bytes) is damaged or cut short: {error}. "
-            "Download it again."
-        ) from error
-    with file.open("rb") as data:
-        length = int.from_bytes(data.read(8), "little")
-        header = json.loads(data.read(length))
-    header.pop("__metadata__", None)
-    if wrong := [f"{n} is {h['dtype']}" for n, h in header.items() if h["dtype"] not in DTYPES]:
-        raise CheckpointError(
-            f"{file} holds {len(wrong)} tensors that are not in {', '.join(DTYPES)}: "
-            f"{', '.join(wrong[:3])}. Use files that are not quantized."
-        )
-    return {
-        name: StoredTensor(
-            file, DTYPES[h["dtype"]], tuple(h["shape"]), 8 + length + h["data_offsets"][0]
-        )
-        for name, h in header.items()
-    }
-
-
-def equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
-    """Whether two tensors have the same shape, dtype and values; reads some rows at a time."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    steps = (slice(start, start + rows) for start in range(0, one.shape[0], rows))
-    return all(torch.equal(one[step], other[step]) for step in steps)
 
 
 # Tensors and plain values in a file of torch.save: what a run goes on from.

@@ -1,8 +1,7 @@
 """Read an adapter from whatever program wrote it: PEFT, torchtune, loralib, or this one."""
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,23 +12,27 @@ from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import (
     BASE_HASH,
-    MAGNITUDE,
     MODULES,
     PATTERNS,
     ROUNDED,
-    A,
     Adapter,
-    B,
+    export,
     original,
-    served,
+    split_ending,
 )
 from phi3_plugin.checkpoint.base import (
-    aliases,
+    EMBEDDING,
+    HEAD,
+    MAGNITUDE,
+    PEFT_ENDINGS,
+    PEFT_PREFIX,
+    A,
+    B,
     fused_name,
     hf_name,
     module_sizes,
     open_weights,
-    unwrapped,
+    torchtune_name,
 )
 from phi3_plugin.checkpoint.files import read_tensors, shown
 from phi3_plugin.checkpoint.loralib import EnableLora, loralib_tensors, ungrouped
@@ -37,288 +40,19 @@ from phi3_plugin.checkpoint.peft import (
     CONFIG,
     ORIGIN,
     WEIGHTS,
-    PeftSettings,
+    PeftConfig,
     is_alpha,
-    read_object,
-    read_settings,
+    parsed_object,
+    read_peft_config,
 )
 from phi3_plugin.checkpoint.torchtune import torchtune_tensors
-from phi3_plugin.config import Phi3Config
+from phi3_plugin.config import Phi3Config, read_json_object
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
-
-# Whether a file is still what its note says, so that its original can be given back.
-
-NOT_KEPT = (MODULES, ROUNDED, PATTERNS, BASE_HASH)
-"""What of a note is not the adapter's origin, but how the file was written and for what."""
-
-Write = Callable[[Adapter], Adapter]
-"""Gives what the file would hold for an adapter."""
-
-
-def as_written(found: Adapter, note: object, config: Phi3Config, write: Write) -> Adapter:
-    """Return the adapter that a file was made of, or what it holds if it was changed since.
-
-    A note is believed only if writing the adapter that it describes would give the very tensors
-    and scales that were found.
-
-    Args:
-        found: What the file holds, checked.
-        note: What it says of its original, if anything.
-        config: Sizes of the model.
-        write: How its kind of file is written.
-    """
-    found = replace(found, base_hash=_base_hash(note))
-    if (ours := _checked(note, config)) is None:
-        return found
-    try:
-        tensors, scales = original(found.tensors, ours, config)
-        kept = {k: v for k, v in ours.items() if k not in NOT_KEPT}
-        adapter = replace(found, tensors=tensors, scales=scales, origin=kept)
-        again = write(adapter)
-    except (AdapterError, CheckpointError, ArithmeticError, RuntimeError):
-        return found
-    return adapter if _same(again, found) else found
-
-
-def _checked(note: object, config: Phi3Config) -> dict[str, Any] | None:
-    """Return a note with our names of modules, or None if it is none."""
-    if not isinstance(note, dict) or not isinstance(note.get(MODULES), dict):
-        return None
-    known, rounded = aliases(config), note.get(ROUNDED, {})
-    values = note[MODULES].values()
-    if not all(
-        isinstance(v, list) and len(v) in (2, 3) and all(map(_is_number, v)) for v in values
-    ):
-        return None
-    texts = isinstance(rounded, dict) and all(isinstance(text, str) for text in rounded.values())
-    if not texts or not (rounded.keys() | note[MODULES].keys()) <= known.keys():
-        return None
-    modules = {known[name]: value for name, value in note[MODULES].items()}
-    return {**note, MODULES: modules, ROUNDED: {known[n]: text for n, text in rounded.items()}}
-
-
-def _base_hash(note: object) -> str:
-    """Return what a note says of the base; it holds for a file whose numbers were changed too."""
-    said = note.get(BASE_HASH) if isinstance(note, dict) else None
-    return said if isinstance(said, str) else ""
-
-
-def _is_number(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 < value < 1e30  # type: ignore[arg-type, operator]
-
-
-def _same(one: Adapter, other: Adapter) -> bool:
-    return one.scales == other.scales and _equal(one.tensors, other.tensors)
-
-
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        value.dtype == other[name].dtype and torch.equal(value, other[name])
-        for name, value in one.items()
-    )
-
-
-# Sort the tensors of an adapter file, whoever wrote it, under our names, and check each.
-
-Kind = Literal["peft", "torchtune", "loralib"]
-
-ENDINGS: dict[str, tuple[Kind, str]] = {
-    ".lora_A.weight": ("peft", A),
-    ".lora_B.weight": ("peft", B),
-    ".lora_magnitude_vector": ("peft", MAGNITUDE),
-    ".lora_magnitude_vector.weight": ("peft", MAGNITUDE),
-    ".lora_embedding_A": ("peft", A),
-    ".lora_embedding_B": ("peft", B),
-    ".lora_a.weight": ("torchtune", A),
-    ".lora_b.weight": ("torchtune", B),
-    ".magnitude": ("torchtune", MAGNITUDE),
-    ".lora_A": ("loralib", A),
-    ".lora_B": ("loralib", B),
-}
-"""How names end, in which program's files, and with us."""
-
-WHOLE, COPY = ".weight", ".base_layer.weight"
-"""Of a module that is trained whole; and of the copy of the base that PEFT puts beside adapters on
-embedding and head."""
-
-WHOLES = ("tok_embeddings", "output")
-LISTED = 8
-ROWS = 4096
-"""Of the base, read at a time."""
-
-# Shapes: R rank
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Tensors under our names, not checked yet."""
-
-    kind: Kind
-    tensors: dict[str, Tensor]
-    saved: dict[str, Tensor]
-    copies: dict[str, Tensor]
-    """Of the base's weights, beside adapters on them."""
-
-
-def sort_out(tensors: Mapping[str, Tensor], config: Phi3Config, source: object) -> Sorted:
-    """Give every tensor its name.
-
-    Args:
-        tensors: Names as they are in the file.
-        config: Of the base model.
-        source: How errors call the file.
-
-    Raises:
-        AdapterError: Names are not those of an adapter of this base, or one stands for another.
-    """
-    known, kinds, problems = aliases(config), set[Kind](), list[str]()
-    low, saved, copies = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-    for name, value in tensors.items():
-        module, ending = _split(_plain(name), known)
-        into = {COPY: copies, WHOLE: saved}.get(ending, low)
-        if not module or (into is copies and module not in WHOLES):
-            problems.append(f"{name[:120]!r} is no part of an adapter of this base")
-            continue
-        kind, own = ENDINGS.get(ending, (None, WHOLE))
-        kinds |= {kind} if kind else set()
-        problems += [f"{name!r}: {module + own} is there twice"] * (module + own in into)
-        into[module + own] = value
-    _stop(problems, source)
-    if len(kinds) != 1:
-        said = f"names of {' and '.join(sorted(kinds))}" if kinds else "no low-rank adapter"
-        raise AdapterError(f"{source} has {said}, expected those of one program.")
-    return Sorted(kinds.pop(), low, saved, copies)
-
-
-def _split(plain: str, known: Mapping[str, str]) -> tuple[str, str]:
-    """Return our name of a tensor's module, or nothing, and how its name ends."""
-    for ending in sorted((*ENDINGS, COPY, WHOLE), key=len, reverse=True):
-        if plain.endswith(ending):
-            return known.get(plain.removesuffix(ending), ""), ending
-    return "", ""
-
-
-def _plain(name: str) -> str:
-    """Return a name without wrappers and without PEFT's name of the adapter."""
-    plain = unwrapped(name)
-    for written in (".modules_to_save.default", ".modules_to_save", ".default"):
-        if plain.endswith((written, f"{written}.weight")):
-            head, _, tail = plain.rpartition(written)
-            return head + tail
-    return plain
-
-
-def check_tensors(
-    tensors: Mapping[str, Tensor],
-    saved: Mapping[str, Tensor],
-    config: Phi3Config,
-    source: object,
-) -> None:
-    """Check that tensors make an adapter of the base.
-
-    Args:
-        tensors: Our names; ``lora_a [R, in]``, ``lora_b [out, R]``, ``magnitude [out]``.
-        saved: Weights trained whole.
-        config: Of the base model.
-        source: How errors call the file.
-
-    Raises:
-        AdapterError: Halves of pairs are missing, shapes are wrong, modules are adapted twice, or
-            there are numbers that are none; the first few are listed.
-    """
-    sizes, problems = module_sizes(config), list[str]()
-    modules = dict.fromkeys(_module(name) for name in tensors)
-    for module in modules:
-        problems += _misfits(module, tensors, sizes[module])
-    wholes = {name.removesuffix(WHOLE): value for name, value in saved.items()}
-    for module, value in wholes.items():
-        size = sizes[module] if module == "output" else sizes[module][::-1]
-        if module not in WHOLES:
-            problems.append(f"{module}: base weights; only {' and '.join(WHOLES)} are read whole")
-        elif tuple(value.shape) != size:
-            problems.append(f"{module}: its weight is {list(value.shape)}, expected {list(size)}")
-    twice = [m for m in modules if m in wholes or (fused_name(m) != m and fused_name(m) in modules)]
-    problems += [f"{module}: adapted twice, also in {fused_name(module)}" for module in twice]
-    problems += [
-        f"{name}: holds NaN or infinite numbers"
-        for name, value in {**tensors, **saved}.items()
-        if not problems and not torch.isfinite(value).all()
-    ]
-    _stop(problems, source)
-
-
-def check_copies(
-    copies: Mapping[str, Tensor], config: Phi3Config, base: Path | None, source: object
-) -> None:
-    """Check that what a file repeats of the base is the base's.
-
-    PEFT loads it in the base's place, as after new tokens were trained into an embedding, and
-    then the adapter is for that. Rounded to another dtype it still counts as the same.
-
-    Args:
-        copies: Our names.
-        config: Of the base model.
-        base: Its folder; without one, only shapes are compared.
-        source: How errors call the file.
-
-    Raises:
-        AdapterError: It is not.
-    """
-    sizes = {"tok_embeddings.weight": (config.vocab_size, config.hidden_size)}
-    sizes["output.weight"] = sizes["tok_embeddings.weight"]
-    wrong = [n for n, value in copies.items() if tuple(value.shape) != sizes[n]]
-    if copies and base is not None and not wrong:
-        weights = open_weights(base)
-        for name, value in copies.items():
-            own = weights.get(name, weights["tok_embeddings.weight"])  # a tied head has none
-            for start in range(0, own.shape[0], ROWS):
-                one, other = (t[start : start + ROWS].float() for t in (value, own))
-                if not torch.allclose(one, other, rtol=1e-2, atol=1e-6):
-                    wrong.append(name)
-                    break
-    if wrong:
-        raise AdapterError(
-            f"{source} holds a copy of {', '.join(wrong)} that differs from the base's, and its "
-            "adapter is for that one. Give the base that it was trained on; or merge it with "
-            "PEFT, which loads the copy."
-        )
-
-
-def _misfits(module: str, tensors: Mapping[str, Tensor], size: tuple[int, int]) -> Iterable[str]:
-    a, b, magnitude = (tensors.get(module + ending) for ending in (A, B, MAGNITUDE))
-    if a is None or b is None:
-        yield f"{module}: has no {'B' if b is None else 'A'}"
-        return
-    out, into = size
-    rank = a.shape[0] if a.ndim == 2 else 0
-    if not rank or a.shape != (rank, into) or b.shape != (out, rank):
-        yield (
-            f"{module}: A is {list(a.shape)} and B {list(b.shape)}, expected [R, {into}] and "
-            f"[{out}, R]"
-        )
-    if magnitude is not None and magnitude.shape != (out,):
-        yield f"{module}: its magnitude is {list(magnitude.shape)}, expected [{out}]"
-    if magnitude is not None and module == "tok_embeddings":
-        yield f"{module}: DoRA on an embedding is not computed here"
-
-
-def _module(name: str) -> str:
-    return next(name.removesuffix(e) for e in (A, B, MAGNITUDE) if name.endswith(e))
-
-
-def _stop(problems: list[str], source: object) -> None:
-    if problems:
-        more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        listed = "\n  ".join(problems[:LISTED])
-        raise AdapterError(
-            f"{source} is not an adapter of this base:\n  {listed}{more}\n"
-            "Give the base that it was trained on, or a file that is whole."
-        )
-
 
 FILES = (WEIGHTS, "adapter_model.pt", "adapter_model.bin")
 """What is looked for in a folder, the first that is there."""
+
+# Shapes: R rank
 
 
 def read_adapter(
@@ -351,29 +85,26 @@ def read_adapter(
             its scale is not known.
         MissingFileError: There is no adapter.
     """
-    file = _file_of(Path(path))
+    file = Path(path)
+    if file.is_dir():
+        files = [file / name for name in FILES if (file / name).is_file()]
+        if not files:
+            names = ", ".join(FILES)
+            raise MissingFileError(f"{path} has none of {names}: it is not an adapter folder.")
+        file = files[0]
     tensors, metadata = read_tensors(file)
     _refuse_merged(tensors, file)
-    found = sort_out(tensors, config, file)
-    check_copies(found.copies, config, base, file)
-    if found.kind == "loralib":
-        adapter = _of_loralib(found, file, metadata, alpha, enable_lora, config)
+    content = _content(tensors, config, file)
+    _check_copies(content.copies, config, base, file)
+    if content.kind == "loralib":
+        adapter = _of_loralib(content, file, metadata, alpha, enable_lora, config)
     elif enable_lora is not None:
-        raise AdapterError(f"enable_lora: is for files of loralib, but {file} is {found.kind}'s.")
+        raise AdapterError(f"enable_lora: is for files of loralib, but {file} is {content.kind}'s.")
     else:
-        adapter = _of_peft(found, file, metadata, alpha, config)
+        adapter = _of_peft(content, file, metadata, alpha, config)
     if wrong := [m for m, r in adapter.ranks.items() if rank not in (None, r)]:
         raise AdapterError(f"rank: {rank}, but {wrong[0]} of {file} has {adapter.ranks[wrong[0]]}.")
     return adapter
-
-
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in FILES:
-        if (path / name).is_file():
-            return path / name
-    raise MissingFileError(f"{path} has none of {', '.join(FILES)}: it is not an adapter folder.")
 
 
 def _refuse_merged(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -391,50 +122,56 @@ def _refuse_merged(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _of_peft(
-    found: Sorted,
+    content: "Content",
     file: Path,
     metadata: Mapping[str, str],
     alpha: float | None,
     config: Phi3Config,
 ) -> Adapter:
     """Return the adapter of a file of PEFT's or torchtune's."""
-    check_tensors(found.tensors, found.saved, config, file)
+    _check_tensors(content.tensors, content.saved, config, file)
+    adapter = Adapter(content.tensors, {}, content.saved)
     beside = file.with_name(CONFIG)
-    settings = read_settings(beside) if beside.is_file() else None
-    ranks = {n.removesuffix(A): v.shape[0] for n, v in found.tensors.items() if n.endswith(A)}
-    if settings is None:
-        return Adapter(found.tensors, _scales(ranks, alpha, file), found.saved)
-    if alpha is not None and alpha != settings.alpha:
-        raise AdapterError(f"alpha: {alpha}, but {beside} says {settings.alpha}. Leave it out.")
-    adapter = Adapter(
-        found.tensors,
-        {module: settings.scale(hf_name(module), rank) for module, rank in ranks.items()},
-        found.saved,
-        settings.dropout,
-        settings.base,
-        {"rslora": True} if settings.rslora else {},
+    if not beside.is_file():
+        return replace(adapter, scales=_scales(adapter.ranks, alpha, file))
+    peft = read_peft_config(beside)
+    if alpha is not None and alpha != peft.keys["lora_alpha"]:
+        said = peft.keys["lora_alpha"]
+        raise AdapterError(f"alpha: {alpha}, but {beside} says {said}. Leave it out.")
+    _check_config(adapter, peft, content.kind)
+    adapter = replace(
+        adapter,
+        scales={module: peft.scale(hf_name(module)) for module in adapter.ranks},
+        dropout=float(peft.keys.get("lora_dropout") or 0.0),
+        base=peft.keys.get("base_model_name_or_path") or "",
+        origin={"rslora": True} if peft.keys.get("use_rslora") else {},
     )
-    _check_dora(adapter, settings, found.kind)
-    if found.kind == "torchtune":
-        return as_written(adapter, settings.note, config, partial(_torchtune, config=config))
-    note = _parsed(metadata.get(ORIGIN, "{}"))
-    patterns = isinstance(note, dict) and bool(note.get(PATTERNS))
-    write = partial(_peft, config=config, found=adapter, patterns=patterns)
-    return as_written(adapter, note, config, write)
+    if content.kind == "torchtune":
+        return _as_written(adapter, peft.keys.get(ORIGIN), config, _written_by_torchtune)
+    note = parsed_object(metadata.get(ORIGIN, "{}"))
+    write = partial(_written_by_peft, file=adapter, patterns=bool(note.get(PATTERNS)))
+    return _as_written(adapter, note, config, write)
 
 
-def _check_dora(adapter: Adapter, settings: PeftSettings, kind: str) -> None:
-    have = {m + MAGNITUDE in adapter.tensors for m in adapter.ranks}
-    if len(have) > 1 or (kind == "peft" and have != {settings.dora}):
+def _check_config(adapter: Adapter, peft: PeftConfig, kind: str) -> None:
+    for module, rank in adapter.ranks.items():
+        if (said := peft.rank(hf_name(module))) != rank:
+            raise AdapterError(
+                f"{peft.file}: {hf_name(module)} is said to have rank {shown(said)}, but its "
+                f"tensors have {rank}. Correct r or rank_pattern."
+            )
+    dora = bool(peft.keys.get("use_dora"))
+    has = {module + MAGNITUDE in adapter.tensors for module in adapter.ranks}
+    if len(has) > 1 or (kind == "peft" and has != {dora}):
+        some = "some" if len(has) > 1 else "all" if True in has else "no"
         raise AdapterError(
-            f"{settings.file}: use_dora is {settings.dora}, but "
-            f"{'some' if len(have) > 1 else 'all' if True in have else 'no'} modules have "
-            "magnitudes. PEFT would compute something else than was trained: save it again."
+            f"{peft.file}: use_dora is {dora}, but {some} modules have magnitudes. PEFT would "
+            "compute something else than was trained: save it again."
         )
 
 
 def _of_loralib(
-    found: Sorted,
+    content: "Content",
     file: Path,
     metadata: Mapping[str, str],
     alpha: float | None,
@@ -442,18 +179,18 @@ def _of_loralib(
     config: Phi3Config,
 ) -> Adapter:
     beside = file.with_suffix(".json")
-    about = _parsed(metadata.get(ORIGIN, "{}"))
+    about = parsed_object(metadata.get(ORIGIN, "{}"))
     if not about and file.suffix == ".pt" and beside.is_file():
-        about = read_object(beside)
-    about = about if isinstance(about, dict) else {}
-    given = about.get("alpha") if alpha is None else alpha
+        about = read_json_object(beside, AdapterError)
+    own_alpha = about.get("alpha") if alpha is None else alpha
+    if own_alpha is None:
+        raise _no_alpha(file)
     enabled = about.get("enable_lora") if enable_lora is None else enable_lora
-    _need(given, file)
-    tensors, divisors = ungrouped(found.tensors, enabled, config)
-    check_tensors(tensors, found.saved, config, file)
-    adapter = Adapter(tensors, _scales(divisors, given, file, aliases(config)))
-    write = partial(_loralib, config=config, merged_linear=bool(about.get("merged_linear")))
-    written = as_written(adapter, about.get(ORIGIN), config, write)
+    tensors, divisors = ungrouped(content.tensors, enabled, config)
+    _check_tensors(tensors, content.saved, config, file)
+    adapter = Adapter(tensors, _scales(divisors, own_alpha, file, aliases(config)))
+    write = partial(_written_by_loralib, merged_linear=bool(about.get("merged_linear")))
+    written = _as_written(adapter, about.get(ORIGIN), config, write)
     return written if alpha is None and enable_lora is None else adapter
 
 
@@ -461,11 +198,11 @@ def _scales(
     ranks: Mapping[str, int], alpha: Any, file: Path, known: Mapping[str, str] | None = None
 ) -> dict[str, float]:
     """Return alpha / rank of every module; alpha may be given for each, by any of its names."""
-    _need(alpha, file)
-    named = alpha if isinstance(alpha, dict) else {}
-    each = {(known or {}).get(name, name): value for name, value in named.items()}
+    if alpha is None:
+        raise _no_alpha(file)
     alphas: dict[str, Any] = dict.fromkeys(ranks, alpha)
-    if named:
+    if isinstance(alpha, dict) and alpha:
+        each = {(known or {}).get(name, name): value for name, value in alpha.items()}
         alphas = {m: each.get(m, each.get(m.rpartition(".")[0])) for m in ranks}
     for module, value in alphas.items():
         if not is_alpha(value):
@@ -473,42 +210,280 @@ def _scales(
     return {module: alphas[module] / rank for module, rank in ranks.items()}
 
 
-def _need(alpha: object, file: Path) -> None:
-    if alpha is None:
+def _no_alpha(file: Path) -> AdapterError:
+    return AdapterError(
+        f"{file} does not say its alpha, and there is no {CONFIG} beside it. Give the alpha it "
+        "was trained with; loralib's own default is 1."
+    )
+
+
+# Which tensor is whose
+
+Kind = Literal["peft", "torchtune", "loralib"]
+
+ENDINGS: dict[str, tuple[Kind, str]] = {
+    **{theirs: ("peft", ours) for theirs, ours in PEFT_ENDINGS.items()},
+    **{ending: ("torchtune", ending) for ending in (A, B, MAGNITUDE)},
+    ".lora_A": ("loralib", A),
+    ".lora_B": ("loralib", B),
+}
+"""How names end, in which program's files, and with us."""
+
+WHOLE, COPY = ".weight", ".base_layer.weight"
+"""Of a module that is trained whole; and of the copy of the base that PEFT puts beside adapters on
+embedding and head."""
+
+WRAPPERS = (PEFT_PREFIX, "module.", "_orig_mod.", "_fsdp_wrapped_module.")
+"""What PEFT, DDP, torch.compile and FSDP put before names."""
+
+LISTED = 8
+
+
+@dataclass(frozen=True)
+class Content:
+    """Tensors of a file under our names."""
+
+    kind: Kind
+    tensors: dict[str, Tensor]
+    saved: dict[str, Tensor]
+    copies: dict[str, Tensor]
+    """Of the base's weights, beside adapters on them."""
+
+
+def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> Content:
+    """Give every tensor its name.
+
+    Raises:
+        AdapterError: Names are not those of an adapter of this base, or one stands for another.
+    """
+    known, kinds, problems = aliases(config), set[Kind](), list[str]()
+    low, saved, copies = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    endings = sorted((*ENDINGS, COPY, WHOLE), key=len, reverse=True)
+    for name, value in tensors.items():
+        plain = _unwrapped(name)
+        ending = next((ending for ending in endings if plain.endswith(ending)), "")
+        module = known.get(plain.removesuffix(ending), "") if ending else ""
+        group = {COPY: copies, WHOLE: saved}.get(ending, low)
+        if not module or (group is copies and module not in (EMBEDDING, HEAD)):
+            problems.append(f"{name[:120]!r} is no part of an adapter of this base")
+            continue
+        own = WHOLE
+        if ending in ENDINGS:
+            kind, own = ENDINGS[ending]
+            kinds.add(kind)
+        if module + own in group:
+            problems.append(f"{name!r}: {module + own} is there twice")
+        group[module + own] = value
+    _refuse(problems, file)
+    if len(kinds) != 1:
+        names = f"names of {' and '.join(sorted(kinds))}" if kinds else "no low-rank adapter"
+        raise AdapterError(f"{file} has {names}, expected those of one program.")
+    return Content(kinds.pop(), low, saved, copies)
+
+
+def aliases(config: Phi3Config) -> dict[str, str]:
+    """Return every name under which a module may come, and ours.
+
+    These are Hugging Face's, with and without ``model.``, with the parts as Llama names them;
+    torchtune's; and ours.
+    """
+    names = {}
+    for module in module_sizes(config):
+        for name in (module, hf_name(module), torchtune_name(module)):
+            names[name] = names[name.removeprefix("model.")] = module
+    return names
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without wrappers and without PEFT's name of the adapter."""
+    while prefix := next((p for p in WRAPPERS if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+    for written in (".modules_to_save.default", ".modules_to_save", ".default"):
+        if name.endswith((written, f"{written}.weight")):
+            head, _, tail = name.rpartition(written)
+            return head + tail
+    return name
+
+
+def _refuse(problems: list[str], file: Path) -> None:
+    if problems:
+        more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        listed = "\n  ".join(problems[:LISTED])
         raise AdapterError(
-            f"{file} does not say its alpha, and there is no {CONFIG} beside it. Give the alpha it "
-            "was trained with; loralib's own default is 1."
+            f"{file} is not an adapter of this base:\n  {listed}{more}\n"
+            "Give the base that it was trained on, or a file that is whole."
         )
 
 
-def _parsed(text: str) -> object:
+def _check_tensors(
+    tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], config: Phi3Config, file: Path
+) -> None:
+    """Check that tensors make an adapter of the base.
+
+    Args:
+        tensors: Our names; ``lora_a [R, in]``, ``lora_b [out, R]``, ``magnitude [out]``.
+        saved: Weights trained whole.
+        config: Of the base model.
+        file: For errors.
+
+    Raises:
+        AdapterError: Halves of pairs are missing, shapes are wrong, modules are adapted twice, or
+            there are numbers that are none; the first few are listed.
+    """
+    sizes, problems = module_sizes(config), list[str]()
+    modules = dict.fromkeys(split_ending(name)[0] for name in tensors)
+    for module in modules:
+        problems += _misfits(module, tensors, sizes[module])
+    whole = {name.removesuffix(WHOLE): value for name, value in saved.items()}
+    for module, value in whole.items():
+        if module not in (EMBEDDING, HEAD):
+            ends = f"{EMBEDDING} and {HEAD}"
+            problems.append(f"{module}: base weights; only {ends} are read whole")
+        elif value.shape != (size := (config.vocab_size, config.hidden_size)):
+            problems.append(f"{module}: its weight is {list(value.shape)}, expected {list(size)}")
+    for module in modules:
+        if module in whole or (fused_name(module) != module and fused_name(module) in modules):
+            problems.append(f"{module}: adapted twice, also in {fused_name(module)}")
+    if not problems:
+        for name, value in {**tensors, **saved}.items():
+            if not torch.isfinite(value).all():
+                problems.append(f"{name}: holds NaN or infinite numbers")
+    _refuse(problems, file)
+
+
+def _misfits(module: str, tensors: Mapping[str, Tensor], size: tuple[int, int]) -> Iterator[str]:
+    a, b, magnitude = (tensors.get(module + ending) for ending in (A, B, MAGNITUDE))
+    if a is None or b is None:
+        yield f"{module}: has no {'B' if b is None else 'A'}"
+        return
+    out, into = size
+    rank = a.shape[0] if a.ndim == 2 else 0
+    if not rank or a.shape != (rank, into) or b.shape != (out, rank):
+        shapes = f"A is {list(a.shape)} and B {list(b.shape)}"
+        yield f"{module}: {shapes}, expected [R, {into}] and [{out}, R]"
+    if magnitude is not None and magnitude.shape != (out,):
+        yield f"{module}: its magnitude is {list(magnitude.shape)}, expected [{out}]"
+    if magnitude is not None and module == EMBEDDING:
+        yield f"{module}: DoRA on an embedding is not computed here"
+
+
+def _check_copies(
+    copies: Mapping[str, Tensor], config: Phi3Config, base: Path | None, file: Path
+) -> None:
+    """Check that what a file repeats of the base is the base's.
+
+    PEFT loads it in the base's place, as after new tokens were trained into an embedding, and
+    then the adapter is for that. Rounded to another dtype it still counts as the same.
+
+    Args:
+        copies: Our names.
+        config: Of the base model.
+        base: Its folder; without one, only shapes are compared.
+        file: For errors.
+
+    Raises:
+        AdapterError: It is not.
+    """
+    size = (config.vocab_size, config.hidden_size)
+    wrong = [name for name, value in copies.items() if value.shape != size]
+    if copies and base is not None and not wrong:
+        weights = open_weights(base)
+        for name, value in copies.items():
+            stored = weights.get(name, weights[f"{EMBEDDING}.weight"])  # a tied head has none
+            steps = (slice(start, start + 4096) for start in range(0, size[0], 4096))
+            pairs = ((value[rows].float(), stored[rows].float()) for rows in steps)
+            if not all(torch.allclose(one, other, rtol=1e-2, atol=1e-6) for one, other in pairs):
+                wrong.append(name)
+    if wrong:
+        raise AdapterError(
+            f"{file} holds a copy of {', '.join(wrong)} that differs from the base's, and its "
+            "adapter is for that one. Give the base that it was trained on; or merge it with "
+            "PEFT, which loads the copy."
+        )
+
+
+# Whether a file is still what its note says, so that its original can be given back
+
+
+def _as_written(
+    found: Adapter,
+    note: object,
+    config: Phi3Config,
+    write: Callable[[Adapter, Phi3Config], Adapter],
+) -> Adapter:
+    """Return the adapter that a file was made of, or what it holds if it was changed since.
+
+    A note is believed only if writing the adapter that it describes would give the very tensors
+    and scales that were found.
+
+    Args:
+        found: What the file holds, checked.
+        note: What it says of its original, if anything.
+        config: Sizes of the model.
+        write: Gives what a file of its kind would hold for an adapter.
+    """
+    if not isinstance(note, dict):
+        return found
+    made_for = note.get(BASE_HASH)  # holds for a file whose numbers were changed, too
+    found = replace(found, base_hash=made_for if isinstance(made_for, str) else "")
+    if (ours := _checked(note, config)) is None:
+        return found
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
+        tensors, scales = original(found.tensors, ours, config)
+        origin = {k: v for k, v in ours.items() if k not in (MODULES, ROUNDED, PATTERNS, BASE_HASH)}
+        adapter = replace(found, tensors=tensors, scales=scales, origin=origin)
+        again = write(adapter, config)
+    except (AdapterError, CheckpointError, ArithmeticError, RuntimeError):
+        return found
+    same = again.scales == found.scales and again.tensors.keys() == found.tensors.keys()
+    for name, value in again.tensors.items() if same else ():
+        stored = found.tensors[name]
+        same = same and value.dtype == stored.dtype and torch.equal(value, stored)
+    return adapter if same else found
 
 
-def _peft(adapter: Adapter, config: Phi3Config, found: Adapter, patterns: bool) -> Adapter:
-    """Return what a file of PEFT's would hold."""
-    # Rows of parts without an adapter have the base's norms, which only the file knows.
-    norms = partial(_magnitude, found)
-    held = served(adapter, config, norms, patterns=patterns)
-    divisors = {m: math.sqrt(r) if held.rslora else r for m, r in held.ranks.items()}
-    return Adapter(held.tensors, {m: a / divisors[m] for m, a in held.alphas.items()})
+def _checked(note: Mapping[str, Any], config: Phi3Config) -> dict[str, Any] | None:
+    """Return a note with our names of modules, or None if it is none."""
+    modules, rounded = note.get(MODULES), note.get(ROUNDED, {})
+    if not isinstance(modules, dict) or not isinstance(rounded, dict):
+        return None
+    for value in modules.values():
+        if not isinstance(value, list) or len(value) not in (2, 3) or not all(map(_fits, value)):
+            return None
+    known = aliases(config)
+    if not all(isinstance(text, str) for text in rounded.values()):
+        return None
+    if not (rounded.keys() | modules.keys()) <= known.keys():
+        return None
+    ours = {known[name]: value for name, value in modules.items()}
+    return {**note, MODULES: ours, ROUNDED: {known[n]: text for n, text in rounded.items()}}
 
 
-def _magnitude(found: Adapter, module: str) -> Tensor:
-    return found.tensors[module + MAGNITUDE].clone()
+def _fits(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and 0 < value < 1e30  # type: ignore[arg-type, operator]
 
 
-def _torchtune(adapter: Adapter, config: Phi3Config) -> Adapter:
-    held, rank, alpha, _ = torchtune_tensors(adapter, config)
-    return Adapter.of(held, alpha / rank)
+def _written_by_peft(
+    adapter: Adapter, config: Phi3Config, file: Adapter, patterns: bool
+) -> Adapter:
+    def row_norms(module: str) -> Tensor:
+        """Rows of parts without an adapter have the base's norms, which only the file knows."""
+        return file.tensors[module + MAGNITUDE].clone()
+
+    content = export(adapter, config, row_norms, patterns=patterns)
+    divisors = {m: math.sqrt(r) if content.rslora else r for m, r in content.ranks.items()}
+    return Adapter(content.tensors, {m: a / divisors[m] for m, a in content.alphas.items()})
 
 
-def _loralib(adapter: Adapter, config: Phi3Config, merged_linear: bool) -> Adapter:
-    held, alphas, enabled, _ = loralib_tensors(adapter, config, merged_linear=merged_linear)
-    tensors, divisors = ungrouped(held, enabled, config)
+def _written_by_torchtune(adapter: Adapter, config: Phi3Config) -> Adapter:
+    tensors, rank, alpha, _ = torchtune_tensors(adapter, config)
+    return Adapter.of(tensors, alpha / rank)
+
+
+def _written_by_loralib(adapter: Adapter, config: Phi3Config, merged_linear: bool) -> Adapter:
+    tensors, alphas, enabled, _ = loralib_tensors(adapter, config, merged_linear=merged_linear)
+    tensors, divisors = ungrouped(tensors, enabled, config)
     scales = {}
     for module, rank in divisors.items():
         whole = module if module in alphas else module.rpartition(".")[0]

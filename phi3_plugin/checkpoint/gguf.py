@@ -15,21 +15,17 @@ It multiplies each pair with ``adapter.lora.alpha``, one number for all, over th
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B, served
-from phi3_plugin.checkpoint.base import to_hf
+from phi3_plugin.checkpoint.adapter import Adapter, export
+from phi3_plugin.checkpoint.base import EMBEDDING, HEAD, A, B, hf_name
 from phi3_plugin.checkpoint.files import PARTIAL
-from phi3_plugin.checkpoint.merge import EMBEDDING
 from phi3_plugin.config import Phi3Config, read_config
 from phi3_plugin.errors import AdapterError, MissingFileError, OutputError
-
-HEAD = "output"
-MERGE = "Merge it into the base and convert that with convert_hf_to_gguf.py instead"
 
 
 def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
@@ -46,20 +42,38 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
         OutputError: The file exists or cannot be written.
     """
     config = read_config(checkpoint_dir)
-    if problems := list(unfit(adapter, config)):
+    if problems := list(_unfit(adapter, config)):
         raise AdapterError("llama.cpp cannot use this adapter:\n  " + "\n  ".join(problems))
-    gguf, whole = _package(), served(adapter, config, _no_norms)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError as error:
+        raise MissingFileError(
+            "A GGUF file is written by llama.cpp's gguf package, which is not installed. "
+            "Install it: pip install 'phi3-plugin[gguf]'"
+        ) from error
+    content = export(adapter, config, lambda _: torch.empty(0))  # row norms are DoRA's alone
     if file.exists():
         raise OutputError(f"{file} exists and would be overwritten. Move it or choose another.")
     partial = file.with_name(f"{PARTIAL}{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(partial, "phi3")
-        _write(gguf, writer, next(iter(whole.alphas.values())), file.stem)
-        for tensor_name, value in _tensors(names, whole.tensors):
-            writer.add_tensor(tensor_name, value.float().contiguous().numpy())
-        _finish(writer)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_name(file.stem)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, next(iter(content.alphas.values())))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
+        for module in sorted(content.ranks, key=hf_name):  # the order in which PEFT's file has it
+            name = f"{names.get_name(hf_name(module))}.weight"
+            a, b = content.tensors[module + A], content.tensors[module + B]
+            a = a.T if module == EMBEDDING else a
+            for ending, value in (("lora_a", a), ("lora_b", b)):
+                writer.add_tensor(f"{name}.{ending}", value.float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
         os.replace(partial, file)
     except OSError as error:
         raise OutputError(f"{file} could not be written: {error}.") from error
@@ -67,58 +81,15 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def unfit(adapter: Adapter, config: Phi3Config) -> Iterator[str]:
-    """Yield what llama.cpp cannot compute, and what to do instead.
-
-    Args:
-        adapter: Our names.
-        config: Of the base.
-    """
+def _unfit(adapter: Adapter, config: Phi3Config) -> Iterator[str]:
+    """Yield what llama.cpp cannot compute, and what to do instead."""
+    merge = "Merge it into the base and convert that with convert_hf_to_gguf.py instead"
     if adapter.is_dora:
-        yield f"magnitude: it knows no DoRA. {MERGE}."
+        yield f"magnitude: it knows no DoRA. {merge}."
     if adapter.saved:
-        yield f"{', '.join(sorted(adapter.saved))}: it replaces no whole weights. {MERGE}."
+        yield f"{', '.join(sorted(adapter.saved))}: it replaces no whole weights. {merge}."
     if config.tie_word_embeddings and (tied := {EMBEDDING, HEAD} & adapter.ranks.keys()):
         yield (
             f"{', '.join(sorted(tied))}: in this base one tensor is embedding and head, and it "
-            f"would change both or none. {MERGE}."
+            f"would change both or none. {merge}."
         )
-
-
-def _package() -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise MissingFileError(
-            "A GGUF file is written by llama.cpp's gguf package, which is not installed. "
-            "Install it: pip install 'phi3-plugin[gguf]'"
-        ) from error
-
-
-def _write(gguf: Any, writer: Any, alpha: float, name: str) -> None:
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_name(name)
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _tensors(names: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what goes into the file, in the order in which PEFT's file has it."""
-    modules = {n.removesuffix(A): to_hf(f"{n.removesuffix(A)}.weight") for n in tensors if A in n}
-    for module, hf_name in sorted(modules.items(), key=lambda item: item[1]):
-        name = f"{names.get_name(hf_name.removesuffix('.weight'))}.weight"
-        a, b = tensors[module + A], tensors[module + B]
-        yield f"{name}.lora_a", a.T if module == EMBEDDING else a
-        yield f"{name}.lora_b", b
-
-
-def _finish(writer: Any) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _no_norms(module: str) -> Tensor:
-    raise AdapterError(f"{module}{MAGNITUDE}: llama.cpp knows no DoRA.")

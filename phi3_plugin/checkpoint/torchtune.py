@@ -6,31 +6,16 @@ from pathlib import Path
 from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import (
-    MAGNITUDE,
-    A,
     Adapter,
-    B,
-    check_servable,
+    check_writable_adapter,
     level,
     pad,
+    unfuse,
     whole_alpha,
 )
-from phi3_plugin.checkpoint.base import (
-    INNER,
-    fused_name,
-    layer_of,
-    part_rows,
-    torchtune_name,
-)
-from phi3_plugin.checkpoint.files import (
-    whole_files,
-    write_state,
-)
-from phi3_plugin.checkpoint.peft import (
-    CONFIG,
-    ORIGIN,
-    targets_of,
-)
+from phi3_plugin.checkpoint.base import EMBEDDING, fused_name, torchtune_name
+from phi3_plugin.checkpoint.files import whole_files, write_state
+from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, targets_of
 from phi3_plugin.config import Phi3Config
 from phi3_plugin.errors import AdapterError
 
@@ -54,13 +39,8 @@ def write_torchtune(file: Path, adapter: Adapter, config: Phi3Config) -> None:
         AdapterError: It adapts or replaces what torchtune's model cannot.
         OutputError: The files exist or cannot be written.
     """
-    held, rank, alpha, note = torchtune_tensors(adapter, config)
-    tensors = {
-        torchtune_name(name.removesuffix(ending)) + ending: value.contiguous()
-        for name, value in held.items()
-        for ending in (A, B, MAGNITUDE)
-        if name.endswith(ending)
-    }
+    content, rank, alpha, note = torchtune_tensors(adapter, config)
+    tensors = {torchtune_name(name): value.contiguous() for name, value in content.items()}
     settings = {
         "r": rank,
         "lora_alpha": alpha,
@@ -84,9 +64,9 @@ def torchtune_tensors(
     Raises:
         AdapterError: torchtune's model has no place for a module.
     """
-    check_servable(adapter)
-    if "tok_embeddings" in adapter.ranks:
-        raise AdapterError("tok_embeddings: torchtune's Phi-3 has no adapter on its embedding.")
+    check_writable_adapter(adapter)
+    if EMBEDDING in adapter.ranks:
+        raise AdapterError(f"{EMBEDDING}: torchtune's Phi-3 has no adapter on its embedding.")
     if adapter.saved:
         raise AdapterError(
             f"{', '.join(adapter.saved)}: an adapter of torchtune's holds no weights that are "
@@ -94,27 +74,5 @@ def torchtune_tensors(
         )
     rank = max(adapter.ranks.values())
     alpha = whole_alpha(adapter.scales.values(), rank)
-    scales = dict.fromkeys(map(fused_name, adapter.ranks), alpha / rank)
-    tensors, note = level(adapter, scales)
-    return cut(pad(tensors, rank), config), rank, alpha, note
-
-
-def cut(tensors: dict[str, Tensor], config: Phi3Config) -> dict[str, Tensor]:
-    """Return an adapter on parts alone: those of whole layers share its A, and split its B.
-
-    Args:
-        tensors: Our names; ``lora_a [R, in]``, ``lora_b [out, R]``, ``magnitude [out]``.
-        config: Sizes of the model.
-    """
-    out = {}
-    for name, value in tensors.items():
-        ending = next(e for e in (A, B, MAGNITUDE) if name.endswith(e))
-        module = name.removesuffix(ending)
-        _, inner = layer_of(module)
-        parts = {part: split for part, split in INNER.items() if part.startswith(f"{inner}.")}
-        if not parts:
-            out[name] = value
-        for part, split in parts.items():
-            rows = slice(None) if ending == A else part_rows(inner, config)[split]
-            out[f"{module}.{part.rpartition('.')[2]}{ending}"] = value[rows].clone()
-    return out
+    tensors, note = level(adapter, dict.fromkeys(map(fused_name, adapter.ranks), alpha / rank))
+    return unfuse(pad(tensors, rank), config), rank, alpha, note

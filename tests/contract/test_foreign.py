@@ -14,7 +14,7 @@ from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, MissingFileError
-from tests.checkpoint.adapters import BASES, PARTS, adapter, base_folder, merged_logits
+from tests.adapters import BASES, PARTS, adapter, base_folder, merged_logits
 from tests.chosen import some
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

@@ -15,7 +15,7 @@ from phi3_plugin.checkpoint.loralib import write_loralib
 from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, OutputError
-from tests.checkpoint.adapters import BASES, PARTS, WHOLE, adapter, base_folder, merged_logits, same
+from tests.adapters import BASES, PARTS, WHOLE, adapter, base_folder, merged_logits, same
 from tests.oracles import hf_logits
 
 needs_loralib = pytest.mark.skipif(

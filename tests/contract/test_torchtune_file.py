@@ -11,8 +11,16 @@ from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, OutputError
-from tests.checkpoint.adapters import PARTS, WHOLE, adapter, base_folder, merged_logits, same
-from tests.checkpoint.test_split import adapter_of, split_model
+from tests.adapters import (
+    PARTS,
+    WHOLE,
+    adapter,
+    adapter_of,
+    base_folder,
+    merged_logits,
+    same,
+    split_model,
+)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
 

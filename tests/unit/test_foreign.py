@@ -1,22 +1,28 @@
-"""Files of strangers: one clear error, nothing run, no memory filled."""
+"""Files of strangers: read as they compute, or one clear error, nothing run, no memory filled."""
 
+import base64
 import collections
 import json
 import os
 import pickle
 import struct
 import zipfile
+import zlib
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint.adapter import A, B
 from phi3_plugin.checkpoint.files import read_tensors
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.config import parse_config
+from phi3_plugin.checkpoint.loralib import write_loralib
+from phi3_plugin.checkpoint.peft import export_adapter, load_trained
+from phi3_plugin.config import parse_config, read_config
 from phi3_plugin.errors import AdapterError
-from tests.checkpoint.adapters import adapter
+from tests.adapters import PARTS, adapter, base_folder, merged_logits, same
+from tests.contract.test_foreign import FUSED, trained_by_peft
 from tests.oracles import MINI_4K, TINY_MHA
 
 CONFIG = parse_config({**MINI_4K, **TINY_MHA})
@@ -229,3 +235,178 @@ def test_what_torch_saves_of_an_adapter_is_read(tmp_path):
     read, _ = read_tensors(tmp_path / "a.pt")
     assert all(torch.equal(read[name], value) for name, value in made.tensors.items())
     assert json.dumps(sorted(read)) == json.dumps(sorted(made.tensors))
+
+
+COPY = "base_model.model.model.embed_tokens.base_layer.weight"
+
+
+@pytest.fixture(scope="module", params=["gqa", "tied"])
+def base(request, tmp_path_factory):
+    return base_folder(request.param, tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    """Return an adapter on the embedding, beside which PEFT saves the embedding itself."""
+    more = {"ensure_weight_tying": True} if read_config(base).tie_word_embeddings else {}
+    trained_by_peft(base, tmp_path, target_modules=[*FUSED, "embed_tokens"], **more)
+    return tmp_path
+
+
+def changed(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_copy_of_the_base_is_left_out(base, folder):
+    read = read_adapter(folder, config=read_config(base), base=base)
+    assert "tok_embeddings" in read.ranks
+    assert not read.saved
+
+
+def test_a_copy_in_another_dtype_is_the_same(base, folder):
+    changed(folder, lambda t: t.update({COPY: t[COPY].bfloat16()}))
+    assert "tok_embeddings" in read_adapter(folder, config=read_config(base), base=base).ranks
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update({COPY: t[COPY] + 0.1}),
+        lambda t: t[COPY].__setitem__((-1, 3), float("nan")),
+        lambda t: t.update({COPY: torch.ones(3)}),
+        lambda t: t.update({COPY: torch.cat([t[COPY], t[COPY][:2]])}),
+    ],
+    ids=["changed", "NaN", "small", "more tokens"],
+)
+def test_a_copy_of_another_base_is_refused(base, folder, change):
+    changed(folder, change)
+    message = r"a copy of tok_embeddings\.weight.* that differs from the base's"
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(folder, config=read_config(base), base=base)
+
+
+def test_a_tied_base_that_peft_keeps_tied_computes_the_same(base, tmp_path):
+    keys = {"target_modules": FUSED, "modules_to_save": ["embed_tokens"]}
+    tokens, theirs = trained_by_peft(base, tmp_path, ensure_weight_tying=True, **keys)
+    config = read_config(base)
+    ours = merged_logits(base, read_adapter(tmp_path, config=config, base=base), config, tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "base_model.model.model.layers.0.self_attn.o_proj.base_layer.weight"]
+)
+def test_no_tensor_is_passed_over(base, folder, name):
+    changed(folder, lambda t: t.update({name: torch.ones(3)}))
+    with pytest.raises(AdapterError, match=f"'{name}' is no part of an adapter"):
+        read_adapter(folder, config=read_config(base))
+
+
+WEIGHTS = "adapter_model.safetensors"
+MIXED = ("attn.qkv_proj.v_proj", "attn.qkv_proj.q_proj", "mlp.gate_up_proj", "attn.o_proj")
+
+
+@pytest.fixture(scope="module")
+def gqa(tmp_path_factory):
+    return base_folder("gqa", tmp_path_factory.mktemp("base") / "gqa")
+
+
+@pytest.fixture
+def made(gqa):
+    return adapter(read_config(gqa), PARTS, (4, 8), (3.0, 0.37))
+
+
+@pytest.fixture
+def written(gqa, made, tmp_path):
+    export_adapter(tmp_path, made, checkpoint_dir=gqa, card={})
+    return tmp_path
+
+
+def rewrite(written, change):
+    file = written / WEIGHTS
+    with safe_open(file, framework="pt") as opened:
+        note = json.loads(opened.metadata()["phi3_plugin"])
+    tensors = load_file(file)
+    note = change(note, tensors)
+    text = note if isinstance(note, str) else json.dumps(note)
+    save_file(tensors, file, metadata={"phi3_plugin": text})
+
+
+def first(note):
+    return next(iter(note["modules"]))
+
+
+def with_modules(note, **values):
+    return {**note, "modules": {**note["modules"], first(note): values["value"]}}
+
+
+def filled(tensors):
+    """Give a B numbers for rows of k, which has no adapter."""
+    name = next(n for n in tensors if n.endswith("qkv_proj.lora_B.weight"))
+    tensors[name] = torch.ones_like(tensors[name])
+    return True
+
+
+BOMB = base64.b64encode(zlib.compress(bytes(50_000_000), 9)).decode()
+
+CHANGES = {
+    "no json": lambda note, _: "{",
+    "deep json": lambda note, _: "[" * 100_000,
+    "a list": lambda note, _: [],
+    "modules no object": lambda note, _: {**note, "modules": [1]},
+    "a foreign module": lambda note, _: {**note, "modules": {"../../etc/passwd": [4, 3.0]}},
+    "a module too many": lambda note, _: {
+        **note,
+        "modules": {**note["modules"], "layers.2.mlp.down_proj": [4, 3.0]},
+    },
+    "no modules": lambda note, _: {**note, "modules": {}},
+    "text for a rank": lambda note, _: with_modules(note, value=["4", 3.0]),
+    "a huge rank": lambda note, _: with_modules(note, value=[10**12, 3.0]),
+    "another rank": lambda note, _: with_modules(note, value=[3, 3.0]),
+    "another scale": lambda note, _: with_modules(note, value=[4, 2.0]),
+    "factor zero": lambda note, _: with_modules(note, value=[4, 3.0, 0.0]),
+    "four numbers": lambda note, _: with_modules(note, value=[4, 3.0, 1.0, 1.0]),
+    "NaN": lambda note, _: with_modules(note, value=[4, float("nan")]),
+    "a bomb": lambda note, _: {**note, "rounded": dict.fromkeys(note["rounded"], BOMB)},
+    "no base64": lambda note, _: {**note, "rounded": dict.fromkeys(note["rounded"], "\u00e4!")},
+    "a number for text": lambda note, _: {**note, "rounded": dict.fromkeys(note["rounded"], 3)},
+    "rows of k": lambda note, tensors: filled(tensors) and note,
+}
+
+
+@pytest.mark.parametrize("patterns", [False, True])
+@pytest.mark.parametrize("scales", [(1.0, 2.0), (0.37, 1 / 3, 2.0, 1.0)])
+def test_it_comes_back_from_one_form_after_the_other(gqa, scales, patterns, tmp_path):
+    """Each form has an order of its own, in which two scales may be equally frequent."""
+    config, made = read_config(gqa), adapter(read_config(gqa), MIXED, (4, 2), scales)
+    read = made
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+        write_loralib(tmp_path / f"{name}.safetensors", read, config, merged_linear=True)
+        read = read_adapter(tmp_path / f"{name}.safetensors", config=config)
+        export_adapter(tmp_path / name, read, checkpoint_dir=gqa, card={}, patterns=patterns)
+        read = read_adapter(tmp_path / name, config=config)
+        assert same(read, made), name
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_note_that_does_not_fit_is_left_aside(gqa, made, written, change):
+    rewrite(written, CHANGES[change])
+    read = read_adapter(written, config=read_config(gqa))
+    assert set(read.ranks.values()) == {12}  # those of q and v
+    assert not any("qkv_proj." in module for module in read.scales)
+    stored = load_file(written / WEIGHTS)
+    assert len(read.tensors) == len(stored)
+    assert all(torch.isfinite(value).all() for value in read.tensors.values())
+
+
+def test_a_note_that_no_header_holds_is_left_out(gqa, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("phi3_plugin.checkpoint.adapter.NOTE_CHARACTERS", 10)
+    export_adapter(tmp_path, made, checkpoint_dir=gqa, card={})
+    again = load_trained(tmp_path, gqa)
+    assert again.keys() == made.tensors.keys()
+    for name, value in made.tensors.items():
+        torch.testing.assert_close(again[name], value, rtol=2e-7, atol=0)

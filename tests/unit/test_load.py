@@ -26,7 +26,7 @@ from phi3_plugin.load import load
 from phi3_plugin.models import phi3
 from phi3_plugin.models.cache import serve
 from phi3_plugin.models.nf4 import is_nf4, nearest_nf4
-from tests.checkpoint.adapters import BASES, PARTS, WHOLE, adapter, base_folder, merged_logits
+from tests.adapters import BASES, PARTS, WHOLE, adapter, base_folder, merged_logits
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_logits, hf_model
 from tests.oracles import save_checkpoint as save
 

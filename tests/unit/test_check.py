@@ -5,8 +5,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 from safetensors.torch import load_file, save_file
 
+from phi3_plugin.checkpoint import check
+from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.check import (
     LOADS,
     MISREAD,
@@ -14,10 +17,13 @@ from phi3_plugin.checkpoint.check import (
     REJECTED,
     VLLM_RANKS,
     load_with_peft,
+    read_peft_folder,
     verdicts,
 )
+from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
-from phi3_plugin.errors import AdapterError
+from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
+from phi3_plugin.models import lora_phi3
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 
 FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -233,3 +239,147 @@ def test_a_tied_base_changes_what_llama_cpp_does(saved, tmp_path):
     _, vllm, llama = verdicts(saved(target_modules=["lm_head"]), tied)
     assert (vllm.status, llama.status) == (LOADS, REJECTED)
     assert verdicts(saved(target_modules=["embed_tokens"]), tied)[2].status == MISREAD
+
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["o_proj"]}
+NAME = "base_model.model.model.layers.0.self_attn.o_proj"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tensors = {f"{NAME}.lora_A.weight": torch.ones(4, 8), f"{NAME}.lora_B.weight": torch.ones(8, 4)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    return said(tmp_path)
+
+
+def said(folder, **keys):
+    (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **keys}))
+    return folder
+
+
+def test_what_a_folder_says(folder):
+    adapter = read_peft_folder(said(folder, rank_pattern={"o_proj": 4}, alpha_pattern={"q": 1}))
+    module = "model.layers.0.self_attn.o_proj"
+    assert (adapter.adapted, adapter.ranks) == ([module], {module: 4})
+    assert (adapter.config.scale(module), adapter.targeted(module)) == (2.0, True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: 'IA3' is not a LoRA adapter"),
+        ({"r": "16"}, "r: '16' must be a whole number"),
+        ({"r": float("nan")}, "r: nan must be a whole number"),
+        ({"r": 0, "lora_alpha": True}, "lora_alpha: True must be a number"),
+        ({"rank_pattern": [1]}, "rank_pattern: must be an object"),
+        ({"rank_pattern": dict.fromkeys(map(str, range(2001)), 4)}, "at most 2000 names"),
+        ({"rank_pattern": 5}, "rank_pattern: must be an object"),
+        ({"alpha_pattern": {"o_proj": None}}, "alpha_pattern: 'o_proj': None"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "is not read"),
+        ({"target_modules": [1]}, "target_modules"),
+        ({"exclude_modules": [1]}, "exclude_modules"),
+        ({"exclude_modules": "(a+)+$"}, "exclude_modules: .* is not read"),
+        ({"layers_to_transform": "0"}, "layers_to_transform: '0' must be a number or a list"),
+        ({"layers_to_transform": [True]}, "layers_to_transform"),
+        ({"layers_pattern": "h"}, "layers_pattern: 'h' is not where a Phi-3 has its layers"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices: a feature of PEFT that"),
+    ],
+)
+def test_configurations_that_say_nothing(folder, keys, match):
+    with pytest.raises(AdapterError, match=match):
+        read_peft_folder(said(folder, **keys))
+
+
+def test_patterns_that_take_long_are_not_matched(folder):
+    adapter = read_peft_folder(said(folder, target_modules="(.*.*.*.*)+x"))
+    assert adapter.targeted("model.layers.0.self_attn.o_proj")
+
+
+@pytest.mark.parametrize("excluded", [["o_proj"], r".*\.o_proj", ["layers.0.self_attn.o_proj"]])
+def test_modules_that_are_excluded_are_not_targeted(folder, excluded):
+    adapter = read_peft_folder(said(folder, exclude_modules=excluded))
+    assert not adapter.targeted("model.layers.0.self_attn.o_proj")
+    keys = {"layers_to_transform": [0], "layers_pattern": ["layers"], "exclude_modules": ["o"]}
+    adapter = read_peft_folder(said(folder, **keys))
+    assert adapter.targeted("model.layers.0.self_attn.o_proj")
+
+
+def test_a_file_is_no_folder(folder):
+    with pytest.raises(MissingFileError, match="is no folder"):
+        read_peft_folder(folder / "adapter_model.safetensors")
+
+
+def test_files_that_are_missing_or_damaged(folder, tmp_path):
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        read_peft_folder(folder)
+    weights.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        read_peft_folder(folder)
+    weights.rename(folder / "adapter_model.bin")
+    with pytest.raises(MissingFileError, match=r"adapter_model\.bin.*not opened here"):
+        read_peft_folder(folder)
+    for text, match in (
+        ("{", "not valid JSON"),
+        ("[" * 9999, "not valid JSON"),
+        ("[]", "must hold"),
+    ):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(AdapterError, match=match):
+            read_peft_folder(folder)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(MissingFileError, match=r"has no adapter_config\.json"):
+        read_peft_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, and an adapter and a DoRA as a run saves them."""
+    folder = tmp_path_factory.mktemp("verdict")
+    build_checkpoint(folder / "base", words=["one"])
+    for name in ("lora", "dora"):
+        model = lora_phi3(folder / "base", ["o_proj"], lora_rank=4, use_dora=name == "dora")
+        adapted = {n: p.detach() for n, p in model.named_parameters() if "o_proj.weight" not in n}
+        tensors = {n: torch.randn_like(p) for n, p in adapted.items() if ".o_proj." in n}
+        scales = {n.removesuffix(".lora_a.weight"): 4.0 for n in tensors if "lora_a" in n}
+        (folder / name).mkdir()
+        where = {"checkpoint_dir": folder / "base", "card": {}}
+        export_adapter(folder / name, Adapter(tensors, scales), **where)
+    return folder
+
+
+def test_each_runtime_is_named(place):
+    line = check.served_by(place / "lora")
+    assert line == "lora: PEFT loads, vLLM loads, llama.cpp loads."
+    line = check.served_by(place / "dora")
+    assert line.startswith("dora: PEFT loads, vLLM rejected (DoRA is not supported), llama.cpp ")
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_the_end_is_a_proof(place, name):
+    line = check.proof(place / name, place / "base")
+    assert line.startswith("Proof: logits in PEFT and here differ by "), line
+
+
+def test_too_little_memory_leaves_it_to_the_user(place, monkeypatch):
+    monkeypatch.setattr(check, "memory_free", lambda: 1000)
+    line = check.proof(place / "lora", place / "base")
+    command = f"phi3-tune adapter check {place / 'lora'} --base {place / 'base'}"
+    assert line.startswith("No proof: PEFT would take ") and line.endswith(command)
+
+
+def test_nothing_that_fails_ends_a_run(place, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("a model that is newer")
+
+    monkeypatch.setattr(check, "proven", failing)
+    line = check.proof(place / "lora", place / "base")
+    assert line == "No proof: RuntimeError: a model that is newer"
+
+
+def test_memory_is_read_where_there_is_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "MEMINFO", tmp_path / "meminfo")
+    assert check.memory_free() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
+    assert check.memory_free() == 5120

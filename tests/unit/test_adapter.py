@@ -1,12 +1,38 @@
-"""Scales become one, and the original numbers come back from what little is noted."""
+"""An adapter knows its ranks and kind; scales become one, and the original numbers come back."""
 
 import pytest
 import torch
 
-from phi3_plugin.checkpoint.adapter import exact, rescale, restore, whole_alpha
+from phi3_plugin.checkpoint.adapter import Adapter, level, original, whole_alpha
 from phi3_plugin.errors import AdapterError
 
+O_PROJ, HEAD = "layers.0.attn.o_proj", "output.weight"
+
+
+def test_trained_tensors_are_sorted():
+    values = {
+        f"{O_PROJ}.lora_a.weight": torch.ones(4, 8),
+        f"{O_PROJ}.lora_b.weight": torch.ones(8, 4),
+        HEAD: torch.ones(9, 8),
+    }
+    adapter = Adapter.of(values, 3.0, dropout=0.1, origin={"layout": "fused"})
+    assert adapter.tensors.keys() == values.keys() - {HEAD}
+    assert adapter.saved.keys() == {HEAD}
+    assert (adapter.scales, adapter.ranks) == ({O_PROJ: 3.0}, {O_PROJ: 4})
+    assert (adapter.dropout, adapter.origin) == (0.1, {"layout": "fused"})
+    assert not adapter.is_dora
+    dora = Adapter.of({**values, f"{O_PROJ}.magnitude": torch.ones(8)}, 3.0)
+    assert dora.is_dora
+    assert dora.ranks == adapter.ranks
+
+
 B = "m.lora_b.weight"
+
+
+def leveled(b, factor):
+    """Multiply a B, as for an adapter whose modules are all to have the scale 1."""
+    tensors = {"m.lora_a.weight": torch.ones(b.shape[1], 3), B: b}
+    return level(Adapter(tensors, {"m": factor}), {"m": 1.0})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -15,31 +41,31 @@ def test_every_number_comes_back(dtype, factor):
     torch.manual_seed(0)
     b = torch.randn(400, 50).to(dtype)
     b[0, :4] = torch.tensor([0.0, -0.0, 1e-6, -1e-6], dtype=dtype)  # subnormal in fp16 when scaled
-    scaled, notes = rescale({B: b}, {"m": factor})
+    tensors, note = leveled(b, factor)
     bits = {2: torch.int16, 4: torch.int32}[b.element_size()]
-    again = restore(scaled[B], factor, notes.get("m"))
-    assert torch.equal(again.view(bits), b.view(bits))
-    assert torch.equal(scaled[B], (b.double() * factor).to(dtype))
+    again, scales = original(tensors, note, None)
+    assert torch.equal(again[B].view(bits), b.view(bits))
+    assert torch.equal(tensors[B], (b.double() * factor).to(dtype)) and scales == {"m": factor}
 
 
 def test_a_power_of_two_needs_no_note():
     b = torch.randn(30, 4)
-    assert rescale({B: b}, {"m": 0.25})[1] == rescale({B: b}, {"m": 8.0})[1] == {}
+    assert all("rounded" not in leveled(b, factor)[1] for factor in (0.25, 8.0))
 
 
 def test_a_note_is_small_where_alpha_nearly_says_the_scale():
     b = torch.randn(3072, 8)
     alpha = whole_alpha([16 / 8**0.5], 8)
-    _, notes = rescale({B: b}, {"m": 16 / 8**0.5 / (alpha / 8)})
+    _, note = leveled(b, 16 / 8**0.5 / (alpha / 8))
     assert alpha == 45
-    assert len(notes["m"]) < 0.01 * b.nbytes
+    assert len(note["rounded"]["m"]) < 0.01 * b.nbytes
 
 
 def test_a_number_that_becomes_too_large_is_refused():
     with pytest.raises(
         AdapterError, match=r"m: its B times 100000, .* too large for torch\.float16"
     ):
-        rescale({B: torch.ones(2, 2, dtype=torch.float16)}, {"m": 1e5})
+        leveled(torch.ones(2, 2, dtype=torch.float16), 1e5)
 
 
 def test_numbers_that_become_too_small_are_refused():
@@ -47,9 +73,9 @@ def test_numbers_that_become_too_small_are_refused():
     with pytest.raises(
         AdapterError, match=r"m: its B times 0\.0001, .* too small for torch\.float16"
     ):
-        rescale({B: b}, {"m": 1e-4})
-    assert rescale({B: b.bfloat16()}, {"m": 1e-4})[0][B].all()
-    assert not rescale({B: b * 0}, {"m": 1e-4})[0][B].any()
+        leveled(b, 1e-4)
+    assert leveled(b.bfloat16(), 1e-4)[0][B].all()
+    assert not leveled(b * 0, 1e-4)[0][B].any()
 
 
 @pytest.mark.parametrize(
@@ -70,8 +96,3 @@ def test_numbers_that_become_too_small_are_refused():
 def test_alpha_is_whole_and_says_what_most_modules_have(scales, rank, alpha):
     assert whole_alpha(scales, rank) == alpha
     assert whole_alpha(scales[::-1], rank) == alpha  # a file must give the same when it is read
-
-
-def test_a_shift_of_the_exponent_is_exact():
-    assert exact(3.0, 0.75)
-    assert not exact(3.0, 1.0)

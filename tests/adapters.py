@@ -1,10 +1,19 @@
 """Adapters of every kind on tiny models, and what PEFT and a merged model compute with them."""
 
 import torch
+from torchtune.models.phi3 import lora_phi3 as torchtune_lora_phi3
 from transformers import Phi3ForCausalLM
 
 from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B
-from phi3_plugin.checkpoint.base import INNER, module_sizes, part_rows, to_hf
+from phi3_plugin.checkpoint.base import (
+    fused_name,
+    load_base_weights,
+    module_sizes,
+    part_rows,
+    split_weights,
+    to_hf,
+)
+from phi3_plugin.config import read_config
 from tests.oracles import (
     MEDIUM_4K,
     MINI_4K,
@@ -67,11 +76,8 @@ def merged_logits(base, adapter, config, tokens):
 
 
 def _add(weights, module, tensors, scale, config):
-    inner = module.split(".", 2)[-1]
-    whole, rows = module, slice(None)
-    if inner in INNER:
-        whole, fused = module.rpartition(".")[0], inner.rpartition(".")[0]
-        rows = part_rows(fused, config)[INNER[inner]]
+    whole = fused_name(module)
+    rows = part_rows(whole, config).get(module, slice(None))
     delta = scale * tensors[module + B].float() @ tensors[module + A].float()
     weight = weights[to_hf(f"{whole}.weight")]
     new = weight[rows] + (delta.T if module == "tok_embeddings" else delta)
@@ -95,3 +101,38 @@ def base_folder(name, folder):
     """Write one of `BASES`."""
     published, sizes = BASES[name]
     return save_checkpoint(hf_model(published, **sizes), published, folder, **sizes)
+
+
+def split_model(base, attention, mlp=False, output=False, alpha=12, rank=4, **keys):
+    config = read_config(base)
+    model = torchtune_lora_phi3(
+        list(attention),
+        mlp,
+        output,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        embed_dim=config.hidden_size,
+        intermediate_dim=config.intermediate_size,
+        max_seq_len=64,
+        norm_eps=config.rms_norm_eps,
+        lora_rank=rank,
+        lora_alpha=alpha,
+        **keys,
+    )
+    weights = split_weights(load_base_weights(base), config)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all("lora" in n or "magnitude" in n for n in missing)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if hasattr(module, "initialize_dora_magnitude"):
+            module.initialize_dora_magnitude()
+            module.magnitude.data *= torch.rand_like(module.magnitude) + 0.5
+    return model.eval()
+
+
+def adapter_of(model):
+    return {n: v for n, v in model.state_dict().items() if "lora" in n or "magnitude" in n}

@@ -4,14 +4,12 @@ import itertools
 
 import pytest
 import torch
-from torchtune.models.phi3._component_builders import lora_phi3 as torchtune_lora_phi3
 
 from phi3_plugin.checkpoint import Phi3Checkpointer
-from phi3_plugin.checkpoint.base import is_split, load_base_weights, split_weights
 from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import load_adapter
-from phi3_plugin.config import read_config
 from phi3_plugin.errors import CheckpointError
+from tests.adapters import adapter_of, split_model
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
@@ -24,41 +22,6 @@ def base(request, tmp_path_factory):
     published, sizes = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("split") / "base"
     return save_checkpoint(hf_model(published, **sizes), published, folder, **sizes)
-
-
-def split_model(base, attention, mlp=False, output=False, alpha=12, rank=4, **keys):
-    config = read_config(base)
-    model = torchtune_lora_phi3(
-        list(attention),
-        mlp,
-        output,
-        vocab_size=config.vocab_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        embed_dim=config.hidden_size,
-        intermediate_dim=config.intermediate_size,
-        max_seq_len=64,
-        norm_eps=config.rms_norm_eps,
-        lora_rank=rank,
-        lora_alpha=alpha,
-        **keys,
-    )
-    weights = split_weights(load_base_weights(base), config)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected and all("lora" in n or "magnitude" in n for n in missing)
-    for name, parameter in model.named_parameters():
-        if "lora" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    for module in model.modules():
-        if hasattr(module, "initialize_dora_magnitude"):
-            module.initialize_dora_magnitude()
-            module.magnitude.data *= torch.rand_like(module.magnitude) + 0.5
-    return model.eval()
-
-
-def adapter_of(model):
-    return {n: v for n, v in model.state_dict().items() if "lora" in n or "magnitude" in n}
 
 
 def save(base, out, model, alpha=12):
@@ -123,8 +86,3 @@ def test_resume_with_the_other_layout_is_refused(base, tmp_path):
     save(base, tmp_path / "out", split_model(base, ("q_proj",)))
     with pytest.raises(CheckpointError, match="saved from a model with layout 'split'"):
         Phi3Checkpointer(base, tmp_path / "out", should_load_recipe_state=True).load_checkpoint()
-
-
-def test_names_tell_the_layout():
-    assert is_split(["layers.0.attn.q_proj.lora_a.weight"])
-    assert not is_split(["layers.0.attn.qkv_proj.lora_a.weight"])

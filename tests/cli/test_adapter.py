@@ -1,5 +1,6 @@
-"""The verbs for adapters, as recipe and as command, on adapters that PEFT wrote."""
+"""The verbs for adapters, as command and as recipe, on adapters that PEFT wrote."""
 
+import importlib.util
 import json
 import sys
 from copy import deepcopy
@@ -7,11 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin import cli
+from phi3_plugin.checkpoint.adapter import export
 from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
-from phi3_plugin.errors import AdapterError, MissingFileError, OutputError, Phi3Error
+from phi3_plugin.checkpoint.foreign import read_adapter
+from phi3_plugin.config import read_config
+from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError, Phi3Error
 from phi3_plugin.options import RUNTIMES
 from tests.commands import adapter as run
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, hf_logits, hf_model, save_checkpoint
@@ -231,3 +237,154 @@ def test_the_command_ends_with_the_exit_code(place, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "phi3_plugin: MissingFileError: " in err and "Traceback" not in err
     assert command("adapter", "convert", "x") == 2
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A folder with two bases, and an adapter that we wrote for one of them."""
+    folder = tmp_path_factory.mktemp("bases")
+    bases = [hf_model(MEDIUM_4K, seed=seed, **TINY_GQA) for seed in (0, 1)]
+    for name, model in zip(("own", "other"), bases, strict=True):
+        save_checkpoint(model, MEDIUM_4K, folder / name, **TINY_GQA)
+    keys = {"r": 4, "target_modules": ["qkv_proj"], "init_lora_weights": False}
+    get_peft_model(bases[0], LoraConfig(**keys)).save_pretrained(folder / "theirs")
+    given = {"adapter": str(folder / "theirs"), "checkpoint_dir": str(folder / "own")}
+    assert run({"verb": "convert", "to": "peft", "output_dir": str(folder / "ours"), **given}) == 0
+    return folder
+
+
+def with_base(bases, verb, adapter, base, **keys):
+    where = {"adapter": str(bases / adapter), "checkpoint_dir": str(bases / base)}
+    return {"verb": verb, **where, **keys}
+
+
+def test_check_tells(bases, capsys):
+    assert run(with_base(bases, "check", "ours", "own", json=True)) == 0
+    assert json.loads(capsys.readouterr().out)["other_base"] is None
+    assert run(with_base(bases, "check", "ours", "other")) == 1
+    assert "Another base: the adapter was made for weights" in capsys.readouterr().out
+
+
+def test_of_an_adapter_of_others_nothing_is_known(bases, capsys):
+    assert run(with_base(bases, "check", "theirs", "other")) == 0
+    assert "Another base" not in capsys.readouterr().out
+
+
+def test_merge_warns(bases, tmp_path, capsys):
+    merged = str(tmp_path / "merged")
+    assert run(with_base(bases, "merge", "ours", "other", output_dir=merged)) == 0
+    assert "Warning: the adapter was made for weights" in capsys.readouterr().err
+
+
+needs_gguf = pytest.mark.skipif(
+    importlib.util.find_spec("gguf") is None, reason="llama.cpp's gguf package is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder with the demo's base, which has a tokenizer, a LoRA, and a DoRA of PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    from phi3_plugin.checkpoint.check import load_base_with_hf
+
+    folder = tmp_path_factory.mktemp("forms")
+    build_checkpoint(folder / "base", words=["one", "two"])
+    hf = load_base_with_hf(folder / "base")
+    for name, dora in (("lora", False), ("dora", True)):
+        keys = {"r": 4, "lora_alpha": 8, "target_modules": FOUR, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(deepcopy(hf), LoraConfig(use_dora=dora, **keys))
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def convert(demo, to, out, adapter="lora", **keys):
+    base = {"checkpoint_dir": str(demo / "base"), "output_dir": str(out)}
+    return run({"verb": "convert", "adapter": str(demo / adapter), "to": to, **base, **keys})
+
+
+def no_norms(module):
+    raise AssertionError(module)
+
+
+def same(demo, file):
+    """Whether a file, read back, holds the LoRA bit for bit."""
+    sizes = read_config(demo / "base")
+    lora, other = (
+        export(read_adapter(path, config=sizes), sizes, no_norms, patterns=True)
+        for path in (demo / "lora", file)
+    )
+    assert lora.tensors.keys() == other.tensors.keys()
+    assert (lora.ranks, lora.alphas) == (other.ranks, other.alphas)
+    return all(torch.equal(lora.tensors[name], other.tensors[name]) for name in lora.tensors)
+
+
+FILES = [
+    ("peft", "out", {}),
+    ("peft-patterns", "out", {}),
+    ("torchtune", "out", {}),
+    ("loralib", "out.pt", {}),
+    ("loralib", "out.safetensors", {"merged_linear": True}),
+]
+
+
+@pytest.mark.parametrize(("to", "name", "keys"), FILES, ids=lambda value: str(value))
+def test_what_is_written_is_the_same_adapter(demo, tmp_path, to, name, keys):
+    assert convert(demo, to, tmp_path / name, **keys) == 0
+    assert same(demo, tmp_path / name)
+    with pytest.raises(OutputError, match="exists"):
+        convert(demo, to, tmp_path / name, **keys)
+
+
+@needs_gguf
+def test_a_file_for_llama_cpp(demo, tmp_path):
+    import gguf
+
+    assert convert(demo, "gguf", tmp_path / "out.gguf") == 0
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert reader.fields["adapter.lora.alpha"].contents() == 8
+    assert len(reader.tensors) == 2 * 4 * 4
+
+
+def test_dora_for_llama_cpp_is_to_be_merged(demo, tmp_path):
+    with pytest.raises(AdapterError, match=r"it knows no DoRA\. Merge it into the base"):
+        convert(demo, "gguf", tmp_path / "out.gguf", "dora")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "keys", "message"),
+    [
+        ("gguf", "out", {}, "must be a file that ends in .gguf"),
+        ("loralib", "out.bin", {}, "must be a file that ends in .pt or .safetensors"),
+        ("gguf", "no/such/out.gguf", {}, "is no folder"),
+        ("peft", "out", {"enable_lora": "true,maybe"}, "maybe' must be a list of True and False"),
+    ],
+)
+def test_what_is_refused(demo, tmp_path, to, name, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        convert(demo, to, tmp_path / name, **keys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_without_alpha_needs_it(demo, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    convert(demo, "loralib", tmp_path / "own.safetensors")
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(tmp_path / "own.safetensors"), bare)
+    keys = {"verb": "import", "adapter": str(bare), "checkpoint_dir": str(demo / "base")}
+    with pytest.raises(AdapterError, match="alpha"):
+        run({**keys, "output_dir": str(tmp_path / "out")})
+    assert run({**keys, "output_dir": str(tmp_path / "out"), "alpha": 8.0}) == 0
+    assert same(demo, tmp_path / "out")
+
+
+def test_onto_nf4_the_difference_is_stated(demo, tmp_path, capsys):
+    base = {"checkpoint_dir": str(demo / "base"), "output_dir": str(tmp_path / "out")}
+    assert run({"verb": "merge", "adapter": str(demo / "lora"), "onto": "nf4", **base}) == 0
+    assert "The quantized weights differ from the original ones by " in capsys.readouterr().out

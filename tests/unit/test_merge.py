@@ -1,4 +1,4 @@
-"""Merging is exact, keeps to its memory, refuses what does not fit, and is whole or not there."""
+"""Merging is exact, refuses what does not fit, and is whole or not there."""
 
 import json
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from phi3_plugin.checkpoint import files as stored
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import load_base_weights, open_weights
 from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.merge import merge_into
+from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError
 from phi3_plugin.models import qlora_phi3
+from tests.adapters import WHOLE, adapter, base_folder
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 
 R, ALPHA = 3, 6
@@ -69,22 +70,14 @@ def test_dtype_keeps_the_name_it_has_and_remote_code_is_not_named(mha, tmp_path)
     assert stops["eos_token_id"] == [150]
 
 
-def test_a_few_rows_are_in_memory_at_a_time(mha, tmp_path, monkeypatch):
-    sizes, read_into = [], stored.read_into
-
-    def counted(file, offset, out):
-        sizes.append(out.numel())
-        read_into(file, offset, out)
-
-    monkeypatch.setattr(stored, "read_into", counted)
-    monkeypatch.setattr("phi3_plugin.checkpoint.merge.PIECE", 500)
-    report = merge_into(tmp_path / "out", mha, random_adapter(mha), shard_bytes=100_000)
-    assert max(sizes) <= 500 and report.shards > 1
-    whole = merge_into(tmp_path / "whole", mha, random_adapter(mha))
-    assert whole.shards == 1 and whole.tensors == report.tensors
-    one, other = (load_base_weights(tmp_path / name) for name in ("out", "whole"))
-    for name, value in one.items():  # one product of matrices or several: they may round apart
-        torch.testing.assert_close(value, other[name], rtol=1e-6, atol=1e-6)
+def test_shards_hold_the_same_weights(mha, tmp_path):
+    reports = [
+        merge_into(tmp_path / name, mha, random_adapter(mha), shard_bytes=size)
+        for name, size in (("few", 1 << 30), ("many", 100_000))
+    ]
+    assert [report.shards for report in reports] == [1, 7]
+    one, other = (load_base_weights(report.folder) for report in reports)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 NF4_SIZES = {**TINY_MHA, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -192,7 +185,7 @@ def test_nothing_is_left_of_a_merge_that_fails(mha, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("phi3_plugin.checkpoint.base._bytes", fails)
+    monkeypatch.setattr("phi3_plugin.checkpoint.base.save_tensors", fails)
     with pytest.raises(OutputError, match="disk full"):
         merge_into(tmp_path / "out", mha, random_adapter(mha))
     assert not list(tmp_path.iterdir())
@@ -218,3 +211,26 @@ def test_files_are_those_of_transformers(mha, tmp_path):
     assert {"config.json", "generation_config.json", "model.safetensors.index.json"} <= files
     names = load_file(tmp_path / "out/model-00001-of-00001.safetensors").keys()
     assert names == {name for file in mha.glob("*.safetensors") for name in load_file(file)}
+
+
+def test_the_card_says_base_adapter_and_how(tmp_path):
+    base = base_folder("mini", tmp_path / "base")
+    (base / "original_repo_id.json").write_text('{"repo_id": "some/base"}')
+    given = adapter(read_config(base), WHOLE, ranks=(4, 2), dora=True)
+    merge_into(tmp_path / "out", base, given, dtype="bf16", card={"made from": "epoch_0"})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: some/base\nlibrary_name: transformers\n")
+    assert "# some/base with a DoRA merged into it" in card
+    targets = "down_proj, gate_up_proj, o_proj, qkv_proj"
+    assert f"| adapter | a DoRA of rank 2 or 4 on {targets} |" in card
+    assert "| made from | epoch_0 |\n| weights | bfloat16 |" in card
+    assert "| merged into | the base model |" in card
+
+
+def test_trained_weights_alone_are_no_lora(tmp_path):
+    base = base_folder("mini", tmp_path / "base")
+    head = {"output.weight": torch.zeros(read_config(base).vocab_size, 64)}
+    merge_into(tmp_path / "out", base, Adapter({}, {}, head))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "with trained weights merged into it" in card and "LoRA" not in card
+    assert "| trained whole | output.weight |" in card
