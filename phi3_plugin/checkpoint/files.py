@@ -441,8 +441,12 @@ def write_state(file: Path, state: dict[str, Any]) -> None:
         raise
 
 
-def read_state(file: Path) -> dict[str, Any]:
+def read_state(file: Path, advice: str = "") -> dict[str, Any]:
     """Read tensors and plain values; nothing in the file is run.
+
+    Args:
+        file: What ``torch.save`` wrote.
+        advice: Ends the message of an error.
 
     Raises:
         CheckpointError: The file is damaged, or holds more than tensors and plain values.
@@ -451,7 +455,7 @@ def read_state(file: Path) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises every kind, for the many ways to be broken
         problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file} cannot be read: {problem}.") from error
+        raise CheckpointError(f"{file} cannot be read: {problem}.{advice}") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{file} holds a {type(state).__name__}, no state.")
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, no state.{advice}")
     return state

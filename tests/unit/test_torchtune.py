@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from phi3_plugin.checkpoint import Phi3Checkpointer
 from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import CheckpointError
+from phi3_plugin.train.stock import Phi3Checkpointer
 from tests.adapters import adapter_of, split_model
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
