@@ -1,39 +1,20 @@
-"""A checkpoint folder's config.json and generation_config.json, read strictly."""
+"""A checkpoint folder's config.json and generation_config.json, read strictly.
+
+Every key of a config.json is either used, required to have the one value that we compute, or known
+to have no influence on training. Anything else is refused: a key that is skipped in silence is a
+model that is computed wrongly.
+
+Source: transformers 5.23, ``Phi3Config`` and ``modeling_rope_utils``; Ding et al. 2024, LongRoPE.
+"""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phi3_plugin.errors import ConfigError, MissingFileError, Phi3Error
-
-# How a ``config.json`` says that positions are encoded: rotary frequencies and LongRoPE.
-#
-# Older files have ``rope_theta`` and ``rope_scaling``, those that transformers 5 saves one
-# ``rope_parameters``; both come out alike here.
-#
-# Source: transformers 5.23, ``Phi3Config`` and ``modeling_rope_utils``; Ding et al. 2024, LongRoPE.
-
-PLAIN = "default"
-LONG = ("longrope", "su", "yarn")
-"""Names of the one scaling that Phi-3 has; the last two are those of April 2024."""
-
-ORIGINAL = 4096
-"""What transformers takes for ``original_max_position_embeddings`` where a file has none."""
-
-KNOWN = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "short_factor",
-    "long_factor",
-    "original_max_position_embeddings",
-    "factor",
-    "attention_factor",
-}
 
 
 @dataclass(frozen=True)
@@ -57,148 +38,6 @@ class Rope:
     rotary_dim: int
     """Dimensions of a head that rotate: the first so many."""
     scaling: LongRoPE | None = None
-
-
-def read_rope(keys: Mapping[str, Any], head_dim: int) -> tuple[Rope | None, list[str]]:
-    """Read what a config.json says of positions.
-
-    Args:
-        keys: The file's content; its sizes are right.
-        head_dim: Width of one head.
-
-    Returns:
-        The rotary positions, or None and what is wrong, a line each.
-    """
-    rope, name = _section(keys)
-    problems = [f"{name}.{key}: {rope[key]!r} is an unknown key." for key in {*rope} - KNOWN]
-    theta = rope.get("rope_theta", keys.get("rope_theta"))
-    if not _is_positive(theta):
-        problems.append(f"rope_theta: {theta!r} must be a number above 0.")
-    share = rope.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
-    if not _is_positive(share) or share > 1:
-        return None, [*problems, f"partial_rotary_factor: {share!r} must be above 0, at most 1."]
-    rotary_dim = int(head_dim * share)
-    if rotary_dim < 2 or rotary_dim % 2:
-        problems.append(f"partial_rotary_factor: {share!r} of {head_dim} is not an even number.")
-    kind = rope.get("rope_type", rope.get("type", PLAIN))
-    if kind not in (PLAIN, *LONG):
-        problems.append(f"{name}.type: {kind!r} is not supported; only 'longrope' is.")
-    if kind in LONG:
-        problems += _wrong_scaling(rope, keys, name, rotary_dim // 2)
-    if problems:
-        return None, problems
-    return Rope(float(theta), rotary_dim, _scaling(rope, keys) if kind in LONG else None), []
-
-
-def _section(keys: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    # transformers prefers rope_scaling where a file has both
-    for name in ("rope_scaling", "rope_parameters"):
-        if isinstance(keys.get(name), dict) and keys[name]:
-            return keys[name], name
-    return {}, "rope_scaling"
-
-
-def _wrong_scaling(
-    rope: Mapping[str, Any], keys: Mapping[str, Any], name: str, pairs: int
-) -> list[str]:
-    problems = []
-    for key in ("short_factor", "long_factor"):
-        factors = rope.get(key)
-        if not isinstance(factors, list) or len(factors) != pairs:
-            found = len(factors) if isinstance(factors, list) else factors
-            problems.append(f"{name}.{key}: {found!r} factors, expected {pairs}, one for each "
-                            "pair of rotated dimensions.")  # fmt: skip
-        elif not all(map(_is_positive, factors)):
-            problems.append(f"{name}.{key}: every factor must be a number above 0.")
-    original = keys.get("original_max_position_embeddings", ORIGINAL)
-    if type(original) is not int or original < 2:
-        problems.append(f"original_max_position_embeddings: {original!r} must be at least 2.")
-    inner = rope.get("original_max_position_embeddings", original)
-    if inner != original:
-        problems.append(
-            f"{name}.original_max_position_embeddings: {inner!r} differs from {original!r} at the "
-            "top of the file, which transformers follows. Make them equal."
-        )
-    problems += [
-        f"{name}.{key}: {rope[key]!r} must be a number above 0."
-        for key in ("factor", "attention_factor")
-        if rope.get(key) is not None and not _is_positive(rope[key])
-    ]
-    return problems
-
-
-def _scaling(rope: Mapping[str, Any], keys: Mapping[str, Any]) -> LongRoPE:
-    original = keys.get("original_max_position_embeddings", ORIGINAL)
-    stretch = rope.get("factor") or keys["max_position_embeddings"] / original
-    attention = rope.get("attention_factor")
-    if attention is None:
-        more = math.log(stretch) / math.log(original) if stretch > 1 else 0.0
-        attention = math.sqrt(1 + more)
-    short, long = (tuple(map(float, rope[key])) for key in ("short_factor", "long_factor"))
-    return LongRoPE(short, long, original, attention)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-# Read a published Phi-3 ``config.json`` strictly.
-#
-# Every key is either used, required to have the one value we implement, or known to
-# have no influence on training. Anything else is refused: a key that is skipped
-# silently is a model that is computed wrongly.
-
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
-"""Positive whole numbers that every file must state."""
-
-USED = {
-    *SIZES,
-    "num_key_value_heads",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "sliding_window",
-    "tie_word_embeddings",
-}
-
-REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "model_type": ("phi3",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "lm_head_bias": (False,),
-    "attention_dropout": (0.0,),
-    "embd_pdrop": (0.0,),
-    "resid_pdrop": (0.0,),
-    "full_attn_mod": (1,),
-    "interpolate_factor": (1,),
-}
-"""Keys that may be absent, and the values we compute."""
-
-IRRELEVANT = {
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-"""Keys that do not change what a forward or backward pass computes."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +69,9 @@ class Phi3Config:
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
 
+# config.json.
+
+
 def read_config(checkpoint_dir: str | Path | None) -> Phi3Config:
     """Read and check ``config.json`` of a checkpoint folder.
 
@@ -250,6 +92,28 @@ def read_config(checkpoint_dir: str | Path | None) -> Phi3Config:
             "checkpoint in Hugging Face layout (config.json, tokenizer files, *.safetensors)."
         )
     return parse_config(read_json_object(file), str(file))
+
+
+def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
+    """Return the checkpoint folder as a path.
+
+    Raises:
+        ConfigError: It is None, which is how the YAMLs say that the user must set it.
+        MissingFileError: There is no such folder.
+    """
+    if checkpoint_dir is None:
+        raise ConfigError(
+            "checkpoint_dir is not set. Set it in the YAML or add "
+            "checkpoint_dir=/path/to/Phi-3-mini-4k-instruct to the command."
+        )
+    folder = Path(checkpoint_dir)
+    if not folder.is_dir():
+        raise MissingFileError(
+            f"checkpoint_dir: {folder} is not a folder. Download a checkpoint with "
+            f"'tune download microsoft/Phi-3-mini-4k-instruct --output-dir {folder} "
+            '--ignore-patterns ""\' or correct the path.'
+        )
+    return folder
 
 
 JSON_BYTES = 64_000_000
@@ -277,26 +141,57 @@ def read_json_object(file: Path, error: type[Phi3Error] = ConfigError) -> dict[s
     return keys
 
 
-def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
-    """Return the checkpoint folder as a path.
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""Positive whole numbers that every file must state."""
 
-    Raises:
-        ConfigError: It is None, which is how the YAMLs say that the user must set it.
-        MissingFileError: There is no such folder.
-    """
-    if checkpoint_dir is None:
-        raise ConfigError(
-            "checkpoint_dir is not set. Set it in the YAML or add "
-            "checkpoint_dir=/path/to/Phi-3-mini-4k-instruct to the command."
-        )
-    folder = Path(checkpoint_dir)
-    if not folder.is_dir():
-        raise MissingFileError(
-            f"checkpoint_dir: {folder} is not a folder. Download a checkpoint with "
-            f"'tune download microsoft/Phi-3-mini-4k-instruct --output-dir {folder} "
-            '--ignore-patterns ""\' or correct the path.'
-        )
-    return folder
+USED = {
+    *SIZES,
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+}
+
+REQUIRED_VALUES = {
+    "model_type": "phi3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "attention_dropout": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+}
+"""Keys that may be absent, and the value we compute."""
+
+IRRELEVANT = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Keys that do not change what a forward or backward pass computes."""
 
 
 def parse_config(keys: dict[str, Any], source: str = "config.json") -> Phi3Config:
@@ -319,94 +214,162 @@ def parse_config(keys: dict[str, Any], source: str = "config.json") -> Phi3Confi
         "num_key_value_heads": keys.get("num_key_value_heads") or keys.get("num_attention_heads"),
         "tie_word_embeddings": keys.get("tie_word_embeddings", False),
     }
-    problems = _unknown(keys) + _unsupported(keys)
-    wrong = _wrong_sizes(values)
-    if not wrong:
+    problems, wrong_sizes = [*_wrong_keys(keys)], [*_wrong_sizes(values)]
+    problems += wrong_sizes
+    if not wrong_sizes:
         head_dim = values["hidden_size"] // values["num_attention_heads"]
-        values["rope"], wrong = read_rope(keys, head_dim)
-    if problems := problems + wrong:
+        rope = _read_rope(values, head_dim, problems)
+    if problems:
         raise ConfigError(f"{source} cannot be used:\n  " + "\n  ".join(problems))
-    fields: dict[str, Any] = {name: values.get(name) for name in Phi3Config.__annotations__}
-    return Phi3Config(**fields)
+    names = [name for name in Phi3Config.__annotations__ if name != "rope"]
+    sizes: dict[str, Any] = {name: values.get(name) for name in names}
+    return Phi3Config(rope=rope, **sizes)
 
 
-def _unknown(keys: dict[str, Any]) -> list[str]:
+def _wrong_keys(keys: Mapping[str, Any]) -> Iterator[str]:
     known = USED | IRRELEVANT | REQUIRED_VALUES.keys()
-    return [
-        f"{key}: {keys[key]!r} is an unknown key, so what it changes would be ignored. "
-        "Remove it if it is harmless."
-        for key in keys
-        if key not in known
-    ]
+    for key, value in keys.items():
+        if key not in known:
+            yield (
+                f"{key}: {value!r} is an unknown key, so what it changes would be ignored. "
+                "Remove it if it is harmless."
+            )
+    for key, value in REQUIRED_VALUES.items():
+        if key in keys and keys[key] != value:
+            text = repr(keys[key])
+            text = text if len(text) <= 80 else text[:77] + "..."
+            yield f"{key}: {text} is not supported yet; only {value!r} is."
 
 
-def _unsupported(keys: dict[str, Any]) -> list[str]:
-    return [
-        f"{key}: {_short(keys[key])} is not supported yet; only {values[0]!r} is."
-        for key, values in REQUIRED_VALUES.items()
-        if key in keys and keys[key] not in values
-    ]
-
-
-def _wrong_sizes(values: dict[str, Any]) -> list[str]:
-    whole = (*SIZES, "num_key_value_heads")
+def _wrong_sizes(values: Mapping[str, Any]) -> Iterator[str]:
     problems = [
         f"{key}: {values.get(key)!r} must be a whole number above 0."
-        for key in whole
+        for key in (*SIZES, "num_key_value_heads")
         if not _is_whole(values.get(key))
     ]
+    yield from problems
     epsilon = values.get("rms_norm_eps")
     if not isinstance(epsilon, int | float) or epsilon <= 0:
-        problems.append(f"rms_norm_eps: {epsilon!r} must be a number above 0.")
+        yield f"rms_norm_eps: {epsilon!r} must be a number above 0."
     if type(values["tie_word_embeddings"]) is not bool:
-        problems.append(f"tie_word_embeddings: {values['tie_word_embeddings']!r} must be a bool.")
+        yield f"tie_word_embeddings: {values['tie_word_embeddings']!r} must be a bool."
     window = values.get("sliding_window")
     if window is not None and not _is_whole(window):
-        problems.append(f"sliding_window: {window!r} must be a whole number above 0, or null.")
-    return problems or _indivisible(values)
-
-
-def _indivisible(values: dict[str, Any]) -> list[str]:
-    pairs = (
+        yield f"sliding_window: {window!r} must be a whole number above 0, or null."
+    for above, below in (
         ("hidden_size", "num_attention_heads"),
         ("num_attention_heads", "num_key_value_heads"),
-    )
-    return [
-        f"{above}: {values[above]} must be a multiple of {below} ({values[below]})."
-        for above, below in pairs
-        if values[above] % values[below]
-    ]
+    ):
+        if not problems and values[above] % values[below]:
+            yield f"{above}: {values[above]} must be a multiple of {below} ({values[below]})."
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and value > 0
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+# Rotary positions. Older files have ``rope_theta`` and ``rope_scaling``, those that transformers 5
+# saves one ``rope_parameters``; both come out alike.
+
+ROPE_KEYS = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "short_factor",
+    "long_factor",
+    "original_max_position_embeddings",
+    "factor",
+    "attention_factor",
+}
+
+LONG = ("longrope", "su", "yarn")
+"""Names of the one scaling that Phi-3 has; the last two are those of April 2024."""
+
+ORIGINAL = 4096
+"""What transformers takes for ``original_max_position_embeddings`` where a file has none."""
+
+
+def _read_rope(keys: Mapping[str, Any], head_dim: int, problems: list[str]) -> Rope:
+    """Read what a config.json says of positions.
+
+    Args:
+        keys: The file's content; its sizes are right.
+        head_dim: Width of one head.
+        problems: Is told what is wrong, a line each; what is returned is of no use then.
+    """
+    # transformers prefers rope_scaling where a file has both
+    names = ("rope_scaling", "rope_parameters")
+    filled = [name for name in names if isinstance(keys.get(name), dict) and keys[name]]
+    name = filled[0] if filled else names[0]
+    rope: dict[str, Any] = keys[name] if filled else {}
+    problems += [f"{name}.{key}: {rope[key]!r} is an unknown key." for key in {*rope} - ROPE_KEYS]
+    theta: Any = rope.get("rope_theta", keys.get("rope_theta"))
+    if not _is_positive(theta):
+        problems.append(f"rope_theta: {theta!r} must be a number above 0.")
+        theta = 1.0
+    share = rope.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
+    if not _is_positive(share) or share > 1:
+        problems.append(f"partial_rotary_factor: {share!r} must be above 0, at most 1.")
+        share = 1.0
+    rotary_dim = int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        problems.append(f"partial_rotary_factor: {share!r} of {head_dim} is not an even number.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", *LONG):
+        problems.append(f"{name}.type: {kind!r} is not supported; only 'longrope' is.")
+    if kind in LONG:
+        problems += _wrong_scaling(rope, keys, name, rotary_dim // 2)
+    if problems or kind not in LONG:
+        return Rope(float(theta), rotary_dim)
+
+    original = keys.get("original_max_position_embeddings", ORIGINAL)
+    stretch = rope.get("factor") or keys["max_position_embeddings"] / original
+    attention = rope.get("attention_factor")
+    if attention is None:
+        more = math.log(stretch) / math.log(original) if stretch > 1 else 0.0
+        attention = math.sqrt(1 + more)
+    short, long = (tuple(map(float, rope[key])) for key in ("short_factor", "long_factor"))
+    return Rope(float(theta), rotary_dim, LongRoPE(short, long, original, attention))
+
+
+def _wrong_scaling(
+    rope: Mapping[str, Any], keys: Mapping[str, Any], name: str, pairs: int
+) -> Iterator[str]:
+    for key in ("short_factor", "long_factor"):
+        factors = rope.get(key)
+        if not isinstance(factors, list) or len(factors) != pairs:
+            count = len(factors) if isinstance(factors, list) else factors
+            yield (
+                f"{name}.{key}: {count!r} factors, expected {pairs}, one for each pair of rotated "
+                "dimensions."
+            )
+        elif not all(map(_is_positive, factors)):
+            yield f"{name}.{key}: every factor must be a number above 0."
+    original = keys.get("original_max_position_embeddings", ORIGINAL)
+    if type(original) is not int or original < 2:
+        yield f"original_max_position_embeddings: {original!r} must be at least 2."
+    inner = rope.get("original_max_position_embeddings", original)
+    if inner != original:
+        yield (
+            f"{name}.original_max_position_embeddings: {inner!r} differs from {original!r} at the "
+            "top of the file, which transformers follows. Make them equal."
+        )
+    for key in ("factor", "attention_factor"):
+        if rope.get(key) is not None and not _is_positive(rope[key]):
+            yield f"{name}.{key}: {rope[key]!r} must be a number above 0."
 
 
 # At which tokens generation ends, read from a checkpoint's own files.
-#
-# ``<|end|>`` closes a turn, ``<|endoftext|>`` a conversation, and a model that writes the header
-# ``<|assistant|>`` has begun another turn. Phi-3's are 32007, 32000 and 32001.
 
 ENDS = ("<|end|>", "<|endoftext|>", "<|assistant|>", "<|im_end|>")
+"""They close a turn, a conversation, or begin another turn. Phi-3's are 32007, 32000 and 32001."""
+
 GENERATION = "generation_config.json"
-
-
-def stop_tokens(checkpoint_dir: Path) -> dict[str, int]:
-    """Return the tokens of a checkpoint that end generation, and their ids, in the ids' order.
-
-    Raises:
-        ConfigError: A tokenizer file is not valid JSON, or lists no tokens.
-    """
-    added, settings = _added_tokens(checkpoint_dir), read_json(_tokenizer_config(checkpoint_dir))
-    eos = settings.get("eos_token")
-    named = eos.get("content") if isinstance(eos, dict) else eos
-    found = {token: number for token, number in added.items() if token in (*ENDS, named)}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def generation_config(checkpoint_dir: Path) -> dict[str, Any]:
@@ -416,13 +379,43 @@ def generation_config(checkpoint_dir: Path) -> dict[str, Any]:
         ConfigError: A file is not valid JSON, or a stop is not a number.
     """
     keys, config = (read_json(checkpoint_dir / name) for name in (GENERATION, "config.json"))
-    ids = _as_list(keys.get("eos_token_id"))
+    ids = _stop_ids(keys)
     if len(ids) > 1:
         return keys
-    more = {*_as_list(config.get("eos_token_id")), *stop_tokens(checkpoint_dir).values()}
-    special = ("bos_token_id", "pad_token_id")
-    known: dict[str, Any] = {name: config[name] for name in special if name in config}
-    return {**known, **keys, "eos_token_id": [*ids, *sorted(more.difference(ids))]}
+    more = {*_stop_ids(config), *stop_tokens(checkpoint_dir).values()}
+    named = ("bos_token_id", "pad_token_id")
+    special: dict[str, Any] = {key: config[key] for key in named if key in config}
+    return {**special, **keys, "eos_token_id": [*ids, *sorted(more.difference(ids))]}
+
+
+def stop_tokens(checkpoint_dir: Path) -> dict[str, int]:
+    """Return the tokens of a checkpoint that end generation, and their ids, in the ids' order.
+
+    Raises:
+        ConfigError: A tokenizer file is not valid JSON, or lists no tokens.
+    """
+    tokenizer_config = read_json(checkpoint_dir / "tokenizer_config.json")
+    plain = read_json(checkpoint_dir / "added_tokens.json")
+    decoder = tokenizer_config.get("added_tokens_decoder") or {}
+    listed = read_json(checkpoint_dir / "tokenizer.json").get("added_tokens") or []
+    try:
+        added = {
+            **{token: int(number) for token, number in plain.items()},
+            **{token["content"]: int(number) for number, token in decoder.items()},
+            **{token["content"]: int(token["id"]) for token in listed},
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{checkpoint_dir}: its files list added tokens in an unknown way: {error!r}. Download "
+            "tokenizer.json, tokenizer_config.json and added_tokens.json again."
+        ) from error
+    eos = tokenizer_config.get("eos_token")
+    ends = (*ENDS, eos.get("content") if isinstance(eos, dict) else eos)
+    return {
+        token: number
+        for token, number in sorted(added.items(), key=lambda item: item[1])
+        if token in ends
+    }
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -434,29 +427,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return read_json_object(file) if file.is_file() else {}
 
 
-def _added_tokens(folder: Path) -> dict[str, int]:
-    decoder = read_json(_tokenizer_config(folder)).get("added_tokens_decoder") or {}
-    listed = read_json(folder / "tokenizer.json").get("added_tokens") or []
-    plain = read_json(folder / "added_tokens.json")
-    try:
-        return {
-            **{token: int(number) for token, number in plain.items()},
-            **{token["content"]: int(number) for number, token in decoder.items()},
-            **{token["content"]: int(token["id"]) for token in listed},
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{folder}: its files list added tokens in an unknown way: {error!r}. Download "
-            "tokenizer.json, tokenizer_config.json and added_tokens.json again."
-        ) from error
-
-
-def _tokenizer_config(folder: Path) -> Path:
-    return folder / "tokenizer_config.json"
-
-
-def _as_list(ids: Any) -> list[int]:
-    many = [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
-    if wrong := [number for number in many if type(number) is not int]:
+def _stop_ids(keys: Mapping[str, Any]) -> list[int]:
+    ids = keys.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if wrong := [number for number in ids if type(number) is not int]:
         raise ConfigError(f"eos_token_id: {wrong[0]!r} must be a whole number.")
-    return many
+    return [*ids]

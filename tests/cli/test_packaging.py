@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "phi3_plugin", "recipes", "configs")
 # Where each folder of the repository lands in the wheel.
 FOLDERS = {
