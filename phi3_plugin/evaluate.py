@@ -26,7 +26,7 @@ from phi3_plugin.generate import Answer
 from phi3_plugin.inspect import CHAT_DATASETS, arrays, count, place
 from phi3_plugin.prompts import as_line
 from phi3_plugin.settings import Settings
-from phi3_plugin.train.data import build
+from phi3_plugin.train.data import instantiate
 
 BASE, ADAPTER = "base", "adapter"
 """Names of the models."""
@@ -100,7 +100,7 @@ def evaluation_data(
     if is_chat:  # each conversation is a sample of its own
         section = {**section, "packed": False, "split_documents": False}
     rest, part = hold_out(
-        build(section, tokenizer), 0.0 if s.dataset_val else s.val_fraction, s.seed
+        instantiate(section, tokenizer), 0.0 if s.dataset_val else s.val_fraction, s.seed
     )
     dataset = rest if part is None else part
     if hasattr(dataset, "chosen"):  # no sample comes again because of its source's weight

@@ -370,7 +370,7 @@ def _groups(slots: list[int], rows: list[_Row]) -> Iterator[list[int]]:
 
 # Answers to a few fixed questions while a model is trained.
 
-BROKEN = "(no answer: the model's scores are not finite)"
+NOT_FINITE = "(no answer: the model's scores are not finite)"
 """Stands where an answer would."""
 
 
@@ -397,7 +397,7 @@ def answers_in_training(
         with torch.compiler.set_stance("force_eager"):
             answers = list(generator.answers(asked))
     except CheckpointError:  # not finite; when a run is given up for that, the run decides
-        return [BROKEN] * len(prompts)
+        return [NOT_FINITE] * len(prompts)
     finally:
         model.train(was_training)
     return [answer.text for answer in sorted(answers, key=lambda answer: answer.index)]

@@ -27,8 +27,8 @@ from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.cache import ServedLinear
 from phi3_plugin.models.lora_settings import keys_of
 from phi3_plugin.models.nf4 import is_nf4, rows_of
+from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.models.rope import RotaryEmbedding
-from phi3_plugin.train.model import DTYPES
 from phi3_plugin.train.world import check_weights, pick_device
 
 
@@ -62,8 +62,8 @@ def load(
         ConfigError: An option has a value that it cannot have.
         MissingFileError: A folder or file is not there.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}.")
+    if dtype not in PRECISIONS:
+        raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(PRECISIONS)}.")
     # Of several processes on a machine, as torchrun starts them, each has a GPU of its own
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     base, stored, read = parts_of(checkpoint_dir, adapter, quantize=quantize, check_base=check_base)
@@ -123,7 +123,7 @@ def assembled(
         AdapterError: No keys of a model say where the adapter is.
         ConfigError: The model to share weights with is of another kind.
     """
-    with set_default_dtype(DTYPES[dtype]), torch.device("meta"):
+    with set_default_dtype(PRECISIONS[dtype]), torch.device("meta"):
         model: Any = build(base, adapter, quantize=quantize)
     own = {**adapter.tensors, **adapter.saved} if adapter else {}
     model.loaded_from = base.resolve()

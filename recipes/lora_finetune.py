@@ -28,10 +28,11 @@ from phi3_plugin.checkpoint.peft import export_adapter, export_model
 from phi3_plugin.data.order import shares
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.generate import answers_in_training
+from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.train import checkpoints
-from phi3_plugin.train.data import build, load_data
+from phi3_plugin.train.data import instantiate, load_data
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.model import DTYPES, is_adapted, prepare, trained_parameters
+from phi3_plugin.train.model import is_adapted, prepare, trained_parameters
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import (
     check_shards,
@@ -107,7 +108,7 @@ class Finetune:
 
         def make() -> torch.nn.Module:
             return prepare(
-                build(self.s.model),
+                instantiate(self.s.model),
                 adapter_dtype=self.s.adapter_dtype,
                 compiled=self.s.compile,
                 **choices,
@@ -115,7 +116,7 @@ class Finetune:
 
         self.model = self.world.build(
             make,
-            DTYPES[self.s.dtype],
+            PRECISIONS[self.s.dtype],
             offload=self.s.fsdp_cpu_offload,
             reshard=self.s.fsdp_reshard_after_forward,
         )
@@ -131,9 +132,9 @@ class Finetune:
         """Build optimizer and schedule."""
         rate = self.s.optimizer.get("lr")
         groups = parameter_groups(self.model, rate, self.s.lora_plus_ratio)
-        self.optimizer = build(self.s.optimizer, groups)
+        self.optimizer = instantiate(self.s.optimizer, groups)
         check_shards(self.optimizer, self.model.named_parameters(), self.world.shards)
-        self.scheduler = build(
+        self.scheduler = instantiate(
             self.s.lr_scheduler, self.optimizer, num_training_steps=self.total_steps
         )
 

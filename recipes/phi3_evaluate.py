@@ -59,7 +59,7 @@ from phi3_plugin.options import EvaluateOptions
 from phi3_plugin.pages import for_stdout, harmless, write_files
 from phi3_plugin.pages.evaluation import page_of_evaluation
 from phi3_plugin.settings import Settings, read_beside
-from phi3_plugin.train.data import build
+from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.plan import give_memory_back
 from phi3_plugin.train.step import ready
 from phi3_plugin.train.world import World
@@ -76,7 +76,7 @@ def measure(cfg: DictConfig) -> None:
     check_models(s, o)
     scorer = Scorer() if o.answers else None
     world = World(s.device, int(os.environ.get("WORLD_SIZE", 1)))
-    tokenizer = build(s.tokenizer)
+    tokenizer = instantiate(s.tokenizer)
     positions = read_config(s.checkpoint_dir).max_position_embeddings if o.answers else None
     data = evaluation_data(s, tokenizer, o.max_samples, positions)
 

@@ -36,8 +36,8 @@ from phi3_plugin.checkpoint.peft import (
 from phi3_plugin.config import Phi3Config, read_config, read_json_object
 from phi3_plugin.errors import AdapterError, MissingFileError, Phi3Error
 from phi3_plugin.load import assembled
+from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.options import RUNTIMES
-from phi3_plugin.train.model import DTYPES
 
 # What each runtime makes of an adapter folder as it lies there.
 #
@@ -508,7 +508,7 @@ def prove(base: Path, folder: Path, dtype: str = "fp32") -> Proof:
     Raises:
         NotLoadedError: PEFT does not load the adapter, or not all of it.
     """
-    model = load_with_peft(base, folder, DTYPES[dtype])
+    model = load_with_peft(base, folder, PRECISIONS[dtype])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (2, 17), generator=generator)
     with torch.no_grad():

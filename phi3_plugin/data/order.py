@@ -24,13 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset
 
-from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.data.collate import IGNORED, Sample
 from phi3_plugin.data.formats import Chat, Turn, Written, column
 from phi3_plugin.errors import DataError
 
 # Shapes: N samples, G groups
 
-Sample = dict[str, Any]
 Collate = Callable[[list[Sample]], dict[str, Tensor]]
 
 STRETCH = 50

@@ -21,6 +21,9 @@ from phi3_plugin.models.lora_settings import HEAD, LoRASettings, misfits, under_
 from phi3_plugin.models.nf4 import dequantize_in_state_dicts
 from phi3_plugin.models.rope import RotaryEmbedding
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""What a model may be computed in, by the name that settings have for it."""
+
 
 # Shapes: B batch, S sequence, T tokens of all rows, D model, I intermediate, V vocabulary,
 # N labelled tokens

@@ -29,7 +29,7 @@ BEST, FINAL = "best", "final"
 STATE, HASHES = "resume/state.pt", "resume/hashes.json"
 _STEP = re.compile(r"step_(\d+)")
 
-Write = Callable[[Path], None]
+Export = Callable[[Path], None]
 """Writes what serves into the folder that it is given."""
 
 
@@ -47,13 +47,13 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def save(folder: Path, step: int, write: Write, state: dict[str, Any], *, replace: bool) -> None:
+def save(folder: Path, step: int, export: Export, state: dict[str, Any], *, replace: bool) -> None:
     """Write one checkpoint, whole or not at all.
 
     Args:
         folder: Of the checkpoint, in that of the run.
         step: Optimizer steps made.
-        write: Writes what serves.
+        export: Writes what serves.
         state: What training goes on from.
         replace: Whether the folder may exist; it is removed once the new one is in its place.
 
@@ -62,7 +62,7 @@ def save(folder: Path, step: int, write: Write, state: dict[str, Any], *, replac
     """
     sweep(folder.parent)
     with whole_folder(folder, replace=replace) as partial:
-        write(partial)
+        export(partial)
         (partial / "resume").mkdir()
         write_state(partial / STATE, {**state, "step": step})
         files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -213,14 +213,14 @@ class Saver:
         self._pool = ThreadPoolExecutor(1) if background else None
         self._writing: tuple[Future[None], str, int] | None = None
 
-    def save(self, name: str, step: int, write: Write, state: dict[str, Any]) -> None:
+    def save(self, name: str, step: int, export: Export, state: dict[str, Any]) -> None:
         """Write a checkpoint, in place of an earlier one of that name, and prune.
 
         Args:
             name: Of its folder.
             step: Optimizer steps made.
             write: Writes what serves.
-            state: What training goes on from. Like the tensors of ``write`` it must be a copy,
+            state: What training goes on from. Like the tensors of ``export`` it must be a copy,
                 since training may go on before it is written.
 
         Raises:
@@ -228,10 +228,10 @@ class Saver:
         """
         self.wait()
         if self._pool is None:
-            self._write(name, step, write, state)
+            self._write(name, step, export, state)
             self._saved(name, step)
         else:
-            self._writing = self._pool.submit(self._write, name, step, write, state), name, step
+            self._writing = self._pool.submit(self._write, name, step, export, state), name, step
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -245,6 +245,6 @@ class Saver:
             job.result()
             self._saved(name, step)
 
-    def _write(self, name: str, step: int, write: Write, state: dict[str, Any]) -> None:
-        save(self._output_dir / name, step, write, state, replace=True)
+    def _write(self, name: str, step: int, export: Export, state: dict[str, Any]) -> None:
+        save(self._output_dir / name, step, export, state, replace=True)
         prune(self._output_dir, self._limit)

@@ -39,11 +39,11 @@ def load_data(settings: Settings, processes: int) -> RunData:
         processes: Number of processes that share a step.
     """
     s = settings
-    tokenizer = build(s.tokenizer)
-    dataset = without_padding(build(s.dataset, tokenizer))
+    tokenizer = instantiate(s.tokenizer)
+    dataset = without_padding(instantiate(s.dataset, tokenizer))
     dataset, held_out = hold_out(dataset, s.val_fraction, s.seed)
     if held_out is None:
-        held_out = without_padding(build(s.dataset_val, tokenizer))
+        held_out = without_padding(instantiate(s.dataset_val, tokenizer))
     order_of = partial(Order, batch_size=s.batch_size, processes=processes, seed=s.seed)
     order = order_of(
         dataset,
@@ -63,7 +63,7 @@ def load_data(settings: Settings, processes: int) -> RunData:
     )
 
 
-def build(section: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
+def instantiate(section: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a section of the YAML; None stays None."""
     if section is None:
         return None

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import get_act_offloading_ctx_manager
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from phi3_plugin.models.phi3 import PRECISIONS
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -47,7 +47,7 @@ def prepare(
         set_trainable_params(model, adapter)
     if adapter_dtype is not None:
         for parameter in adapter.values():
-            parameter.data = parameter.data.to(DTYPES[adapter_dtype])
+            parameter.data = parameter.data.to(PRECISIONS[adapter_dtype])
     for i, layer in enumerate(model.layers):  # type: ignore[arg-type]
         if compiled:  # within what recomputes, which the compiler does not look into from outside
             layer.forward = torch.compile(layer.forward)

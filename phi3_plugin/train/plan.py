@@ -32,10 +32,11 @@ from torch.utils.flop_counter import flop_registry
 
 from phi3_plugin.checkpoint.check import memory_free
 from phi3_plugin.errors import ConfigError
+from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.settings import Settings, read
-from phi3_plugin.train.data import build
+from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.model import DTYPES, prepare
+from phi3_plugin.train.model import prepare
 from phi3_plugin.train.world import World, pick_device
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -156,16 +157,16 @@ def estimated(s: Settings, device: torch.device, shards: int, recomputed: int) -
         cpu_activations=s.enable_activation_offloading,
         joined=device.type == "cuda",
     )
-    return estimate(model, work, partial(build, s.optimizer), recomputed)
+    return estimate(model, work, partial(instantiate, s.optimizer), recomputed)
 
 
 def on_meta(s: Settings, recomputed: int = 0) -> Any:
     """Return the model of a run, prepared, without memory."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[s.dtype])
+    torch.set_default_dtype(PRECISIONS[s.dtype])
     try:
         with torch.device("meta"):
-            model = build(s.model)
+            model = instantiate(s.model)
     finally:
         torch.set_default_dtype(before)
     return prepare(
@@ -478,7 +479,7 @@ def report(s: Settings, devices: int, device: torch.device) -> list[str]:
         lines.append(f"  {limit_name:<18}{in_gib(limit):>8}   {verdict}")
         lines += [] if fits else _advice(at, layers, limit)
 
-    rate = _rate(model, device, DTYPES[s.dtype], s.batch_size * longest)
+    rate = _rate(model, device, PRECISIONS[s.dtype], s.batch_size * longest)
     flops = best.flops * times
     seconds, tokens = flops / rate, s.batch_size * longest * times * devices
     return [

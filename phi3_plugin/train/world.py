@@ -19,7 +19,7 @@ from torchtune.training import set_default_dtype
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.models.nf4 import rows_of
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class World:
@@ -176,7 +176,7 @@ class World:
         """Return a sharded tensor, gathered; every process must ask for it."""
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: _T) -> list[_T]:
         """Return every process's object, by rank."""
         if self.size == 1:
             return [value]
@@ -184,7 +184,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def same(self, key: str, value: T) -> T:
+    def same(self, key: str, value: _T) -> _T:
         """Return a value that all processes must have read alike from the file system.
 
         Args:

@@ -21,7 +21,7 @@ from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError, Phi3Error
-from phi3_plugin.generate import BROKEN, answers_in_training
+from phi3_plugin.generate import NOT_FINITE, answers_in_training
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.settings import read
 from tests.chosen import some
@@ -102,7 +102,7 @@ def test_answers_are_what_the_whole_model_says(cwd, compiled):
             assert text == by_hand(model, tokenizer, prompt)
         model.train()
         model.norm.scale.fill_(torch.inf)  # a model that diverged is no reason to stop
-        assert answers_in_training(model, tokenizer, PROMPTS, 9) == [BROKEN] * len(PROMPTS)
+        assert answers_in_training(model, tokenizer, PROMPTS, 9) == [NOT_FINITE] * len(PROMPTS)
         assert model.training
 
 

@@ -46,7 +46,7 @@ from phi3_plugin.evaluate import (
 from phi3_plugin.generate import Answer
 from phi3_plugin.models import logps
 from phi3_plugin.pages.evaluation import LONGEST_TEXT, page_of_evaluation
-from phi3_plugin.train.data import build
+from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.step import validate, with_targets
 from phi3_plugin.train.world import World
@@ -106,7 +106,7 @@ def held(cwd):
             (cwd / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             settings = ("dataset.source=own.jsonl", *settings)
         s = strict.read(merged(*TINY, "output_dir=eval", *settings, cwd=cwd))
-        return evaluate.evaluation_data(s, build(s.tokenizer), limit, positions)
+        return evaluate.evaluation_data(s, instantiate(s.tokenizer), limit, positions)
 
     return get
 
@@ -152,7 +152,7 @@ def test_a_weight_repeats_nothing(held, cwd):
     source = "{source: " + str(cwd / "rows.jsonl") + ", weight: 2.5}"
     s = strict.read(merged(*TINY, "output_dir=x", cwd=cwd))
     s.dataset["source"] = [{"source": str(cwd / "rows.jsonl"), "weight": 2.5}]
-    found = evaluate.evaluation_data(s, build(s.tokenizer), None, 1000)
+    found = evaluate.evaluation_data(s, instantiate(s.tokenizer), None, 1000)
     assert len(found.samples) == 40, source
     assert all(item.question.ids for item in found.samples)
 
