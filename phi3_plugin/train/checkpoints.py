@@ -219,7 +219,7 @@ class Saver:
         Args:
             name: Of its folder.
             step: Optimizer steps made.
-            write: Writes what serves.
+            export: Writes what serves.
             state: What training goes on from. Like the tensors of ``export`` it must be a copy,
                 since training may go on before it is written.
 

@@ -6,7 +6,7 @@ import torch
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.step import train_step, validate, with_targets
 from phi3_plugin.train.world import World
-from tests.train.tiny import rows, tiny_batch, tiny_model
+from tests.tiny import rows, tiny_batch, tiny_model
 
 
 def labelled(batch):

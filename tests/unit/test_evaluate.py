@@ -51,7 +51,7 @@ from phi3_plugin.train.losses import sft
 from phi3_plugin.train.step import validate, with_targets
 from phi3_plugin.train.world import World
 from tests.own import TINY, chat, merged
-from tests.train.tiny import CONFIG, tiny_model
+from tests.tiny import CONFIG, tiny_model
 
 # An evaluation without any model, of texts that are written here.
 

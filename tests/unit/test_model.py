@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import is_adapted, prepare
 from phi3_plugin.train.step import with_targets
-from tests.train.tiny import tiny_batch, tiny_model
+from tests.tiny import tiny_batch, tiny_model
 
 AS_IT_IS = {"adapter_dtype": None, "recompute_every": 0, "compiled": False}
 

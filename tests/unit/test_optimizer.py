@@ -13,7 +13,7 @@ from phi3_plugin.train.optimizer import (
     parameter_groups,
 )
 from phi3_plugin.train.world import World
-from tests.train.tiny import tiny_model
+from tests.tiny import tiny_model
 
 AS_IT_IS = {"adapter_dtype": None, "recompute_every": 0, "compiled": False}
 

@@ -23,7 +23,7 @@ from phi3_plugin.train.plan import (
     weights,
 )
 from phi3_plugin.train.step import with_targets
-from tests.train.tiny import CONFIG
+from tests.tiny import CONFIG
 
 WIDE = replace(
     CONFIG, hidden_size=256, intermediate_size=512, rope=replace(CONFIG.rope, rotary_dim=64)

@@ -4,7 +4,7 @@ import torch
 
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.step import ready, with_targets
-from tests.train.tiny import tiny_model
+from tests.tiny import tiny_model
 
 
 def test_labels_move_to_the_tokens_that_predict_them():

@@ -17,7 +17,7 @@ from phi3_plugin.train.optimizer import load_optimizer_state, optimizer_state
 from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World
 from tests.chosen import some
-from tests.train.tiny import new_model, rows, tiny_batch, tiny_model
+from tests.tiny import new_model, rows, tiny_batch, tiny_model
 
 
 def made():
