@@ -35,7 +35,13 @@ def at_call(count, stock, action):
     return function
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+SIGNALS = [
+    pytest.param(signal.SIGTERM, id="SIGTERM"),
+    pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.exhaustive),
+]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
     ("where", "call", "step"),
     [
@@ -110,13 +116,7 @@ def whole_of_two(inputs):
     return inputs / "whole_of_two"
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGTERM, id="SIGTERM"),
-        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_two_processes_whose_launcher_gets_a_signal_end_in_the_same_bits_too(
     number, whole_of_two, cwd
 ):

@@ -1,11 +1,13 @@
 """Adapters that start from the base weight: PiSSA against PEFT, LoftQ against its definition."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from phi3_plugin.checkpoint.base import load_base_weights, open_weights, to_hf
-from phi3_plugin.errors import AdapterError
+from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.models.nf4 import nearest_nf4
 from phi3_plugin.train.start import (
@@ -13,6 +15,8 @@ from phi3_plugin.train.start import (
     B,
     Residual,
     adapter_scales,
+    adapter_state,
+    check_adapter_state,
     for_original_base,
     nearest,
     split,
@@ -166,3 +170,11 @@ def test_the_factors_are_those_that_the_adapters_precision_holds(base):
     a, b = split(model.get_submodule(name), open_weights(base[1])[f"{name}.weight"], CPU)
     assert a.dtype == b.dtype == torch.float32
     assert torch.equal(a, a.bfloat16().float()) and torch.equal(b, b.bfloat16().float())
+
+
+def test_a_whole_model_is_no_state_of_an_adapter(base):
+    model = ours(base[1])
+    with pytest.raises(CheckpointError, match="out holds a whole model, but the model has"):
+        check_adapter_state(Path("out"), {"settings": {"model": {}}}, model)
+    state = {"adapter": adapter_state(model, trained(model), {}), "settings": {"model": {}}}
+    check_adapter_state(Path("out"), state, model)
