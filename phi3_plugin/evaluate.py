@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib import import_module
@@ -805,16 +805,15 @@ def refuse_earlier(folder: Path) -> None:
 
 def samples_text(evaluation: Evaluation) -> str:
     """Return what ``samples.jsonl`` holds: a line a sample."""
-    return "".join(as_line(_finite(row)) for row in _sample_rows(evaluation))
-
-
-def _sample_rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    lines = []
     for i, sample in enumerate(evaluation.samples):
         row: dict[str, Any] = {"where": sample.where, "tokens": sample.labelled}
         row |= {"prompt": sample.question.prompt, "reference": sample.question.reference}
         if sample.unasked:
             row["not_answered"] = sample.unasked
-        yield row | {name: seen[i].as_json() for name, seen in evaluation.outcomes.items()}
+        row |= {name: outcomes[i].as_json() for name, outcomes in evaluation.outcomes.items()}
+        lines.append(as_line(_finite(row)))
+    return "".join(lines)
 
 
 def results_text(evaluation: Evaluation, numbers: Sequence[Result], seed: int) -> str:
