@@ -23,7 +23,7 @@ from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
-from phi3_plugin.inspect import CHAT_DATASETS, arrays, count, place
+from phi3_plugin.inspect import CHAT_DATASETS, arrays, count, place_of
 from phi3_plugin.prompts import as_line
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import instantiate
@@ -111,7 +111,7 @@ def evaluation_data(
         raise DataError("dataset: there is no sample in it to evaluate.")
     chats: dict[str, Messages] = {}
     if is_chat and positions is not None:
-        wanted = {place(dataset, i) for i in range(number)}
+        wanted = {place_of(dataset, i) for i in range(number)}
         for where, messages in conversations(tokenizer, section):
             if where in wanted:
                 chats.setdefault(where, messages)
@@ -125,7 +125,7 @@ def _sample(
     dataset: Any, i: int, chats: Mapping[str, Messages], tokenizer: Any, positions: int | None
 ) -> EvalSample:
     tokens, labels = (values.tolist() for values in arrays(dataset, i))
-    where = place(dataset, i)
+    where = place_of(dataset, i)
     if positions is None:
         return EvalSample(where, tokens, labels)
     try:

@@ -1,8 +1,8 @@
 """What a run would be trained on: its numbers, what to do about them, and samples token by token.
 
-`survey` passes over the samples once, `statistics` counts, `problems` advises, `show` spells
-samples; `phi3_plugin.compare` holds them beside what transformers makes of the same rows. How all
-that looks is in `phi3_plugin.pages.inspection`.
+`survey` passes over the samples once, `statistics` counts, `advice` says what to act on, and `show`
+spells samples. `phi3_plugin.compare` holds them beside what transformers makes of the same rows. How
+all that looks is in `phi3_plugin.pages.inspection`.
 """
 
 import hashlib
@@ -114,7 +114,7 @@ def survey(dataset: Any, stop_tokens: Sequence[int]) -> Samples:
         content=np.array(content, dtype=np.uint64),
         prompt=np.array(prompt, dtype=np.uint64),
         stops=np.array(ended),
-        places=[place(dataset, i) for i in range(len(dataset))],
+        places=[place_of(dataset, i) for i in range(len(dataset))],
     )
 
 
@@ -127,7 +127,7 @@ def arrays(dataset: Any, i: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     return np.asarray(sample["tokens"], np.int32), np.asarray(sample["labels"], np.int32)
 
 
-def place(dataset: Any, i: int) -> str:
+def place_of(dataset: Any, i: int) -> str:
     """Return where a sample was read."""
     return str(dataset.places(i)) if hasattr(dataset, "places") else f"sample {i}"
 
@@ -145,7 +145,7 @@ USUAL = (512, 1024, 2048, 4096)
 BINS = 12
 """Bars of a histogram, at most."""
 
-PLAIN, GROUPED, PACKED = "plain", "grouped by length", "packed"
+UNGROUPED, GROUPED, PACKED = "plain", "grouped by length", "packed"
 """The ways to put samples into batches."""
 
 
@@ -430,14 +430,14 @@ def _batchings(
             group_by_length=group_by_length,
         )
 
-    orders = {PLAIN: order(dataset)}
+    orders = {UNGROUPED: order(dataset)}
     if settings.shuffle:
         orders[GROUPED] = order(dataset, group_by_length=True)
     limit = getattr(feed.tokenizer, "max_seq_len", None)
     if limit is not None and settings.dataset["_component_"] in CHAT_DATASETS:
         seed = settings.dataset.get("seed", 0)
         orders[PACKED] = order(Packs(dataset, limit, seed=seed))
-    mine = GROUPED if chosen.group_by_length else PLAIN
+    mine = GROUPED if chosen.group_by_length else UNGROUPED
     mine = PACKED if isinstance(chosen.dataset, Packs) else mine
     orders[mine] = chosen
     return [
@@ -527,7 +527,7 @@ def _tokens_left(
 
 # What is worth acting on
 
-CUT, LOST = 0.01, 0.01
+CUT_SAMPLES, LOST_TOKENS = 0.01, 0.01
 """Cut samples, and lost tokens, that are worth a word; and what a better length may lose."""
 
 PADDING, SPARED = 0.2, 0.1
@@ -552,7 +552,7 @@ class Problem(NamedTuple):
     """Whether training would stop because of it."""
 
 
-def problems(stats: Statistics) -> list[Problem]:
+def advice(stats: Statistics) -> list[Problem]:
     """Return what is worth acting on, what would stop the run first."""
     makers = (_of_rows_left_out, _of_lengths, _of_batches, _of_rows, _of_validation)
     listed = [problem for maker in makers for problem in maker(stats)]
@@ -609,7 +609,7 @@ def _of_lengths(stats: Statistics) -> Iterator[Problem]:
             f"tokenizer.max_seq_len={stats.limit}.",
             "Raise it, or shorten what comes before the answers.",
         )
-    if stats.cut.samples >= CUT or stats.cut.tokens >= LOST:
+    if stats.cut.samples >= CUT_SAMPLES or stats.cut.tokens >= LOST_TOKENS:
         fate = f"cut at {stats.limit:,}"
         if stats.truncate == "drop":
             fate = f"longer than {stats.limit:,} and dropped"
@@ -630,7 +630,7 @@ def _better_limit(stats: Statistics) -> str:
     better = [cut for cut in stats.cuts if (stats.limit or 0) < cut.limit <= stats.positions]
     if not better:
         return "That is all the model can take: split these conversations."
-    cut = next((cut for cut in better if cut.tokens < LOST), better[-1])
+    cut = next((cut for cut in better if cut.tokens < LOST_TOKENS), better[-1])
     loss = cut.loss.replace("≥", "at least").replace(">0", "more than 0")
     return f"tokenizer.max_seq_len={cut.limit} would lose {loss if cut.tokens else 'nothing'}."
 
@@ -722,7 +722,7 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 UNFINISHED = "\ufffd"
 """What decoding gives for a part of a character."""
 
-LONGEST = 4
+TOKENS_OF_CHARACTER = 4
 """Tokens that a character can take: as many as UTF-8 has bytes for it."""
 
 
@@ -780,7 +780,7 @@ def show(
         trained = labels != IGNORED
         lost = int(dataset.full[i]) - len(ids) if hasattr(dataset, "full") else 0
         units = speller.units(ids, trained)
-        shown.append(Shown(place(dataset, i), units, int(trained.sum()), lost, from_start))
+        shown.append(Shown(place_of(dataset, i), units, int(trained.sum()), lost, from_start))
     return shown
 
 
@@ -817,7 +817,7 @@ class Speller:
             # Parts of characters stand alone until the last one comes
             spelling = self._backend.id_to_token(i) or ""
             units.append(Unit(spelling if BYTE.fullmatch(spelling) else text, (i,), counts, False))
-            parts = [*parts[1 - LONGEST :], i]
+            parts = [*parts[1 - TOKENS_OF_CHARACTER :], i]
             for tail in (parts[start:] for start in range(len(parts) - 1)):
                 if UNFINISHED not in (whole := self._text(tail)):
                     units[-len(tail) :] = [Unit(whole, tuple(tail), counts, False)]

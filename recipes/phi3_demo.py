@@ -46,10 +46,8 @@ ASKED = "Reverse: t o r c h"
 KNEW_NOTHING, LEARNED = 0.05, 0.95
 """Exact match, at most before training and at least after it."""
 
-Chat = dict[str, Any]
 
-
-def make_chats(seed: int = 0) -> tuple[list[Chat], list[Chat]]:
+def make_chats(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the training chats and the held-out chats, rows of a chat file that share no question.
 
     Args:
@@ -72,9 +70,9 @@ def make_chats(seed: int = 0) -> tuple[list[Chat], list[Chat]]:
 # What a run leaves in its folder
 
 CONTENT = ("checkpoint", "finetuned", "evaluation", "train.jsonl", "heldout.jsonl", "tune.log")
-CHECKPOINT, RESULT, EVALUATION, TRAIN, HELDOUT, LOG = CONTENT
+CHECKPOINT, RESULT, EVALUATION, TRAINING, HELDOUT, LOG = CONTENT
 
-MARK = "made_by_phi3_demo"
+MADE_BY_DEMO = "made_by_phi3_demo"
 """A folder with this file is an earlier run, which may be replaced."""
 
 
@@ -128,7 +126,7 @@ def prepare_output(folder: Path, keep: bool) -> Path:
     Raises:
         OutputError: The folder holds something else, or cannot be written.
     """
-    if folder.exists() and not (folder / MARK).is_file():
+    if folder.exists() and not (folder / MADE_BY_DEMO).is_file():
         raise OutputError(
             f"--output: {folder} exists and is not an earlier demo run. Choose a new folder."
         )
@@ -137,7 +135,9 @@ def prepare_output(folder: Path, keep: bool) -> Path:
         folder = next(name for name in names if not name.exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).write_text("The next run of the demo replaces what this one wrote here.\n")
+        (folder / MADE_BY_DEMO).write_text(
+            "The next run of the demo replaces what this one wrote here.\n"
+        )
         for path in (folder / name for name in CONTENT):  # and nothing a user may have added
             if path.is_dir():
                 shutil.rmtree(path)
@@ -159,7 +159,7 @@ def demo(folder: Path, processes: int) -> int:
     print(f"\n[1/5] Build a tiny Phi-3 checkpoint with random weights in {base}", flush=True)
     build_checkpoint(base, words=WORDS)
     training, held_out = make_chats()
-    for name, chats in ((TRAIN, training), (HELDOUT, held_out)):
+    for name, chats in ((TRAINING, training), (HELDOUT, held_out)):
         (folder / name).write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
 
     print(f"\n[2/5] Fine-tune it with LoRA on {len(training)} chats", flush=True)
@@ -168,7 +168,7 @@ def demo(folder: Path, processes: int) -> int:
     settings = {
         "checkpoint_dir": base,
         "output_dir": result,
-        "dataset.source": folder / TRAIN,
+        "dataset.source": folder / TRAINING,
         "batch_size": 32 // processes,
         "val_fraction": 0.05,
         "run_val_every_n_steps": 64,

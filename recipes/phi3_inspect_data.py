@@ -19,8 +19,8 @@ from torchtune import config
 from phi3_plugin.compare import compare_with_hf
 from phi3_plugin.inspect import (
     CHAT_DATASETS,
+    advice,
     all_rows,
-    problems,
     show,
     statistics,
     survey,
@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> int:
     columns = min(shutil.get_terminal_size().columns, WIDEST)
     terminal = Terminal(columns, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     print(for_stdout(terminal.report(stats, shown, str(page))), end="")
-    return int(any(problem.stops for problem in problems(stats)))
+    return int(any(problem.stops for problem in advice(stats)))
 
 
 if __name__ == "__main__":

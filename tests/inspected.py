@@ -8,7 +8,7 @@ import numpy as np
 from phi3_plugin.data.dataset import Findings
 from phi3_plugin.inspect import (
     PACKED,
-    PLAIN,
+    UNGROUPED,
     Alike,
     Batching,
     Cut,
@@ -33,7 +33,7 @@ FOUND = Statistics(
     longest=200,
     limit=256,
     positions=4096,
-    batchings=[Batching(PLAIN, 0.1, 25, True), Batching(PACKED, 0.01, 5, False)],
+    batchings=[Batching(UNGROUPED, 0.1, 25, True), Batching(PACKED, 0.01, 5, False)],
     per_step="4 samples",
     steps=75,
     cuts=[Cut(256, 0.0, 0.0, "yours"), Cut(512, 0.0, 0.0, ""), Cut(4096, 0.0, 0.0, "")],

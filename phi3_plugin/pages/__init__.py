@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phi3_plugin.errors import OutputError
 
-HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
+INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 """Unicode categories of what shows nothing, looks like a space, or changes how others show."""
 
 
@@ -47,7 +47,7 @@ def harmless(text: str) -> str:
 
 
 def _visible(char: str) -> str:
-    if char in " \n\t" or unicodedata.category(char) not in HIDDEN:
+    if char in " \n\t" or unicodedata.category(char) not in INVISIBLE:
         return char
     number = ord(char)
     if number < 0x100:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from phi3_plugin.data.dataset import DROPPED, NOTICED, Findings
-from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, count, percent, problems
+from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, count, percent
 from phi3_plugin.pages import harmless, render, write_files
 
 # The numbers in words
@@ -112,9 +112,9 @@ def _limits_title(stats: Statistics) -> str:
 
 # The page
 
-NAME = "data.html"
+DATA_PAGE = "data.html"
 
-HEAD, TAIL = 2500, 500
+HEAD_UNITS, TAIL_UNITS = 2500, 500
 """Units that are shown of a long sample; a browser has trouble with a hundred thousand."""
 
 SPACES = re.compile(r"([ \t\n]+)")
@@ -146,8 +146,8 @@ def write_page(folder: str | Path, stats: Statistics, samples: Sequence[Shown]) 
         OutputError: It cannot be written.
     """
     page = page_of(stats, samples)
-    write_files(folder, {NAME: page}, "Choose a folder with output_dir=DIR.")
-    return Path(folder) / NAME
+    write_files(folder, {DATA_PAGE: page}, "Choose a folder with output_dir=DIR.")
+    return Path(folder) / DATA_PAGE
 
 
 def page_of(stats: Statistics, samples: Sequence[Shown]) -> str:
@@ -164,7 +164,7 @@ def page_of(stats: Statistics, samples: Sequence[Shown]) -> str:
         "inspection.html.j2",
         title=_title(stats),
         stats=stats,
-        problems=problems(stats),
+        problems=advice(stats),
         tiles=tiles,
         facts=list(facts(stats)),
         most=max(bin.samples for bin in stats.lengths.bins),
@@ -177,9 +177,9 @@ def page_of(stats: Statistics, samples: Sequence[Shown]) -> str:
 def _tokens(units: Sequence[Unit]) -> list[Token | str]:
     """Return what the page shows of a sample, and a text in place of what it leaves out."""
     tokens: list[Token | str] = []
-    hidden = max(0, len(units) - HEAD - TAIL)
-    for unit in [*units[:HEAD], *units[HEAD + hidden :]]:
-        if hidden and len(tokens) == HEAD:
+    hidden = max(0, len(units) - HEAD_UNITS - TAIL_UNITS)
+    for unit in [*units[:HEAD_UNITS], *units[HEAD_UNITS + hidden :]]:
+        if hidden and len(tokens) == HEAD_UNITS:
             tokens.append(f"… {hidden:,} more …")
         classes = ["u", *["trained"] * unit.trained, *["special"] * unit.special]
         note = f"{'ids' if len(unit.ids) > 1 else 'id'} {', '.join(map(str, unit.ids))}"
@@ -195,8 +195,14 @@ def _tokens(units: Sequence[Unit]) -> list[Token | str]:
 
 # The terminal
 
-PLAIN, BOLD, DIM, UNDERLINED, TURNED = "0", "1", "2", "4", "7"
-RED, GREEN, YELLOW, BLUE, MAGENTA = "31", "32", "33", "34", "35"
+
+class Ansi:
+    """Codes that change how a terminal writes."""
+
+    PLAIN, BOLD, DIM, UNDERLINED, TURNED = "0", "1", "2", "4", "7"
+    RED, GREEN, YELLOW, BLUE, MAGENTA = "31", "32", "33", "34", "35"
+
+
 COLOR = re.compile(r"\x1b\[[\d;]*m")
 
 LEAST = 60
@@ -208,7 +214,7 @@ LABEL = 24
 HEAD_LINES, TAIL_LINES = 9, 3
 """Lines that are shown of a long sample."""
 
-SAMPLES = 3
+SAMPLES_SHOWN = 3
 """Samples that are shown; the page has more."""
 
 
@@ -229,25 +235,25 @@ class Terminal:
         """
         title = self._wrapped(f"Training data: {_title(stats)}")
         parts = [
-            [self._paint(line, BOLD) for line in title],
-            self._problems(stats),
+            [self._paint(line, Ansi.BOLD) for line in title],
+            self._advice(stats),
             self._facts(stats),
             self._lengths(stats),
             self._tables(stats),
             self._samples(samples, stats),
         ]
         text = "\n\n".join("\n".join(part) for part in parts)
-        return f"{text}\n\n{self._paint('All of it: ', BOLD)}{harmless(page)}\n"
+        return f"{text}\n\n{self._paint('All of it: ', Ansi.BOLD)}{harmless(page)}\n"
 
-    def _problems(self, stats: Statistics) -> Iterator[str]:
-        listed = problems(stats)
+    def _advice(self, stats: Statistics) -> Iterator[str]:
+        listed = advice(stats)
         if not listed:
-            yield self._paint("No problem was found.", GREEN)
+            yield self._paint("No problem was found.", Ansi.GREEN)
         for problem in listed:
-            sign, code = ("x", RED) if problem.stops else ("!", YELLOW)
+            sign, code = ("x", Ansi.RED) if problem.stops else ("!", Ansi.YELLOW)
             first, *rest = self._wrapped(problem.text, 2)
-            yield f"{self._paint(sign, BOLD, code)} {self._paint(first, BOLD)}"
-            yield from (f"  {self._paint(line, BOLD)}" for line in rest)
+            yield f"{self._paint(sign, Ansi.BOLD, code)} {self._paint(first, Ansi.BOLD)}"
+            yield from (f"  {self._paint(line, Ansi.BOLD)}" for line in rest)
             yield from (f"  {line}" for line in self._wrapped(problem.advice, 2))
 
     def _facts(self, stats: Statistics) -> Iterator[str]:
@@ -257,7 +263,7 @@ class Terminal:
             yield from (" " * LABEL + line for line in rest)
             for place in fact.places:
                 lines = self._wrapped(place, LABEL + 2)
-                yield from (self._paint(" " * (LABEL + 2) + line, DIM) for line in lines)
+                yield from (self._paint(" " * (LABEL + 2) + line, Ansi.DIM) for line in lines)
 
     def _lengths(self, stats: Statistics) -> Iterator[str]:
         lengths, limit, fate = stats.lengths, stats.limit, stats.fate
@@ -274,7 +280,7 @@ class Terminal:
             # A bar that holds anything can be seen
             bar = "█" * max(bool(bin.samples), round(room * bin.samples / most))
             over = limit is not None and bin.low > limit
-            bar = self._paint(bar, YELLOW if over else BLUE)
+            bar = self._paint(bar, Ansi.YELLOW if over else Ansi.BLUE)
             line = f"  {bin.span:>{left}} {bin.samples:>{right},} {bar}".rstrip()
             yield f"{line} {fate}" if over else line
 
@@ -302,30 +308,31 @@ class Terminal:
         yield " " * (LABEL + 4) + "".join(f"{head:>16}" for head in heads)
         for chosen, name, cells in rows:
             line = _padded(name, LABEL + 2) + "".join(f"{cell:>16}" for cell in cells)
-            yield f"{'>' if chosen else ' '} {self._paint(line, BOLD if chosen else PLAIN)}"
+            code = Ansi.BOLD if chosen else Ansi.PLAIN
+            yield f"{'>' if chosen else ' '} {self._paint(line, code)}"
 
     def _samples(self, samples: Sequence[Shown], stats: Statistics) -> Iterator[str]:
         yield self._heading("Samples")
         legend = (
-            ("+ trained", GREEN),
-            ("| only read", PLAIN),
-            ("<|special|>", MAGENTA),
-            ("<|special, trained|>", TURNED, GREEN),
+            ("+ trained", Ansi.GREEN),
+            ("| only read", Ansi.PLAIN),
+            ("<|special|>", Ansi.MAGENTA),
+            ("<|special, trained|>", Ansi.TURNED, Ansi.GREEN),
         )
         yield "  " + "  ".join(self._paint(text, *codes) for text, *codes in legend)
-        for number, sample in enumerate(samples[:SAMPLES], 1):
+        for number, sample in enumerate(samples[:SAMPLES_SHOWN], 1):
             yield ""
             yield from self._wrapped(f"{number}. {_sample_title(sample, stats)}")
             lines = list(self._sample(sample))
             hidden = len(lines) - HEAD_LINES - TAIL_LINES
             if hidden > 1:
-                note = self._paint(f"  … {hidden} more lines in the page", DIM)
+                note = self._paint(f"  … {hidden} more lines in the page", Ansi.DIM)
                 lines = [*lines[:HEAD_LINES], note, *lines[-TAIL_LINES:]]
             yield from lines
 
     def _sample(self, sample: Shown) -> Iterator[str]:
         """Yield lines that are trained on as a whole or not at all, which the first sign tells."""
-        border = [self._paint(sample.border, YELLOW)] if sample.border else []
+        border = [self._paint(sample.border, Ansi.YELLOW)] if sample.border else []
         if sample.from_start:
             yield from border
         line, used, trained = "", 0, False
@@ -346,10 +353,12 @@ class Terminal:
             yield from border
 
     def _line(self, line: str, trained: bool) -> str:
-        return (self._paint("+", GREEN) if trained else self._paint("|", DIM)) + f" {line}"
+        return (
+            self._paint("+", Ansi.GREEN) if trained else self._paint("|", Ansi.DIM)
+        ) + f" {line}"
 
     def _heading(self, text: str, note: str = "") -> str:
-        return self._paint(text, BOLD) + (self._paint(f"  ({note})", DIM) if note else "")
+        return self._paint(text, Ansi.BOLD) + (self._paint(f"  ({note})", Ansi.DIM) if note else "")
 
     def _paint(self, text: str, *codes: str) -> str:
         return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if self.color and text else text
@@ -395,9 +404,9 @@ def _parts(text: str, room: int) -> Iterator[str]:
 def _codes(unit: Unit, number: int) -> tuple[str, ...]:
     # Every other token differs a little, so that their borders can be seen
     if unit.special:
-        return (TURNED, GREEN) if unit.trained else (MAGENTA,)
-    color = GREEN if unit.trained else PLAIN
-    return (color,) if number % 2 else (color, UNDERLINED)
+        return (Ansi.TURNED, Ansi.GREEN) if unit.trained else (Ansi.MAGENTA,)
+    color = Ansi.GREEN if unit.trained else Ansi.PLAIN
+    return (color,) if number % 2 else (color, Ansi.UNDERLINED)
 
 
 def _padded(text: str, room: int) -> str:

@@ -147,7 +147,7 @@ def _as_yaml(value: Any) -> str:
 
 # Curves
 
-LONGEST = 1000
+MOST_POINTS = 1000
 """Points of a curve, at most."""
 
 
@@ -255,7 +255,7 @@ def _draw(title: str, curves: list[Curve], size: tuple[float, float], kind: str)
         axes = figure.subplots()
         for label, points, color in curves:
             marker, width = "o" if len(points) <= 40 else None, 0.9 if color == PALE else 1.3
-            x, y = zip(*thin(points, LONGEST), strict=True)
+            x, y = zip(*thin(points, MOST_POINTS), strict=True)
             axes.plot(x, y, color=color, label=label, marker=marker, linewidth=width)
         values = [value for curve in curves for _, value in curve.points]
         if min(values) > 0 and max(values) > 50 * median(values):

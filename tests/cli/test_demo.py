@@ -33,7 +33,7 @@ def test_the_demo_learns(tmp_path):
     for said in (*ran, "Exact match, %", "exact match", "Reverse: "):
         assert said in done.stdout
     folder = tmp_path / "demo_run"
-    assert {path.name for path in folder.iterdir()} == {demo.MARK, *demo.CONTENT}
+    assert {path.name for path in folder.iterdir()} == {demo.MADE_BY_DEMO, *demo.CONTENT}
     assert (folder / "finetuned" / "final" / "adapter_model.safetensors").is_file()
     assert (folder / "evaluation" / "evaluation.html").is_file()
     lines = map(json.loads, (folder / "finetuned" / "metrics.jsonl").read_text().splitlines())
@@ -56,7 +56,7 @@ def test_an_earlier_run_is_replaced_and_a_users_file_in_it_is_not(tmp_path):
     (folder / "tune.log").write_text("old")
     (folder / "notes.txt").write_text("mine")
     assert demo.prepare_output(folder, keep=False) == folder
-    assert {path.name for path in folder.iterdir()} == {demo.MARK, "notes.txt"}
+    assert {path.name for path in folder.iterdir()} == {demo.MADE_BY_DEMO, "notes.txt"}
 
 
 def test_an_earlier_run_is_kept_on_request(tmp_path):

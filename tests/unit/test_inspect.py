@@ -20,7 +20,7 @@ from phi3_plugin.errors import DataError
 from phi3_plugin.inspect import (
     GROUPED,
     PACKED,
-    PLAIN,
+    UNGROUPED,
     Alike,
     Batching,
     Bin,
@@ -28,6 +28,7 @@ from phi3_plugin.inspect import (
     Cut,
     HeldOut,
     Speller,
+    advice,
     alike,
     count,
     cuts,
@@ -35,7 +36,6 @@ from phi3_plugin.inspect import (
     lengths_of,
     padding,
     percent,
-    problems,
     show,
     statistics,
     survey,
@@ -321,7 +321,7 @@ CHAT = FOUND.options
 
 
 def said(**changes):
-    return [f"{problem.text} {problem.advice}" for problem in problems(numbers(**changes))]
+    return [f"{problem.text} {problem.advice}" for problem in advice(numbers(**changes))]
 
 
 def rows(kind, number=3):
@@ -334,10 +334,10 @@ def test_nothing_is_said_of_good_data():
 
 @pytest.mark.parametrize("kind", [f.BROKEN, f.UNUSABLE])
 def test_bad_rows_stop_a_run_unless_they_are_dropped(kind):
-    (problem,) = problems(numbers(**rows(kind)))
+    (problem,) = advice(numbers(**rows(kind)))
     assert problem.stops and "dataset: 3 rows cannot be read or used" in problem.text
     assert problem.advice.endswith("dataset.bad_rows=drop.")
-    (problem,) = problems(numbers(**rows(kind), options={**CHAT, "bad_rows": "drop"}))
+    (problem,) = advice(numbers(**rows(kind), options={**CHAT, "bad_rows": "drop"}))
     assert not problem.stops and "leaves them out" in problem.text
 
 
@@ -357,7 +357,7 @@ def test_validation_data_that_is_trained_on():
 
 
 def test_what_stops_a_run_comes_first():
-    listed = problems(numbers(**rows(f.BROKEN), labelled=10, steps=3))
+    listed = advice(numbers(**rows(f.BROKEN), labelled=10, steps=3))
     assert [problem.stops for problem in listed] == [True, False, False]
 
 
@@ -411,7 +411,7 @@ def test_few_trained_tokens():
 
 
 def test_padding_and_what_spares_it():
-    plain, packed = Batching(PLAIN, 0.61, 25, True), Batching(PACKED, 0.008, 5, False)
+    plain, packed = Batching(UNGROUPED, 0.61, 25, True), Batching(PACKED, 0.008, 5, False)
     grouped = Batching(GROUPED, 0.02, 25, False)
     assert said(batchings=[plain, grouped, packed]) == [
         "61 % of each batch is padding, where a recipe pads (torchtune's do). "

@@ -12,7 +12,7 @@ from torch import nn
 
 from phi3_plugin.data.dataset import BROKEN, UNUSABLE
 from phi3_plugin.errors import OutputError
-from phi3_plugin.inspect import Cut, Unit, problems
+from phi3_plugin.inspect import Cut, Unit, advice
 from phi3_plugin.pages import harmless, write_files
 from phi3_plugin.pages import inspection as shown
 from phi3_plugin.pages.report import running_mean, series, thin, versions, write_report
@@ -116,7 +116,7 @@ def test_what_a_reader_of_an_inspection_finds():
 
 def test_problems_come_first():
     found = page(findings=findings((BROKEN, "chats.jsonl:4", "broken JSON")))
-    (problem,) = problems(numbers(findings=findings((BROKEN, "", ""))))
+    (problem,) = advice(numbers(findings=findings((BROKEN, "", ""))))
     assert found.words.index(problem.text) < found.words.index("Tokens an epoch")
     assert "chats.jsonl:4: broken JSON" in found.words
 
@@ -141,9 +141,9 @@ def test_a_character_of_several_tokens_names_all_ids():
 
 def test_a_cut_sample_and_a_long_one():
     assert "✂ 7 tokens cut here, not seen" in page(sample(("a", True), lost=7)).words
-    many = sample(*((f"<{n}>", True) for n in range(shown.HEAD + shown.TAIL + 30)))
+    many = sample(*((f"<{n}>", True) for n in range(shown.HEAD_UNITS + shown.TAIL_UNITS + 30)))
     found = page(many)
-    assert f"<{shown.HEAD - 1}>… 30 more …<{shown.HEAD + 30}>" in found.words
+    assert f"<{shown.HEAD_UNITS - 1}>… 30 more …<{shown.HEAD_UNITS + 30}>" in found.words
 
 
 def test_samples_that_are_dropped():
