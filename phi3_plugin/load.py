@@ -67,7 +67,13 @@ def load(
     # Of several processes on a machine, as torchrun starts them, each has a GPU of its own
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     base, stored, read = parts_of(checkpoint_dir, adapter, quantize=quantize, check_base=check_base)
-    return assembled(stored, base, read, dtype, place, quantize=quantize, sharing=sharing)
+    with set_default_dtype(PRECISIONS[dtype]), torch.device("meta"):
+        model: nn.Module = build(base, read, quantize=quantize)
+    model.loaded_from = base.resolve()  # type: ignore[assignment]
+    shared = _shared(sharing, model, place) if sharing else {}
+    own = {**read.tensors, **read.saved} if read else {}
+    fill(model, {**stored, **shared, **own}, place)
+    return model.eval().requires_grad_(False)
 
 
 def parts_of(
@@ -92,66 +98,17 @@ def parts_of(
             "model here, and this one as the adapter."
         )
     stored = open_weights(base)
-    read = fitting_adapter(Path(adapter), base, quantize=quantize) if adapter else None
-    if read and check_base:
-        refuse_other_base(Path(str(adapter)), read.base_hash, read.base, base)
-    return base, stored, read
-
-
-def assembled(
-    stored: Mapping[str, StoredTensor],
-    base: Path,
-    adapter: Adapter | None,
-    dtype: str,
-    device: torch.device,
-    *,
-    quantize: bool = False,
-    sharing: nn.Module | None = None,
-) -> nn.Module:
-    """Return base and adapter as a model, for those who have looked at both.
-
-    Args:
-        stored: The base weights.
-        base: Their folder.
-        adapter: Over them; None is the base alone.
-        dtype: See :func:`load`, as for the rest.
-        device: Where the model goes.
-        quantize: See above.
-        sharing: See above.
-
-    Raises:
-        AdapterError: No keys of a model say where the adapter is.
-        ConfigError: The model to share weights with is of another kind.
-    """
-    with set_default_dtype(PRECISIONS[dtype]), torch.device("meta"):
-        model: Any = build(base, adapter, quantize=quantize)
-    own = {**adapter.tensors, **adapter.saved} if adapter else {}
-    model.loaded_from = base.resolve()
-    shared = _shared(sharing, model, device) if sharing else {}
-    fill(model, {**stored, **shared, **own}, device)
-    ready: nn.Module = model.eval().requires_grad_(False)
-    return ready
-
-
-def fitting_adapter(path: Path, base: Path, *, quantize: bool) -> Adapter:
-    """Read an adapter that is to compute over a base.
-
-    Args:
-        path: Of any origin.
-        base: Folder of the base model.
-        quantize: Whether its weights are to be in NF4.
-
-    Raises:
-        AdapterError: It does not belong to such a base.
-        MissingFileError: There is no adapter.
-    """
-    adapter = read_adapter(path, config=read_config(base), base=base)
-    if adapter.origin.get("lora_init") == "loftq" and not quantize:
+    if not adapter:
+        return base, stored, None
+    read = read_adapter(Path(adapter), config=read_config(base), base=base)
+    if read.origin.get("lora_init") == "loftq" and not quantize:
         raise AdapterError(
-            f"{path} was started by LoftQ and belongs to the base in NF4; over the original "
+            f"{adapter} was started by LoftQ and belongs to the base in NF4; over the original "
             "weights it computes something else. Load it with quantize=True."
         )
-    return adapter
+    if check_base:
+        refuse_other_base(Path(adapter), read.base_hash, read.base, base)
+    return base, stored, read
 
 
 def build(base: Path, adapter: Adapter | None, *, quantize: bool = False) -> nn.Module:

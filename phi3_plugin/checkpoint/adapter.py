@@ -269,7 +269,7 @@ def original(
             raise CheckpointError(f"The adapter is incomplete: {error} is missing.") from error
         for divisor in factor:
             b = out[module + B]
-            out[module + B] = restore(b, divisor, rounded.get(module))
+            out[module + B] = unscale(b, divisor, rounded.get(module))
     return out, scales
 
 
@@ -325,7 +325,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 """As wide as a float."""
 
 
-def restore(scaled: Tensor, factor: float, difference: str | None) -> Tensor:
+def unscale(scaled: Tensor, factor: float, difference: str | None) -> Tensor:
     """Undo :func:`rescale`, bit for bit.
 
     Args:
@@ -358,7 +358,7 @@ def restore(scaled: Tensor, factor: float, difference: str | None) -> Tensor:
 def _difference(b: Tensor, scaled: Tensor, factor: float) -> str | None:
     """Return how many steps of their dtype lie between B and what division gives, if any."""
     kind = _INTEGERS[b.element_size()]
-    steps = b.contiguous().view(kind) - restore(scaled, factor, None).contiguous().view(kind)
+    steps = b.contiguous().view(kind) - unscale(scaled, factor, None).contiguous().view(kind)
     if not steps.any():
         return None
     narrow = steps if steps.abs().max() > 127 else steps.to(torch.int8)  # more: subnormal numbers

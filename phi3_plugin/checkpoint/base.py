@@ -26,7 +26,7 @@ from phi3_plugin.errors import (
 
 EMBEDDING, HEAD = "tok_embeddings", "output"
 
-NAMES = {
+MODULE_NAMES = {
     "model.embed_tokens": EMBEDDING,
     "model.layers.{}.input_layernorm": "layers.{}.sa_norm",
     "model.layers.{}.self_attn.qkv_proj": "layers.{}.attn.qkv_proj",
@@ -72,10 +72,10 @@ PEFT_ENDINGS = {
 
 PEFT_PREFIX = "base_model.model."
 
-SAVED = (f"{HEAD}.weight", f"{EMBEDDING}.weight")
+SAVED_WEIGHTS = (f"{HEAD}.weight", f"{EMBEDDING}.weight")
 """Base tensors that an adapter may replace, PEFT's modules_to_save."""
 
-_TO_HF = {ours: hf for hf, ours in NAMES.items()}
+_TO_HF = {ours: hf for hf, ours in MODULE_NAMES.items()}
 _TORCHTUNE = {**INNER, "attn.o_proj": "attn.output_proj", "mlp.down_proj": "mlp.w2"}
 _FROM_TORCHTUNE = {theirs: ours for ours, theirs in _TORCHTUNE.items()}
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -84,7 +84,7 @@ _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 def to_ours(name: str) -> str:
     """Return our name of a tensor in a Hugging Face checkpoint."""
     module, _, parameter = name.rpartition(".")
-    ours = _renamed(module, NAMES)
+    ours = _renamed(module, MODULE_NAMES)
     return f"{ours}.{'scale' if ours.endswith('norm') else parameter}"
 
 
@@ -95,7 +95,7 @@ def to_hf(name: str) -> str:
 
 def to_peft(name: str) -> str:
     """Return the name under which PEFT stores one of our adapter tensors."""
-    if name in SAVED:
+    if name in SAVED_WEIGHTS:
         return f"{PEFT_PREFIX}{to_hf(name)}"
     for theirs, ours in PEFT_ENDINGS.items():
         module = name.removesuffix(ours)
@@ -109,8 +109,8 @@ def from_peft(name: str) -> str:
     inside = name.removeprefix(PEFT_PREFIX)
     for theirs, ours in PEFT_ENDINGS.items():
         if inside != name and name.endswith(theirs):
-            return f"{_renamed(inside.removesuffix(theirs), NAMES)}{ours}"
-    if inside != name and inside in map(to_hf, SAVED):
+            return f"{_renamed(inside.removesuffix(theirs), MODULE_NAMES)}{ours}"
+    if inside != name and inside in map(to_hf, SAVED_WEIGHTS):
         return to_ours(inside)
     raise CheckpointError(f"{name!r} is not an adapter tensor of Phi-3.")
 
@@ -302,7 +302,7 @@ def load_base_weights(checkpoint_dir: str | Path | None) -> dict[str, Tensor]:
     return weights
 
 
-def row_norms(checkpoint_dir: Path, module: str) -> Tensor:
+def base_row_norms(checkpoint_dir: Path, module: str) -> Tensor:
     """Return the fp32 norm of each row of a base weight, told our name of its module."""
     norms: Tensor = open_weights(checkpoint_dir)[f"{module}.weight"][:].float().norm(dim=1)
     return norms

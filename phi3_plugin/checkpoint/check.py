@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
-    NAMES,
+    MODULE_NAMES,
     PEFT_ENDINGS,
     PEFT_PREFIX,
     A,
@@ -22,7 +22,6 @@ from phi3_plugin.checkpoint.base import (
     open_weights,
 )
 from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
-from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import (
     CONFIG,
     OFF,
@@ -33,9 +32,9 @@ from phi3_plugin.checkpoint.peft import (
     load_origin,
     wrong_values,
 )
-from phi3_plugin.config import Phi3Config, read_config, read_json_object
+from phi3_plugin.config import Phi3Config, read_json_object
 from phi3_plugin.errors import AdapterError, MissingFileError, Phi3Error
-from phi3_plugin.load import assembled
+from phi3_plugin.load import load
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.options import RUNTIMES
 
@@ -288,7 +287,7 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 
 # The folder of a PEFT adapter, as it lies there: its configuration and the header of its weights
 
-KINDS = {
+TENSOR_KINDS = {
     **PEFT_ENDINGS,
     ".lora_B.bias": "bias",
     ".base_layer.weight": "base",
@@ -300,7 +299,7 @@ KINDS = {
 JUDGED = {"bias", "lora_bias"}
 """Of the features of PEFT that we do not compute, those whose fate in the runtimes is known."""
 
-ADAPTABLE = [name for name in NAMES if not name.endswith("norm")]
+ADAPTABLE = [name for name in MODULE_NAMES if not name.endswith("norm")]
 """The modules of a Phi-3 that can have an adapter; ``{}`` is the number of the layer."""
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -314,7 +313,7 @@ class PeftFolder:
 
     config: PeftConfig
     tensors: Mapping[str, Mapping[str, StoredTensor]]
-    """Of each module, without PEFT's prefix, its tensors by kind; see `KINDS`."""
+    """Of each module, without PEFT's prefix, its tensors by kind; see `TENSOR_KINDS`."""
     unknown: tuple[str, ...]
     """Tensors of which nothing is known."""
 
@@ -404,12 +403,12 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
     tensors: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
     for name, tensor in stored_tensors(weights).items():
-        ending = next((ending for ending in KINDS if name.endswith(ending)), None)
+        ending = next((ending for ending in TENSOR_KINDS if name.endswith(ending)), None)
         if ending is None or not name.startswith(PEFT_PREFIX):
             unknown.append(name)
         else:
             module = name.removeprefix(PEFT_PREFIX).removesuffix(ending)
-            tensors.setdefault(module, {})[KINDS[ending]] = tensor
+            tensors.setdefault(module, {})[TENSOR_KINDS[ending]] = tensor
     return PeftFolder(PeftConfig(file, keys), tensors, tuple(unknown))
 
 
@@ -526,9 +525,7 @@ def prove(base: Path, folder: Path, dtype: str = "fp32") -> Proof:
 
 def logits(base: Path, folder: Path, dtype: str, tokens: Tensor) -> Tensor:
     """Return what our own model with the adapter makes of ``tokens [B, S]``: ``[B, S, V]``."""
-    adapter = read_adapter(folder, config=read_config(base))
-    model = assembled(open_weights(base), base, adapter, dtype, torch.device("cpu"))
-    out: Tensor = model(tokens)
+    out: Tensor = load(base, folder, dtype=dtype, device="cpu", check_base=False)(tokens)
     return out
 
 

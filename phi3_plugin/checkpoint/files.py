@@ -194,7 +194,7 @@ def save_tensors(
 
 # Tensors that stay in a safetensors file until they are needed
 
-DTYPES = {
+STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -241,9 +241,9 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 about = tensors.get_slice(name)
-                if (kind := about.get_dtype()) in DTYPES:
+                if (kind := about.get_dtype()) in STORED_DTYPES:
                     shape = tuple(about.get_shape())
-                    stored[name] = StoredTensor(file, name, DTYPES[kind], shape)
+                    stored[name] = StoredTensor(file, name, STORED_DTYPES[kind], shape)
                 else:
                     wrong.append(f"{name} is {kind}")
     except SafetensorError as error:
@@ -253,7 +253,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
         ) from error
     if wrong:
         raise CheckpointError(
-            f"{file} holds {len(wrong)} tensors that are not in {', '.join(DTYPES)}: "
+            f"{file} holds {len(wrong)} tensors that are not in {', '.join(STORED_DTYPES)}: "
             f"{', '.join(wrong[:3])}. Use files that are not quantized."
         )
     return stored
@@ -278,7 +278,7 @@ TENSOR_GLOBALS = {
 """What the pickle of a dictionary of tensors names. torch's own list is longer, and some on it ask
 for any amount of memory."""
 
-CALLS = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX")
+PICKLE_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX")
 """Ways of a pickle to name or make things that torch.save does not take."""
 
 AS_SAVED = "Old and foreign pickles are not read: load it where you trust it, save as safetensors."
@@ -303,11 +303,11 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in tensors.items():
         plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
         if not plain or value.device.type != "cpu":
-            what = f"{file}: {shown(name)} is a {type(value).__name__}"
+            what = f"{file}: {quoted(name)} is a {type(value).__name__}"
             raise AdapterError(f"{what}, expected a plain tensor.")
         if value.dtype not in FLOATS:
             kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
-            raise AdapterError(f"{file}: {shown(name)} is {value.dtype}, expected {kinds}.")
+            raise AdapterError(f"{file}: {quoted(name)} is {value.dtype}, expected {kinds}.")
     if not tensors:
         raise AdapterError(f"{file} holds no tensors.")
     # A tensor may repeat what little is stored; written out here it must not be more than that.
@@ -339,7 +339,7 @@ def _from_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     for name, about in header.items():
         if (kind := about.get("dtype")) not in ("F32", "BF16", "F16"):
-            what = f"{file}: {shown(name)} is {shown(kind)}"
+            what = f"{file}: {quoted(name)} is {quoted(kind)}"
             raise AdapterError(f"{what}, expected one of F32, BF16, F16.")
     try:
         return load_file(file), metadata
@@ -351,7 +351,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{shown(twice)} is there twice")
+        raise ValueError(f"{quoted(twice)} is there twice")
     return unique
 
 
@@ -360,7 +360,7 @@ def _from_zip(file: Path) -> dict[str, Tensor]:
     pickled, names = _pickle_of(file), set[str]()
     try:
         for code, argument, _ in pickletools.genops(io.BytesIO(pickled)):
-            if code.name in CALLS:
+            if code.name in PICKLE_CALLS:
                 names.add(f"{code.name} {argument or ''}".strip())
             elif code.name == "GLOBAL":
                 names.add(str(argument))
@@ -368,7 +368,7 @@ def _from_zip(file: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{file}: its pickle is broken: {error}. {AS_SAVED}") from error
     if foreign := sorted(names - TENSOR_GLOBALS):
         raise AdapterError(
-            f"{file} asks for {', '.join(shown(name) for name in foreign[:5])}, which tensors do "
+            f"{file} asks for {', '.join(quoted(name) for name in foreign[:5])}, which tensors do "
             "not need. Nothing in it was run. If you trust it, save its tensors as safetensors."
         )
     try:
@@ -417,7 +417,7 @@ def _pickle_of(file: Path) -> bytes:
         ) from error
 
 
-def shown(name: object) -> str:
+def quoted(name: object) -> str:
     """Return a name as it can be printed: one line, not too long."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:117]}..."

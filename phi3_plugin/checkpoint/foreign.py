@@ -34,7 +34,7 @@ from phi3_plugin.checkpoint.base import (
     open_weights,
     torchtune_name,
 )
-from phi3_plugin.checkpoint.files import read_tensors, shown
+from phi3_plugin.checkpoint.files import quoted, read_tensors
 from phi3_plugin.checkpoint.loralib import EnableLora, loralib_tensors, ungrouped
 from phi3_plugin.checkpoint.peft import (
     CONFIG,
@@ -43,6 +43,7 @@ from phi3_plugin.checkpoint.peft import (
     PeftConfig,
     is_alpha,
     parsed_object,
+    problem_list,
     read_peft_config,
 )
 from phi3_plugin.checkpoint.torchtune import torchtune_tensors
@@ -96,10 +97,12 @@ def read_adapter(
     _refuse_merged(tensors, file)
     content = _content(tensors, config, file)
     _check_copies(content.copies, config, base, file)
-    if content.kind == "loralib":
+    if content.program == "loralib":
         adapter = _of_loralib(content, file, metadata, alpha, enable_lora, config)
     elif enable_lora is not None:
-        raise AdapterError(f"enable_lora: is for files of loralib, but {file} is {content.kind}'s.")
+        raise AdapterError(
+            f"enable_lora: is for files of loralib, but {file} is {content.program}'s."
+        )
     else:
         adapter = _of_peft(content, file, metadata, alpha, config)
     if wrong := [m for m, r in adapter.ranks.items() if rank not in (None, r)]:
@@ -138,7 +141,7 @@ def _of_peft(
     if alpha is not None and alpha != peft.keys["lora_alpha"]:
         said = peft.keys["lora_alpha"]
         raise AdapterError(f"alpha: {alpha}, but {beside} says {said}. Leave it out.")
-    _check_config(adapter, peft, content.kind)
+    _check_config(adapter, peft, content.program)
     adapter = replace(
         adapter,
         scales={module: peft.scale(hf_name(module)) for module in adapter.ranks},
@@ -146,23 +149,23 @@ def _of_peft(
         base=peft.keys.get("base_model_name_or_path") or "",
         origin={"rslora": True} if peft.keys.get("use_rslora") else {},
     )
-    if content.kind == "torchtune":
+    if content.program == "torchtune":
         return _as_written(adapter, peft.keys.get(ORIGIN), config, _written_by_torchtune)
     note = parsed_object(metadata.get(ORIGIN, "{}"))
     write = partial(_written_by_peft, file=adapter, patterns=bool(note.get(PATTERNS)))
     return _as_written(adapter, note, config, write)
 
 
-def _check_config(adapter: Adapter, peft: PeftConfig, kind: str) -> None:
+def _check_config(adapter: Adapter, peft: PeftConfig, program: str) -> None:
     for module, rank in adapter.ranks.items():
         if (said := peft.rank(hf_name(module))) != rank:
             raise AdapterError(
-                f"{peft.file}: {hf_name(module)} is said to have rank {shown(said)}, but its "
+                f"{peft.file}: {hf_name(module)} is said to have rank {quoted(said)}, but its "
                 f"tensors have {rank}. Correct r or rank_pattern."
             )
     dora = bool(peft.keys.get("use_dora"))
     has = {module + MAGNITUDE in adapter.tensors for module in adapter.ranks}
-    if len(has) > 1 or (kind == "peft" and has != {dora}):
+    if len(has) > 1 or (program == "peft" and has != {dora}):
         some = "some" if len(has) > 1 else "all" if True in has else "no"
         raise AdapterError(
             f"{peft.file}: use_dora is {dora}, but {some} modules have magnitudes. PEFT would "
@@ -206,7 +209,7 @@ def _scales(
         alphas = {m: each.get(m, each.get(m.rpartition(".")[0])) for m in ranks}
     for module, value in alphas.items():
         if not is_alpha(value):
-            raise AdapterError(f"alpha: {shown(value)} for {module} must be a number above 0.")
+            raise AdapterError(f"alpha: {quoted(value)} for {module} must be a number above 0.")
     return {module: alphas[module] / rank for module, rank in ranks.items()}
 
 
@@ -219,9 +222,9 @@ def _no_alpha(file: Path) -> AdapterError:
 
 # Which tensor is whose
 
-Kind = Literal["peft", "torchtune", "loralib"]
+Program = Literal["peft", "torchtune", "loralib"]
 
-ENDINGS: dict[str, tuple[Kind, str]] = {
+ENDINGS: dict[str, tuple[Program, str]] = {
     **{theirs: ("peft", ours) for theirs, ours in PEFT_ENDINGS.items()},
     **{ending: ("torchtune", ending) for ending in (A, B, MAGNITUDE)},
     ".lora_A": ("loralib", A),
@@ -236,14 +239,12 @@ embedding and head."""
 WRAPPERS = (PEFT_PREFIX, "module.", "_orig_mod.", "_fsdp_wrapped_module.")
 """What PEFT, DDP, torch.compile and FSDP put before names."""
 
-LISTED = 8
-
 
 @dataclass(frozen=True)
 class Content:
     """Tensors of a file under our names."""
 
-    kind: Kind
+    program: Program
     tensors: dict[str, Tensor]
     saved: dict[str, Tensor]
     copies: dict[str, Tensor]
@@ -256,7 +257,7 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
     Raises:
         AdapterError: Names are not those of an adapter of this base, or one stands for another.
     """
-    known, kinds, problems = aliases(config), set[Kind](), list[str]()
+    known, programs, problems = aliases(config), set[Program](), list[str]()
     low, saved, copies = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     endings = sorted((*ENDINGS, COPY, WHOLE), key=len, reverse=True)
     for name, value in tensors.items():
@@ -269,16 +270,16 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
             continue
         own = WHOLE
         if ending in ENDINGS:
-            kind, own = ENDINGS[ending]
-            kinds.add(kind)
+            program, own = ENDINGS[ending]
+            programs.add(program)
         if module + own in group:
             problems.append(f"{name!r}: {module + own} is there twice")
         group[module + own] = value
     _refuse(problems, file)
-    if len(kinds) != 1:
-        names = f"names of {' and '.join(sorted(kinds))}" if kinds else "no low-rank adapter"
+    if len(programs) != 1:
+        names = f"names of {' and '.join(sorted(programs))}" if programs else "no low-rank adapter"
         raise AdapterError(f"{file} has {names}, expected those of one program.")
-    return Content(kinds.pop(), low, saved, copies)
+    return Content(programs.pop(), low, saved, copies)
 
 
 def aliases(config: Phi3Config) -> dict[str, str]:
@@ -307,10 +308,8 @@ def _unwrapped(name: str) -> str:
 
 def _refuse(problems: list[str], file: Path) -> None:
     if problems:
-        more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        listed = "\n  ".join(problems[:LISTED])
         raise AdapterError(
-            f"{file} is not an adapter of this base:\n  {listed}{more}\n"
+            f"{file} is not an adapter of this base:\n{problem_list(problems, 8)}\n"
             "Give the base that it was trained on, or a file that is whole."
         )
 

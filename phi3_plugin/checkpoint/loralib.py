@@ -31,7 +31,7 @@ from phi3_plugin.checkpoint.adapter import (
     whole_scales,
 )
 from phi3_plugin.checkpoint.base import A, B, fused_name, hf_name, layer_of, part_rows
-from phi3_plugin.checkpoint.files import save_tensors, shown, whole_files, write_state
+from phi3_plugin.checkpoint.files import quoted, save_tensors, whole_files, write_state
 from phi3_plugin.checkpoint.peft import ORIGIN
 from phi3_plugin.config import Phi3Config
 from phi3_plugin.errors import AdapterError
@@ -189,7 +189,7 @@ def _by_module(enable_lora: EnableLora | None) -> dict[str, list[bool]]:
         flags = isinstance(groups, list | tuple) and all(isinstance(on, bool) for on in groups)
         if name not in MERGED or not flags:
             raise AdapterError(
-                f"enable_lora: {shown(name)}: {shown(groups)} is not used. Give true or false "
+                f"enable_lora: {quoted(name)}: {quoted(groups)} is not used. Give true or false "
                 f"for each group of {' or '.join(MERGED)}."
             )
         if groups:

@@ -257,7 +257,7 @@ def _misfit(
 
 # What lies beside merged weights: tokenizer, settings, and the README.md that says what it is
 
-CARD = """---
+MERGED_CARD = """---
 base_model: {base}
 library_name: transformers
 pipeline_tag: text-generation
@@ -306,5 +306,5 @@ def _write_card(folder: Path, base: str, adapter: Adapter, rows: Mapping[str, An
     if adapter.saved:
         facts["trained whole"] = ", ".join(sorted(adapter.saved))
     table = markdown_table("merged", {**facts, **rows})
-    text = CARD.format(base=base, kind=kind, table=table)
+    text = MERGED_CARD.format(base=base, kind=kind, table=table)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -19,18 +19,18 @@ from torch import Tensor
 from phi3_plugin.checkpoint.adapter import MODULES, Adapter, Export, export, original
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
-    SAVED,
+    SAVED_WEIGHTS,
     A,
     B,
+    base_row_norms,
     from_peft,
     fused_name,
     hf_name,
     known_hash,
-    row_norms,
     to_peft,
     write_weights,
 )
-from phi3_plugin.checkpoint.files import save_tensors, shown
+from phi3_plugin.checkpoint.files import quoted, save_tensors
 from phi3_plugin.config import read_config, read_json_object
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
@@ -78,7 +78,7 @@ def export_adapter(
     base, sizes = base_name(checkpoint_dir), read_config(checkpoint_dir)
     # Somebody else's says nothing, so it is for the base that its user names.
     adapter = replace(adapter, base_hash=adapter.base_hash or known_hash(checkpoint_dir))
-    content = export(adapter, sizes, partial(row_norms, checkpoint_dir), patterns=patterns)
+    content = export(adapter, sizes, partial(base_row_norms, checkpoint_dir), patterns=patterns)
     config = adapter_config(content, adapter, base, sizes.num_hidden_layers)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -126,7 +126,7 @@ def copy_tokenizer(checkpoint_dir: Path, folder: Path) -> None:
 def targets_of(adapter: Iterable[str]) -> list[str]:
     """Return the modules that carry an adapter, told by tensor names, without their place."""
     endings = re.compile(r"\.(lora_[ab]\.weight|magnitude)$")
-    modules = (endings.sub("", name) for name in adapter if name not in SAVED)
+    modules = (endings.sub("", name) for name in adapter if name not in SAVED_WEIGHTS)
     return sorted({module.rpartition(".")[2] for module in modules})
 
 
@@ -205,7 +205,7 @@ def _short(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-CARD = """---
+ADAPTER_CARD = """---
 base_model: {base}
 library_name: peft
 pipeline_tag: text-generation
@@ -243,7 +243,7 @@ def model_card(config: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
         config: Content of its adapter_config.json.
         rows: What the adapter was trained on and how, one row of the table each.
     """
-    return CARD.format(
+    return ADAPTER_CARD.format(
         base=config["base_model_name_or_path"],
         kind="DoRA" if config["use_dora"] else "LoRA",
         targets=", ".join(config["target_modules"]),
@@ -285,7 +285,7 @@ def load_trained(
     adapter, origin = load_adapter(folder), load_origin(folder)
     if MODULES in origin:
         tensors, _ = original(adapter, origin, read_config(checkpoint_dir))
-        adapter = {**tensors, **{n: v for n, v in adapter.items() if n in SAVED}}
+        adapter = {**tensors, **{n: v for n, v in adapter.items() if n in SAVED_WEIGHTS}}
     if model is not None:
         check_same(folder, adapter, model)
     return adapter
@@ -395,9 +395,8 @@ def check_trained(adapter: Mapping[str, Tensor], *, may_be_identity: bool = Fals
 # only if they are so plain that matching them takes no time.
 
 PATTERN_NAMES = 2000
-LISTED = 20
 
-PLAIN = re.compile(
+PLAIN_PATTERN = re.compile(
     r"\^?(?:[\w.-]|\\\.|\\d\+?|\.\*|\[[\w-]+\]|\((?:[\w.]+\|)*[\w.]+\))+\$?", re.ASCII
 )
 """Names, classes of characters, alternatives and wildcards."""
@@ -488,45 +487,49 @@ def read_peft_config(file: Path) -> PeftConfig:
     needed = [f"{key}: is missing." for key in ("r", "lora_alpha") if key not in keys]
     problems = [*_features(keys), *needed, *wrong_values(keys)]
     if problems:
-        more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        listed = "\n  ".join(problems[:LISTED])
-        raise AdapterError(f"{file} cannot be used:\n  {listed}{more}")
+        raise AdapterError(f"{file} cannot be used:\n{problem_list(problems, 20)}")
     return PeftConfig(file, keys)
+
+
+def problem_list(problems: Sequence[str], most: int) -> str:
+    """Return the first problems, a line each, and how many more there are."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n".join(f"  {line}" for line in (*problems[:most], *more))
 
 
 def _features(keys: Mapping[str, Any]) -> Iterator[str]:
     """Yield the features of PEFT that are not computed here."""
     if keys.get("peft_type", "LORA") != "LORA":
-        yield f"peft_type: {shown(keys['peft_type'])}, only LORA adapters are computed."
+        yield f"peft_type: {quoted(keys['peft_type'])}, only LORA adapters are computed."
     for key, allowed in OFF.items():
         value = keys.get(key)
         if value is not None and value not in allowed and value not in ({}, []):
-            yield f"{key}: {shown(value)} is a feature that is not computed here."
+            yield f"{key}: {quoted(value)} is a feature that is not computed here."
     if (start := keys.get("init_lora_weights", True)) not in STARTS and start is not None:
         yield (
-            f"init_lora_weights: {shown(start)} changes the base that the adapter is for. Save it "
+            f"init_lora_weights: {quoted(start)} changes the base that the adapter is for. Save it "
             "with path_initial_model_for_weight_conversion, for the original base."
         )
     for key in sorted(map(str, keys.keys() - (READ_KEYS | IRRELEVANT_KEYS | OFF.keys()))):
         if keys[key] not in (None, False, {}, []):
-            unknown = f"{shown(key)}: {shown(keys[key])}"
+            unknown = f"{quoted(key)}: {quoted(keys[key])}"
             yield f"{unknown} is an unknown key. Remove it if it is harmless."
 
 
 def wrong_values(keys: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the values that are there, a sentence each."""
     if not is_rank(keys.get("r", 8)):
-        yield f"r: {shown(keys['r'])} must be a whole number above 0."
+        yield f"r: {quoted(keys['r'])} must be a whole number above 0."
     if not is_alpha(keys.get("lora_alpha", 8)):
-        yield f"lora_alpha: {shown(keys['lora_alpha'])} must be a number above 0."
+        yield f"lora_alpha: {quoted(keys['lora_alpha'])} must be a number above 0."
     dropout = keys.get("lora_dropout") or 0.0
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        yield f"lora_dropout: {shown(dropout)} must be at least 0 and below 1."
+        yield f"lora_dropout: {quoted(dropout)} must be at least 0 and below 1."
     for key in ("use_dora", "use_rslora"):
         if not isinstance(keys.get(key) or False, bool):
-            yield f"{key}: {shown(keys[key])} must be true or false."
+            yield f"{key}: {quoted(keys[key])} must be true or false."
     if not isinstance(base := keys.get("base_model_name_or_path") or "", str):
-        yield f"base_model_name_or_path: {shown(base)} must be text."
+        yield f"base_model_name_or_path: {quoted(base)} must be text."
     for key, is_good in (("rank_pattern", is_rank), ("alpha_pattern", is_alpha)):
         pattern = keys.get(key) or {}
         if not isinstance(pattern, dict) or len(pattern) > PATTERN_NAMES:
@@ -535,7 +538,7 @@ def wrong_values(keys: Mapping[str, Any]) -> Iterator[str]:
         for name, value in pattern.items():
             if not is_good(value) or not is_plain(name):
                 yield (
-                    f"{key}: {shown(name)}: {shown(value)} is not read. Use modules' names, and "
+                    f"{key}: {quoted(name)}: {quoted(value)} is not read. Use modules' names, and "
                     "numbers above 0."
                 )
 
@@ -545,7 +548,7 @@ def is_plain(pattern: str, branches: int = BRANCHES) -> bool:
     if len(pattern) > 300 or sum(map(pattern.count, "*+(")) > branches:
         return False
     try:
-        return bool(PLAIN.fullmatch(pattern) and re.compile(pattern))
+        return bool(PLAIN_PATTERN.fullmatch(pattern) and re.compile(pattern))
     except re.error:
         return False
 

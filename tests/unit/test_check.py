@@ -24,6 +24,7 @@ from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 from phi3_plugin.models import lora_phi3
+from tests.chosen import some
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 
 FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -174,7 +175,10 @@ def test_status_in_each_runtime(saved, base, case):
     assert all(verdict.reasons for verdict in found if verdict.status != LOADS)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("nan", "no B")])
+LOADED = [case for case in CASES if case not in ("nan", "no B")]
+
+
+@pytest.mark.parametrize("case", some(LOADED, [case for case in LOADED if case != "pissa"]))
 def test_peft_does_what_is_said_of_it(saved, base, case):
     keys, change, (expected, *_) = CASES[case]
     folder = saved(change, **keys)
