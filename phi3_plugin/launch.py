@@ -29,55 +29,32 @@ def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection
         recipes: Our recipes by name, which end well on SIGTERM and SIGINT.
         configs: The names of our configs.
     """
-    _prefer_local_configs(run, configs)
-    _pass_signals_on(run, recipes)
-    _refuse_lonely_nodes(run)
-
-
-def _prefer_local_configs(run: ModuleType, configs: Collection[str]) -> None:
-    """Let `tune run --config X` take a file X first, and `phi3_*.yaml` for one of our names."""
-    stock = run.Run._get_config
+    stock_config, stock_distributed = run.Run._get_config, run.Run._run_distributed
+    ours = {spelling for name, file in recipes.items() for spelling in _spellings(name, file)}
 
     def _get_config(self: Any, config_str: str, specific_recipe: Any) -> Any:
         if os.path.isfile(config_str):
             return None  # "not registered": `tune run` then reads config_str as a path
-        config = stock(self, config_str, specific_recipe)
+        config = stock_config(self, config_str, specific_recipe)
         stem, suffix = os.path.splitext(config_str)
         if config is None and suffix == ".yaml" and stem in configs:
-            return stock(self, stem, specific_recipe)
+            return stock_config(self, stem, specific_recipe)
         return config
-
-    run.Run._get_config = _get_config
-
-
-def _refuse_lonely_nodes(run: ModuleType) -> None:
-    """Refuse several nodes without a meeting place: each would train its own model, in silence."""
-    stock = run.Run._run_distributed
 
     def _run_distributed(self: Any, args: Any, is_builtin: bool) -> None:
         nodes = str(args.nnodes).rpartition(":")[2]
         if nodes.isdigit() and int(nodes) > 1 and not args.rdzv_endpoint:
+            # Each node would train its own model, in silence
             self._parser.error(
                 f"--nnodes {args.nnodes} needs --rdzv_endpoint HOST:PORT (and --rdzv_backend "
                 "c10d), the same on every node. Without it each node trains alone."
             )
-        stock(self, args, is_builtin)
-
-    run.Run._run_distributed = _run_distributed
-
-
-def _pass_signals_on(run: ModuleType, recipes: Mapping[str, Path]) -> None:
-    """Launch our recipes, and no others, with :func:`signals_for_workers`."""
-    stock = run.Run._run_distributed
-    ours = {spelling for name, file in recipes.items() for spelling in _spellings(name, file)}
-
-    def _run_distributed(self: Any, args: Any, is_builtin: bool) -> None:
         # `phi3-tune` starts itself in the workers, with the recipe after the verb.
         recipe = args.recipe_args[1] if args.recipe == "phi3_plugin.cli" else args.recipe
-        changed = signals_for_workers() if recipe in ours else contextlib.nullcontext()
-        with changed:
-            stock(self, args, is_builtin)
+        with signals_for_workers() if recipe in ours else contextlib.nullcontext():
+            stock_distributed(self, args, is_builtin)
 
+    run.Run._get_config = _get_config
     run.Run._run_distributed = _run_distributed
 
 
@@ -133,16 +110,12 @@ def _listen(workers: Any, asked: list[signal.Signals]) -> None:
         asked.append(signal.Signals(number))
         for each, handler in of_torchrun.items():
             signal.signal(each, handler)
-        _say(f"{asked[0].name} goes to the workers, to save and end. Repeat it to cut them short.")
+        text = f"{asked[0].name} goes to the workers, to save and end. Repeat it to cut them short."
+        with contextlib.suppress(OSError):  # print() fails if the signal came within another one
+            os.write(2, f"phi3_plugin: {text}\n".encode())
         # Torchrun gives workers a session of their own, so Ctrl-C in a terminal comes this way too.
         for worker in workers.subprocess_handlers.values():
             worker.proc.send_signal(number)  # not sent to one that has ended
 
     for number in of_torchrun:
         signal.signal(number, pass_on)
-
-
-def _say(text: str) -> None:
-    # print() fails if the signal came while something else was being printed.
-    with contextlib.suppress(OSError):
-        os.write(2, f"phi3_plugin: {text}\n".encode())
