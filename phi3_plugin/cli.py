@@ -36,7 +36,7 @@ class Verb(NamedTuple):
     """Its ``run()`` takes the options and returns the exit code; or, of a recipe, its name."""
 
 
-VERBS = {
+COMMANDS = {
     "generate": Verb(options.PromptOptions, "recipes.phi3_generate"),
     "chat": Verb(options.ChatOptions, "chat"),
     "adapter check": Verb(options.CheckOptions, "recipes.phi3_adapter"),
@@ -83,7 +83,7 @@ def main() -> None:
     if words and words[0] in (*TUNE, *RECIPES) and not asks_for_help:
         return _tune(words)
     top, verbs = parsers()
-    name = next((name for name in VERBS if words[: name.count(" ") + 1] == name.split()), None)
+    name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), None)
     if name is None:
         top.parse_args(words or ["--help"])  # ends with the help, or says what is wrong
         return None
@@ -93,11 +93,11 @@ def main() -> None:
 
 def _run(name: str, given: dict[str, Any]) -> int:
     """Do a verb of ours and return the exit code."""
-    verb = VERBS[name]
+    verb = COMMANDS[name]
     if given.get("prompt") == ["-"]:  # standard input, as everywhere, and no prompt
         given |= {"prompt": [], "prompts": "-"}
     try:
-        chosen = options.read(verb.options, given, f"phi3-tune {name}")
+        chosen = options.read_options(verb.options, given, f"phi3-tune {name}")
         return int(import_module(f"phi3_plugin.{verb.module}").run(chosen))
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
@@ -113,7 +113,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
 
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Return the parser of the whole command line, and those of `VERBS` in it."""
+    """Return the parser of the whole command line, and those of `COMMANDS` in it."""
     top = argparse.ArgumentParser(
         prog="phi3-tune", description="torchtune's command line, with Phi-3."
     )
@@ -142,7 +142,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     adapter = commands.add_parser("adapter", help=does, description=f"{does}.")
     inner = adapter.add_subparsers(required=True, metavar="VERB")
     verbs = {}
-    for name, verb in VERBS.items():
+    for name, verb in COMMANDS.items():
         does = inspect.cleandoc(verb.options.__doc__ or "")
         group, last = (inner, name.split()[-1]) if " " in name else (commands, name)
         verbs[name] = group.add_parser(last, help=_first_sentence(does), description=does)

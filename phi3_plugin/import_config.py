@@ -22,6 +22,7 @@ import yaml
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError
 from phi3_plugin.models.lora_settings import EMBEDDING, FUSED, HEAD, PARTS, TARGETS, LoRASettings
 from phi3_plugin.options import (
+    AnyText,
     Count,
     ImportConfigOptions,
     Kind,
@@ -30,11 +31,10 @@ from phi3_plugin.options import (
     Seed,
     Share,
     Switch,
-    Text,
     Texts,
     closest,
     mistakes,
-    shown,
+    spelled,
 )
 from phi3_plugin.pages import write_files
 
@@ -87,9 +87,9 @@ TRAINING = {
     "adam_epsilon": Rule(Positive, "optimizer.eps"),
     "adam_beta1": Rule(Share),
     "adam_beta2": Rule(Share),
-    "optim": Rule(Text),
+    "optim": Rule(AnyText),
     "max_grad_norm": Rule(FromZero | None, "clip_grad_norm"),
-    "lr_scheduler_type": Rule(Text),
+    "lr_scheduler_type": Rule(AnyText),
     "warmup_ratio": Rule(Ratio),
     "warmup_steps": Rule(FromZero),
     "per_device_train_batch_size": Rule(Count, "batch_size"),
@@ -104,14 +104,14 @@ TRAINING = {
     "max_length": Rule(Count | None, "tokenizer.max_seq_len"),
     "packing": Rule(Switch, "dataset.packed"),
     "save_steps": Rule(Count | None),
-    "save_strategy": Rule(Text),
+    "save_strategy": Rule(AnyText),
     "save_total_limit": Rule(Seed | None, "save_total_limit"),
     "logging_steps": Rule(Count, "log_every_n_steps"),
     "report_to": Rule(),
     "do_eval": Rule(Switch),
     "eval_steps": Rule(Count | None),
-    "eval_strategy": Rule(Text),
-    "evaluation_strategy": Rule(Text),
+    "eval_strategy": Rule(AnyText),
+    "evaluation_strategy": Rule(AnyText),
     "load_best_model_at_end": Rule(Switch),
     "metric_for_best_model": Rule(),
     "greater_is_better": Rule(Switch | None),
@@ -154,12 +154,12 @@ PEFT = {
     "lora_dropout": Rule(Share, "lora_dropout"),
     "use_rslora": Rule(Switch, "use_rslora"),
     "use_dora": Rule(Switch, "use_dora"),
-    "target_modules": Rule(Text | Texts | None),
+    "target_modules": Rule(AnyText | Texts | None),
     "modules_to_save": Rule(Texts | None),
     "rank_pattern": Rule(Section | None),
     "alpha_pattern": Rule(Section | None),
     "layers_to_transform": Rule(Layers | Seed | None),
-    "init_lora_weights": Rule(Switch | Text),
+    "init_lora_weights": Rule(Switch | AnyText),
     "task_type": _only("CAUSAL_LM", None, instead='Use "CAUSAL_LM".'),
     "peft_type": _only("LORA", None, instead='Use "LORA".'),
     # A Phi-3 has no biases, so none is trained whatever is asked for
@@ -234,10 +234,10 @@ class Translation:
                 advice = f"Did you mean {meant!r}?" if meant else advice
                 self.problems.append(f"{section}{key}: it is not among the known keys. {advice}")
             elif rule.note:
-                self.notes.append(f"{key}: {shown(value)} has no effect: {rule.note}.")
+                self.notes.append(f"{key}: {spelled(value)} has no effect: {rule.note}.")
             elif rule.only is not None:
                 if value not in rule.only:
-                    line = f"{section}{key}: {shown(value)} is not supported. {rule.instead}"
+                    line = f"{section}{key}: {spelled(value)} is not supported. {rule.instead}"
                     self.problems.append(line)
             elif wrong := mistakes(section + key, value, rule.takes) if rule.takes else []:
                 self.problems += wrong
@@ -294,7 +294,7 @@ def translate(sample: Mapping[str, Any], targets: str = "as-published") -> Trans
     _training({**sample["training_config"], **handed}, out)
     of_training = map(sample["training_config"].get, ("max_seq_length", "max_length"))
     given = [handed.get("max_seq_length"), *of_training]
-    lengths = dict.fromkeys(shown(length) for length in given if length is not None)
+    lengths = dict.fromkeys(spelled(length) for length in given if length is not None)
     if len(lengths) > 1:
         out.problems.append(
             f"max_seq_length and max_length: {' and '.join(lengths)} differ. Keep one."
@@ -339,7 +339,7 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
     schedule = get("lr_scheduler_type", "linear")
     if schedule not in SCHEDULES:
         known = ", ".join(SCHEDULES)
-        problems.append(f"lr_scheduler_type: {shown(schedule)} must be one of {known}.")
+        problems.append(f"lr_scheduler_type: {spelled(schedule)} must be one of {known}.")
     elif schedule != "constant":
         name = f"phi3_plugin.train.{schedule.removesuffix('_with_warmup')}_with_warmup"
         warmup = {"warmup_ratio": get("warmup_ratio", 0.0)}
@@ -349,9 +349,9 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
 
     optimizer = get("optim", "adamw_torch")
     if optimizer not in OPTIMIZERS:
-        problems.append(f"optim: {shown(optimizer)} must be one of {', '.join(OPTIMIZERS)}.")
+        problems.append(f"optim: {spelled(optimizer)} must be one of {', '.join(OPTIMIZERS)}.")
     if optimizer.startswith("paged"):
-        notes.append(f"optim: {shown(optimizer)} becomes an optimizer that pages nothing out.")
+        notes.append(f"optim: {spelled(optimizer)} becomes an optimizer that pages nothing out.")
     out.put("optimizer", {**OPTIMIZERS.get(optimizer, {}), **out.yaml["optimizer"]})
     betas = [get("adam_beta1", 0.9), get("adam_beta2", 0.999)]
     if betas != [0.9, 0.999]:
@@ -359,7 +359,7 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
 
     saving = get("save_strategy", "steps")
     if saving not in ("steps", "epoch", "no"):
-        problems.append(f"save_strategy: {shown(saving)} must be steps, epoch or no.")
+        problems.append(f"save_strategy: {spelled(saving)} must be steps, epoch or no.")
     out.put("save_every_n_steps", get("save_steps", 500) if saving == "steps" else None)
     out.put("save_every_epoch", saving == "epoch")
     reports = get("report_to", "none")
@@ -367,11 +367,13 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
         logger = "torchtune.training.metric_logging.TensorBoardLogger"
         out.put("metric_logger", {"_component_": logger, "log_dir": "${output_dir}"})
     elif reports not in ("none", [], ["none"], None):
-        problems.append(f"report_to: {shown(reports)}. Set metric_logger in the YAML instead.")
+        problems.append(f"report_to: {spelled(reports)}. Set metric_logger in the YAML instead.")
 
     validating = get("eval_strategy", get("evaluation_strategy", "no"))
     if validating not in ("no", "steps"):
-        problems.append(f"eval_strategy: {shown(validating)} must be no, or steps with eval_steps.")
+        problems.append(
+            f"eval_strategy: {spelled(validating)} must be no, or steps with eval_steps."
+        )
     if validating == "steps":
         out.put("run_val_every_n_steps", get("eval_steps") or out.yaml["log_every_n_steps"])
     if validating != "no" or get("do_eval"):
@@ -384,7 +386,7 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
         notes.append("load_best_model_at_end: the best adapter is in best, the last in final.")
     metric = get("metric_for_best_model", "loss")
     if metric not in ("loss", "eval_loss", None) or get("greater_is_better"):
-        problems.append(f"metric_for_best_model: {shown(metric)} must be eval_loss.")
+        problems.append(f"metric_for_best_model: {spelled(metric)} must be eval_loss.")
 
 
 def _base(quantized: Any, out: Translation) -> bool:
@@ -392,7 +394,7 @@ def _base(quantized: Any, out: Translation) -> bool:
     if quantized is None:
         return False
     if not isinstance(quantized, Mapping):
-        line = f"bnb_config: {shown(quantized)} must be what BitsAndBytesConfig takes, or null."
+        line = f"bnb_config: {spelled(quantized)} must be what BitsAndBytesConfig takes, or null."
         out.problems.append(line)
         return False
     is_nf4 = quantized.get("load_in_4bit") is True
@@ -401,17 +403,17 @@ def _base(quantized: Any, out: Translation) -> bool:
         value = quantized.get(key, default)
         is_one = any(type(value) is type(one) and value == one for one in choices)
         if (key in quantized or is_nf4) and not is_one:
-            known = ", ".join(map(shown, choices))
+            known = ", ".join(map(spelled, choices))
             left = "" if key in quantized else ", which it is if not given,"
-            out.problems.append(f"bnb_config.{key}: {shown(value)}{left} must be one of {known}.")
+            out.problems.append(f"bnb_config.{key}: {spelled(value)}{left} must be one of {known}.")
     asked, dtype = str(quantized.get("bnb_4bit_compute_dtype", "float32")), out.yaml["dtype"]
     if is_nf4 and asked.removeprefix("torch.") != {"bf16": "bfloat16", "fp32": "float32"}[dtype]:
-        line = f"bnb_4bit_compute_dtype: {shown(asked)} has no effect: bf16 makes it {dtype}."
+        line = f"bnb_4bit_compute_dtype: {spelled(asked)} has no effect: bf16 makes it {dtype}."
         out.notes.append(line)
     return is_nf4
 
 
-INITS = {True: "kaiming", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
+STARTS = {True: "kaiming", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
 
 
 def _adapter(peft: Mapping[str, Any], targets: str, is_nf4: bool, out: Translation) -> None:
@@ -439,11 +441,11 @@ def _adapter(peft: Mapping[str, Any], targets: str, is_nf4: bool, out: Translati
         model["layers_to_transform"] = numbers if isinstance(numbers, list) else [numbers]
 
     start = given.get("init_lora_weights", True)
-    if start not in INITS:
-        known = ", ".join(map(str, INITS))
-        out.problems.append(f"init_lora_weights: {shown(start)} must be one of {known}.")
+    if start not in STARTS:
+        known = ", ".join(map(str, STARTS))
+        out.problems.append(f"init_lora_weights: {spelled(start)} must be one of {known}.")
     elif start is not True:
-        model["lora_init"] = INITS[start]
+        model["lora_init"] = STARTS[start]
     if start == "pissa" and is_nf4:
         out.problems.append(
             "init_lora_weights: 'pissa' needs a base that is not quantized. Remove bnb_config."
@@ -500,7 +502,7 @@ def modules(given: Any, targets: str, out: Translation) -> list[str]:
     if given == "all-linear":
         return [*TARGETS]
     if isinstance(given, str):
-        line = f"target_modules: {shown(given)} is a pattern for PEFT. List the names instead."
+        line = f"target_modules: {spelled(given)} is a pattern for PEFT. List the names instead."
         out.problems.append(line)
         return []
     found = {name: path(name) for name in given or ()}
@@ -508,11 +510,11 @@ def modules(given: Any, targets: str, out: Translation) -> list[str]:
     for name, place in found.items():
         if place and place[0] is not None:
             problems.append(
-                f"target_modules: {shown(name)} is in one layer. Name {place[1]!r}, and the layer "
-                "in layers_to_transform."
+                f"target_modules: {spelled(name)} is in one layer. Name {place[1]!r}, and the "
+                "layer in layers_to_transform."
             )
         elif not place and _NOT_LINEAR.fullmatch(name):
-            problems.append(f"target_modules: {shown(name)} is no linear layer. Remove it.")
+            problems.append(f"target_modules: {spelled(name)} is no linear layer. Remove it.")
 
     plain = [place[1] if place else name for name, place in found.items()]
     available = {*TARGETS, HEAD, EMBEDDING}
@@ -526,7 +528,7 @@ def modules(given: Any, targets: str, out: Translation) -> list[str]:
     lost = [name for name, place in found.items() if not place or place[1] not in available]
     if not kept and not problems:
         problems.append(
-            f"target_modules: {shown(given)} matches no layer of a Phi-3. "
+            f"target_modules: {spelled(given)} matches no layer of a Phi-3. "
             f"It has {', '.join(TARGETS)}. For names of their parts add --targets as-intended."
         )
     out.problems += problems

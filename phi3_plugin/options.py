@@ -27,7 +27,7 @@ from typing import (
 
 from phi3_plugin.errors import ConfigError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # What a value may be. An annotation carries its kind, so that a dataclass reads as types and is
 # checked as rules.
@@ -80,13 +80,13 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-TEXT = Kind("text; put quotes around a number", lambda v: isinstance(v, str))
-NAME = Kind("a name; put quotes around a number", _is_name)
-PATH = Kind(TEXT.words, _is_name, Path)
+_TEXT = Kind("text; put quotes around a number", lambda v: isinstance(v, str))
+_NAME = Kind("a name; put quotes around a number", _is_name)
+_PATH = Kind(_TEXT.words, _is_name, Path)
 
-Text = Annotated[str, TEXT]
-Name = Annotated[str, NAME]
-Folder = Annotated[Path, PATH]
+AnyText = Annotated[str, _TEXT]
+Name = Annotated[str, _NAME]
+Folder = Annotated[Path, _PATH]
 Texts = Annotated[list[str], Kind("a list of texts, as in ['one', 'two']", _are_texts, list)]
 Switch = Annotated[bool, Kind("True or False", lambda v: type(v) is bool)]
 Count = Annotated[int, Kind("a whole number above 0", partial(_is_whole, least=1))]
@@ -107,7 +107,7 @@ def kinds_of(hint: Any) -> list[Kind]:
     return [kind for part in get_args(hint) for kind in kinds_of(part)]
 
 
-def _marks(hint: Any, of: type[T]) -> list[T]:
+def _marks(hint: Any, of: type[_T]) -> list[_T]:
     return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, of)]
 
 
@@ -118,7 +118,7 @@ class Unresolved(str):
     """Stands for a value that refers to something that is not there, and says so."""
 
 
-def read(cls: type[T], given: Mapping[str, Any], owner: str = "this recipe") -> T:
+def read_options(cls: type[_T], given: Mapping[str, Any], owner: str = "this recipe") -> _T:
     """Return a dataclass of what was given.
 
     Args:
@@ -131,7 +131,7 @@ def read(cls: type[T], given: Mapping[str, Any], owner: str = "this recipe") -> 
             one line each.
     """
     given = {key: value for key, value in resolved(given).items() if value is not None}
-    if found := problems(cls, given, owner):
+    if found := option_problems(cls, given, owner):
         raise ConfigError("\n".join(found))
     return made(cls, given)
 
@@ -155,7 +155,7 @@ def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def problems(
+def option_problems(
     cls: type[Any],
     given: Mapping[str, Any],
     owner: str,
@@ -203,16 +203,16 @@ def mistakes(key: str, value: Any, hint: Any, owner: str = "") -> list[str]:
     """
     if is_dataclass(hint) and (value is None or isinstance(value, Mapping)):
         nested = {name: one for name, one in (value or {}).items() if one is not None}
-        return problems(hint, nested, f"{owner}'s {key}", section=f"{key}.")  # type: ignore[arg-type]
+        return option_problems(hint, nested, f"{owner}'s {key}", section=f"{key}.")  # type: ignore[arg-type]
     kinds = [Kind("a section", bool)] if is_dataclass(hint) else kinds_of(hint)
     if not is_dataclass(hint) and any(kind.accepts(value) for kind in kinds):
         return []
     words = " or ".join(kind.words for kind in kinds)
     advice = "".join(f" {mark.text}" for mark in _marks(hint, Advice))
-    return [f"{key}: {shown(value)} must be {words}.{advice}"]
+    return [f"{key}: {spelled(value)} must be {words}.{advice}"]
 
 
-def made(cls: type[T], given: Mapping[str, Any]) -> T:
+def made(cls: type[_T], given: Mapping[str, Any]) -> _T:
     """Return a dataclass of values that have no problems; keys of others are passed over."""
     values = {}
     for key, hint in get_type_hints(cls, include_extras=True).items():
@@ -257,7 +257,7 @@ def unknown_key(
     """Return the problem of a key that nothing reads."""
     meant = closest(where.rpartition(".")[2], known)
     advice = f"Did you mean {meant!r}?" if meant else otherwise
-    return f"{where}: {shown(value)} is given, but {owner} has no such key. {advice}"
+    return f"{where}: {spelled(value)} is given, but {owner} has no such key. {advice}"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
@@ -265,7 +265,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(word, list(known), n=1)), None)
 
 
-def shown(value: Any) -> str:
+def spelled(value: Any) -> str:
     """Return a value as the YAML would spell it, cut if it is long."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -273,8 +273,8 @@ def shown(value: Any) -> str:
 
 # Which model answers, and how.
 
-BASE = Flags(("--base", "--checkpoint-dir"), "DIR")
-Base = Annotated[Folder, BASE]
+BASE_FLAGS = Flags(("--base", "--checkpoint-dir"), "DIR")
+Base = Annotated[Folder, BASE_FLAGS]
 Dtype = Literal["bf16", "fp32"]
 
 
@@ -337,7 +337,7 @@ class AnswerOptions(Sampling):
     """cpu or cuda (default: a GPU where there is one)"""
     quantize: Switch = False
     """keep the base's weights in NF4"""
-    system: Text | None = None
+    system: AnyText | None = None
     """system message"""
 
     @property
@@ -456,7 +456,7 @@ class CheckOptions:
 
     adapter: Annotated[Folder, Flags(metavar="ADAPTER")]
     """folder of the adapter"""
-    checkpoint_dir: Annotated[Folder | None, BASE] = None
+    checkpoint_dir: Annotated[Folder | None, BASE_FLAGS] = None
     """folder of the base model, as it was downloaded"""
     runtime: Annotated[
         tuple[str, ...],

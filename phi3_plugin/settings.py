@@ -24,6 +24,7 @@ from phi3_plugin.config import checkpoint_folder
 from phi3_plugin.errors import ConfigError, MissingFileError
 from phi3_plugin.options import (
     Advice,
+    AnyText,
     Count,
     Dtype,
     Folder,
@@ -33,16 +34,15 @@ from phi3_plugin.options import (
     Seed,
     Share,
     Switch,
-    Text,
     Texts,
     Unresolved,
     closest,
-    shown,
+    spelled,
     unknown_key,
     unset,
 )
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def bytes_of(amount: Any) -> int | None:
@@ -95,7 +95,7 @@ class Settings:
     batch_size: Count
     """Samples that one device sees at once."""
     gradient_accumulation_steps: Count = 1
-    collate_fn: Text = "phi3_plugin.data.collate.concatenate"
+    collate_fn: AnyText = "phi3_plugin.data.collate.concatenate"
     shuffle: Switch = True
     group_by_length: Switch = False
     """Steps of samples of similar length: less padding, where collate_fn pads."""
@@ -185,12 +185,14 @@ def read(cfg: DictConfig, processes: int | None = None) -> Settings:
         ConfigError: Something is wrong; all problems, one line each.
     """
     given = options.resolved(cfg)
-    if found := problems(given, processes):
+    if found := settings_problems(given, processes):
         raise ConfigError("\n".join(found))
     return options.made(Settings, given)
 
 
-def read_beside(cfg: DictConfig, own: type[T], processes: int | None = None) -> tuple[Settings, T]:
+def read_beside(
+    cfg: DictConfig, own: type[_T], processes: int | None = None
+) -> tuple[Settings, _T]:
     """Check a configuration that also has keys of a recipe that trains nothing.
 
     Args:
@@ -204,13 +206,15 @@ def read_beside(cfg: DictConfig, own: type[T], processes: int | None = None) -> 
     given = options.resolved(cfg)
     names = [f.name for f in fields(own)]  # type: ignore[arg-type]
     beside = {name: given.pop(name) for name in names if name in given}
-    found = problems(given, processes, names) + options.problems(own, beside, "this recipe")
+    found = settings_problems(given, processes, names) + options.option_problems(
+        own, beside, "this recipe"
+    )
     if found:
         raise ConfigError("\n".join(found))
     return options.made(Settings, given), options.made(own, beside)
 
 
-def problems(
+def settings_problems(
     given: dict[str, Any], processes: int | None = None, others: Iterable[str] = ()
 ) -> list[str]:
     """Say what is wrong with the configuration of a training run, a line each.
@@ -226,7 +230,7 @@ def problems(
     if given.get("seed", 0) is None:
         given["seed"] = 0
     beside = (*STOCK_KEYS, "loss", "profiler", *others)
-    found = options.problems(Settings, given, "this recipe", others=beside)
+    found = options.option_problems(Settings, given, "this recipe", others=beside)
     given = {key: value for key, value in given.items() if not isinstance(value, Unresolved)}
     found += _no_folder(given.get("checkpoint_dir"))
     for key in PASSED:
@@ -279,28 +283,28 @@ def stock_problems(given: Mapping[str, Any]) -> Iterator[str]:
     for key, (neutral, instead) in STOCK_KEYS.items():
         value = given.get(key, neutral[0])
         if not any(type(value) is type(one) and value == one for one in neutral):  # 0 is not False
-            yield f"{key}: {shown(value)} is not supported by this recipe. {instead}"
+            yield f"{key}: {spelled(value)} is not supported by this recipe. {instead}"
     loss = given.get("loss")
     if isinstance(loss, Mapping):
         component = loss.get("_component_")
         if str(component).rpartition(".")[2] not in CROSS_ENTROPIES:
             yield (
-                f"loss._component_: {shown(component)} is not cross entropy, which this recipe "
+                f"loss._component_: {spelled(component)} is not cross entropy, which this recipe "
                 "computes. Use torchtune.modules.loss.CEWithChunkedOutputLoss."
             )
             return
         for key, value in loss.items():
             is_neutral = LOSS_NEUTRAL.get(key, ...) == value
             if key not in ("_component_", "num_output_chunks") and not is_neutral:
-                yield f"loss.{key}: {shown(value)} is not supported by this recipe. Remove it."
+                yield f"loss.{key}: {spelled(value)} is not supported by this recipe. Remove it."
     elif loss is not None:
-        yield f"loss: {shown(loss)} must be a section with _component_ or null."
+        yield f"loss: {spelled(loss)} must be a section with _component_ or null."
     profiler = given.get("profiler")
     enabled = profiler.get("enabled", False) if isinstance(profiler, Mapping) else profiler
     if enabled not in (None, False):
         yield (
-            f"profiler.enabled: {shown(enabled)} is not supported by this recipe. Set it to False, "
-            "and profile with torchtune's own recipe."
+            f"profiler.enabled: {spelled(enabled)} is not supported by this recipe. Set it to "
+            "False, and profile with torchtune's own recipe."
         )
 
 
@@ -314,12 +318,12 @@ def _checkpointer(given: Mapping[str, Any]) -> Iterator[str]:
         return
     if (component := section.get("_component_", CHECKPOINTER)) != CHECKPOINTER:
         yield (
-            f"checkpointer._component_: {shown(component)} is not supported: this recipe writes "
+            f"checkpointer._component_: {spelled(component)} is not supported: this recipe writes "
             f"PEFT folders. Use {CHECKPOINTER}, or remove the section."
         )
         return
     if not isinstance(card := section.get("card", {}), Mapping):
-        yield f"checkpointer.card: {shown(card)} must be a section of names and values."
+        yield f"checkpointer.card: {spelled(card)} must be a section of names and values."
     fixed = {
         "checkpoint_dir": given.get("checkpoint_dir"),
         "output_dir": given.get("output_dir"),
@@ -334,8 +338,8 @@ def _checkpointer(given: Mapping[str, Any]) -> Iterator[str]:
             yield unknown_key(f"checkpointer.{key}", value, CHECKPOINTER, known)
         elif fixed.get(key) is not None and value != fixed[key]:
             yield (
-                f"checkpointer.{key}: {shown(value)} differs from {shown(fixed[key])}, which this "
-                "recipe uses. Remove it."
+                f"checkpointer.{key}: {spelled(value)} differs from {spelled(fixed[key])}, which "
+                "this recipe uses. Remove it."
             )
 
 
@@ -371,10 +375,10 @@ def component_problems(key: str, section: Any) -> Iterator[str]:
     try:
         component = _imported(dotpath)
     except Exception as error:  # importing a module of the user's can raise anything
-        yield f"{where}: {shown(dotpath)} cannot be imported. {_reason(dotpath, error)}"
+        yield f"{where}: {spelled(dotpath)} cannot be imported. {_reason(dotpath, error)}"
         return
     if not callable(component):
-        yield f"{where}: {shown(dotpath)} cannot be called. Name a function or a class."
+        yield f"{where}: {spelled(dotpath)} cannot be called. Name a function or a class."
         return
     try:
         parameters = signature(component).parameters
@@ -383,14 +387,14 @@ def component_problems(key: str, section: Any) -> Iterator[str]:
     count, by_name = PASSED[key]
     takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
     if by_name and by_name not in parameters and not takes_any:
-        yield f"{where}: {shown(dotpath)} takes no {by_name}, which the recipe hands it."
+        yield f"{where}: {spelled(dotpath)} takes no {by_name}, which the recipe hands it."
         return
     ours = [*list(parameters)[:count], by_name]
     open_ended = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     free = {n: p for n, p in parameters.items() if n not in ours and p.kind not in open_ended}
     for name, value in section.items():
         if name in ours:
-            yield f"{key}.{name}: {shown(value)} is set by the recipe. Remove it."
+            yield f"{key}.{name}: {spelled(value)} is set by the recipe. Remove it."
         elif name not in ("_component_", *free) and not takes_any:
             available = f"Available: {', '.join(free)}."
             yield unknown_key(f"{key}.{name}", value, dotpath, free, available)
@@ -430,12 +434,12 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
     """
     get = given.get
     if get("dataset_val") and get("val_fraction"):
-        yield f"val_fraction: {shown(get('val_fraction'))} conflicts with dataset_val. Keep one."
+        yield f"val_fraction: {spelled(get('val_fraction'))} conflicts with dataset_val. Keep one."
     if not get("dataset_val") and not get("val_fraction"):
         for key in ("run_val_every_n_steps", "early_stop_patience"):
             if get(key) is not None:
                 yield (
-                    f"{key}: {shown(get(key))} needs validation data. Set dataset_val, or "
+                    f"{key}: {spelled(get(key))} needs validation data. Set dataset_val, or "
                     "val_fraction=0.05 to split it off the training set."
                 )
 
@@ -449,8 +453,8 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
     recompute = get("enable_activation_checkpointing")
     if get("memory_budget") is not None and recompute:
         yield (
-            f"memory_budget: {shown(get('memory_budget'))} conflicts with "
-            f"enable_activation_checkpointing: {shown(recompute)}. One decides which layers "
+            f"memory_budget: {spelled(get('memory_budget'))} conflicts with "
+            f"enable_activation_checkpointing: {spelled(recompute)}. One decides which layers "
             "recompute: add enable_activation_checkpointing=False, or remove the budget."
         )
     if get("enable_activation_offloading") is True:
@@ -470,17 +474,17 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
         if isinstance(dataset, dict) and dataset.get("packed"):
             yield (
                 "group_by_length: True conflicts with dataset.packed: "
-                f"{shown(dataset['packed'])}, whose packs are of one length. Keep one."
+                f"{spelled(dataset['packed'])}, whose packs are of one length. Keep one."
             )
         if get("shuffle") is False:
             yield "group_by_length: True conflicts with shuffle: False. Keep one."
 
     if isinstance(optimizer := get("optimizer"), dict):
         if (ratio := get("lora_plus_ratio")) and "lr" not in optimizer:
-            yield f"lora_plus_ratio: {shown(ratio)} multiplies optimizer.lr. Set that."
+            yield f"lora_plus_ratio: {spelled(ratio)} multiplies optimizer.lr. Set that."
         component = str(optimizer.get("_component_"))
         if component.startswith("bitsandbytes.") and get("fsdp_replicas", 1) != processes:
             yield (
-                f"optimizer._component_: {shown(component)} cannot update weights that processes "
+                f"optimizer._component_: {spelled(component)} cannot update weights that processes "
                 f"share. Set fsdp_replicas={processes}, or use torchao.optim.AdamW8bit."
             )

@@ -40,7 +40,7 @@ from phi3_plugin.train.optimizer import (
     optimizer_state,
     parameter_groups,
 )
-from phi3_plugin.train.plan import memory_choices, plan
+from phi3_plugin.train.plan import memory_choices, print_plan
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
 from phi3_plugin.train.step import train_step, validate
 from phi3_plugin.train.stop import Stop
@@ -323,7 +323,7 @@ def is_due(step: int, every: int | None) -> bool:
 def main(cfg: DictConfig) -> None:
     """Fine-tune Phi-3; see the top of this file."""
     if cfg.get("plan"):
-        return plan(cfg)
+        return print_plan(cfg)
     recipe = Finetune(cfg)
     recipe.setup()
     recipe.train()

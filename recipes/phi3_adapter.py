@@ -204,7 +204,7 @@ def main(cfg: DictConfig) -> int:
     verb = given.pop("verb", None)
     if not isinstance(verb, str) or verb not in VERBS:
         raise ConfigError(f"verb: {verb!r} must be one of {', '.join(VERBS)}.")
-    return run(options.read(VERBS[verb][0], given, verb))
+    return run(options.read_options(VERBS[verb][0], given, verb))
 
 
 if __name__ == "__main__":

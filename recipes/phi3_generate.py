@@ -23,7 +23,7 @@ from phi3_plugin.generate import Generator
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.load import load
 from phi3_plugin.models.cache import serve
-from phi3_plugin.options import GenerateOptions, PromptOptions, read
+from phi3_plugin.options import GenerateOptions, PromptOptions, read_options
 from phi3_plugin.prompts import (
     CUT,
     STDIN,
@@ -135,7 +135,7 @@ def say(text: str) -> None:
 def main(cfg: DictConfig) -> int:
     """Answer prompts; see the top of this file."""
     # Prompts come from a file: `key=value` would mangle free text
-    return run(PromptOptions(**vars(read(GenerateOptions, cfg, "phi3_generate"))))
+    return run(PromptOptions(**vars(read_options(GenerateOptions, cfg, "phi3_generate"))))
 
 
 if __name__ == "__main__":

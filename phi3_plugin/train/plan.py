@@ -82,7 +82,7 @@ class Estimate:
 # What a run asks for.
 
 
-def plan(cfg: DictConfig) -> None:
+def print_plan(cfg: DictConfig) -> None:
     """Print what a run would take; with several processes the first one does.
 
     Args:
@@ -94,7 +94,7 @@ def plan(cfg: DictConfig) -> None:
     s = read(cfg)
     if int(os.environ.get("RANK", 0)) == 0:
         devices = int(os.environ.get("WORLD_SIZE", 1)) if s.plan is True else s.plan
-        print("\n".join(report(s, devices, pick_device(s.device, 0))))
+        print("\n".join(planned_lines(s, devices, pick_device(s.device, 0))))
 
 
 def memory_choices(s: Settings, world: World) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def weights(model: Any, work: Work, make_optimizer: MakeOptimizer) -> dict[str, 
         make_optimizer: Makes the optimizer of given parameters.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    state = {dtype: optimizer_state(make_optimizer, dtype) for dtype in {p.dtype for p in trained}}
+    state = {dtype: state_per_value(make_optimizer, dtype) for dtype in {p.dtype for p in trained}}
     shared = {
         "base weights": size_of(p for p in model.parameters() if not p.requires_grad),
         "trained weights": size_of(trained),
@@ -269,7 +269,7 @@ Source: torchao 0.18 ``optim/adam.py``; bitsandbytes 0.50 ``optim/optimizer.py``
 """
 
 
-def optimizer_state(make_optimizer: MakeOptimizer, dtype: torch.dtype) -> float:
+def state_per_value(make_optimizer: MakeOptimizer, dtype: torch.dtype) -> float:
     """Return the bytes that an optimizer keeps for each value it trains, found by a step of it."""
     value = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
     optimizer = make_optimizer([value])
@@ -287,14 +287,14 @@ def optimizer_state(make_optimizer: MakeOptimizer, dtype: torch.dtype) -> float:
 
 def size_of(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors, with all that a quantized one consists of."""
-    return sum(part.nbytes for tensor in tensors for part in parts_of(tensor))
+    return sum(part.nbytes for tensor in tensors for part in plain_parts(tensor))
 
 
-def parts_of(tensor: Tensor) -> list[Tensor]:
+def plain_parts(tensor: Tensor) -> list[Tensor]:
     """Return the plain tensors that hold the values of a tensor, as NF4 has several."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in parts_of(getattr(tensor, name))]
+        return [part for name in names for part in plain_parts(getattr(tensor, name))]
     return [tensor.detach()]
 
 
@@ -350,7 +350,7 @@ class _Live(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.peak = self.flops = 0
-        parts = [part for t in (*model.parameters(), *model.buffers()) for part in parts_of(t)]
+        parts = [part for t in (*model.parameters(), *model.buffers()) for part in plain_parts(t)]
         self.known: dict[int, Any] = {part.untyped_storage()._cdata: None for part in parts}
 
     def __torch_dispatch__(
@@ -426,7 +426,7 @@ SECONDS = 1.0
 """For which matrix products are measured."""
 
 
-def report(s: Settings, devices: int, device: torch.device) -> list[str]:
+def planned_lines(s: Settings, devices: int, device: torch.device) -> list[str]:
     """Return what a run would take, in lines for a terminal.
 
     Args:

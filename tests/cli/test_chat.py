@@ -19,7 +19,7 @@ from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import ConfigError, OutputError
 from phi3_plugin.generate import Generator
 from phi3_plugin.load import load
-from phi3_plugin.options import ChatOptions, read
+from phi3_plugin.options import ChatOptions, read_options
 from tests.answers import keys
 
 
@@ -51,7 +51,7 @@ def test_it_ends_where_nobody_reads_the_answers(inputs, monkeypatch, full):
 
 def options(inputs, **more):
     given = {**keys(**more), "checkpoint_dir": str(inputs / "base")}
-    return read(ChatOptions, given, "chat")
+    return read_options(ChatOptions, given, "chat")
 
 
 @pytest.mark.parametrize(

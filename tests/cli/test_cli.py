@@ -80,14 +80,14 @@ def test_help_lists_every_verb_and_is_what_no_word_shows(fresh_python):
 
 
 def test_the_help_of_every_verb_is_there_without_torch(fresh_python):
-    words = [f"{verb} --help" for verb in (*VERBS, *cli.VERBS, *cli.RECIPES)]
+    words = [f"{verb} --help" for verb in (*VERBS, *cli.COMMANDS, *cli.RECIPES)]
     out = help_of(fresh_python, *words)
-    for verb in (*VERBS, *cli.VERBS, *cli.RECIPES):
+    for verb in (*VERBS, *cli.COMMANDS, *cli.RECIPES):
         (page,) = re.findall(rf"^usage: phi3-tune {verb} .*?(?=^usage: |\Z)", out, re.M | re.S)
         assert not re.search(r"\$ tune\b", page)
         for name in re.findall(r"docs/\w+\.md", page):
             assert (Path(__file__).parents[2] / name).is_file()
-    for verb in (*cli.VERBS.values(), *cli.RECIPES.values()):
+    for verb in (*cli.COMMANDS.values(), *cli.RECIPES.values()):
         assert {f.name for f in fields(verb.options)} == set(cli.field_docs(verb.options))
 
 

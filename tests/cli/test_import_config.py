@@ -89,6 +89,6 @@ def test_a_disk_that_is_full_leaves_nothing(sample, monkeypatch):
         return open("/dev/full", "wb") if self.name.startswith(".") else file
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(OutputError, match="could not be written.*No space left"):
+    with pytest.raises(OutputError, match=r"could not be written.*No space left"):
         run(options)
     assert not out.exists()

@@ -19,7 +19,7 @@ def quick(monkeypatch):
 
 
 def planned(cwd, capsys, *settings):
-    planner.plan(merged(*OWN, "plan=true", *settings, cwd=cwd))
+    planner.print_plan(merged(*OWN, "plan=true", *settings, cwd=cwd))
     return capsys.readouterr().out
 
 

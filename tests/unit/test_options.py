@@ -17,7 +17,7 @@ from phi3_plugin.options import (
     PromptOptions,
     Sampling,
     Texts,
-    read,
+    read_options,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,19 +35,19 @@ class Tea:
 
 def problems(cls, given):
     with pytest.raises(ConfigError) as caught:
-        read(cls, given, "the tea")
+        read_options(cls, given, "the tea")
     return str(caught.value).splitlines()
 
 
 def test_values_become_what_the_dataclass_holds():
-    assert read(Tea, {"cups": 2, "pot": "blue", "answers": {"stop": "###", "top_k": None}}) == Tea(
-        cups=2, pot=Path("blue"), answers=Sampling(stop=("###",))
-    )
+    assert read_options(
+        Tea, {"cups": 2, "pot": "blue", "answers": {"stop": "###", "top_k": None}}
+    ) == Tea(cups=2, pot=Path("blue"), answers=Sampling(stop=("###",)))
     cfg = OmegaConf.create({"cups": 3, "guests": ["a", "${cups}"], "answers": None, "pot": None})
     with pytest.raises(ConfigError, match="guests: "):
-        read(Tea, cfg)
+        read_options(Tea, cfg)
     cfg.guests = ["a"]
-    assert read(Tea, cfg) == Tea(cups=3, guests=["a"])
+    assert read_options(Tea, cfg) == Tea(cups=3, guests=["a"])
 
 
 def test_every_mistake_is_a_line_under_its_key():
@@ -113,7 +113,7 @@ def test_what_verbs_refuse(cls, given, message):
     if cls in (ImportOptions, ConvertOptions):
         given = {"adapter": "a", "checkpoint_dir": "b", "output_dir": "c", **given}
     if message is None:
-        read(cls, given)
+        read_options(cls, given)
     else:
         (line,) = problems(cls, given)
         assert line.startswith(message)
@@ -122,10 +122,13 @@ def test_what_verbs_refuse(cls, given, message):
 def test_lists_of_a_yaml_and_of_a_command_are_alike():
     base = {"adapter": "a", "checkpoint_dir": "b", "output_dir": "c"}
     for value in ([True, False], "true,false", "1, 0"):
-        assert read(ImportOptions, {**base, "enable_lora": value}).enable_lora == [True, False]
+        assert read_options(ImportOptions, {**base, "enable_lora": value}).enable_lora == [
+            True,
+            False,
+        ]
     for value in ("vLLM", ["vLLM"]):
-        assert read(CheckOptions, {"adapter": "a", "runtime": value}).runtime == ("vLLM",)
-    assert read(PromptOptions, {"checkpoint_dir": "b", "prompts": [None]}).prompts == "-"
+        assert read_options(CheckOptions, {"adapter": "a", "runtime": value}).runtime == ("vLLM",)
+    assert read_options(PromptOptions, {"checkpoint_dir": "b", "prompts": [None]}).prompts == "-"
 
 
 def test_the_shipped_configs_have_every_key():
