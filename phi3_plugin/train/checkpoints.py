@@ -29,7 +29,7 @@ BEST, FINAL = "best", "final"
 STATE, HASHES = "resume/state.pt", "resume/hashes.json"
 _STEP = re.compile(r"step_(\d+)")
 
-Export = Callable[[Path], None]
+Exporter = Callable[[Path], None]
 """Writes what serves into the folder that it is given."""
 
 
@@ -47,7 +47,9 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def save(folder: Path, step: int, export: Export, state: dict[str, Any], *, replace: bool) -> None:
+def save(
+    folder: Path, step: int, export: Exporter, state: dict[str, Any], *, replace: bool
+) -> None:
     """Write one checkpoint, whole or not at all.
 
     Args:
@@ -213,7 +215,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1) if background else None
         self._writing: tuple[Future[None], str, int] | None = None
 
-    def save(self, name: str, step: int, export: Export, state: dict[str, Any]) -> None:
+    def save(self, name: str, step: int, export: Exporter, state: dict[str, Any]) -> None:
         """Write a checkpoint, in place of an earlier one of that name, and prune.
 
         Args:
@@ -245,6 +247,6 @@ class Saver:
             job.result()
             self._saved(name, step)
 
-    def _write(self, name: str, step: int, export: Export, state: dict[str, Any]) -> None:
+    def _write(self, name: str, step: int, export: Exporter, state: dict[str, Any]) -> None:
         save(self._output_dir / name, step, export, state, replace=True)
         prune(self._output_dir, self._limit)

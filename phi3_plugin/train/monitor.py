@@ -19,7 +19,7 @@ from phi3_plugin.settings import Settings
 from phi3_plugin.train.checkpoints import LastCheckpoint
 from phi3_plugin.train.step import StepResult
 
-SAVED, RESUMED, SKIPPED = "saved", "resumed", "skipped"
+RESUMED, SKIPPED = "resumed", "skipped"
 """Events of the metrics file that a report counts."""
 
 MEASURED = frozenset({"tokens_per_second", "seconds", "peak_memory_gib"})
@@ -113,7 +113,7 @@ class Monitor:
     def saved(self, folder: str, step: int) -> None:
         """Note that a checkpoint is whole."""
         if self.is_main:
-            self._history.log(step, event=SAVED, folder=folder)
+            self._history.log(step, event="saved", folder=folder)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.base import known_hash, open_weights
+from phi3_plugin.checkpoint.base import MAGNITUDE, A, B, known_hash, open_weights
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import check_same, check_trained
 from phi3_plugin.config import read_config
@@ -31,8 +31,6 @@ from phi3_plugin.train.model import is_adapted, trained_parameters
 from phi3_plugin.train.world import World
 
 # Shapes: R rank
-
-A, B = "lora_a.weight", "lora_b.weight"
 
 Tensors = Mapping[str, Tensor]
 
@@ -78,12 +76,11 @@ def starting_weights(
         values = fitting_tensors(settings.init_adapter, settings.checkpoint_dir, model)
     else:
         values = {**initial_adapter(model, settings.seed), **_split_all(world, model, weights)}
-        first = {f"{name}.{part}": values[f"{name}.{part}"] for name in pissa for part in (A, B)}
+        first = {name + part: values[name + part] for name in pissa for part in (A, B)}
     for name in pissa:
         scaling = float(model.get_submodule(name).scaling)  # type: ignore[arg-type]
         base = weights[f"{name}.weight"]
-        residual = Residual(base, first[f"{name}.{A}"], first[f"{name}.{B}"], scaling)
-        weights[f"{name}.weight"] = residual
+        weights[f"{name}.weight"] = Residual(base, first[name + A], first[name + B], scaling)
     return {**weights, **values}, first
 
 
@@ -101,15 +98,15 @@ def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if not hasattr(module, "lora_a"):
             continue
-        for part, parameter in module.named_parameters():
-            if part in (A, B, "magnitude"):
-                values[f"{name}.{part}"] = torch.zeros(parameter.shape)
+        for part, parameter in module.named_parameters(prefix=name):
+            if part.removeprefix(name) in (A, B, MAGNITUDE):
+                values[part] = torch.zeros(parameter.shape)
         drawn = B if isinstance(module, nn.Embedding) else A
-        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"{name}.{drawn}".encode()))
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32((name + drawn).encode()))
         if drawn == B:
-            values[f"{name}.{B}"].normal_(generator=generator)
+            values[name + B].normal_(generator=generator)
         else:
-            draw(values[f"{name}.{A}"], module.init, generator)
+            draw(values[name + A], module.init, generator)
     return values
 
 
@@ -124,7 +121,7 @@ def _split_all(world: World, model: nn.Module, weights: Mapping[str, Any]) -> di
     for name in split_names(model)[world.rank :: world.size]:
         module: Any = model.get_submodule(name)
         a, b = split(module, weights[f"{name}.weight"], world.device)
-        own |= {f"{name}.{A}": a, f"{name}.{B}": b}
+        own |= {name + A: a, name + B: b}
     return {name: value for part in world.gather(own) for name, value in part.items()}
 
 
@@ -354,7 +351,7 @@ def trained_adapter(
     moved = {name: trained[name] - start for name, start in first.items()}
     check_trained({**trained, **moved}, may_be_identity=may_be_identity)
     scales = adapter_scales(model)
-    names = {f"{module}.{part}" for module in scales for part in (A, B, "magnitude")}
+    names = {module + part for module in scales for part in (A, B, MAGNITUDE)}
     return Adapter(
         for_original_base({n: v for n, v in trained.items() if n in names}, first),
         scales,

@@ -6,13 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from phi3_plugin.checkpoint.base import load_base_weights, open_weights, to_hf
+from phi3_plugin.checkpoint.base import A, B, load_base_weights, open_weights, to_hf
 from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.models.nf4 import nearest_nf4
 from phi3_plugin.train.start import (
-    A,
-    B,
     Residual,
     adapter_scales,
     adapter_state,
@@ -46,7 +44,7 @@ def pissa(folder, **keys):
     for name in split_names(model):
         module, weight = model.get_submodule(name), stored[f"{name}.weight"]
         a, b = split(module, weight, CPU)
-        first |= {f"{name}.{A}": a, f"{name}.{B}": b}
+        first |= {name + A: a, name + B: b}
         weights[f"{name}.weight"] = Residual(weight, a, b, module.scaling)[:]
     model.load_state_dict({**first, **weights}, strict=False)
     return model, first
@@ -74,7 +72,7 @@ def test_pissa_starts_as_the_base_and_as_pefts(base, case):
         for name, scale in adapter_scales(model).items():
             layer = theirs.get_submodule(f"base_model.model.{to_hf(name + '.weight')[:-7]}")
             product = layer.lora_B.default.weight @ layer.lora_A.default.weight
-            own = first[f"{name}.{B}"] @ first[f"{name}.{A}"]
+            own = first[name + B] @ first[name + A]
             torch.testing.assert_close(own, product, rtol=0, atol=1e-5)
             left = model.get_submodule(name).weight
             torch.testing.assert_close(left, layer.base_layer.weight, rtol=0, atol=1e-5 * scale)
