@@ -66,11 +66,11 @@ def run(o: ChatOptions) -> int:
     if is_terminal():
         tell("/help lists what you can type. Ctrl-C stops an answer, Ctrl-D leaves.")
     with suppress(BrokenPipeError):  # `| head` has seen enough
-        return talk(Conversation(generator, tokenizer, positions, o.system))
+        return talk(ChatSession(generator, tokenizer, positions, o.system))
     return 1
 
 
-def talk(chat: "Conversation") -> int:
+def talk(chat: "ChatSession") -> int:
     """Read and answer until the input ends; at the prompt, Ctrl-C leaves when it is repeated."""
     interrupted = -math.inf
     while True:
@@ -91,7 +91,7 @@ def talk(chat: "Conversation") -> int:
             return 0
 
 
-class Conversation:
+class ChatSession:
     """A conversation, and who answers."""
 
     def __init__(

@@ -24,7 +24,7 @@ from phi3_plugin.data.order import hold_out
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
 from phi3_plugin.inspect import CHAT_DATASETS, arrays, count, place_of
-from phi3_plugin.prompts import as_line
+from phi3_plugin.prompts import as_line, too_long
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import instantiate
 
@@ -137,10 +137,7 @@ def _sample(
         return EvalSample(where, tokens, labels, unasked=str(error))
     if len(question.ids) < positions:
         return EvalSample(where, tokens, labels, question)
-    unasked = (
-        f"its prompt has {len(question.ids):,} tokens, and the model {positions:,} positions for "
-        "prompt and answer"
-    )
+    unasked = f"its prompt has {too_long(len(question.ids), positions)}"
     return EvalSample(where, tokens, labels, question._replace(ids=()), unasked)
 
 
@@ -410,6 +407,15 @@ class Outcome:
         return values.get("numeric", values["exact"]), values["chrf"]
 
 
+ENDED = {
+    "stop": "ended by themselves",
+    "length": "cut at generation.max_new_tokens",
+    "time": "cut at generation.max_time",
+    "context": "cut where the model has no more positions",
+}
+"""Why answers end, in words."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All of it."""
@@ -435,6 +441,14 @@ class Evaluation:
         return {
             name: dict(Counter(o.answer.reason for o in outcomes if o.answer).most_common())
             for name, outcomes in self.outcomes.items()
+        }
+
+    def endings_in_words(self) -> dict[str, str]:
+        """Say, for each model that answered, why its answers ended."""
+        return {
+            name: ", ".join(f"{n:,} {ENDED.get(reason, reason)}" for reason, n in counts.items())
+            for name, counts in self.endings().items()
+            if counts
         }
 
     def worst(self, most: int) -> list[int]:
@@ -699,14 +713,6 @@ def _result(measure: Measure, tables: list[Floats], draws: list[Floats]) -> Resu
 
 # The numbers as a reader gets them, in the page and in a terminal.
 
-ENDED = {
-    "stop": "ended by themselves",
-    "length": "cut at generation.max_new_tokens",
-    "time": "cut at generation.max_time",
-    "context": "cut where the model has no more positions",
-}
-"""Why answers end, in words."""
-
 NAMED = 4
 """Measures that a sentence names; more are counted."""
 
@@ -737,16 +743,7 @@ def verdict(numbers: Sequence[Result]) -> tuple[str, str]:
     return f"The adapter is {sign} than the base in {where}.", sign
 
 
-def endings(evaluation: Evaluation) -> dict[str, str]:
-    """Say why the answers of each model ended."""
-    return {
-        name: ", ".join(f"{n:,} {ENDED.get(reason, reason)}" for reason, n in counts.items())
-        for name, counts in evaluation.endings().items()
-        if counts
-    }
-
-
-def report(evaluation: Evaluation, numbers: Sequence[Result], page: str) -> str:
+def terminal_report(evaluation: Evaluation, numbers: Sequence[Result], page: str) -> str:
     """Return what a terminal shows.
 
     Args:
@@ -778,7 +775,9 @@ def report(evaluation: Evaluation, numbers: Sequence[Result], page: str) -> str:
             cells[-1] = rest[-1]  # the verdict
         lines.append("  ".join([f"{first:{widths[0]}}", *cells]).rstrip())
     lines += ["", *filter(None, [verdict(numbers)[0]])]
-    lines += [f"Answers of the {name}: {text}." for name, text in endings(evaluation).items()]
+    lines += [
+        f"Answers of the {name}: {text}." for name, text in evaluation.endings_in_words().items()
+    ]
     lines += [f"Note: {note}" for note in evaluation.notes]
     return "\n".join([*lines, f"All of it: {page}"]) + "\n"
 

@@ -44,10 +44,10 @@ from phi3_plugin.evaluate import (
     evaluation_data,
     measures,
     refuse_earlier,
-    report,
     results,
     results_text,
     samples_text,
+    terminal_report,
     token_scores,
 )
 from phi3_plugin.generate import Generator
@@ -106,7 +106,7 @@ def measure(cfg: DictConfig) -> None:
             RESULTS: results_text(evaluation, numbers, s.seed),
         }
         write_files(s.output_dir, files, "Run the command again with another output_dir.")
-        text = report(evaluation, numbers, str(s.output_dir / PAGE))
+        text = terminal_report(evaluation, numbers, str(s.output_dir / PAGE))
         print(for_stdout(harmless(text)), end="")
     world.close()
 

@@ -11,7 +11,6 @@ from phi3_plugin.evaluate import (
     Evaluation,
     Outcome,
     Result,
-    endings,
     verdict,
 )
 from phi3_plugin.inspect import percent
@@ -57,7 +56,7 @@ def page_of_evaluation(evaluation: Evaluation, found: Sequence[Result], *, count
         tiles=list(_tiles(evaluation)),
         # What was evaluated stands at the top
         facts=[(k, _written(v)) for k, v in evaluation.facts.items() if k != "evaluated"],
-        endings=endings(evaluation),
+        endings=evaluation.endings_in_words(),
         sections=list(_sections(evaluation, count)),
         percent=percent,
     )

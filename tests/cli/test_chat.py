@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from phi3_plugin import chat as phi3_chat
-from phi3_plugin.chat import Conversation, run, talk
+from phi3_plugin.chat import ChatSession, run, talk
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import ConfigError, OutputError
 from phi3_plugin.generate import Generator
@@ -124,7 +124,7 @@ def real_chat(inputs):
     o = options(inputs, max_new_tokens=20)
     model = load(o.checkpoint_dir, dtype=o.dtype, device=o.device)
     tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
-    return Conversation(Generator(model, tokenizer, o.sampling), tokenizer, 512, None)
+    return ChatSession(Generator(model, tokenizer, o.sampling), tokenizer, 512, None)
 
 
 def stopping(count):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3_plugin.chat import Conversation
+from phi3_plugin.chat import ChatSession
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.generate import Answer
 from phi3_plugin.options import Sampling
@@ -41,7 +41,7 @@ def chat_with(inputs, capsys):
     tokenizer = phi3_tokenizer(inputs / "base", dropped="warn")
 
     def make(*says, positions=512, system=None, **sampling):
-        chat = Conversation(Parrot(*says, **sampling), tokenizer, positions, system)
+        chat = ChatSession(Parrot(*says, **sampling), tokenizer, positions, system)
         chat.asked = lambda: [tokenizer.decode(ids, False) for ids in chat.generator.asked]
         return chat
 
@@ -164,6 +164,6 @@ def test_unknown_commands_are_told(chat_with, capsys):
 
 def test_a_template_without_system_messages_refuses_them(inputs, tmp_path, capsys):
     tokenizer = phi3_tokenizer(without_system(inputs / "base", tmp_path / "base"), dropped="warn")
-    chat = Conversation(Parrot("one"), tokenizer, 512, None)
+    chat = ChatSession(Parrot("one"), tokenizer, 512, None)
     chat.take("/system five")
     assert "leaves system messages out" in capsys.readouterr().err and chat.system is None
