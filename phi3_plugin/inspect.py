@@ -1,8 +1,8 @@
 """What a run would be trained on: its numbers, what to do about them, and samples token by token.
 
-`survey` passes over the samples once, `statistics` counts, `advice` says what to act on, and `show`
-spells samples. `phi3_plugin.compare` holds them beside what transformers makes of the same rows. How
-all that looks is in `phi3_plugin.pages.inspection`.
+`survey` passes over the samples once, `statistics` counts, `advice` says what to act on, `show`
+spells samples. `phi3_plugin.compare` holds them beside what transformers makes of the same rows;
+`phi3_plugin.pages.inspection` shows it all.
 """
 
 import hashlib
