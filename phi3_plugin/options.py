@@ -130,10 +130,15 @@ def read_options(cls: type[_T], given: Mapping[str, Any], owner: str = "this rec
         ConfigError: A key is unknown or missing, or has a value that it cannot have; all problems,
             one line each.
     """
-    given = {key: value for key, value in resolved(given).items() if value is not None}
+    given = _set(resolved(given))
     if found := option_problems(cls, given, owner):
         raise ConfigError("\n".join(found))
     return made(cls, given)
+
+
+def _set(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what is not null."""
+    return {key: value for key, value in (given or {}).items() if value is not None}
 
 
 def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,15 +179,16 @@ def option_problems(
     """
     hints, others = get_type_hints(cls, include_extras=True), [*others]
     known = [*hints, *others]
-    unknown = [key for key in given if key not in known]
+    broken = [key for key, value in given.items() if isinstance(value, Unresolved)]
+    unknown = [key for key in given if key not in (*known, *broken)]
     unset_keys = [key for key in required(cls) if given.get(key) is None]
     meant = {closest(key, known) for key in unknown}  # one mistake, one line
-    found: list[str] = [value for value in given.values() if isinstance(value, Unresolved)]
+    found: list[str] = [given[key] for key in broken]
     available = f"Available: {', '.join(known)}." if len(known) <= 30 else "Remove it."
     found += [unknown_key(section + key, given[key], owner, known, available) for key in unknown]
     found += [unset(section + key) for key in unset_keys if key not in meant]
     for key, value in given.items():
-        if key in hints and key not in unset_keys and not isinstance(value, Unresolved):
+        if key in hints and key not in (*unset_keys, *broken):
             found += mistakes(section + key, value, hints[key], owner)
     return found
 
@@ -201,11 +207,13 @@ def mistakes(key: str, value: Any, hint: Any, owner: str = "") -> list[str]:
         hint: Annotation of its field.
         owner: Whose key it is.
     """
-    if is_dataclass(hint) and (value is None or isinstance(value, Mapping)):
-        nested = {name: one for name, one in (value or {}).items() if one is not None}
-        return option_problems(hint, nested, f"{owner}'s {key}", section=f"{key}.")  # type: ignore[arg-type]
-    kinds = [Kind("a section", bool)] if is_dataclass(hint) else kinds_of(hint)
-    if not is_dataclass(hint) and any(kind.accepts(value) for kind in kinds):
+    if is_dataclass(hint):
+        if value is not None and not isinstance(value, Mapping):
+            return [f"{key}: {spelled(value)} must be a section."]
+        inner = cast("type[Any]", hint)
+        return option_problems(inner, _set(value), f"{owner}'s {key}", section=f"{key}.")
+    kinds = kinds_of(hint)
+    if any(kind.accepts(value) for kind in kinds):
         return []
     words = " or ".join(kind.words for kind in kinds)
     advice = "".join(f" {mark.text}" for mark in _marks(hint, Advice))
@@ -220,9 +228,7 @@ def made(cls: type[_T], given: Mapping[str, Any]) -> _T:
             continue
         value = given[key]
         if is_dataclass(hint):
-            value = made(
-                cast("type[Any]", hint), {k: v for k, v in (value or {}).items() if v is not None}
-            )
+            value = made(cast("type[Any]", hint), _set(value))
         else:
             kind = next(kind for kind in kinds_of(hint) if kind.accepts(value))
             value = kind.convert(value) if kind.convert else value
