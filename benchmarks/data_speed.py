@@ -129,7 +129,7 @@ def ours(args: argparse.Namespace, *, every: bool = False, again: bool = False) 
             prepare()
         seconds, packs = timed(prepare)
     result = {"seconds": seconds, "rows": packs.ds.rows, "packs": len(packs)}
-    return result | {"waste": packs.waste}
+    return result | {"waste": packs.packs.waste}
 
 
 def messages_file(args: argparse.Namespace, folder: str, *, split: bool) -> str:
