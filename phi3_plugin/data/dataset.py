@@ -29,7 +29,6 @@ from torch.utils.data import Dataset
 from torchtune.utils import log_rank_zero
 from tqdm import tqdm
 
-from phi3_plugin.data import order
 from phi3_plugin.data.collate import IGNORED, StockPacks
 from phi3_plugin.data.formats import (
     Chat,
@@ -43,14 +42,13 @@ from phi3_plugin.data.formats import (
     make_turn,
     pick_format,
 )
+from phi3_plugin.data.order import group_of, held_out, repeats
 from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.sources import Filtered, FilterFailed, Row, Source, read_sources
 from phi3_plugin.data.template import Rendered
-from phi3_plugin.data.tokenizer import Batch, Phi3Tokenizer, Tokens
+from phi3_plugin.data.tokenizer import Phi3Tokenizer, TokenizedChats, Tokens
 from phi3_plugin.errors import ConfigError, DataError, OutputError, Phi3Error
 
-PARTS = ("train", "held_out")
-BAD_ROWS = ("error", "drop")
 TRAIN_ON = ("assistant", "last", "marked", "all")
 TRUNCATE = ("right", "left", "drop")
 SOURCE_OPTIONS = ("format", "columns", "split", "subset", "streaming", "filter", "max_samples")
@@ -133,8 +131,8 @@ def chat_dataset(
             not known, or nothing is left to train on.
         OutputError: The tokenized data cannot be written.
     """
-    check_choice("dataset.bad_rows", bad_rows, BAD_ROWS)
-    check_choice("dataset.part", part, PARTS)
+    check_choice("dataset.bad_rows", bad_rows, ("error", "drop"))
+    check_choice("dataset.part", part, ("train", "held_out"))
     check_share("dataset.held_out", held_out)
     check_switch("dataset.packed", packed)
     check_switch("dataset.split_documents", split_documents)
@@ -174,7 +172,8 @@ def chat_dataset(
     _report(store, preparation, drop=bad_rows == "drop")
     dataset = ChatDataset(store, _repeated(store, sources, seed))
     if held_out:
-        dataset = dataset.hold_out(held_out, seed)[PARTS.index(part)]
+        kept, held = dataset.hold_out(held_out, seed)
+        dataset = held if part == "held_out" else kept
     if not packed or tokenizer.max_seq_len is None:
         return dataset
     packs = Packs(dataset, tokenizer.max_seq_len, seed=seed, split_documents=split_documents)
@@ -187,7 +186,7 @@ def _repeated(store: "Store", sources: Sequence[Source], seed: int) -> NDArray[n
     for number, source in enumerate(sources):
         if source.weight != 1:
             mine = np.flatnonzero(store.samples["source"] == number)
-            counts[mine] = order.repeats(source.weight, store.samples["row"][mine], seed + number)
+            counts[mine] = repeats(source.weight, store.samples["row"][mine], seed + number)
     if not counts.any():
         raise DataError("dataset.source: the weights leave no sample. Raise them.")
     return np.repeat(np.arange(len(counts)), counts)
@@ -276,7 +275,7 @@ class ChatDataset(Dataset[dict[str, list[int]]]):
         """
         # Once each: a weight is how often a sample is trained on
         samples = np.unique(self.chosen)
-        held = samples[order.held_out(self.store.samples["group"][samples], share, seed)]
+        held = samples[held_out(self.store.samples["group"][samples], share, seed)]
         kept = self.select(np.flatnonzero(~np.isin(self.chosen, held)))
         return kept, ChatDataset(self.store, held)
 
@@ -317,15 +316,14 @@ ROWS_LISTED = 10
 """How many broken rows an error lists, and how many first rows tell the format."""
 
 
-class Finding(NamedTuple):
-    """What was noticed about one row."""
+class UnusedRow(NamedTuple):
+    """A row that gives no sample."""
 
     kind: str
-    """One of :data:`DROPPED` or :data:`NOTICED`."""
+    """One of :data:`DROPPED`."""
     where: str
     """The row's place, as in ``chats.jsonl:7``."""
-    detail: str = ""
-    """What in particular, if there is more to say."""
+    reason: str = ""
 
 
 class Findings:
@@ -337,7 +335,13 @@ class Findings:
         self.places: dict[str, list[tuple[str, str]]] = {}
 
     def add(self, kind: str, where: str, detail: str = "") -> None:
-        """Count one row; see :class:`Finding`."""
+        """Count one row.
+
+        Args:
+            kind: One of :data:`DROPPED` or :data:`NOTICED`.
+            where: The row's place, as in ``chats.jsonl:7``.
+            detail: What in particular, if there is more to say.
+        """
         self.counts[kind] += 1
         places = self.places.setdefault(kind, [])
         if len(places) < PLACES_KEPT:
@@ -413,14 +417,14 @@ NOTHING = {
 # From rows to tokens: read and rendered here, encoded on all cores beside it. Only a few batches
 # are held at once, so memory does not grow with the data.
 
-BATCH = 1024, 1_000_000
+ENCODED_AT_ONCE = 1024, 1_000_000
 """Conversations, or characters, that are encoded at once: enough for all cores, little to hold."""
 
 WAITING = 2
 """Batches that are being encoded while the next is rendered."""
 
 
-class Conversation(NamedTuple):
+class ChatRow(NamedTuple):
     """A row that was read."""
 
     where: str
@@ -487,7 +491,7 @@ class Preparation:
             DataError: A source cannot be read to its end, or was changed meanwhile.
         """
         settings = self.settings  # of the files as they are before they are read
-        waiting = deque[tuple[list[tuple[Conversation, Rendered]], Future[Batch]]]()
+        waiting = deque[tuple[list[tuple[ChatRow, Rendered]], Future[TokenizedChats]]]()
         gc.freeze()  # Or each collection would walk over all that was imported
         with ThreadPoolExecutor(WAITING) as pool:
             try:
@@ -508,7 +512,7 @@ class Preparation:
                 "dataset.source: files were changed while they were read. Run the command again."
             )
 
-    def conversations(self) -> Iterator[Conversation | Finding]:
+    def conversations(self) -> Iterator[ChatRow | UnusedRow]:
         """Read all sources; a row that is no conversation comes as why it is none."""
         for number, source in enumerate(self.sources):
             rows, first, readable = source.rows(), list[Row](), 0
@@ -520,36 +524,36 @@ class Preparation:
             format, index = _format(first, source, self.tool_calls), 0
             for row in chain(first, rows):
                 if isinstance(row.value, Filtered):
-                    yield Finding(FILTERED, row.where)
+                    yield UnusedRow(FILTERED, row.where)
                 else:
                     yield self._conversation(number, index, row, format)
                     index += 1
 
     def _conversation(
         self, number: int, index: int, row: Row, format: Format | None
-    ) -> Conversation | Finding:
+    ) -> ChatRow | UnusedRow:
         if isinstance(row.value, DataError):
             kind = UNUSABLE if isinstance(row.value, FilterFailed) else BROKEN
-            return Finding(kind, row.where, str(row.value))
+            return UnusedRow(kind, row.where, str(row.value))
         assert format is not None  # There is one as soon as a row could be read
         try:
             chat = format.read(row.value)
             if isinstance(chat, Written):
                 with suppress(DataError):  # where it matters, it is said when it is rendered
                     chat = self.tokenizer.template.split(chat)
-            group = order.group_of(row.value, chat, self.group_by)
+            group = group_of(row.value, chat, self.group_by)
         except DataError as error:
-            return Finding(UNUSABLE, row.where, str(error))
-        return Conversation(row.where, number, index, group, chat)
+            return UnusedRow(UNUSABLE, row.where, str(error))
+        return ChatRow(row.where, number, index, group, chat)
 
-    def _batches(self, writer: "StoreWriter") -> Iterator[list[tuple[Conversation, Rendered]]]:
-        batch, size = list[tuple[Conversation, Rendered]](), 0
+    def _batches(self, writer: "StoreWriter") -> Iterator[list[tuple[ChatRow, Rendered]]]:
+        batch, size = list[tuple[ChatRow, Rendered]](), 0
         rows = tqdm(
             self.conversations(), desc="Tokenizing", unit=" rows", disable=None, leave=False
         )
         for row in rows:
             writer.rows += 1
-            if isinstance(row, Finding):
+            if isinstance(row, UnusedRow):
                 writer.findings.add(*row)
                 continue
             try:
@@ -560,13 +564,13 @@ class Preparation:
             self._notice(row, rendered, writer.findings)
             batch.append((row, rendered))
             size += len(rendered.text)
-            if len(batch) == BATCH[0] or size > BATCH[1]:
+            if len(batch) == ENCODED_AT_ONCE[0] or size > ENCODED_AT_ONCE[1]:
                 yield batch
                 batch, size = [], 0
         if batch:
             yield batch
 
-    def _notice(self, row: Conversation, rendered: Rendered, findings: Findings) -> None:
+    def _notice(self, row: ChatRow, rendered: Rendered, findings: Findings) -> None:
         if rendered.dropped:
             findings.add(DROPPED_MESSAGE, row.where, ", ".join(rendered.dropped))
         if not isinstance(row.chat, Written) and row.chat[-1].role != "assistant":
@@ -583,8 +587,8 @@ class Preparation:
 
     def _append(
         self,
-        chats: Sequence[tuple[Conversation, Rendered]],
-        batch: Batch,
+        chats: Sequence[tuple[ChatRow, Rendered]],
+        batch: TokenizedChats,
         writer: "StoreWriter",
     ) -> None:
         """Write conversations that were encoded, each cut to its length, if anything is trained."""
@@ -592,7 +596,9 @@ class Preparation:
         batch = self._mark(batch)
         if limit is not None and (full > limit).any():
             whole = zip(chats, batch.split(), strict=True)
-            batch = Batch.join([self._fit(chat, tokens, limit) for (_, chat), tokens in whole])
+            batch = TokenizedChats.join(
+                [self._fit(chat, tokens, limit) for (_, chat), tokens in whole]
+            )
         kept = batch.labelled > 0
         for n in np.flatnonzero((full > batch.lengths) | ~kept).tolist():
             kind = TRUNCATED if kept[n] else CUT_AWAY
@@ -674,7 +680,7 @@ class Preparation:
             raise DataError(_nothing(self.train_on, ()))
         return template.follow(chat, said[-1:] if self.train_on == "last" else said)
 
-    def _mark(self, batch: Batch) -> Batch:
+    def _mark(self, batch: TokenizedChats) -> TokenizedChats:
         """Mark all tokens where all are trained on; else they are marked by the turns."""
         if self.train_on != "all":
             return batch
@@ -752,7 +758,7 @@ def conversations(
     own = [field.name for field in fields(Preparation)[2:]]
     preparation = Preparation(tokenizer, sources, **{n: options[n] for n in own if n in options})
     for row in preparation.conversations():
-        if isinstance(row, Finding) or isinstance(row.chat, Written):
+        if isinstance(row, UnusedRow) or isinstance(row.chat, Written):
             continue
         try:
             turns = preparation.marked(row.chat)
@@ -837,7 +843,9 @@ class StoreWriter:
         self._trained = (folder / "trained.bin").open("wb")
         self._digests = [hashlib.sha256() for _ in range(3)]
 
-    def append(self, batch: Batch, full: NDArray[np.int64], rows: Sequence[Conversation]) -> None:
+    def append(
+        self, batch: TokenizedChats, full: NDArray[np.int64], rows: Sequence[ChatRow]
+    ) -> None:
         """Write tokenized conversations.
 
         Args:
@@ -983,10 +991,12 @@ FOLDER = "PHI3_PLUGIN_CACHE"
 KEPT_DAYS = 30
 """What nobody opened for so long is removed when something new is written."""
 
-Write = Callable[[StoreWriter], None]
 
-
-def cached(cache_dir: str | Path | None, settings: Mapping[str, Any] | None, write: Write) -> Store:
+def cached(
+    cache_dir: str | Path | None,
+    settings: Mapping[str, Any] | None,
+    write: Callable[[StoreWriter], None],
+) -> Store:
     """Open the store of these settings, or write it first.
 
     One process writes; others that want the same store meanwhile wait for it.
@@ -1045,7 +1055,7 @@ def _writable(cache_dir: str | Path | None) -> Path | None:
     return folder
 
 
-def _filled(folder: Path, write: Write, name: Path | None = None) -> Store:
+def _filled(folder: Path, write: Callable[[StoreWriter], None], name: Path | None = None) -> Store:
     """Write a store into an empty folder, which gets its name when it is whole."""
     with StoreWriter(folder) as writer:
         write(writer)
@@ -1057,7 +1067,7 @@ def _filled(folder: Path, write: Write, name: Path | None = None) -> Store:
     return store
 
 
-def _written(folder: Path, write: Write) -> Store:
+def _written(folder: Path, write: Callable[[StoreWriter], None]) -> Store:
     shutil.rmtree(folder, ignore_errors=True)  # broken, or it would have been opened
     _remove_unfinished(folder)
     _remove_old(folder.parent)

@@ -100,7 +100,7 @@ EMPTY = ("[]", "{}", "null")
 """How some data sets write that there is nothing, beside null and the empty text."""
 
 UNSEEN = ("functions", "image", "images", "audio", "audios", "video", "videos")
-"""Columns of what was shown or offered to the assistant, which no format here reads."""
+"""Columns of what was short_repr or offered to the assistant, which no format here reads."""
 
 BESIDE = ("system", "system_prompt", "tools", *UNSEEN)
 """Columns that are a part of a conversation that is whole but for them."""
@@ -134,7 +134,7 @@ def key_names(keys: Iterable[str]) -> str:
     return ", ".join([*names[:NAMES_LISTED], *(["…"] if len(names) > NAMES_LISTED else [])])
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Write a value for an error message, shortened."""
     return _printable(shortened(value))
 
@@ -213,7 +213,7 @@ class Alpaca:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextColumn:
     """A column of conversations that are written as the chat template writes them."""
 
     name: str
@@ -312,11 +312,11 @@ class MessageList:
             return _turn_of("assistant", text, message)
         if mapped and (not isinstance(role, str) or role not in SPEAKERS):
             raise DataError(
-                f"unknown role {shown(role)}, expected one of: {', '.join([*SPEAKERS, CALLS])}"
+                f"unknown role {short_repr(role)}, expected one of: {', '.join([*SPEAKERS, CALLS])}"
             )
         role = SPEAKERS[role] if mapped else role
         if not isinstance(role, str):
-            raise DataError(f"unknown role {shown(role)}, expected a string")
+            raise DataError(f"unknown role {short_repr(role)}, expected a string")
         if not message.get("tool_calls"):
             return _turn_of(role, _joined(role, column(message, KEYS[key])), message)
         if role != "assistant":
@@ -405,11 +405,11 @@ def wanted(message: Mapping[str, Any]) -> bool | None:
     """
     weight, train = message.get("weight"), message.get("train")
     if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
-        raise DataError(f"weight is {shown(weight)}, expected 0 or 1")
+        raise DataError(f"weight is {short_repr(weight)}, expected 0 or 1")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"train is {shown(train)}, expected true or false")
+        raise DataError(f"train is {short_repr(train)}, expected true or false")
     if weight is not None and train is not None and bool(weight) is not train:
-        raise DataError(f"weight is {shown(weight)} and train is {shown(train)}: remove one")
+        raise DataError(f"weight is {short_repr(weight)} and train is {train}: remove one")
     return train if weight is None else bool(weight)
 
 
@@ -424,7 +424,7 @@ def _joined(role: str, content: Any) -> Any:
         if form != "text" or not isinstance(text, str):
             raise DataError(
                 f"the {_printable(role)} content is list, expected a string or parts such as "
-                f"{{type: text, text: …}}; one part is {shown(form)}"
+                f"{{type: text, text: …}}; one part is {short_repr(form)}"
             )
         texts.append(text)
     return "".join(texts)
@@ -466,7 +466,7 @@ def _from_json(name: str, text: str) -> Any:
 PROMPTS = ("prompt", "question", "instruction", "input")
 """Columns that may hold what the answers are given to; a row has one of them."""
 
-NOT_KEPT = ("context", "history")
+UNREAD_PROMPTS = ("context", "history")
 """Columns that may be a part of the prompt too, and that this format does not read."""
 
 SPEAKER = re.compile(r"\n\nHuman:|\n\nAssistant:")
@@ -486,7 +486,7 @@ class Preference:
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the prompt and the chosen answer; the rejected one is not looked at."""
-        _refuse_filled(row, NOT_KEPT, NAME_COLUMNS)
+        _refuse_filled(row, UNREAD_PROMPTS, NAME_COLUMNS)
         chosen = row.get("chosen")
         if isinstance(chosen, list):
             turns = self.messages.listed(chosen, "chosen")
@@ -552,7 +552,7 @@ def _formats(tool_calls: str | None = None) -> dict[str, Format]:
         "instruction_response": pair("instruction", "response"),
         "query_response": pair("query", "response"),
         "input_output": pair("input", "output", beside_input),
-        "text": Text("text"),
+        "text": TextColumn("text"),
     }
 
 

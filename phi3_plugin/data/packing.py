@@ -55,15 +55,15 @@ class Packs(Dataset[dict[str, Tensor]]):
         split_documents: bool = False,
         buffer: int | None = None,
     ) -> None:
-        """Plan the packs; see :func:`plan`.
+        """Plan the packs; see :func:`plan_packs`.
 
         Args:
             dataset: Samples of ``tokens`` and ``labels``. Those of a chat data set are read as
                 arrays, others one by one.
             size: Tokens that a pack has room for.
             seed: Decides the packs and their order.
-            split_documents: See :func:`plan`.
-            buffer: See :func:`plan`; None is :data:`BUFFER`.
+            split_documents: See :func:`plan_packs`.
+            buffer: See :func:`plan_packs`; None is :data:`BUFFER`.
 
         Raises:
             DataError: A document is longer than a pack, or nothing is trained on.
@@ -75,7 +75,7 @@ class Packs(Dataset[dict[str, Tensor]]):
             "split_documents": split_documents,
             "buffer": BUFFER if buffer is None else buffer,
         }
-        planned = plan(self.ds.lengths, size, **self._options)
+        planned = plan_packs(self.ds.lengths, size, **self._options)
         labelled = planned.summed(self._labelled(planned))
         if not labelled.any():
             raise DataError("there is no token to train on in any pack.")
@@ -229,7 +229,7 @@ class Plan:
         return Plan(documents, starts, self.lengths[pieces], borders, self.size)
 
 
-def plan(
+def plan_packs(
     lengths: NDArray[np.int32],
     size: int,
     *,

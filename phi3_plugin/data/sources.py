@@ -312,7 +312,7 @@ SUFFIXES = (
 )
 """How a file's name tells what it holds, in upper or lower case."""
 
-KINDS = " or ".join([", ".join(SUFFIXES[:-1]), SUFFIXES[-1]])
+SUFFIXES_IN_WORDS = " or ".join([", ".join(SUFFIXES[:-1]), SUFFIXES[-1]])
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -393,7 +393,7 @@ def _files(source: str) -> tuple[Path, ...] | None:
     else:
         raise MissingFileError(f"there is no file or folder {source}.")
     if not files:
-        raise MissingFileError(f"{source} holds no file that ends in {KINDS}.")
+        raise MissingFileError(f"{source} holds no file that ends in {SUFFIXES_IN_WORDS}.")
     return tuple(sorted(files))
 
 
@@ -452,7 +452,7 @@ def file_rows(file: Path) -> Iterator[Row]:
     """
     suffix = suffix_of(file.name)
     if not suffix:
-        raise DataError(f"dataset.source: {file} must end in {KINDS}.")
+        raise DataError(f"dataset.source: {file} must end in {SUFFIXES_IN_WORDS}.")
     if suffix in (".parquet", ".arrow"):
         tables = _parquet_rows(file) if suffix == ".parquet" else _arrow_rows(file)
         return _indexed(file, map(without_added, tables))
@@ -483,7 +483,7 @@ def _opened(
         if packed:
             # Damage shows only at the end, and may have made the bytes that are no text
             with _opened(file, encoding="latin-1") as stream:
-                while stream.read(BLOCK):
+                while stream.read(CHARACTERS_AT_ONCE):
                     pass
         wrong = f"{error.reason}, byte 0x{error.object[error.start]:02x}"
         raise DataError(
@@ -499,8 +499,8 @@ def _opened(
 
 # JSON: one value a line, or the elements of one list
 
-BLOCK = 1 << 16
-"""Characters read at once."""
+CHARACTERS_AT_ONCE = 1 << 16
+"""Characters of a JSON file."""
 
 EXPECTED_JSON = "Expected one list of objects, or one object a line."
 
@@ -510,7 +510,7 @@ SPACE = re.compile(r"[ \t\n\r]*")
 def _json_rows(file: Path) -> Iterator[Row]:
     # A list is told from lines by its bracket: many .json files are JSON lines
     with _opened(file) as stream:
-        head = stream.read(BLOCK).lstrip()
+        head = stream.read(CHARACTERS_AT_ONCE).lstrip()
     listed = head.startswith("[")
     if not listed and is_spread(head):
         raise DataError(
@@ -607,10 +607,10 @@ def _after_space(text: str, at: int) -> int:
 
 # Tables: CSV, Parquet and the Arrow files of ``datasets``
 
-BATCH = 256
-"""Rows read at once."""
+ROWS_AT_ONCE = 256
+"""Rows of a table."""
 
-LONGEST = 2**31 - 1
+LONGEST_CELL = 2**31 - 1
 """Characters that a cell may have; by itself Python allows less than a long conversation takes."""
 
 SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
@@ -643,9 +643,9 @@ def _csv_cells(stream: IO[str], file: Path) -> Iterator[tuple[int, list[str]]]:
     reader, line = csv.reader(stream, strict=True), 1
     while True:
         rows = list[tuple[int, list[str]]]()
-        usual = csv.field_size_limit(LONGEST)  # Of the whole process, so not for longer
+        usual = csv.field_size_limit(LONGEST_CELL)  # Of the whole process, so not for longer
         try:
-            for cells in islice(reader, BATCH):
+            for cells in islice(reader, ROWS_AT_ONCE):
                 rows.append((line, cells))
                 line = reader.line_num + 1
         except csv.Error as error:
@@ -676,7 +676,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
         with parquet.ParquetFile(file) as table:
             _check_header(table.schema_arrow.names, file)
-            for batch in table.iter_batches(batch_size=BATCH):
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
                 yield from batch.to_pylist()
 
 
@@ -694,8 +694,8 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
             for batch in map(reader.get_batch, range(count)) if is_file else reader:
                 # What a damaged file says about its own lengths would be believed
                 batch.validate(full=True)
-                for start in range(0, batch.num_rows, BATCH):
-                    yield from batch.slice(start, BATCH).to_pylist()
+                for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+                    yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
 
 
 @contextmanager

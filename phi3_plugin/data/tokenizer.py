@@ -21,11 +21,6 @@ from phi3_plugin.data.formats import Turn, check_choice, check_length, make_turn
 from phi3_plugin.data.template import NOW, ChatTemplate, Piece, Rendered, token_pattern
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, TokenizerError
 
-PADS = ("model", "unk")
-SPECIAL_IN_TEXT = ("parse", "text")
-"""What a special token is that somebody wrote into a message."""
-DROPPED = ("error", "warn")
-
 logger = logging.getLogger(__name__)
 
 # Shapes: N conversations, S tokens of one, T of all
@@ -81,7 +76,7 @@ class Tokens(NamedTuple):
         return Tokens(self.ids[:count], self.trained[:count])
 
 
-class Batch(NamedTuple):
+class TokenizedChats(NamedTuple):
     """Tokenized conversations, one after the other."""
 
     ids: NDArray[np.int32]
@@ -104,10 +99,10 @@ class Batch(NamedTuple):
         labelled: NDArray[np.int64] = counts[ends] - counts[ends - self.lengths]
         return labelled
 
-    def select(self, kept: NDArray[np.bool_]) -> "Batch":
+    def select(self, kept: NDArray[np.bool_]) -> "TokenizedChats":
         """Return some of the conversations; ``kept`` is [N]."""
         tokens = np.repeat(kept, self.lengths)
-        return Batch(self.ids[tokens], self.trained[tokens], self.lengths[kept])
+        return TokenizedChats(self.ids[tokens], self.trained[tokens], self.lengths[kept])
 
     def split(self) -> list[Tokens]:
         """Return the conversations one by one."""
@@ -116,7 +111,7 @@ class Batch(NamedTuple):
         return [Tokens(self.ids[place], self.trained[place]) for place in places]
 
     @classmethod
-    def join(cls, chats: Sequence[Tokens]) -> "Batch":
+    def join(cls, chats: Sequence[Tokens]) -> "TokenizedChats":
         """Put tokenized conversations one after the other."""
         ids = np.concatenate([np.zeros(0, np.int32), *(chat.ids for chat in chats)])
         trained = np.concatenate([np.zeros(0, np.bool_), *(chat.trained for chat in chats)])
@@ -149,9 +144,9 @@ class Phi3Tokenizer:
         dropped: str = "error",
     ) -> None:
         """Wrap the files of a checkpoint; see :func:`phi3_tokenizer`."""
-        check_choice("tokenizer.pad", pad, PADS)
-        check_choice("tokenizer.special_in_text", special_in_text, SPECIAL_IN_TEXT)
-        check_choice("tokenizer.dropped", dropped, DROPPED)
+        check_choice("tokenizer.pad", pad, ("model", "unk"))
+        check_choice("tokenizer.special_in_text", special_in_text, ("parse", "text"))
+        check_choice("tokenizer.dropped", dropped, ("error", "warn"))
         check_length("tokenizer.max_seq_len", max_seq_len)
         self.max_seq_len = max_seq_len
         self.backend, self.template = vocabulary.backend, vocabulary.template
@@ -206,7 +201,7 @@ class Phi3Tokenizer:
             )
         return rendered
 
-    def encode_chats(self, chats: Sequence[Rendered]) -> Batch:
+    def encode_chats(self, chats: Sequence[Rendered]) -> TokenizedChats:
         """Encode rendered conversations, each whole and as one text, on all cores.
 
         A token belongs to the piece it starts in: one that begins with the header's newline is the
@@ -231,7 +226,7 @@ class Phi3Tokenizer:
         starts += np.repeat(np.cumsum(sizes) - sizes, lengths)
         ends = np.cumsum([len(piece.text) for chat in pieces for piece in chat])
         counts = np.array([piece.trained for chat in pieces for piece in chat], dtype=np.bool_)
-        batch = Batch(ids, counts[np.searchsorted(ends, starts, side="right")], lengths)
+        batch = TokenizedChats(ids, counts[np.searchsorted(ends, starts, side="right")], lengths)
         # Nothing comes before the first, from which it could be predicted
         batch.trained[batch.starts[lengths > 0]] = False
         return batch
@@ -353,10 +348,10 @@ class Disguise:
 
 # The tokenizer files of a checkpoint folder; those we cannot follow exactly are refused
 
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 """Special tokens that tokenizer_config.json gives a name."""
 
-FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 class Vocabulary(NamedTuple):
@@ -384,7 +379,8 @@ def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
     _check_size(backend, folder)
     _check_agreement(backend, settings, folder)
     # Older files write a special token as an object with its flags
-    texts = {n: v.get("content") if isinstance(v := settings.get(n), dict) else v for n in NAMES}
+    listed = {name: settings.get(name) for name in TOKEN_NAMES}
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in listed.items()}
     names = {name: text for name, text in texts.items() if isinstance(text, str)}
     unknown = [f"{n}: {text!r}" for n, text in names.items() if backend.token_to_id(text) is None]
     if unknown or "eos_token" not in names:
@@ -485,7 +481,7 @@ def _check_agreement(backend: Tokenizer, settings: Mapping[str, Any], folder: Pa
             )
         token = tokens.get(content)
         if token is None or any(
-            entry.get(f, getattr(token, f)) != getattr(token, f) for f in FLAGS
+            entry.get(f, getattr(token, f)) != getattr(token, f) for f in TOKEN_FLAGS
         ):
             differing.append(content)
     if differing:

@@ -12,7 +12,7 @@ from phi3_plugin.data.formats import (
     key_names,
     make_turn,
     pick_format,
-    shown,
+    short_repr,
 )
 from phi3_plugin.errors import ConfigError, DataError
 
@@ -486,8 +486,8 @@ def test_values_and_keys_can_always_be_shown():
     nested = []
     for _ in range(10**5):
         nested = [nested]
-    assert len(shown(nested)) < 50
-    assert len(shown("x" * 10**6)) < 50
-    shown({"\ud800": "\ud800"}).encode()
+    assert len(short_repr(nested)) < 50
+    assert len(short_repr("x" * 10**6)) < 50
+    short_repr({"\ud800": "\ud800"}).encode()
     assert key_names({"a": 1, "\ud800": 2}) == "a, \\ud800"
     assert key_names(map(str, range(99))).count(",") == NAMES_LISTED

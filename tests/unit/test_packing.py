@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.packing import CARRIED, Packs, plan
+from phi3_plugin.data.packing import CARRIED, Packs, plan_packs
 from phi3_plugin.errors import DataError
 from tests.assets import assets_dir
 
@@ -29,7 +29,7 @@ def packs(planned):
 
 @given(LENGTHS, st.integers(40, 64), BUFFERS, st.integers(0, 3))
 def test_every_document_whole_and_once(lengths, size, buffer, seed):
-    planned = plan(lengths, size, seed=seed, buffer=buffer)
+    planned = plan_packs(lengths, size, seed=seed, buffer=buffer)
     assert sorted(planned.documents.tolist()) == list(range(len(lengths)))
     assert planned.lengths.tolist() == [lengths[i] for i in planned.documents]
     assert not planned.starts.any()
@@ -41,7 +41,7 @@ def test_every_document_whole_and_once(lengths, size, buffer, seed):
 
 @given(LENGTHS, st.integers(1, 64), st.integers(0, 3))
 def test_split_documents_leave_room_in_one_pack_only(lengths, size, seed):
-    planned = plan(lengths, size, seed=seed, split_documents=True)
+    planned = plan_packs(lengths, size, seed=seed, split_documents=True)
     filled = sorted(planned.summed(planned.lengths).tolist())
     assert filled[1:] == [size] * (len(filled) - 1)
     assert sum(filled) == sum(lengths)
@@ -53,7 +53,7 @@ def test_split_documents_leave_room_in_one_pack_only(lengths, size, seed):
 
 @given(LENGTHS, st.integers(0, 3), st.data())
 def test_some_packs_of_a_plan(lengths, seed, data):
-    planned = plan(lengths, 40, seed=seed, split_documents=True)
+    planned = plan_packs(lengths, 40, seed=seed, split_documents=True)
     chosen = data.draw(st.permutations(range(len(planned))))[::2]
     some = planned.select(np.array(chosen, dtype=np.int64))
     assert packs(some) == [packs(planned)[i] for i in chosen]
@@ -62,14 +62,14 @@ def test_some_packs_of_a_plan(lengths, seed, data):
 @given(LENGTHS, st.integers(0, 3))
 def test_no_two_packs_would_fit_into_one(lengths, seed):
     """Else the document that opened the later one would have gone into the earlier one."""
-    planned = plan(lengths, 40, seed=seed)
+    planned = plan_packs(lengths, 40, seed=seed)
     filled = sorted(planned.summed(planned.lengths).tolist())
     assert len(filled) == 1 or filled[0] + filled[1] > 40
 
 
 def test_best_fit_and_longest_first():
     """By hand: 6 opens a pack, 5 another, 4 fills the first, 3 goes where the least is left."""
-    planned = plan([3, 6, 4, 5, 2], 10, seed=0)
+    planned = plan_packs([3, 6, 4, 5, 2], 10, seed=0)
     found = sorted(sorted(int(length) for _, _, length in pack) for pack in packs(planned))
     assert found == [[2, 3, 5], [4, 6]]
     assert planned.waste == 0
@@ -79,27 +79,27 @@ def test_a_plan_depends_on_seed_and_lengths_and_on_nothing_else(fresh_python):
     code = """
 import hashlib
 import numpy as np
-from phi3_plugin.data.packing import plan
+from phi3_plugin.data.packing import plan_packs
 lengths = np.random.RandomState(0).randint(1, 512, 2000).astype(np.int32)
 for split in (False, True):
-    planned = plan(lengths, 512, seed=7, split_documents=split)
+    planned = plan_packs(lengths, 512, seed=7, split_documents=split)
     print(hashlib.sha256(planned.documents.tobytes() + planned.borders.tobytes()).hexdigest())
 """
-    expected = [plan(sizes(), 512, seed=7, split_documents=split) for split in (False, True)]
+    expected = [plan_packs(sizes(), 512, seed=7, split_documents=split) for split in (False, True)]
     hashes = [sha256(p.documents.tobytes() + p.borders.tobytes()).hexdigest() for p in expected]
     assert fresh_python(code, PYTHONHASHSEED="1").split() == hashes
-    assert plan(sizes(), 512, seed=8).documents.tolist() != expected[0].documents.tolist()
+    assert plan_packs(sizes(), 512, seed=8).documents.tolist() != expected[0].documents.tolist()
 
 
 def test_a_recorded_plan():
     """So that a run goes on with the same packs under another version of numpy."""
-    planned = plan([3, 6, 4, 5, 2, 6, 1, 7], 10, seed=3)
+    planned = plan_packs([3, 6, 4, 5, 2, 6, 1, 7], 10, seed=3)
     assert planned.documents.tolist() == [1, 2, 4, 5, 6, 3, 0, 7]
     assert planned.borders.tolist() == [0, 2, 5, 6, 8]
 
 
 def test_packs_are_not_in_the_order_of_their_documents_lengths():
-    planned = plan(sizes(), 512, seed=0)
+    planned = plan_packs(sizes(), 512, seed=0)
     longest = [max(length for _, _, length in pack) for pack in packs(planned)]
     half = len(longest) // 2
     assert abs(np.mean(longest[:half]) - np.mean(longest[half:])) < 30
@@ -109,9 +109,9 @@ def test_packs_are_not_in_the_order_of_their_documents_lengths():
 
 def test_what_a_buffer_leaves_open_the_next_one_fills():
     lengths = sizes(count=4000)
-    filled = plan(lengths, 512, seed=0, buffer=100)
+    filled = plan_packs(lengths, 512, seed=0, buffer=100)
     assert filled.waste < 0.05
-    assert plan(lengths, 512, seed=0).waste <= filled.waste
+    assert plan_packs(lengths, 512, seed=0).waste <= filled.waste
     assert len(lengths) > CARRIED  # so that some are closed with room left
 
 
@@ -125,11 +125,11 @@ def test_what_a_buffer_leaves_open_the_next_one_fills():
 )
 def test_what_cannot_be_packed(lengths, message):
     with pytest.raises(DataError, match=message):
-        plan(lengths, 10, seed=0)
+        plan_packs(lengths, 10, seed=0)
 
 
 def test_a_plan_is_small():
-    planned = plan(sizes(count=20000), 2048, seed=0)
+    planned = plan_packs(sizes(count=20000), 2048, seed=0)
     arrays = (planned.documents, planned.starts, planned.lengths, planned.borders)
     assert sum(array.nbytes for array in arrays) < 20000 * 20
 
