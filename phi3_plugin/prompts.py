@@ -15,13 +15,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from phi3_plugin.checkpoint.files import PARTIAL
 from phi3_plugin.data.formats import MessageList, Turn, kind, make_turn
 from phi3_plugin.data.sources import lines
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
 from phi3_plugin.options import PromptOptions, Sampling, closest
+from phi3_plugin.pages import write_files
 
 STDIN = "-"
 """Names standard input, and as an output standard output."""
@@ -417,7 +417,7 @@ class AnswersFile:
         try:
             self._file = self.part.open("a+b")
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unwritable(error.strerror or str(error)) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -479,7 +479,7 @@ class AnswersFile:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unwritable(error.strerror or str(error)) from error
 
     def finish(self) -> str:
         """Write the file that was asked for, and return what there is to say.
@@ -487,19 +487,11 @@ class AnswersFile:
         Raises:
             OutputError: It cannot be written, or is there by now.
         """
-        whole = self.out.with_name(f"{PARTIAL}{self.out.name}")
-        try:
-            with whole.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(as_line(self.done[number]) for number in sorted(self.done))
-                file.flush()
-                os.fsync(file.fileno())
-            if self.out.exists() and not self.replace:
-                raise FileExistsError(0, "it is there by now")
-            whole.replace(self.out)
-            self.part.unlink()
-        except OSError as error:
-            whole.unlink(missing_ok=True)
-            raise self._unwritable(error) from error
+        if self.out.exists() and not self.replace:
+            raise self._unwritable("it is there by now")
+        text = "".join(as_line(self.done[number]) for number in sorted(self.done))
+        write_files(self.out.parent, {self.out.name: text}, self._kept())
+        self.part.unlink()
         return f"Wrote {self._count()} to {self.out}."
 
     @property
@@ -510,9 +502,11 @@ class AnswersFile:
     def _count(self) -> str:
         return f"{len(self.done):,} {'answer' if len(self.done) == 1 else 'answers'}"
 
-    def _unwritable(self, error: OSError) -> OutputError:
-        kept = f" {self.part} holds {self._count()}." if self.done else ""
-        return OutputError(f"{self.out} cannot be written: {error.strerror or error}.{kept}")
+    def _kept(self) -> str:
+        return f"{self.part} holds {self._count()}." if self.done else ""
+
+    def _unwritable(self, problem: str) -> OutputError:
+        return OutputError(f"{self.out} cannot be written: {problem}. {self._kept()}".rstrip())
 
 
 NEUTRAL = ("prompt", "prompts", "output", "overwrite", "dropped", "batch_size", "device")
