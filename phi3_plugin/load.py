@@ -66,7 +66,9 @@ def load(
         raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(PRECISIONS)}.")
     # Of several processes on a machine, as torchrun starts them, each has a GPU of its own
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    base, stored, read = parts_of(checkpoint_dir, adapter, quantize=quantize, check_base=check_base)
+    base, stored, read = opened_parts(
+        checkpoint_dir, adapter, quantize=quantize, check_base=check_base
+    )
     with set_default_dtype(PRECISIONS[dtype]), torch.device("meta"):
         model: nn.Module = build(base, read, quantize=quantize)
     model.loaded_from = base.resolve()  # type: ignore[assignment]
@@ -76,7 +78,7 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def parts_of(
+def opened_parts(
     checkpoint_dir: str | Path,
     adapter: str | Path | None = None,
     *,

@@ -87,27 +87,27 @@ def other_base_of(folder: Path, base: Path) -> str | None:
 
 def convert(o: ConvertOptions) -> int:
     """Write an adapter in another form."""
-    check_output(o)
+    check_unwritten(o)
     base, out, sizes = o.checkpoint_dir, o.output_dir, read_config(o.checkpoint_dir)
     if o.to in ("peft", "peft-patterns"):
         write_peft(o, patterns=o.to == "peft-patterns")
     elif o.to == "torchtune":
-        adapter = read(o)
+        adapter = adapter_given(o)
         with whole_folder(out) as folder:
             write_torchtune(folder / "adapter_model.pt", adapter, sizes)
     elif o.to == "loralib":
         check_suffix(out, ".pt", ".safetensors")
-        write_loralib(out, read(o), sizes, merged_linear=o.merged_linear)
+        write_loralib(out, adapter_given(o), sizes, merged_linear=o.merged_linear)
     elif o.to == "gguf":
         check_suffix(out, ".gguf")
-        write_gguf(out, read(o), base)
+        write_gguf(out, adapter_given(o), base)
     print(f"Wrote {out}.")
     return 0
 
 
 def write_peft(o: AdapterOptions, *, patterns: bool) -> None:
     """Write a PEFT folder."""
-    adapter, card = read(o), {"made from": o.adapter.name}
+    adapter, card = adapter_given(o), {"made from": o.adapter.name}
     with whole_folder(o.output_dir) as folder:
         export_adapter(
             folder, adapter, checkpoint_dir=o.checkpoint_dir, card=card, patterns=patterns
@@ -124,10 +124,10 @@ def check_suffix(out: Path, *suffixes: str) -> None:
 
 def import_(o: ImportOptions) -> int:
     """Write a PEFT folder that says every rank and alpha, and how to go on training it."""
-    check_output(o)
+    check_unwritten(o)
     out, sizes = o.output_dir, read_config(o.checkpoint_dir)
     try:
-        keys_for(read(o, warn=False), sizes)
+        keys_for(adapter_given(o, warn=False), sizes)
     except AdapterError as error:
         raise AdapterError(f"{error} `convert --to peft-patterns` makes a folder of it.") from error
     write_peft(o, patterns=True)
@@ -141,9 +141,11 @@ def import_(o: ImportOptions) -> int:
 
 def merge(o: MergeOptions) -> int:
     """Write a checkpoint with the adapter in its weights."""
-    check_output(o)
+    check_unwritten(o)
     out, card = o.output_dir, {"made from": o.adapter.name}
-    report = merge_into(out, o.checkpoint_dir, read(o), dtype=o.dtype, onto=o.onto, card=card)
+    report = merge_into(
+        out, o.checkpoint_dir, adapter_given(o), dtype=o.dtype, onto=o.onto, card=card
+    )
     print(f"Wrote {out}: {len(report.changed)} weights changed, {report.dtype}.")
     if report.difference:
         d = report.difference
@@ -154,7 +156,7 @@ def merge(o: MergeOptions) -> int:
     return 0
 
 
-def check_output(o: AdapterOptions) -> None:
+def check_unwritten(o: AdapterOptions) -> None:
     """Check the output before anything is read that takes long.
 
     Raises:
@@ -166,7 +168,7 @@ def check_output(o: AdapterOptions) -> None:
     files.check_output(out, o.checkpoint_dir)
 
 
-def read(o: AdapterOptions, *, warn: bool = True) -> Adapter:
+def adapter_given(o: AdapterOptions, *, warn: bool = True) -> Adapter:
     """Read an adapter of any origin, and warn where it is for another base than the one given."""
     base = o.checkpoint_dir
     adapter = read_adapter(

@@ -53,7 +53,7 @@ from phi3_plugin.evaluate import (
 from phi3_plugin.generate import Generator
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.load import build as build_model
-from phi3_plugin.load import load, parts_of
+from phi3_plugin.load import load, opened_parts
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import EvaluateOptions
 from phi3_plugin.pages import for_stdout, harmless, write_files
@@ -124,7 +124,9 @@ def check_models(s: Settings, o: EvaluateOptions) -> None:
         )
     quantize = is_quantized(s.model)
     over = None if is_whole_model(o.adapter) else o.adapter
-    base, _, adapter = parts_of(s.checkpoint_dir, over, quantize=quantize, check_base=o.check_base)
+    base, _, adapter = opened_parts(
+        s.checkpoint_dir, over, quantize=quantize, check_base=o.check_base
+    )
     with torch.device("meta"):
         build_model(base, adapter, quantize=quantize)
 

@@ -94,7 +94,7 @@ NOTE_CHARACTERS = 60_000_000
 
 
 @dataclass(frozen=True)
-class Export:
+class FileContent:
     """An adapter on whole modules, and a note by which the original comes back bit for bit."""
 
     tensors: Mapping[str, Tensor]
@@ -108,13 +108,13 @@ class Export:
     """Plain values for JSON; :func:`original` reads it."""
 
 
-def export(
+def file_content(
     adapter: Adapter,
     config: Phi3Config,
     row_norms: Callable[[str], Tensor],
     *,
     patterns: bool = False,
-) -> Export:
+) -> FileContent:
     """Make parts whole; and unless patterns are allowed, all ranks and scales one.
 
     Args:
@@ -136,7 +136,7 @@ def export(
         scaled, note = level(adapter, dict.fromkeys(ranks, alpha / rank))
         tensors = pad(fuse(scaled, config, row_norms), rank)
         alphas: Mapping[str, float] = dict.fromkeys(ranks, alpha)
-        return Export(tensors, dict.fromkeys(ranks, rank), alphas, rslora=False, note=note)
+        return FileContent(tensors, dict.fromkeys(ranks, rank), alphas, rslora=False, note=note)
     scales = whole_scales(adapter)
     scaled, note = level(adapter, scales)
     rooted = {m: alpha_of(s, math.sqrt(ranks[m])) for m, s in scales.items()}
@@ -144,7 +144,7 @@ def export(
     rslora = bool(adapter.origin.get("rslora")) and exact
     alphas = rooted if rslora else {m: alpha_of(s, ranks[m]) for m, s in scales.items()}
     tensors = fuse(scaled, config, row_norms)
-    return Export(tensors, ranks, alphas, rslora, {**note, PATTERNS: True})
+    return FileContent(tensors, ranks, alphas, rslora, {**note, PATTERNS: True})
 
 
 def check_writable_adapter(adapter: Adapter) -> None:

@@ -24,10 +24,10 @@ from phi3_plugin.errors import (
 
 # Names. ``{}`` is the number of the layer.
 
-EMBEDDING, HEAD = "tok_embeddings", "output"
+TOK_EMBEDDINGS, OUTPUT = "tok_embeddings", "output"
 
 MODULE_NAMES = {
-    "model.embed_tokens": EMBEDDING,
+    "model.embed_tokens": TOK_EMBEDDINGS,
     "model.layers.{}.input_layernorm": "layers.{}.sa_norm",
     "model.layers.{}.self_attn.qkv_proj": "layers.{}.attn.qkv_proj",
     "model.layers.{}.self_attn.o_proj": "layers.{}.attn.o_proj",
@@ -35,7 +35,7 @@ MODULE_NAMES = {
     "model.layers.{}.mlp.gate_up_proj": "layers.{}.mlp.gate_up_proj",
     "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
     "model.norm": "norm",
-    "lm_head": HEAD,
+    "lm_head": OUTPUT,
 }
 """Modules as Hugging Face names them, and we."""
 
@@ -49,7 +49,7 @@ INNER = {
 """Parts of our fused modules in the order of their rows, and the layers that they are in
 torchtune's own Phi-3."""
 
-PARTS = {
+TORCHTUNE_LAYERS = {
     "attn.qkv_proj": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
     "attn.o_proj": ("attn.output_proj",),
     "mlp.gate_up_proj": ("mlp.w1", "mlp.w3"),
@@ -72,11 +72,14 @@ PEFT_ENDINGS = {
 
 PEFT_PREFIX = "base_model.model."
 
-SAVED_WEIGHTS = (f"{HEAD}.weight", f"{EMBEDDING}.weight")
+SAVED_WEIGHTS = (f"{OUTPUT}.weight", f"{TOK_EMBEDDINGS}.weight")
 """Base tensors that an adapter may replace, PEFT's modules_to_save."""
 
 _TO_HF = {ours: hf for hf, ours in MODULE_NAMES.items()}
-_TORCHTUNE = {**INNER, "attn.o_proj": "attn.output_proj", "mlp.down_proj": "mlp.w2"}
+_TORCHTUNE = {
+    **INNER,
+    **{ours: layers[0] for ours, layers in TORCHTUNE_LAYERS.items() if len(layers) == 1},
+}
 _FROM_TORCHTUNE = {theirs: ours for ours, theirs in _TORCHTUNE.items()}
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
@@ -99,7 +102,7 @@ def to_peft(name: str) -> str:
         return f"{PEFT_PREFIX}{to_hf(name)}"
     for theirs, ours in PEFT_ENDINGS.items():
         module = name.removesuffix(ours)
-        if module != name and ("embedding" in theirs) == (module == EMBEDDING):
+        if module != name and ("embedding" in theirs) == (module == TOK_EMBEDDINGS):
             return f"{PEFT_PREFIX}{_renamed(module, _TO_HF)}{theirs}"
     raise CheckpointError(f"{name!r} is not an adapter tensor of this model.")
 
@@ -216,13 +219,13 @@ def module_sizes(config: Phi3Config) -> dict[str, tuple[int, int]]:
     sizes = dict[str, tuple[int, int]]()
     for name, shape in expected_shapes(config).items():
         module = to_ours(name).removesuffix(".weight")
-        if len(shape) == 2 and module != EMBEDDING:
+        if len(shape) == 2 and module != TOK_EMBEDDINGS:
             sizes[module] = shape[0], shape[1]
             for part, rows in part_rows(module, config).items():
                 if part != module:
                     sizes[part] = rows.stop - rows.start, shape[1]
     d, vocab = config.hidden_size, config.vocab_size
-    return {**sizes, EMBEDDING: (d, vocab), HEAD: (vocab, d)}
+    return {**sizes, TOK_EMBEDDINGS: (d, vocab), OUTPUT: (vocab, d)}
 
 
 def split_weights(weights: Mapping[str, Tensor], config: Phi3Config) -> dict[str, Tensor]:
@@ -302,7 +305,7 @@ def load_base_weights(checkpoint_dir: str | Path | None) -> dict[str, Tensor]:
     return weights
 
 
-def base_row_norms(checkpoint_dir: Path, module: str) -> Tensor:
+def stored_row_norms(checkpoint_dir: Path, module: str) -> Tensor:
     """Return the fp32 norm of each row of a base weight, told our name of its module."""
     norms: Tensor = open_weights(checkpoint_dir)[f"{module}.weight"][:].float().norm(dim=1)
     return norms

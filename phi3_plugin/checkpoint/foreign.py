@@ -16,16 +16,16 @@ from phi3_plugin.checkpoint.adapter import (
     PATTERNS,
     ROUNDED,
     Adapter,
-    export,
+    file_content,
     original,
     split_ending,
 )
 from phi3_plugin.checkpoint.base import (
-    EMBEDDING,
-    HEAD,
     MAGNITUDE,
+    OUTPUT,
     PEFT_ENDINGS,
     PEFT_PREFIX,
+    TOK_EMBEDDINGS,
     A,
     B,
     fused_name,
@@ -265,7 +265,7 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
         ending = next((ending for ending in endings if plain.endswith(ending)), "")
         module = known.get(plain.removesuffix(ending), "") if ending else ""
         group = {COPY: copies, WHOLE: saved}.get(ending, low)
-        if not module or (group is copies and module not in (EMBEDDING, HEAD)):
+        if not module or (group is copies and module not in (TOK_EMBEDDINGS, OUTPUT)):
             problems.append(f"{name[:120]!r} is no part of an adapter of this base")
             continue
         own = WHOLE
@@ -335,8 +335,8 @@ def _check_tensors(
         problems += _misfits(module, tensors, sizes[module])
     whole = {name.removesuffix(WHOLE): value for name, value in saved.items()}
     for module, value in whole.items():
-        if module not in (EMBEDDING, HEAD):
-            ends = f"{EMBEDDING} and {HEAD}"
+        if module not in (TOK_EMBEDDINGS, OUTPUT):
+            ends = f"{TOK_EMBEDDINGS} and {OUTPUT}"
             problems.append(f"{module}: base weights; only {ends} are read whole")
         elif value.shape != (size := (config.vocab_size, config.hidden_size)):
             problems.append(f"{module}: its weight is {list(value.shape)}, expected {list(size)}")
@@ -362,7 +362,7 @@ def _misfits(module: str, tensors: Mapping[str, Tensor], size: tuple[int, int]) 
         yield f"{module}: {shapes}, expected [R, {into}] and [{out}, R]"
     if magnitude is not None and magnitude.shape != (out,):
         yield f"{module}: its magnitude is {list(magnitude.shape)}, expected [{out}]"
-    if magnitude is not None and module == EMBEDDING:
+    if magnitude is not None and module == TOK_EMBEDDINGS:
         yield f"{module}: DoRA on an embedding is not computed here"
 
 
@@ -388,7 +388,7 @@ def _check_copies(
     if copies and base is not None and not wrong:
         weights = open_weights(base)
         for name, value in copies.items():
-            stored = weights.get(name, weights[f"{EMBEDDING}.weight"])  # a tied head has none
+            stored = weights.get(name, weights[f"{TOK_EMBEDDINGS}.weight"])  # a tied head has none
             steps = (slice(start, start + 4096) for start in range(0, size[0], 4096))
             pairs = ((value[rows].float(), stored[rows].float()) for rows in steps)
             if not all(torch.allclose(one, other, rtol=1e-2, atol=1e-6) for one, other in pairs):
@@ -470,7 +470,7 @@ def _written_by_peft(
         """Rows of parts without an adapter have the base's norms, which only the file knows."""
         return file.tensors[module + MAGNITUDE].clone()
 
-    content = export(adapter, config, row_norms, patterns=patterns)
+    content = file_content(adapter, config, row_norms, patterns=patterns)
     divisors = {m: math.sqrt(r) if content.rslora else r for m, r in content.ranks.items()}
     return Adapter(content.tensors, {m: a / divisors[m] for m, a in content.alphas.items()})
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from phi3_plugin.checkpoint.adapter import Adapter, export
-from phi3_plugin.checkpoint.base import EMBEDDING, HEAD, A, B, hf_name
+from phi3_plugin.checkpoint.adapter import Adapter, file_content
+from phi3_plugin.checkpoint.base import OUTPUT, TOK_EMBEDDINGS, A, B, hf_name
 from phi3_plugin.checkpoint.files import PARTIAL
 from phi3_plugin.config import Phi3Config, read_config
 from phi3_plugin.errors import AdapterError, MissingFileError, OutputError
@@ -51,7 +51,7 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
             "A GGUF file is written by llama.cpp's gguf package, which is not installed. "
             "Install it: pip install 'phi3-plugin[gguf]'"
         ) from error
-    content = export(adapter, config, lambda _: torch.empty(0))  # row norms are DoRA's alone
+    content = file_content(adapter, config, lambda _: torch.empty(0))  # row norms are DoRA's alone
     if file.exists():
         raise OutputError(f"{file} exists and would be overwritten. Move it or choose another.")
     partial = file.with_name(f"{PARTIAL}{file.name}")
@@ -67,7 +67,7 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
         for module in sorted(content.ranks, key=hf_name):  # the order in which PEFT's file has it
             name = f"{names.get_name(hf_name(module))}.weight"
             a, b = content.tensors[module + A], content.tensors[module + B]
-            a = a.T if module == EMBEDDING else a
+            a = a.T if module == TOK_EMBEDDINGS else a
             for ending, value in (("lora_a", a), ("lora_b", b)):
                 writer.add_tensor(f"{name}.{ending}", value.float().contiguous().numpy())
         writer.write_header_to_file()
@@ -88,7 +88,7 @@ def _unfit(adapter: Adapter, config: Phi3Config) -> Iterator[str]:
         yield f"magnitude: it knows no DoRA. {merge}."
     if adapter.saved:
         yield f"{', '.join(sorted(adapter.saved))}: it replaces no whole weights. {merge}."
-    if config.tie_word_embeddings and (tied := {EMBEDDING, HEAD} & adapter.ranks.keys()):
+    if config.tie_word_embeddings and (tied := {TOK_EMBEDDINGS, OUTPUT} & adapter.ranks.keys()):
         yield (
             f"{', '.join(sorted(tied))}: in this base one tensor is embedding and head, and it "
             f"would change both or none. {merge}."

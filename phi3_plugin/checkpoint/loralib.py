@@ -23,7 +23,7 @@ from phi3_plugin.checkpoint.adapter import (
     Adapter,
     alpha_of,
     check_writable_adapter,
-    export,
+    file_content,
     level,
     pad,
     split_ending,
@@ -100,7 +100,7 @@ def loralib_tensors(
             "Merge the adapter, or convert it to PEFT."
         )
     if not merged_linear:
-        whole = export(adapter, config, lambda _: torch.empty(0), patterns=True)
+        whole = file_content(adapter, config, lambda _: torch.empty(0), patterns=True)
         return dict(whole.tensors), dict(whole.alphas), {}, dict(whole.note)
     scales = whole_scales(adapter)
     leveled, note = level(adapter, scales)

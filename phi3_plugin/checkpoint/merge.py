@@ -13,10 +13,10 @@ from torchtune.training import set_default_dtype
 
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import (
-    EMBEDDING,
-    HEAD,
     MAGNITUDE,
+    OUTPUT,
     SHARD_BYTES,
+    TOK_EMBEDDINGS,
     A,
     B,
     fused_name,
@@ -123,10 +123,10 @@ def merge_into(
     for module in adapter.ranks:
         modules.setdefault(f"{fused_name(module)}.weight", []).append(module)
     changed = tuple(sorted({*modules, *adapter.saved}))
-    ends = {f"{EMBEDDING}.weight", f"{HEAD}.weight"}
+    ends = {f"{TOK_EMBEDDINGS}.weight", f"{OUTPUT}.weight"}
     untied = config.tie_word_embeddings and not ends.isdisjoint(changed)
     if untied:
-        base[f"{HEAD}.weight"] = base[f"{EMBEDDING}.weight"]
+        base[f"{OUTPUT}.weight"] = base[f"{TOK_EMBEDDINGS}.weight"]
     _check_fit(base, adapter, config)
     dtypes = {name: MERGED_DTYPES.get(dtype or "", stored.dtype) for name, stored in base.items()}
     difference = Difference() if onto == "nf4" else None
@@ -176,19 +176,19 @@ def _merged(weight: Tensor, adapter: Adapter, modules: list[str], config: Phi3Co
     for module in modules:
         a, b = adapter.tensors[module + A].float(), adapter.tensors[module + B].float()
         rows = merged[part_rows(fused_name(module), config).get(module, slice(None))]
-        if module == EMBEDDING:  # its rows are the inputs: (B A)^T = A^T B^T
+        if module == TOK_EMBEDDINGS:  # its rows are the inputs: (B A)^T = A^T B^T
             a, b = b.T, a.T
         rows.addmm_(b, a, alpha=adapter.scales[module])
         magnitude = adapter.tensors.get(module + MAGNITUDE)
         if magnitude is not None:
-            norms = rows.norm(dim=0 if module == EMBEDDING else 1)
+            norms = rows.norm(dim=0 if module == TOK_EMBEDDINGS else 1)
             if not norms.all():
                 raise AdapterError(
                     f"{module}: DoRA divides by the norm of weights that are all zero in this "
                     "base, so every answer would be NaN. Use the adapter's own base."
                 )
             factors = magnitude.float() / norms
-            rows *= factors if module == EMBEDDING else factors[:, None]
+            rows *= factors if module == TOK_EMBEDDINGS else factors[:, None]
     return merged
 
 
@@ -247,7 +247,7 @@ def _misfit(
     rows = part_rows(fused_name(module), config).get(module, slice(None))
     first, last, _ = rows.indices(base[whole].shape[0])
     shape = [last - first, base[whole].shape[1]]
-    if size != (shape[::-1] if module == EMBEDDING else shape):
+    if size != (shape[::-1] if module == TOK_EMBEDDINGS else shape):
         return f"it is for a layer of {size}, which in this base is {shape}"
     numbers = [a, b] if magnitude is None else [a, b, magnitude]
     if not all(torch.isfinite(value).all() for value in numbers):

@@ -16,17 +16,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phi3_plugin.checkpoint.adapter import MODULES, Adapter, Export, export, original
+from phi3_plugin.checkpoint.adapter import MODULES, Adapter, FileContent, file_content, original
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
     SAVED_WEIGHTS,
     A,
     B,
-    base_row_norms,
     from_peft,
     fused_name,
     hf_name,
     known_hash,
+    stored_row_norms,
     to_peft,
     write_weights,
 )
@@ -78,7 +78,9 @@ def export_adapter(
     base, sizes = base_name(checkpoint_dir), read_config(checkpoint_dir)
     # Somebody else's says nothing, so it is for the base that its user names.
     adapter = replace(adapter, base_hash=adapter.base_hash or known_hash(checkpoint_dir))
-    content = export(adapter, sizes, partial(base_row_norms, checkpoint_dir), patterns=patterns)
+    content = file_content(
+        adapter, sizes, partial(stored_row_norms, checkpoint_dir), patterns=patterns
+    )
     config = adapter_config(content, adapter, base, sizes.num_hidden_layers)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -133,7 +135,9 @@ def targets_of(adapter: Iterable[str]) -> list[str]:
 Number = TypeVar("Number", int, float)
 
 
-def adapter_config(content: Export, adapter: Adapter, base: str, layers: int) -> dict[str, Any]:
+def adapter_config(
+    content: FileContent, adapter: Adapter, base: str, layers: int
+) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 
     Targets and ranks are read off the tensors, since a recipe's list may name what is not there.

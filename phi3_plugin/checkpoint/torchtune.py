@@ -13,7 +13,7 @@ from phi3_plugin.checkpoint.adapter import (
     unfuse,
     whole_alpha,
 )
-from phi3_plugin.checkpoint.base import EMBEDDING, fused_name, torchtune_name
+from phi3_plugin.checkpoint.base import TOK_EMBEDDINGS, fused_name, torchtune_name
 from phi3_plugin.checkpoint.files import whole_files, write_state
 from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, targets_of
 from phi3_plugin.config import Phi3Config
@@ -65,8 +65,8 @@ def torchtune_tensors(
         AdapterError: torchtune's model has no place for a module.
     """
     check_writable_adapter(adapter)
-    if EMBEDDING in adapter.ranks:
-        raise AdapterError(f"{EMBEDDING}: torchtune's Phi-3 has no adapter on its embedding.")
+    if TOK_EMBEDDINGS in adapter.ranks:
+        raise AdapterError(f"{TOK_EMBEDDINGS}: torchtune's Phi-3 has no adapter on its embedding.")
     if adapter.saved:
         raise AdapterError(
             f"{', '.join(adapter.saved)}: an adapter of torchtune's holds no weights that are "

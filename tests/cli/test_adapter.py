@@ -13,7 +13,7 @@ from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin import cli
-from phi3_plugin.checkpoint.adapter import export
+from phi3_plugin.checkpoint.adapter import file_content
 from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.config import read_config
@@ -315,7 +315,7 @@ def same(demo, file):
     """Whether a file, read back, holds the LoRA bit for bit."""
     sizes = read_config(demo / "base")
     lora, other = (
-        export(read_adapter(path, config=sizes), sizes, no_norms, patterns=True)
+        file_content(read_adapter(path, config=sizes), sizes, no_norms, patterns=True)
         for path in (demo / "lora", file)
     )
     assert lora.tensors.keys() == other.tensors.keys()

@@ -7,7 +7,8 @@ import torch
 from torchtune.modules.peft import get_adapter_params
 
 from phi3_plugin.checkpoint import Phi3Checkpointer
-from phi3_plugin.checkpoint.base import INNER, PARTS, base_hash, load_base_weights
+from phi3_plugin.checkpoint.base import INNER, base_hash, load_base_weights
+from phi3_plugin.checkpoint.base import TORCHTUNE_LAYERS as PARTS
 from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import check_same, load_adapter, load_origin, load_trained
 from phi3_plugin.errors import CheckpointError

@@ -15,12 +15,12 @@ from phi3_plugin.checkpoint import base as hashes
 from phi3_plugin.checkpoint.base import (
     INDEX,
     base_hash,
-    base_row_norms,
     known_hash,
     load_base_weights,
     open_weights,
     other_base,
     refuse_other_base,
+    stored_row_norms,
     to_hf,
     to_ours,
     write_weights,
@@ -92,7 +92,7 @@ def test_weights_that_are_not_floating_point_numbers(folder):
 def test_norms_of_rows(source):
     model, folder = source
     weight = ours(model)["layers.1.attn.qkv_proj.weight"]
-    assert torch.equal(base_row_norms(folder, "layers.1.attn.qkv_proj"), weight.norm(dim=1))
+    assert torch.equal(stored_row_norms(folder, "layers.1.attn.qkv_proj"), weight.norm(dim=1))
 
 
 def test_one_file_without_an_index(source, tmp_path):
