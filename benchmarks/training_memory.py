@@ -23,6 +23,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         recipe = new_recipe(name, args, out)
     before, start = restart_peak(), time.perf_counter()
     recipe.setup_model()
-    recipe.total_steps = 1
+    recipe.data = SimpleNamespace(total_steps=1)
     recipe.setup_optimizer()
     loaded, middle = peak(), time.perf_counter()
     rest: tuple[Any, ...] = sft, [concatenate(batch)], recipe.s.clip_grad_norm

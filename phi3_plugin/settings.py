@@ -150,7 +150,7 @@ class Settings:
     resume: Resume = "never"
     """auto goes on from the newest checkpoint of output_dir if there is one."""
     checkpointer: Section | None = None
-    """Only ``card`` and ``lora_dropout`` are read."""
+    """Only ``card`` is read; torchtune's recipes read the rest."""
     run_val_every_n_steps: Count | None = None
     early_stop_patience: Count | None = None
     """Validations without an improvement, after which the run stops."""

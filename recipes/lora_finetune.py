@@ -12,6 +12,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,27 @@ from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
 
 
+@dataclass
+class TrainState:
+    """Where a run is; a checkpoint keeps it beside model, optimizer and random numbers."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    best: float = math.inf
+    """Lowest validation loss."""
+    stale: int = 0
+    """Validations since then."""
+    validated: int = 0
+    """Step of the last validation."""
+    answers_before: list[str] = field(default_factory=list)
+    """To the sample questions, before the first step."""
+
+
 class Finetune:
     """One run: ``setup``, ``train``, ``finish``."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        """Check what can be checked before anything slow happens."""
+        """Check settings and folders, join the other processes, find what to go on from."""
         self.cfg = cfg
         self.s = settings.read(cfg)
         check_output(self.s.output_dir, self.s.checkpoint_dir)
@@ -63,46 +80,45 @@ class Finetune:
             patience=self.s.early_stop_patience,
             max_nonfinite=self.s.max_nonfinite_steps,
         )
-        # What training changes beside the model; a checkpoint keeps it.
-        self.step = 0  # optimizer steps made
-        self.best = math.inf  # lowest validation loss
-        self.stale = 0  # validations since then
-        self.validated = 0  # step of the last validation
-        self.answers: list[str] = []  # to the sample questions, at that step
+        self.loss = sft
+        self.state = TrainState()
+        self.answers: list[str] = []  # to the sample questions, at the last validation
 
     def setup(self) -> None:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
         self.setup_data()
-        state: dict[str, Any] | None = None
+        saved: dict[str, Any] | None = None
         if self.last.folder:
-            state = checkpoints.load_state(self.last.folder)
-            self.check_order(state["data"])
-        self.setup_model(state)
+            saved = checkpoints.load_state(self.last.folder)
+            self.check_order(saved["data"])
+        self.setup_model(saved)
         self.setup_optimizer()
-        if state:
-            self.load_state(state)
+        if saved:
+            self.load_state_dict(saved)
         else:
-            self.answers_before = self.answer()
+            self.state.answers_before = self.answer()
             torch.manual_seed(self.s.seed + self.world.rank)
         self.monitor = Monitor(
-            self.world.is_main, self.cfg, self.s, total=self.total_steps, start=self.step
+            self.world.is_main,
+            self.cfg,
+            self.s,
+            total=self.data.total_steps,
+            start=self.state.step,
         )
-        self.monitor.resumed(self.step, self.last)
+        self.monitor.resumed(self.state.step, self.last)
         self.saver = checkpoints.Saver(
             self.s.output_dir,
             self.s.save_total_limit,
-            self.saved,
+            self.on_saved,
             background=self.s.save_in_background,
         )
 
     def setup_data(self) -> None:
         """Tokenize, split and order the samples."""
         self.data = load_data(self.s, self.world.size)
-        self.order = self.data.order
-        self.total_steps = self.data.total_steps
-        self.world.same("dataset", self.order.identity)
+        self.world.same("dataset", self.data.order.identity)
 
-    def setup_model(self, state: dict[str, Any] | None = None) -> None:
+    def setup_model(self, saved: dict[str, Any] | None = None) -> None:
         """Build, shard and fill the model, with what a checkpoint's state has of it."""
         choices = memory_choices(self.s, self.world)
 
@@ -121,9 +137,9 @@ class Finetune:
             reshard=self.s.fsdp_reshard_after_forward,
         )
         self.is_lora = is_adapted(self.model)
-        # PiSSA trains over what its first A and B leave of the base weights; others have none.
-        weights, self.first = starting_weights(
-            self.world, self.model, self.s, self.last.folder, state
+        # PiSSA trains over what its first A and B leave of the base weights; others have no such.
+        weights, self.pissa_start = starting_weights(
+            self.world, self.model, self.s, self.last.folder, saved
         )
         self.world.load(self.model, weights, offload=self.s.fsdp_cpu_offload)
         self.model.train()
@@ -135,52 +151,56 @@ class Finetune:
         self.optimizer = instantiate(self.s.optimizer, groups)
         check_shards(self.optimizer, self.model.named_parameters(), self.world.shards)
         self.scheduler = instantiate(
-            self.s.lr_scheduler, self.optimizer, num_training_steps=self.total_steps
+            self.s.lr_scheduler, self.optimizer, num_training_steps=self.data.total_steps
         )
 
     def train(self) -> None:
         """Make steps until they are made or there is a reason to stop."""
-        while self.step < self.total_steps and not self.stop.now():
-            batches = self.order.batches(self.step, self.world.rank, self.data.collate)
+        state, order = self.state, self.data.order
+        while state.step < self.data.total_steps and not self.stop.now():
+            samples = order.indices(state.step)
+            epoch = state.step // order.steps_per_epoch
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            batches = order.batches(state.step, self.world.rank, self.data.collate)
+            # Counts the labelled tokens of all processes, runs forward and backward, clips, steps
             result = train_step(
                 self.world,
                 self.model,
                 self.optimizer,
-                sft,
+                self.loss,
                 batches,
                 self.s.clip_grad_norm,
             )
-            rate = float(self.optimizer.param_groups[0]["lr"])
             if self.scheduler:
                 self.scheduler.step()
-            epoch = self.step // self.order.steps_per_epoch
-            self.step += 1
-            self.monitor.step(self.step, epoch, result, rate)
-            self.stop.after_step(result.problem, self.order.indices(self.step - 1))
-            if self.step == self.total_steps:
+            state.step += 1
+            self.monitor.step(state.step, epoch, result, rate)
+            self.stop.after_step(result.problem, samples)
+            if state.step == self.data.total_steps:
                 break  # finish() validates and saves
-            if is_due(self.step, self.s.run_val_every_n_steps):
+            if is_due(state.step, self.s.run_val_every_n_steps):
                 self.validate()
-            epoch_ends = is_due(self.step, self.order.steps_per_epoch)
+            epoch_ends = is_due(state.step, order.steps_per_epoch)
             is_kept = self.s.save_every_epoch and epoch_ends
-            if is_kept or is_due(self.step, self.s.save_every_n_steps):
-                self.save(checkpoints.step_name(self.step))
+            if is_kept or is_due(state.step, self.s.save_every_n_steps):
+                self.save(checkpoints.step_name(state.step))
 
     def validate(self) -> None:
         """Measure the loss on held-out data; keep the best, and stop if it stays behind."""
         assert self.data.order_val is not None  # the settings are refused otherwise
+        state = self.state
         batches = shares(self.data.order_val, self.world.rank, self.data.collate_val)
-        loss, tokens = validate(self.world, self.model, sft, batches)
+        loss, tokens = validate(self.world, self.model, self.loss, batches)
         self.answers = self.answer()
-        self.monitor.validation(self.step, loss, tokens, self.answers)
-        self.validated = self.step
-        self.stale += 1
-        if loss < self.best:
-            self.best = loss
-            self.stale = 0
+        self.monitor.validation(state.step, loss, tokens, self.answers)
+        state.validated = state.step
+        state.stale += 1
+        if loss < state.best:
+            state.best = loss
+            state.stale = 0
             if self.s.keep_best:
                 self.save(checkpoints.BEST)
-        self.stop.after_validation(self.stale)
+        self.stop.after_validation(state.stale)
 
     def answer(self) -> list[str]:
         """Return what the model says to the sample questions now."""
@@ -202,7 +222,7 @@ class Finetune:
         if self.world.is_main:
             may_be_identity = name != checkpoints.FINAL  # warm-up may start from 0
             write = self.exporter(trained, may_be_identity=may_be_identity)
-            self.saver.save(name, self.step, write, state)
+            self.saver.save(name, self.state.step, write, state)
         self.world.barrier()
         return self.s.output_dir / name
 
@@ -214,18 +234,18 @@ class Finetune:
             return partial(export_model, weights=trained, checkpoint_dir=self.s.checkpoint_dir)
         dropout = self.s.model.get("lora_dropout", 0.0)
         adapter = trained_adapter(
-            self.model, trained, self.first, dropout, may_be_identity=may_be_identity
+            self.model, trained, self.pissa_start, dropout, may_be_identity=may_be_identity
         )
-        card = {**(self.s.checkpointer or {}).get("card", {}), "steps": self.step}
-        if self.best < math.inf:
-            card["validation loss"] = f"{self.best:.4f}"
+        card = {**(self.s.checkpointer or {}).get("card", {}), "steps": self.state.step}
+        if self.state.best < math.inf:
+            card["validation loss"] = f"{self.state.best:.4f}"
         if adapter.origin.get("lora_init") == "loftq":
             card["base to serve"] = NF4_BASE
         return partial(
             export_adapter, adapter=adapter, checkpoint_dir=self.s.checkpoint_dir, card=card
         )
 
-    def saved(self, name: str, step: int) -> None:
+    def on_saved(self, name: str, step: int) -> None:
         """Say that a checkpoint is whole, and who can serve it."""
         self.monitor.saved(name, step)
         if self.is_lora:
@@ -240,46 +260,41 @@ class Finetune:
             "optimizer": optimizer_state(self.world, self.model, self.optimizer),
             "scheduler": copy.deepcopy(self.scheduler.state_dict()) if self.scheduler else None,
             "random": self.world.gather(self.world.random_state()),
-            "best": self.best,
-            "stale": self.stale,
-            "validated": self.validated,
-            "data": self.order.identity,
-            "answers": self.answers_before,
+            "train": asdict(self.state),
+            "data": self.data.order.identity,
             "settings": OmegaConf.to_container(self.cfg, resolve=True),
         }
         if self.is_lora:
-            state["adapter"] = adapter_state(self.model, trained, self.first)
+            state["adapter"] = adapter_state(self.model, trained, self.pissa_start)
         return state
 
     def check_order(self, identity: dict[str, Any]) -> None:
         """Refuse to go on with samples that earlier steps have seen, or in another order."""
-        if identity != self.order.identity:
+        if identity != self.data.order.identity:
             raise CheckpointError(
                 f"resume: the order of the data would change from {identity} to "
-                f"{self.order.identity}. Use the settings the run was started with; with another "
-                "number of processes change gradient_accumulation_steps or batch_size instead."
+                f"{self.data.order.identity}. Use the settings the run was started with; with "
+                "another number of processes change gradient_accumulation_steps or batch_size "
+                "instead."
             )
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on where a checkpoint ended; the trained tensors are in the model by now."""
-        load_optimizer_state(self.world, self.model, self.optimizer, state["optimizer"])
+        load_optimizer_state(self.world, self.model, self.optimizer, saved["optimizer"])
         if self.scheduler:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.step = state["step"]
-        self.best = state["best"]
-        self.stale = state["stale"]
-        self.validated = state["validated"]
-        self.answers_before = state["answers"]
-        self.stop.after_validation(self.stale)
-        self.world.set_random_state(state["random"], self.s.seed + self.step)
+            self.scheduler.load_state_dict(saved["scheduler"])
+        self.state = TrainState(**saved["train"])
+        self.stop.after_validation(self.state.stale)
+        self.world.set_random_state(saved["random"], self.s.seed + self.state.step)
 
     def finish(self) -> None:
         """Save once more: the result, or a step that an interrupted run goes on from."""
-        is_finished = self.step == self.total_steps
+        state = self.state
+        is_finished = state.step == self.data.total_steps
         interrupted = self.stop.interrupted and not is_finished
-        if self.data.order_val is not None and is_finished and self.validated < self.step:
+        if self.data.order_val is not None and is_finished and state.validated < state.step:
             self.validate()
-        name = checkpoints.step_name(self.step) if interrupted else checkpoints.FINAL
+        name = checkpoints.step_name(state.step) if interrupted else checkpoints.FINAL
         folder = self.save(name)
         self.saver.wait()
         if self.s.report:
@@ -297,7 +312,7 @@ class Finetune:
 
     def report(self, folder: Path) -> None:
         """Write the page that tells what the run did; every process answers the questions."""
-        is_answered = self.answers and self.validated == self.step
+        is_answered = self.answers and self.state.validated == self.state.step
         after = self.answers if is_answered else self.answer()
         if not self.world.is_main:
             return
@@ -309,7 +324,7 @@ class Finetune:
             config=self.cfg,
             adapter=folder,
             ending=self.stop.reason,
-            answers=list(zip(self.s.sample_prompts, self.answers_before, after, strict=True)),
+            answers=list(zip(self.s.sample_prompts, self.state.answers_before, after, strict=True)),
         )
         self.monitor.say(f"Wrote {page}.")
 

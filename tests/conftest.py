@@ -47,7 +47,7 @@ def inputs(tmp_path_factory):
 def whole(inputs):
     """The folder of a run of three epochs of three steps that nothing disturbed."""
     recipe = train(inputs)
-    assert (recipe.order.steps_per_epoch, recipe.total_steps) == (3, 9)
+    assert (recipe.data.order.steps_per_epoch, recipe.data.total_steps) == (3, 9)
     return inputs / "out"
 
 

@@ -60,7 +60,7 @@ def test_a_signal_ends_the_run_after_its_step(
     with monkeypatch.context() as patch:
         patch.setattr(lora_finetune, where, send)
         stopped = train(cwd, *RARELY)
-    assert stopped.step == step
+    assert stopped.state.step == step
     last = capsys.readouterr().out.splitlines()[-1].strip()
     if step == 9:
         assert last == f"Saved {cwd / 'out' / 'final'}."
@@ -76,7 +76,7 @@ def test_a_signal_before_the_first_step_leaves_a_start_to_go_on_from(whole, cwd,
     send = at_call(1, stock, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with monkeypatch.context() as patch:
         patch.setattr(lora_finetune.Finetune, "setup_model", send)
-        assert train(cwd, *RARELY).step == 0
+        assert train(cwd, *RARELY).state.step == 0
     assert train(cwd, *RARELY, "resume=auto").last.folder.name == "step_000000"
     assert_same_end(cwd / "out", whole)
 

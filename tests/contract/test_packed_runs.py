@@ -51,7 +51,7 @@ def test_two_processes_see_what_one_does(kind, cwd):
 def test_a_stopped_run_ends_in_the_same_bits(kind, accumulation, cwd):
     settings = (*KINDS[kind], f"gradient_accumulation_steps={accumulation}", "epochs=2")
     whole = train(cwd, *settings)
-    assert whole.total_steps > 5
+    assert whole.data.total_steps > 5
     (cwd / "again").mkdir()
     for name in ("base", "rows.jsonl"):
         (cwd / "again" / name).symlink_to(cwd / name)

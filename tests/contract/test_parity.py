@@ -68,10 +68,10 @@ def hugging_face(recipe, adapter, dora):
         set_peft_model_state_dict(model, drawn)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.s.optimizer["lr"], weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 3, recipe.total_steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 3, recipe.data.total_steps)
     seen = []
-    for step in range(recipe.total_steps):
-        batches = recipe.order.batches(step, 0, pad_right)  # ours are not padded
+    for step in range(recipe.data.total_steps):
+        batches = recipe.data.order.batches(step, 0, pad_right)  # ours are not padded
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         seen.append(0.0)
         for batch in batches:
