@@ -27,20 +27,20 @@ Marked = tuple[Sequence[int], Sequence[bool]]
 """The ids of a conversation, and which are trained on."""
 
 
-def compare_with_hf(settings: Settings, feed: RunData, samples: Samples) -> Comparison:
+def compare_with_hf(settings: Settings, data: RunData, samples: Samples) -> Comparison:
     """Compare the first samples with transformers.
 
     Those that a cut took something from the left of are passed over.
 
     Args:
         settings: Of a run on chats.
-        feed: What it is fed.
+        data: Its data, split and ordered.
         samples: Those of the training data, surveyed.
 
     Raises:
         ImportError: transformers is not installed.
     """
-    tokenizer, options = feed.tokenizer, settings.dataset
+    tokenizer, options = data.tokenizer, settings.dataset
     numbers = {where: i for i, where in reversed(list(enumerate(samples.places)))}
     shortened = samples.full > samples.lengths
     rows = (
@@ -50,7 +50,7 @@ def compare_with_hf(settings: Settings, feed: RunData, samples: Samples) -> Comp
     )
     pairs = list(islice(rows, COMPARED))
     theirs = hf_ids(settings.checkpoint_dir, [messages for _, messages in pairs])
-    dataset, places = unpacked(feed.order.dataset), list[str]()
+    dataset, places = unpacked(data.order.dataset), list[str]()
     choices = {"limit": tokenizer.max_seq_len, "options": options, "eos_id": tokenizer.eos_id}
     for (i, _), whole in zip(pairs, theirs, strict=True):
         ids, labels = arrays(dataset, i)

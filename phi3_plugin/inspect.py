@@ -296,23 +296,23 @@ class Statistics:
 
 
 def statistics(
-    settings: Settings, feed: RunData, samples: Samples, processes: int = 1
+    settings: Settings, data: RunData, samples: Samples, processes: int = 1
 ) -> Statistics:
     """Count everything.
 
     Args:
         settings: Of the run.
-        feed: What it is fed.
+        data: Its data, split and ordered.
         samples: Those of the training data, surveyed.
         processes: How many share a step.
     """
-    dataset = unpacked(feed.order.dataset)
-    limit, truncate = getattr(feed.tokenizer, "max_seq_len", None), truncation(settings)
+    dataset = unpacked(data.order.dataset)
+    limit, truncate = getattr(data.tokenizer, "max_seq_len", None), truncation(settings)
     lost = getattr(dataset, "lost", samples.full[:0])
     positions = read_config(settings.checkpoint_dir).max_position_embeddings
     named = {positions: "model's most"} | ({limit: "yours"} if limit else {})
-    things = "packs" if isinstance(feed.order.dataset, Packs) else "samples"
-    tokens, labelled = tokens_per_epoch(feed.order.dataset, samples)
+    things = "packs" if isinstance(data.order.dataset, Packs) else "samples"
+    tokens, labelled = tokens_per_epoch(data.order.dataset, samples)
     return Statistics(
         options=settings.dataset,
         options_val=settings.dataset_val,
@@ -327,14 +327,14 @@ def statistics(
         limit=limit,
         truncate=truncate,
         positions=positions,
-        batchings=_batchings(settings, feed, samples, processes),
-        per_step=f"{feed.order.per_step:,} {things}",
-        steps=feed.total_steps,
+        batchings=_batchings(settings, data, samples, processes),
+        per_step=f"{data.order.per_step:,} {things}",
+        steps=data.total_steps,
         cuts=cuts(samples, lost, named, limit=limit, truncate=truncate),
         alike=alike(samples),
         endless=int((~samples.stops).sum()),
         endless_uncut=int((~samples.stops & (samples.full <= samples.lengths)).sum()),
-        held_out=_held_out(feed, samples),
+        held_out=_held_out(data, samples),
     )
 
 
@@ -355,12 +355,12 @@ def tokens_per_epoch(dataset: Any, samples: Samples) -> tuple[int, int]:
     return int(counted.lengths.sum()), int(counted.labelled.sum())
 
 
-def _held_out(feed: RunData, training: Samples) -> HeldOut | None:
-    if feed.order_val is None:
+def _held_out(data: RunData, training: Samples) -> HeldOut | None:
+    if data.order_val is None:
         return None
-    dataset = unpacked(feed.order_val.dataset)
-    samples = survey(dataset, feed.tokenizer.stop_tokens)
-    tokens, labelled = tokens_per_epoch(feed.order_val.dataset, samples)
+    dataset = unpacked(data.order_val.dataset)
+    samples = survey(dataset, data.tokenizer.stop_tokens)
+    tokens, labelled = tokens_per_epoch(data.order_val.dataset, samples)
     return HeldOut(
         rows=getattr(dataset, "rows", len(samples.lengths)),
         samples=len(samples.lengths),
@@ -414,10 +414,10 @@ def histogram(lengths: Numbers) -> list[Bin]:
 
 
 def _batchings(
-    settings: Settings, feed: RunData, samples: Samples, processes: int
+    settings: Settings, data: RunData, samples: Samples, processes: int
 ) -> list[Batching]:
     """Return the ways to put the samples into batches, the chosen one as the run would."""
-    chosen, dataset = feed.order, unpacked(feed.order.dataset)
+    chosen, dataset = data.order, unpacked(data.order.dataset)
 
     def order(dataset: Any, group_by_length: bool = False) -> Order:
         return Order(
@@ -433,7 +433,7 @@ def _batchings(
     orders = {UNGROUPED: order(dataset)}
     if settings.shuffle:
         orders[GROUPED] = order(dataset, group_by_length=True)
-    limit = getattr(feed.tokenizer, "max_seq_len", None)
+    limit = getattr(data.tokenizer, "max_seq_len", None)
     if limit is not None and settings.dataset["_component_"] in CHAT_DATASETS:
         seed = settings.dataset.get("seed", 0)
         orders[PACKED] = order(Packs(dataset, limit, seed=seed))

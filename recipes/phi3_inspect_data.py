@@ -43,22 +43,22 @@ def main(cfg: DictConfig) -> int:
     settings, options = read_beside(cfg, InspectOptions, cfg.get("processes", 1))
 
     # What the run would be fed, batch by batch
-    feed = load_data(all_rows(settings), options.processes)
-    dataset = unpacked(feed.order.dataset)
-    samples = survey(dataset, feed.tokenizer.stop_tokens)
-    stats = statistics(settings, feed, samples, options.processes)
+    data = load_data(all_rows(settings), options.processes)
+    dataset = unpacked(data.order.dataset)
+    samples = survey(dataset, data.tokenizer.stop_tokens)
+    stats = statistics(settings, data, samples, options.processes)
 
     if options.compare and settings.dataset["_component_"] not in CHAT_DATASETS:
         print("compare: only samples of phi3_plugin.data.chat_dataset can be compared.")
     elif options.compare:
         try:
-            stats = replace(stats, compared=compare_with_hf(settings, feed, samples))
+            stats = replace(stats, compared=compare_with_hf(settings, data, samples))
         except ImportError:
             print("compare: transformers is not installed. Run: pip install 'phi3-plugin[hf]'")
 
     first = range(min(options.samples, len(dataset)))
     from_start = truncation(settings) == "left"
-    shown = show(dataset, first, feed.tokenizer, from_start=from_start)
+    shown = show(dataset, first, data.tokenizer, from_start=from_start)
     page = write_page(settings.output_dir, stats, shown)
 
     columns = min(shutil.get_terminal_size().columns, WIDEST)
