@@ -20,7 +20,7 @@ from tests.oracles import hf_logits
 
 needs_loralib = pytest.mark.skipif(
     importlib.util.find_spec("loralib") is None,
-    reason="loralib is not installed: put a checkout of microsoft/LoRA on PYTHONPATH",
+    reason="loralib is not installed",
 )
 QKV = "model.layers.0.self_attn.qkv_proj"
 FLAGS = [True, True, True, True, False, True]

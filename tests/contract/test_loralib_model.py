@@ -23,7 +23,7 @@ from tests.oracles import (
 
 needs_loralib = pytest.mark.skipif(
     importlib.util.find_spec("loralib") is None,
-    reason="loralib is not installed: put a checkout of microsoft/LoRA on PYTHONPATH",
+    reason="loralib is not installed",
 )
 FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 PARTS = ["q_proj", "v_proj", "up_proj"]
