@@ -42,7 +42,7 @@ from phi3_plugin.data.formats import (
     make_turn,
     pick_format,
 )
-from phi3_plugin.data.order import group_of, held_out, repeats
+from phi3_plugin.data.order import group_of, held_out_mask, repeats
 from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.sources import Filtered, FilterFailed, Row, Source, read_sources
 from phi3_plugin.data.template import Rendered
@@ -275,7 +275,7 @@ class ChatDataset(Dataset[dict[str, list[int]]]):
         """
         # Once each: a weight is how often a sample is trained on
         samples = np.unique(self.chosen)
-        held = samples[held_out(self.store.samples["group"][samples], share, seed)]
+        held = samples[held_out_mask(self.store.samples["group"][samples], share, seed)]
         kept = self.select(np.flatnonzero(~np.isin(self.chosen, held)))
         return kept, ChatDataset(self.store, held)
 

@@ -234,7 +234,7 @@ def repeats(weight: float, index: int | NDArray[Any], seed: int) -> int | NDArra
     return int(times) if isinstance(index, int) else times
 
 
-def held_out(groups: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
+def held_out_mask(groups: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
     """Choose samples to hold out, groups whole.
 
     Args:

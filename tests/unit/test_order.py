@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3_plugin.data.formats import Written, make_turn
-from phi3_plugin.data.order import group_of, held_out, repeats
+from phi3_plugin.data.order import group_of, held_out_mask, repeats
 from phi3_plugin.errors import DataError
 
 U, A, S = make_turn("user", "u"), make_turn("assistant", "a"), make_turn("system", "s")
@@ -35,7 +35,7 @@ def test_the_seed_decides_who():
 
 
 def test_held_out_is_recorded():
-    held = held_out(np.arange(20, dtype=np.uint64), 0.25, 7)
+    held = held_out_mask(np.arange(20, dtype=np.uint64), 0.25, 7)
     assert np.flatnonzero(held).tolist() == [12, 15, 16, 18, 19]
 
 
@@ -48,27 +48,27 @@ def test_groups_stay_whole_whatever_the_order(groups, share, seed):
     groups = np.array(groups, dtype=np.uint64)
     order = np.random.default_rng(0).permutation(len(groups))
     try:
-        held = held_out(groups, share, seed)
+        held = held_out_mask(groups, share, seed)
     except DataError as error:
         assert "none would be left" in str(error)
         return
     assert held.any()
     assert not held.all()
     assert not set(groups[held]) & set(groups[~held])
-    assert (held_out(groups[order], share, seed) == held[order]).all()
+    assert (held_out_mask(groups[order], share, seed) == held[order]).all()
     # No group more than was needed
     assert held.sum() - np.unique(groups[held], return_counts=True)[1].max() < share * len(groups)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0, 0), (0.07, 7), (0.29, 29), (0.5, 50), (1e-9, 1)])
 def test_the_share_is_of_samples(share, count):
-    assert held_out(np.arange(100, dtype=np.uint64), share, 0).sum() == count
+    assert held_out_mask(np.arange(100, dtype=np.uint64), share, 0).sum() == count
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, 0.1), (0, 0.1), (2, 0.6), (5, 1.0)])
 def test_something_is_left(count, share):
     with pytest.raises(DataError, match=r"a share of .* samples cannot be held out"):
-        held_out(np.arange(count, dtype=np.uint64), share, 0)
+        held_out_mask(np.arange(count, dtype=np.uint64), share, 0)
 
 
 def test_groups_of_conversations():
