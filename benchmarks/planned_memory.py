@@ -32,12 +32,8 @@ from phi3_plugin.train.world import World
 BASE = {
     "lora_attn_modules": list(TARGETS),
     "apply_lora_to_mlp": True,
-    "apply_lora_to_output": False,
     "lora_rank": 16,
     "lora_alpha": 32,
-    "lora_dropout": 0.0,
-    "use_dora": False,
-    "quantize_base": False,
 }
 KINDS = {
     "LoRA": {},

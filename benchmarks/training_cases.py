@@ -9,7 +9,7 @@ on q, k, v, gate and up apart, get a copy of A each and their rows of B.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World
 
 RANK, ALPHA, STD = 16, 32, 0.02
+ADAPTERS = LoRASettings(TARGETS, True, lora_rank=RANK, lora_alpha=ALPHA)
 Samples = Sequence[Mapping[str, Sequence[int]]]
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
 PRESETS = {
@@ -102,14 +103,13 @@ class Setup:
 
 def our_model(setup: Setup) -> nn.Module:
     """Return our model without memory: it knows names and shapes."""
-    settings = LoRASettings(TARGETS, True, False, RANK, ALPHA, 0.0, False, False)
     with torch.device("meta"):
-        return adapted(parse_config(setup.keys), settings)
+        return adapted(parse_config(setup.keys), ADAPTERS)
 
 
 def ours(setup: Setup) -> Case:
     """The steps of our recipe."""
-    settings = LoRASettings(TARGETS, True, False, RANK, ALPHA, 0.0, False, setup.quantize)
+    settings = replace(ADAPTERS, quantize_base=setup.quantize)
     world, config = World(setup.device.type), parse_config(setup.keys)
     choices: dict[str, Any] = {
         "adapter_dtype": setup.adapter_dtype,

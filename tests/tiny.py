@@ -26,10 +26,8 @@ def new_model(lora: bool = True, **settings: object) -> TransformerDecoder:
     """Build a model, its base weights zero, with adapters of rank 3 if it has any."""
     if not lora:
         return decoder(CONFIG, lambda _, i, o: Linear(i, o))
-    names = {"lora_attn_modules": list(TARGETS), "apply_lora_to_mlp": True}
-    ranks = {"apply_lora_to_output": False, "lora_rank": 3, "lora_alpha": 6}
-    rest = {"lora_dropout": 0.0, "use_dora": False, "quantize_base": False}
-    return adapted(CONFIG, LoRASettings(**{**names, **ranks, **rest, **settings}))
+    keys = {"apply_lora_to_mlp": True, "lora_rank": 3, "lora_alpha": 6, **settings}
+    return adapted(CONFIG, LoRASettings(TARGETS, **keys))
 
 
 def tiny_model(lora: bool = True, **settings: object) -> TransformerDecoder:

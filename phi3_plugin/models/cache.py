@@ -19,9 +19,7 @@ from phi3_plugin.models.lora import (
     Linear,
     LoRALinear,
     MergedLoRALinear,
-    Update,
     linear,
-    row_norms,
 )
 from phi3_plugin.models.nf4 import is_nf4
 from phi3_plugin.models.rope import RotaryEmbedding
@@ -219,24 +217,22 @@ class ServedLinear(nn.Module):
     stay beside the weight: they are not merged.
     """
 
-    def __init__(
-        self, weight: Tensor, is_laid_out: bool, updates: list[Update], stretch: Tensor | None
-    ) -> None:
-        """Take a weight and what is added to its products.
+    @torch.no_grad()
+    def __init__(self, layer: Any, laid: tuple[Tensor, bool] | None = None) -> None:
+        """Take the place of a linear layer.
 
         Args:
-            weight: ``[O, I]``, plain or NF4, or as :func:`laid_out` returns it.
-            is_laid_out: Which of them.
-            updates: For rows of it that do not overlap.
-            stretch: What each row is multiplied with in the end, ``[O]``.
+            layer: With or without adapters, or an embedding that a head is tied to.
+            laid: Its weight ``[O, I]`` as :func:`laid_out` returns it.
         """
         super().__init__()
+        weight, self.is_laid_out = laid or laid_out(layer.weight)
         self.weight = weight
-        self.is_laid_out = is_laid_out
+        updates = layer.updates() if isinstance(layer, LoRALinear | MergedLoRALinear) else []
+        self.stretch = layer.stretch() if isinstance(layer, DoRALinear) and updates else None
         self.starts = [update.start for update in updates]
         self.a = [update.a.detach().to(weight.dtype) for update in updates]
         self.b = [(update.b.detach() * update.scaling).to(weight.dtype) for update in updates]
-        self.stretch = stretch
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., I]`` to ``[..., O]``."""
@@ -289,25 +285,9 @@ def serve(*models: nn.Module) -> None:
             if id(layer.weight) not in laid:
                 laid[id(layer.weight)] = laid_out(layer.weight)
         for parent, layer in layers:
-            setattr(parent, name, served(layer, laid[id(layer.weight)]))
+            setattr(parent, name, ServedLinear(layer, laid[id(layer.weight)]))
     for model in models:
         model.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def served(layer: Any, laid: tuple[Tensor, bool] | None = None) -> ServedLinear:
-    """Return what stands for a linear layer.
-
-    Args:
-        layer: With or without adapters, or a head that is tied to the embedding.
-        laid: Its weight as :func:`laid_out` returns it.
-    """
-    stretch = None
-    updates = layer.updates() if isinstance(layer, LoRALinear | MergedLoRALinear) else []
-    if isinstance(layer, DoRALinear) and updates:
-        factors = layer.lora_a.weight, layer.lora_b.weight
-        stretch = layer.magnitude / row_norms(layer.weight, *factors, layer.scaling)
-    return ServedLinear(*(laid or laid_out(layer.weight)), updates, stretch)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -281,7 +281,7 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
         a = self.lora_a.weight
         a = a.full_tensor() if hasattr(a, "full_tensor") else a
         factors = a, local_rows(self.lora_b.weight)
-        magnitude.copy_(row_norms(local_rows(self.weight), *factors, self.scaling))
+        magnitude.copy_(dora_norms(local_rows(self.weight), *factors, self.scaling))
 
     def adapter_params(self) -> list[str]:
         """Name the parameters that are trained."""
@@ -292,10 +292,12 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
         out = super().forward(x)
         if self.disabled:
             return out
+        return (self.stretch() * out).to(out.dtype)
+
+    def stretch(self) -> Tensor:
+        """Return what each row is multiplied with, ``[out_dim]``."""
         factors = self.lora_a.weight, self.lora_b.weight
-        stretch = self.magnitude / row_norms(self.weight, *factors, self.scaling)
-        stretched: Tensor = (stretch * out).to(out.dtype)
-        return stretched
+        return self.magnitude / dora_norms(self.weight, *factors, self.scaling)
 
 
 class MergedLoRALinear(Linear):
@@ -446,7 +448,7 @@ def probability(dropout: nn.Module) -> float:
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def dora_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return the norms of the rows of ``W + s B A``, without making that matrix.
 
     Args:

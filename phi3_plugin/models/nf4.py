@@ -24,9 +24,9 @@ from phi3_plugin.errors import ConfigError
 
 GROUP, GROUPS = 64, 256
 """Weights that share a scale, and scales that share one of their own: torchao's defaults."""
-BLOCK = GROUP * GROUPS
+NF4_BLOCK = GROUP * GROUPS
 
-PIECE = 1 << 22
+QUANTIZED = 1 << 22
 """Weights that are read and quantized at a time, about: small buffers are used again and again,
 new large ones cost as much time as reading, and quantizing needs several times its input."""
 
@@ -54,13 +54,13 @@ def nf4_zeros(out_dim: int, in_dim: int) -> nn.Parameter:
     Raises:
         ConfigError: The number of weights is not a multiple of the block.
     """
-    if out_dim * in_dim % BLOCK:
+    if out_dim * in_dim % NF4_BLOCK:
         raise ConfigError(
             f"quantize_base: a layer of {out_dim} x {in_dim} weights cannot be stored in NF4, "
-            f"which needs a multiple of {BLOCK}. Set quantize_base to False for this model."
+            f"which needs a multiple of {NF4_BLOCK}. Set quantize_base to False for this model."
         )
     # One block of zeros, as often as it takes: quantizing them all takes as long as a real weight.
-    block, count = to_nf4(torch.zeros(1, BLOCK)), out_dim * in_dim // BLOCK
+    block, count = to_nf4(torch.zeros(1, NF4_BLOCK)), out_dim * in_dim // NF4_BLOCK
     zeros = {
         "size": torch.Size((out_dim, in_dim)),
         "stride": (in_dim, 1),
@@ -103,7 +103,7 @@ def rows_of(weight: Rows, like: Tensor, rank: int, size: int, device: torch.devi
 def _quantized(weight: Rows, rows: slice, like: Tensor, device: torch.device) -> Tensor:
     """Return the rows that ``like.copy_(weight)`` gives, bit for bit, without its temporaries."""
     # Quantized from the file's dtype, like there; the results then take the model's.
-    levels = to_nf4(torch.zeros(1, BLOCK, dtype=weight.dtype, device=device)).nf4
+    levels = to_nf4(torch.zeros(1, NF4_BLOCK, dtype=weight.dtype, device=device)).nf4
     scalers, factor, mean = _scales(weight, device)
     data = torch.cat(list(map(_coder(levels), _flat(weight, rows, device))))
     width, count = weight.shape[1], 2 * len(data)
@@ -112,7 +112,9 @@ def _quantized(weight: Rows, rows: slice, like: Tensor, device: torch.device) ->
         "size": torch.Size((count // width, width)),
         "device": device,
         "quantized_scalers": scalers[first // GROUP : last // GROUP].clone(),
-        "quantization_factor": factor[first // BLOCK : last // BLOCK].to(like.dtype, copy=True),
+        "quantization_factor": factor[first // NF4_BLOCK : last // NF4_BLOCK].to(
+            like.dtype, copy=True
+        ),
         "scaler_mean": mean.to(like.dtype),
         "quantized_data": data,
         "nf4": levels.to(like.dtype),
@@ -136,7 +138,7 @@ def _flat(weight: Rows, rows: slice, device: torch.device) -> Iterator[Tensor]:
 
 def _pieces(weight: Rows, rows: slice) -> Iterator[slice]:
     """Cut rows into some that are small, and whole groups of weights if all of them are."""
-    step = max(PIECE // math.prod(weight.shape[1:]) // GROUP, 1) * GROUP
+    step = max(QUANTIZED // math.prod(weight.shape[1:]) // GROUP, 1) * GROUP
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
 

@@ -10,7 +10,7 @@ from torchtune.training import set_default_dtype
 from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.models import cache as module
 from phi3_plugin.models import phi3
-from phi3_plugin.models.cache import ServedLinear, serve, served
+from phi3_plugin.models.cache import ServedLinear, serve
 from phi3_plugin.models.lora import (
     DoRALinear,
     Linear,
@@ -61,7 +61,7 @@ def filled(layer: nn.Module) -> nn.Module:
 def test_computes_the_same(name, dtype):
     with set_default_dtype(dtype):
         layer = filled(MAKERS[name]())
-    stands_for = served(layer)
+    stands_for = ServedLinear(layer)
     bits = 2e-6 if dtype == torch.float32 else 1e-2
     for shape in ((1, 1), (1, 7), (2, 3)):
         x = torch.randn(*shape, IN).to(dtype)
@@ -79,7 +79,7 @@ def test_a_disabled_adapter_stays_out():
     layer = filled(LoRALinear(IN, OUT, 4, 6))
     layer.disabled = True
     x = torch.randn(3, IN)
-    torch.testing.assert_close(served(layer)(x), x @ layer.weight.t(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ServedLinear(layer)(x), x @ layer.weight.t(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mini", "gqa", "tied"])

@@ -7,7 +7,7 @@ import torch
 
 from phi3_plugin.models import nf4
 from phi3_plugin.models.nf4 import (
-    BLOCK,
+    NF4_BLOCK,
     NF4Tensor,
     is_nf4,
     nf4_linear,
@@ -57,13 +57,13 @@ def in_the_model(dtype, *size):
 
 @pytest.mark.parametrize("stored", DTYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(384, 256), (512, 96), (128, 1024), (7, BLOCK)])
+@pytest.mark.parametrize("size", [(384, 256), (512, 96), (128, 1024), (7, NF4_BLOCK)])
 @pytest.mark.parametrize("piece", [1, 30_000, 1 << 22])
 def test_pieces_are_the_whole(monkeypatch, stored, dtype, size, piece):
     weight = weight_of(*size, stored)
     expected = in_the_model(dtype, *size)
     expected.copy_(weight)  # what load_state_dict does
-    monkeypatch.setattr(nf4, "PIECE", piece)
+    monkeypatch.setattr(nf4, "QUANTIZED", piece)
     with torch.device("meta"):
         like = in_the_model(dtype, *size)
     found = rows_of(weight, like, 0, 1, CPU)
@@ -77,7 +77,7 @@ def test_pieces_are_the_whole(monkeypatch, stored, dtype, size, piece):
 @pytest.mark.parametrize("shape", [(193, 5), (300,), (130, 2, 3)])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_plain_rows_are_filled_in_place_or_made(monkeypatch, shape, size):
-    monkeypatch.setattr(nf4, "PIECE", 1)
+    monkeypatch.setattr(nf4, "QUANTIZED", 1)
     weight = torch.randn(shape)
     for rank, rows in enumerate(weight.bfloat16().chunk(size)):
         for device in ("cpu", "meta"):

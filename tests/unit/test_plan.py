@@ -41,12 +41,10 @@ LENGTHS = (40, 24)
 
 def built(kind, recomputed=0, every=0):
     keys = {"lora_attn_modules": list(TARGETS), "apply_lora_to_mlp": True, "lora_rank": 4}
-    rest = {"apply_lora_to_output": False, "lora_alpha": 8, "lora_dropout": 0.0}
-    plain = {"use_dora": False, "quantize_base": False}
     if KINDS[kind] is None:
         model = decoder(WIDE, lambda _, i, o: Linear(i, o))
     else:
-        model = adapted(WIDE, LoRASettings(**{**keys, **rest, **plain, **KINDS[kind]}))
+        model = adapted(WIDE, LoRASettings(**{**keys, "lora_alpha": 8, **KINDS[kind]}))
     return prepare(
         model, adapter_dtype=None, recompute_every=every, recompute_first=recomputed, compiled=False
     ).train()
