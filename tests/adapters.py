@@ -4,8 +4,9 @@ import torch
 from torchtune.models.phi3 import lora_phi3 as torchtune_lora_phi3
 from transformers import Phi3ForCausalLM
 
-from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B
+from phi3_plugin.checkpoint.adapter import MAGNITUDE, MODULES, A, Adapter, B, original
 from phi3_plugin.checkpoint.base import (
+    SAVED_WEIGHTS,
     fused_name,
     load_base_weights,
     module_sizes,
@@ -13,6 +14,7 @@ from phi3_plugin.checkpoint.base import (
     split_weights,
     to_hf,
 )
+from phi3_plugin.checkpoint.peft import check_same, load_adapter, load_origin
 from phi3_plugin.config import read_config
 from tests.oracles import (
     MEDIUM_4K,
@@ -136,3 +138,21 @@ def split_model(base, attention, mlp=False, output=False, alpha=12, rank=4, **ke
 
 def adapter_of(model):
     return {n: v for n, v in model.state_dict().items() if "lora" in n or "magnitude" in n}
+
+
+def load_trained(folder, checkpoint_dir, model=None):
+    """Read an adapter as it was trained: what `export_adapter` was given, bit for bit.
+
+    Args:
+        folder: What it wrote.
+        checkpoint_dir: Folder of the base model.
+        model: The adapter of the model that it is for, if that is known by now.
+
+    """
+    adapter, origin = load_adapter(folder), load_origin(folder)
+    if MODULES in origin:
+        tensors, _ = original(adapter, origin, read_config(checkpoint_dir))
+        adapter = {**tensors, **{n: v for n, v in adapter.items() if n in SAVED_WEIGHTS}}
+    if model is not None:
+        check_same(folder, adapter, model)
+    return adapter

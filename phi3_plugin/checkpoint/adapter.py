@@ -41,7 +41,8 @@ class Adapter:
     base: str = ""
     """Repository or folder of the base model, if the file says."""
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """What the file says of how the adapter was before it was written, if it is one of ours."""
+    """How it was trained, if the file is one of ours: ``layout`` of the model (fused or split),
+    ``lora_init`` where that was split off the base, ``rslora``."""
     base_hash: str = ""
     """Of the weights it was made for, if the file says."""
 
@@ -132,18 +133,20 @@ def file_content(
         ranks[fused_name(module)] += rank
     if not patterns:
         rank = max(ranks.values())
-        alpha = whole_alpha(adapter.scales.values(), rank)
-        scaled, note = level(adapter, dict.fromkeys(ranks, alpha / rank))
+        alpha = integer_alpha(adapter.scales.values(), rank)
+        scaled, note = level_scales(adapter, dict.fromkeys(ranks, alpha / rank))
         tensors = pad(fuse(scaled, config, row_norms), rank)
-        alphas: Mapping[str, float] = dict.fromkeys(ranks, alpha)
-        return FileContent(tensors, dict.fromkeys(ranks, rank), alphas, rslora=False, note=note)
+        one_rank, one_alpha = dict.fromkeys(ranks, rank), dict.fromkeys(ranks, alpha)
+        return FileContent(tensors, one_rank, one_alpha, rslora=False, note=note)
     scales = whole_scales(adapter)
-    scaled, note = level(adapter, scales)
-    rooted = {m: alpha_of(s, math.sqrt(ranks[m])) for m, s in scales.items()}
-    exact = all(a / math.sqrt(ranks[m]) == scales[m] for m, a in rooted.items())
-    rslora = bool(adapter.origin.get("rslora")) and exact
-    alphas = rooted if rslora else {m: alpha_of(s, ranks[m]) for m, s in scales.items()}
+    scaled, note = level_scales(adapter, scales)
     tensors = fuse(scaled, config, row_norms)
+    alphas = {module: alpha_of(scale, ranks[module]) for module, scale in scales.items()}
+    rslora = False
+    if adapter.origin.get("rslora"):  # said again where alpha / sqrt(rank) gives the very scales
+        rooted = {module: alpha_of(s, math.sqrt(ranks[module])) for module, s in scales.items()}
+        rslora = all(a / math.sqrt(ranks[m]) == scales[m] for m, a in rooted.items())
+        alphas = rooted if rslora else alphas
     return FileContent(tensors, ranks, alphas, rslora, {**note, PATTERNS: True})
 
 
@@ -172,7 +175,7 @@ def whole_scales(adapter: Adapter) -> dict[str, float]:
     return {fused_name(m): s for m, s in sorted(adapter.scales.items(), reverse=True)}
 
 
-def whole_alpha(scales: Iterable[float], rank: int) -> int:
+def integer_alpha(scales: Iterable[float], rank: int) -> int:
     """Return the integer alpha whose scale, alpha / rank, most modules have or come close to.
 
     Args:
@@ -211,7 +214,7 @@ def pad(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return padded
 
 
-def level(
+def level_scales(
     adapter: Adapter, scales: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Give every module, by its B, the scale of the whole module that it belongs to.
@@ -281,16 +284,14 @@ def _module_tensors(
     The file may have the module itself, padded; the whole that it is a part of; or its parts.
     """
     rank, rows = ranks[module], slice(None)
-    columns, sources = slice(rank), [module]
+    sources, columns = [module], slice(rank)
     if module + A not in tensors:
-        parts = part_rows(fused_name(module), config)
+        whole = fused_name(module)
+        parts = part_rows(whole, config)
         if module in parts:
-            start = 0
-            for part in parts:
-                if part == module:
-                    break
-                start += ranks.get(part, 0)
-            rows, columns, sources = parts[module], slice(start, start + rank), [fused_name(module)]
+            before = list(parts)[: list(parts).index(module)]
+            start = sum(ranks.get(part, 0) for part in before)
+            sources, rows, columns = [whole], parts[module], slice(start, start + rank)
         else:
             sources = list(parts)
     out = {
@@ -345,12 +346,14 @@ def unscale(scaled: Tensor, factor: float, difference: str | None) -> Tensor:
         # The limit keeps a made-up note from growing without end.
         packed = base64.b64decode(difference, validate=True)
         data = zlib.decompressobj().decompress(packed, most + 1)
-        stored = {back.numel(): torch.int8, most: kind}[len(data)]
-    except (ValueError, KeyError, zlib.error) as error:
+    except (ValueError, zlib.error):
+        data = b""
+    if len(data) not in (back.numel(), most):
         raise AdapterError(
             "The metadata on the original B does not fit the adapter. The file was changed after "
             "it was written: read it without metadata, or write it again."
-        ) from error
+        )
+    stored = kind if len(data) == most else torch.int8
     steps = torch.frombuffer(bytearray(data), dtype=stored).to(kind)
     return (back.view(kind) + steps.view(back.shape)).view(back.dtype)
 

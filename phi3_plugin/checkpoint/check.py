@@ -22,14 +22,12 @@ from phi3_plugin.checkpoint.base import (
     open_weights,
 )
 from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
-from phi3_plugin.checkpoint.peft import (
-    CONFIG,
-    OFF,
-    STARTS,
-    WEIGHTS,
+from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, load_origin
+from phi3_plugin.checkpoint.peft_config import (
+    BASE_KEEPING_STARTS,
+    UNSUPPORTED,
     PeftConfig,
     is_plain,
-    load_origin,
     wrong_values,
 )
 from phi3_plugin.config import Phi3Config, read_json_object
@@ -185,7 +183,10 @@ def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tupl
         yield "not finite", listed(broken)
     if names := adapter.targets_of_nothing():
         yield "target of nothing", listed(names, 9)
-    if isinstance(start := keys.get("init_lora_weights", True), str) and start not in STARTS:
+    if (
+        isinstance(start := keys.get("init_lora_weights", True), str)
+        and start not in BASE_KEEPING_STARTS
+    ):
         yield "start that PEFT repeats" if start in REPEATED_STARTS else "start", repr(start)
 
     if adapted and not targets:
@@ -415,7 +416,7 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
 def _not_judged(keys: Mapping[str, Any]) -> Iterator[str]:
     if (kind := keys.get("peft_type", "LORA")) != "LORA":
         yield f"peft_type: {kind!r} is not a LoRA adapter, which is all that is judged here."
-    for key in OFF.keys() - JUDGED:
+    for key in UNSUPPORTED.keys() - JUDGED:
         if keys.get(key) not in (None, False, {}, []):
             yield f"{key}: a feature of PEFT that is not judged here."
 

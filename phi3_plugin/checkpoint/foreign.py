@@ -36,13 +36,10 @@ from phi3_plugin.checkpoint.base import (
 )
 from phi3_plugin.checkpoint.files import quoted, read_tensors
 from phi3_plugin.checkpoint.loralib import EnableLora, loralib_tensors, ungrouped
-from phi3_plugin.checkpoint.peft import (
-    CONFIG,
-    ORIGIN,
-    WEIGHTS,
+from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, WEIGHTS, parsed_object
+from phi3_plugin.checkpoint.peft_config import (
     PeftConfig,
     is_alpha,
-    parsed_object,
     problem_list,
     read_peft_config,
 )

@@ -24,7 +24,7 @@ from phi3_plugin.checkpoint.adapter import (
     alpha_of,
     check_writable_adapter,
     file_content,
-    level,
+    level_scales,
     pad,
     split_ending,
     unfuse,
@@ -103,7 +103,7 @@ def loralib_tensors(
         whole = file_content(adapter, config, lambda _: torch.empty(0), patterns=True)
         return dict(whole.tensors), dict(whole.alphas), {}, dict(whole.note)
     scales = whole_scales(adapter)
-    leveled, note = level(adapter, scales)
+    leveled, note = level_scales(adapter, scales)
     ranks = dict.fromkeys(scales, 0)
     for module, rank in adapter.ranks.items():
         ranks[fused_name(module)] = max(rank, ranks[fused_name(module)])

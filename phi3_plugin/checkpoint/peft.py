@@ -1,14 +1,13 @@
 """Adapters in the layout of Hugging Face PEFT, written so that every runtime reads them alike."""
 
 import json
-import math
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phi3_plugin.checkpoint.adapter import MODULES, Adapter, FileContent, file_content, original
+from phi3_plugin.checkpoint.adapter import Adapter, FileContent, file_content
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
     SAVED_WEIGHTS,
@@ -30,8 +29,8 @@ from phi3_plugin.checkpoint.base import (
     to_peft,
     write_weights,
 )
-from phi3_plugin.checkpoint.files import quoted, save_tensors
-from phi3_plugin.config import read_config, read_json_object
+from phi3_plugin.checkpoint.files import save_tensors
+from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -132,9 +131,6 @@ def targets_of(adapter: Iterable[str]) -> list[str]:
     return sorted({module.rpartition(".")[2] for module in modules})
 
 
-Number = TypeVar("Number", int, float)
-
-
 def adapter_config(
     content: FileContent, adapter: Adapter, base: str, layers: int
 ) -> dict[str, Any]:
@@ -186,6 +182,9 @@ def target_modules(modules: Iterable[str], layers: int) -> list[str]:
     counts = Counter(map(_short, names))
     everywhere = {short for short, n in counts.items() if n == (layers if "_proj" in short else 1)}
     return sorted({_short(name) if _short(name) in everywhere else name for name in names})
+
+
+Number = TypeVar("Number", int, float)
 
 
 def _pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
@@ -265,34 +264,7 @@ def markdown_table(title: str, rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# Going on from a folder that we wrote
-
-
-def load_trained(
-    folder: Path, checkpoint_dir: Path, model: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Read an adapter as it was trained: what :func:`export_adapter` was given, bit for bit.
-
-    Args:
-        folder: What it wrote.
-        checkpoint_dir: Folder of the base model.
-        model: The adapter of the model that it is for, if that is known by now.
-
-    Returns:
-        The low-rank tensors and those that were trained whole.
-
-    Raises:
-        AdapterError: The file's metadata do not fit its tensors.
-        CheckpointError: A tensor is not part of a Phi-3 adapter, or of the model's.
-        MissingFileError: There is no adapter in the folder.
-    """
-    adapter, origin = load_adapter(folder), load_origin(folder)
-    if MODULES in origin:
-        tensors, _ = original(adapter, origin, read_config(checkpoint_dir))
-        adapter = {**tensors, **{n: v for n, v in adapter.items() if n in SAVED_WEIGHTS}}
-    if model is not None:
-        check_same(folder, adapter, model)
-    return adapter
+# Reading back what we wrote
 
 
 def load_adapter(folder: Path) -> dict[str, Tensor]:
@@ -391,178 +363,3 @@ def check_trained(adapter: Mapping[str, Tensor], *, may_be_identity: bool = Fals
             "step with a learning rate above 0 was made. Give more rows than batch_size * "
             "gradient_accumulation_steps, more epochs, or fewer warm-up steps."
         )
-
-
-# adapter_config.json, whoever wrote it.
-#
-# PEFT finds ranks and alphas of single modules by regular expressions. A stranger's are matched
-# only if they are so plain that matching them takes no time.
-
-PATTERN_NAMES = 2000
-
-PLAIN_PATTERN = re.compile(
-    r"\^?(?:[\w.-]|\\\.|\\d\+?|\.\*|\[[\w-]+\]|\((?:[\w.]+\|)*[\w.]+\))+\$?", re.ASCII
-)
-"""Names, classes of characters, alternatives and wildcards."""
-
-BRANCHES = 2
-"""How many of the last two a name in a pattern may hold: time grows with the power of it."""
-
-OFF: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "alora_invocation_tokens": (),
-    "arrow_config": (),
-    "kasa_config": (),
-    "layer_replication": (),
-    "megatron_config": (),
-    "monteclora_config": (),
-    "target_parameters": (),
-    "trainable_token_indices": (),
-    "use_bdlora": (False,),
-    "velora_config": (),
-}
-"""Features of PEFT that change what is computed, and what they must be besides absent or null."""
-
-STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Starting points that leave the base as it is; after others, such as PiSSA, the adapter belongs to
-a base that was changed."""
-
-READ_KEYS = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern"),
-    *("alpha_pattern", "base_model_name_or_path", "init_lora_weights", ORIGIN),
-}
-
-IRRELEVANT_KEYS = {
-    *("task_type", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
-    *("layers_pattern", "inference_mode", "revision", "auto_mapping", "peft_version"),
-    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config"),
-    *("lora_ga_config", "runtime_config", "ensure_weight_tying"),
-}
-"""What the tensors say themselves, or what only training reads."""
-
-
-@dataclass(frozen=True)
-class PeftConfig:
-    """What adapter_config.json says; values of each kind are checked."""
-
-    file: Path
-    keys: Mapping[str, Any]
-
-    def rank(self, module: str) -> int:
-        """Return the rank of a module, by Hugging Face's name."""
-        return int(self._of(module, "r", "rank_pattern"))
-
-    def alpha(self, module: str) -> float:
-        """Return the alpha of a module."""
-        return float(self._of(module, "lora_alpha", "alpha_pattern"))
-
-    def scale(self, module: str) -> float:
-        """Return what PEFT multiplies B A with in a module."""
-        rank = self.rank(module)
-        return self.alpha(module) / (math.sqrt(rank) if self.keys.get("use_rslora") else rank)
-
-    def _of(self, module: str, key: str, pattern: str) -> Any:
-        """Return the value of the first pattern that fits, else that of all modules.
-
-        Source: PEFT 0.21.2, get_pattern_key of utils/other.py; 8 is its default.
-        """
-        for name, value in (self.keys.get(pattern) or {}).items():
-            if _compiled(name).match(module):
-                return value
-        return self.keys.get(key, 8)
-
-
-@lru_cache(2 * PATTERN_NAMES)  # re itself remembers 512, fewer than a file may hold
-def _compiled(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({name})$")
-
-
-def read_peft_config(file: Path) -> PeftConfig:
-    """Read adapter_config.json of an adapter that is to be computed.
-
-    Raises:
-        AdapterError: It is broken, or the adapter needs what we do not compute; each is listed, up
-            to a limit.
-    """
-    keys = read_json_object(file, AdapterError)
-    needed = [f"{key}: is missing." for key in ("r", "lora_alpha") if key not in keys]
-    problems = [*_features(keys), *needed, *wrong_values(keys)]
-    if problems:
-        raise AdapterError(f"{file} cannot be used:\n{problem_list(problems, 20)}")
-    return PeftConfig(file, keys)
-
-
-def problem_list(problems: Sequence[str], most: int) -> str:
-    """Return the first problems, a line each, and how many more there are."""
-    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return "\n".join(f"  {line}" for line in (*problems[:most], *more))
-
-
-def _features(keys: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the features of PEFT that are not computed here."""
-    if keys.get("peft_type", "LORA") != "LORA":
-        yield f"peft_type: {quoted(keys['peft_type'])}, only LORA adapters are computed."
-    for key, allowed in OFF.items():
-        value = keys.get(key)
-        if value is not None and value not in allowed and value not in ({}, []):
-            yield f"{key}: {quoted(value)} is a feature that is not computed here."
-    if (start := keys.get("init_lora_weights", True)) not in STARTS and start is not None:
-        yield (
-            f"init_lora_weights: {quoted(start)} changes the base that the adapter is for. Save it "
-            "with path_initial_model_for_weight_conversion, for the original base."
-        )
-    for key in sorted(map(str, keys.keys() - (READ_KEYS | IRRELEVANT_KEYS | OFF.keys()))):
-        if keys[key] not in (None, False, {}, []):
-            unknown = f"{quoted(key)}: {quoted(keys[key])}"
-            yield f"{unknown} is an unknown key. Remove it if it is harmless."
-
-
-def wrong_values(keys: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the values that are there, a sentence each."""
-    if not is_rank(keys.get("r", 8)):
-        yield f"r: {quoted(keys['r'])} must be a whole number above 0."
-    if not is_alpha(keys.get("lora_alpha", 8)):
-        yield f"lora_alpha: {quoted(keys['lora_alpha'])} must be a number above 0."
-    dropout = keys.get("lora_dropout") or 0.0
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        yield f"lora_dropout: {quoted(dropout)} must be at least 0 and below 1."
-    for key in ("use_dora", "use_rslora"):
-        if not isinstance(keys.get(key) or False, bool):
-            yield f"{key}: {quoted(keys[key])} must be true or false."
-    if not isinstance(base := keys.get("base_model_name_or_path") or "", str):
-        yield f"base_model_name_or_path: {quoted(base)} must be text."
-    for key, is_good in (("rank_pattern", is_rank), ("alpha_pattern", is_alpha)):
-        pattern = keys.get(key) or {}
-        if not isinstance(pattern, dict) or len(pattern) > PATTERN_NAMES:
-            yield f"{key}: must be an object of at most {PATTERN_NAMES} names."
-            continue
-        for name, value in pattern.items():
-            if not is_good(value) or not is_plain(name):
-                yield (
-                    f"{key}: {quoted(name)}: {quoted(value)} is not read. Use modules' names, and "
-                    "numbers above 0."
-                )
-
-
-def is_plain(pattern: str, branches: int = BRANCHES) -> bool:
-    """Whether a stranger's pattern is so plain that matching it takes no time."""
-    if len(pattern) > 300 or sum(map(pattern.count, "*+(")) > branches:
-        return False
-    try:
-        return bool(PLAIN_PATTERN.fullmatch(pattern) and re.compile(pattern))
-    except re.error:
-        return False
-
-
-def is_rank(value: object) -> bool:
-    """Whether a value can be a rank."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def is_alpha(value: object) -> bool:
-    """Whether a value can be an alpha: a number that leaves a scale above 0 and not infinite."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 1e-30 < value < 1e30  # type: ignore[operator]

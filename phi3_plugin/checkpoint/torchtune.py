@@ -8,10 +8,10 @@ from torch import Tensor
 from phi3_plugin.checkpoint.adapter import (
     Adapter,
     check_writable_adapter,
-    level,
+    integer_alpha,
+    level_scales,
     pad,
     unfuse,
-    whole_alpha,
 )
 from phi3_plugin.checkpoint.base import TOK_EMBEDDINGS, fused_name, torchtune_name
 from phi3_plugin.checkpoint.files import whole_files, write_state
@@ -73,6 +73,8 @@ def torchtune_tensors(
             "trained whole. Merge the adapter instead."
         )
     rank = max(adapter.ranks.values())
-    alpha = whole_alpha(adapter.scales.values(), rank)
-    tensors, note = level(adapter, dict.fromkeys(map(fused_name, adapter.ranks), alpha / rank))
+    alpha = integer_alpha(adapter.scales.values(), rank)
+    tensors, note = level_scales(
+        adapter, dict.fromkeys(map(fused_name, adapter.ranks), alpha / rank)
+    )
     return unfuse(pad(tensors, rank), config), rank, alpha, note

@@ -10,10 +10,19 @@ from safetensors import safe_open
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.peft import export_adapter, load_trained
+from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError
-from tests.adapters import BASES, PARTS, WHOLE, adapter, base_folder, merged_logits, same
+from tests.adapters import (
+    BASES,
+    PARTS,
+    WHOLE,
+    adapter,
+    base_folder,
+    load_trained,
+    merged_logits,
+    same,
+)
 from tests.chosen import some
 
 ROOT8 = 12 / 8**0.5

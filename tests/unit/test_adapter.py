@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phi3_plugin.checkpoint.adapter import Adapter, level, original, whole_alpha
+from phi3_plugin.checkpoint.adapter import Adapter, integer_alpha, level_scales, original
 from phi3_plugin.errors import AdapterError
 
 O_PROJ, HEAD = "layers.0.attn.o_proj", "output.weight"
@@ -32,7 +32,7 @@ B = "m.lora_b.weight"
 def leveled(b, factor):
     """Multiply a B, as for an adapter whose modules are all to have the scale 1."""
     tensors = {"m.lora_a.weight": torch.ones(b.shape[1], 3), B: b}
-    return level(Adapter(tensors, {"m": factor}), {"m": 1.0})
+    return level_scales(Adapter(tensors, {"m": factor}), {"m": 1.0})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -55,7 +55,7 @@ def test_a_power_of_two_needs_no_note():
 
 def test_a_note_is_small_where_alpha_nearly_says_the_scale():
     b = torch.randn(3072, 8)
-    alpha = whole_alpha([16 / 8**0.5], 8)
+    alpha = integer_alpha([16 / 8**0.5], 8)
     _, note = leveled(b, 16 / 8**0.5 / (alpha / 8))
     assert alpha == 45
     assert len(note["rounded"]["m"]) < 0.01 * b.nbytes
@@ -94,5 +94,5 @@ def test_numbers_that_become_too_small_are_refused():
     ],
 )
 def test_alpha_is_whole_and_says_what_most_modules_have(scales, rank, alpha):
-    assert whole_alpha(scales, rank) == alpha
-    assert whole_alpha(scales[::-1], rank) == alpha  # a file must give the same when it is read
+    assert integer_alpha(scales, rank) == alpha
+    assert integer_alpha(scales[::-1], rank) == alpha  # a file must give the same when it is read

@@ -18,10 +18,10 @@ from phi3_plugin.checkpoint.adapter import A, B
 from phi3_plugin.checkpoint.files import read_tensors
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.loralib import write_loralib
-from phi3_plugin.checkpoint.peft import export_adapter, load_trained
+from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import parse_config, read_config
 from phi3_plugin.errors import AdapterError
-from tests.adapters import PARTS, adapter, base_folder, merged_logits, same
+from tests.adapters import PARTS, adapter, base_folder, load_trained, merged_logits, same
 from tests.contract.test_foreign import FUSED, trained_by_peft
 from tests.oracles import MINI_4K, TINY_MHA
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from phi3_plugin.checkpoint.peft import WEIGHTS, load_adapter, load_origin, read_peft_config
+from phi3_plugin.checkpoint.peft import WEIGHTS, load_adapter, load_origin
+from phi3_plugin.checkpoint.peft_config import read_peft_config
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
 NAME = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"

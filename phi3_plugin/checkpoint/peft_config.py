@@ -1,0 +1,192 @@
+"""What adapter_config.json says, whoever wrote it; what we do not compute is refused.
+
+PEFT finds ranks and alphas of single modules by regular expressions. A stranger's are matched only
+if they are so plain that matching them takes no time.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from phi3_plugin.checkpoint.files import quoted
+from phi3_plugin.checkpoint.peft import ORIGIN
+from phi3_plugin.config import read_json_object
+from phi3_plugin.errors import AdapterError
+
+PATTERN_NAMES = 2000
+
+PLAIN_PATTERN = re.compile(
+    r"\^?(?:[\w.-]|\\\.|\\d\+?|\.\*|\[[\w-]+\]|\((?:[\w.]+\|)*[\w.]+\))+\$?", re.ASCII
+)
+"""Names, classes of characters, alternatives and wildcards."""
+
+LONGEST_PATTERN = 300
+"""Characters of a name in a pattern."""
+
+BRANCHES = 2
+"""How many alternatives and wildcards one may hold: time grows with the power of it."""
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "layer_replication": (),
+    "megatron_config": (),
+    "monteclora_config": (),
+    "target_parameters": (),
+    "trainable_token_indices": (),
+    "use_bdlora": (False,),
+    "velora_config": (),
+}
+"""Features of PEFT that change what is computed, and what they must be besides absent or null."""
+
+BASE_KEEPING_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Starting points that leave the base as it is; after others, such as PiSSA, the adapter belongs to
+a base that was changed."""
+
+READ_KEYS = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern"),
+    *("alpha_pattern", "base_model_name_or_path", "init_lora_weights", ORIGIN),
+}
+
+IRRELEVANT_KEYS = {
+    *("task_type", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "inference_mode", "revision", "auto_mapping", "peft_version"),
+    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "runtime_config", "ensure_weight_tying"),
+}
+"""What the tensors say themselves, or what only training reads."""
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What adapter_config.json says; values of each kind are checked."""
+
+    file: Path
+    keys: Mapping[str, Any]
+
+    def rank(self, module: str) -> int:
+        """Return the rank of a module, by Hugging Face's name."""
+        return int(self._of(module, "r", "rank_pattern"))
+
+    def alpha(self, module: str) -> float:
+        """Return the alpha of a module."""
+        return float(self._of(module, "lora_alpha", "alpha_pattern"))
+
+    def scale(self, module: str) -> float:
+        """Return what PEFT multiplies B A with in a module."""
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.keys.get("use_rslora") else rank)
+
+    def _of(self, module: str, key: str, pattern: str) -> Any:
+        """Return the value of the first pattern that fits, else that of all modules.
+
+        Source: PEFT 0.21.2, get_pattern_key of utils/other.py; 8 is its default.
+        """
+        for name, value in (self.keys.get(pattern) or {}).items():
+            if _compiled(name).match(module):
+                return value
+        return self.keys.get(key, 8)
+
+
+@lru_cache(2 * PATTERN_NAMES)  # re itself remembers 512, fewer than a file may hold
+def _compiled(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({name})$")
+
+
+def read_peft_config(file: Path) -> PeftConfig:
+    """Read adapter_config.json of an adapter that is to be computed.
+
+    Raises:
+        AdapterError: It is broken, or the adapter needs what we do not compute; each is listed, up
+            to a limit.
+    """
+    keys = read_json_object(file, AdapterError)
+    needed = [f"{key}: is missing." for key in ("r", "lora_alpha") if key not in keys]
+    problems = [*_features(keys), *needed, *wrong_values(keys)]
+    if problems:
+        raise AdapterError(f"{file} cannot be used:\n{problem_list(problems, 20)}")
+    return PeftConfig(file, keys)
+
+
+def problem_list(problems: Sequence[str], most: int) -> str:
+    """Return the first problems, a line each, and how many more there are."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n".join(f"  {line}" for line in (*problems[:most], *more))
+
+
+def _features(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the features of PEFT that are not computed here."""
+    if keys.get("peft_type", "LORA") != "LORA":
+        yield f"peft_type: {quoted(keys['peft_type'])}, only LORA adapters are computed."
+    for key, allowed in UNSUPPORTED.items():
+        value = keys.get(key)
+        if value is not None and value not in allowed and value not in ({}, []):
+            yield f"{key}: {quoted(value)} is a feature that is not computed here."
+    if (
+        start := keys.get("init_lora_weights", True)
+    ) not in BASE_KEEPING_STARTS and start is not None:
+        yield (
+            f"init_lora_weights: {quoted(start)} changes the base that the adapter is for. Save it "
+            "with path_initial_model_for_weight_conversion, for the original base."
+        )
+    for key in sorted(map(str, keys.keys() - (READ_KEYS | IRRELEVANT_KEYS | UNSUPPORTED.keys()))):
+        if keys[key] not in (None, False, {}, []):
+            unknown = f"{quoted(key)}: {quoted(keys[key])}"
+            yield f"{unknown} is an unknown key. Remove it if it is harmless."
+
+
+def wrong_values(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the values that are there, a sentence each."""
+    if not is_rank(keys.get("r", 8)):
+        yield f"r: {quoted(keys['r'])} must be a whole number above 0."
+    if not is_alpha(keys.get("lora_alpha", 8)):
+        yield f"lora_alpha: {quoted(keys['lora_alpha'])} must be a number above 0."
+    dropout = keys.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        yield f"lora_dropout: {quoted(dropout)} must be at least 0 and below 1."
+    for key in ("use_dora", "use_rslora"):
+        if not isinstance(keys.get(key) or False, bool):
+            yield f"{key}: {quoted(keys[key])} must be true or false."
+    if not isinstance(base := keys.get("base_model_name_or_path") or "", str):
+        yield f"base_model_name_or_path: {quoted(base)} must be text."
+    for key, is_good in (("rank_pattern", is_rank), ("alpha_pattern", is_alpha)):
+        pattern = keys.get(key) or {}
+        if not isinstance(pattern, dict) or len(pattern) > PATTERN_NAMES:
+            yield f"{key}: must be an object of at most {PATTERN_NAMES} names."
+            continue
+        for name, value in pattern.items():
+            if not is_good(value) or not is_plain(name):
+                yield (
+                    f"{key}: {quoted(name)}: {quoted(value)} is not read. Use modules' names, and "
+                    "numbers above 0."
+                )
+
+
+def is_plain(pattern: str, branches: int = BRANCHES) -> bool:
+    """Whether a stranger's pattern is so plain that matching it takes no time."""
+    if len(pattern) > LONGEST_PATTERN or sum(map(pattern.count, "*+(")) > branches:
+        return False
+    try:
+        return bool(PLAIN_PATTERN.fullmatch(pattern) and re.compile(pattern))
+    except re.error:
+        return False
+
+
+def is_rank(value: object) -> bool:
+    """Whether a value can be a rank."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_alpha(value: object) -> bool:
+    """Whether a value can be an alpha: a number that leaves a scale above 0 and not infinite."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 1e-30 < value < 1e30  # type: ignore[operator]
