@@ -66,7 +66,7 @@ def measured(args: argparse.Namespace) -> list[str]:
         seconds = time.perf_counter() - start
         for i in range(len(packs)):
             packs[i]
-        tokens = int(packs.lengths.sum())
+        tokens = int(packs.packs.lengths.sum())
     size = args.alone.stat().st_size / MB
     peak = (resident("VmHWM") - before) / MB
     return [f"{size:,.0f}", f"{tokens:,}", f"{seconds:.0f}", f"{peak:,.0f}"]

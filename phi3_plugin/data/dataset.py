@@ -10,7 +10,7 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
@@ -515,26 +515,23 @@ class Preparation:
     def conversations(self) -> Iterator[ChatRow | UnusedRow]:
         """Read all sources; a row that is no conversation comes as why it is none."""
         for number, source in enumerate(self.sources):
-            rows, first, readable = source.rows(), list[Row](), 0
-            for row in rows:
-                first.append(row)
-                readable += isinstance(row.value, dict)
-                if readable == ROWS_LISTED:
+            rows, first = _numbered(source.rows()), list[tuple[int, Row]]()
+            for index, row in rows:
+                if isinstance(row.value, DataError):
+                    yield _unused(row.where, row.value)
+                    continue
+                first.append((index, row))
+                if len(first) == ROWS_LISTED:
                     break
-            format, index = _format(first, source, self.tool_calls), 0
-            for row in chain(first, rows):
-                if isinstance(row.value, Filtered):
-                    yield UnusedRow(FILTERED, row.where)
-                else:
-                    yield self._conversation(number, index, row, format)
-                    index += 1
+            format = _format([row for _, row in first], source, self.tool_calls)
+            for index, row in chain(first, rows):
+                yield self._conversation(number, index, row, format)
 
     def _conversation(
         self, number: int, index: int, row: Row, format: Format | None
     ) -> ChatRow | UnusedRow:
         if isinstance(row.value, DataError):
-            kind = UNUSABLE if isinstance(row.value, FilterFailed) else BROKEN
-            return UnusedRow(kind, row.where, str(row.value))
+            return _unused(row.where, row.value)
         assert format is not None  # There is one as soon as a row could be read
         try:
             chat = format.read(row.value)
@@ -770,6 +767,21 @@ def conversations(
             message = {"role": turn.role, "content": turn.content, **tools}
             messages.append({**message, "trained": turn.trained})
         yield row.where, messages
+
+
+def _numbered(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
+    """Number rows; those that a filter leaves out do not count."""
+    index = 0
+    for row in rows:
+        yield index, row
+        index += not isinstance(row.value, Filtered)
+
+
+def _unused(where: str, problem: DataError) -> UnusedRow:
+    if isinstance(problem, Filtered):
+        return UnusedRow(FILTERED, where)
+    kind = UNUSABLE if isinstance(problem, FilterFailed) else BROKEN
+    return UnusedRow(kind, where, str(problem))
 
 
 def _format(first: Sequence[Row], source: Source, tool_calls: str | None) -> Format | None:
