@@ -53,11 +53,11 @@ def lora_linear(
     rows = tuple((update.start, update.scaling) for update in updates)
     factors = [factor for update in updates for factor in (update.a, update.b)]
     flat = x.flatten(0, -2)
-    inside = torch.compiler.is_compiling()  # asked once: a graph break would change the answer
-    out: Tensor = _LoRALinear.apply(flat, weight, rows, dropout, inside, *factors)  # type: ignore[no-untyped-call]
-    if not inside:
-        # After, not in the operation: recomputing it ends as soon as what it keeps is there, so
-        # that the largest product of a layer's last operation is not computed twice.
+    compiling = torch.compiler.is_compiling()  # asked once: a graph break would change the answer
+    out: Tensor = _LoRALinear.apply(flat, weight, rows, dropout, compiling, *factors)  # type: ignore[no-untyped-call]
+    if not compiling:
+        # After, not in the operation: torch.utils.checkpoint stops recomputing as soon as what is
+        # kept is there, so that a layer's last and largest product is not computed twice.
         _add_base(out.detach(), flat.detach(), weight)
     return out.view(*x.shape[:-1], len(weight))
 
@@ -86,10 +86,10 @@ class _LoRALinear(torch.autograd.Function):
         weight: Tensor,
         rows: tuple[tuple[int, float], ...],
         dropout: float,
-        inside: bool,
+        compiling: bool,
         *factors: Tensor,
     ) -> Tensor:
-        kept = kept_inputs(x, dropout)
+        kept = keep_mask(x, dropout)
         seen = x if kept is None else x * kept / (1 - dropout)
         whole = len(rows) == 1 and len(factors[1]) == len(weight)
         out = (x.new_empty if whole else x.new_zeros)(len(x), len(weight))
@@ -97,7 +97,7 @@ class _LoRALinear(torch.autograd.Function):
         for (start, scaling), a, b in zip(rows, factors[::2], factors[1::2], strict=True):
             low = (seen @ a.to(x.dtype).t()) * scaling
             part = out[:, start : start + len(b)]
-            if inside:  # the compiler takes no strided out=
+            if compiling:  # the compiler takes no strided out=
                 part.copy_(low @ b.to(x.dtype).t())
             else:
                 torch.mm(low, b.to(x.dtype).t(), out=part)
@@ -107,7 +107,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.count = len(factors)
         for_weight = x if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(weight, kept, seen, for_weight, *factors, *lows)
-        if inside:
+        if compiling:
             _add_base(out, x, weight)
         return out
 
@@ -132,7 +132,7 @@ class _LoRALinear(torch.autograd.Function):
         return gx, gweight, None, None, None, *gfactors
 
 
-def kept_inputs(x: Tensor, dropout: float) -> Tensor | None:
+def keep_mask(x: Tensor, dropout: float) -> Tensor | None:
     """Draw which inputs an adapter sees; None is all."""
     return torch.rand_like(x, dtype=torch.float32) >= dropout if dropout else None
 
@@ -148,21 +148,22 @@ class Linear(nn.Module):
         super().__init__()
         self.in_dim = in_dim
         self.out_dim = out_dim
-        self.weight = _zeros(out_dim, in_dim, quantize)
+        self.weight = _frozen_weight(out_dim, in_dim, quantize)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
         return linear(x, self.weight)
 
 
-def _zeros(out_dim: int, in_dim: int, quantize: bool) -> nn.Parameter:
+def _frozen_weight(out_dim: int, in_dim: int, quantize: bool) -> nn.Parameter:
     return nf4_zeros(out_dim, in_dim) if quantize else nn.Parameter(torch.zeros(out_dim, in_dim))
 
 
 class LowRank(TorchtuneLoRALinear):  # type: ignore[misc]
     """An adapter alone: ``(alpha / rank) B A dropout(x)``, B zero and A drawn at the start.
 
-    A subclass of torchtune's, because its recipes initialize nothing else.
+    A subclass of torchtune's, because its recipes initialize nothing else. It is not called by
+    itself: who holds it adds its :meth:`updates` to the rows of a weight.
 
     Source: Hu et al. 2021, LoRA, section 4.1; Kalajdzievski 2023, rsLoRA, section 3.
     """
@@ -233,12 +234,38 @@ class LoRALinear(LowRank):
         """Allocate the base weight, in NF4 if asked for, and the adapter; see `LowRank`."""
         super().__init__(in_dim, out_dim, rank, alpha, dropout, **options)
         self._quantize_base = quantize_base  # torchtune asks
-        self.weight = _zeros(out_dim, in_dim, quantize_base)
+        self.weight = _frozen_weight(out_dim, in_dim, quantize_base)
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""
         return lora_linear(x, self.weight, self.updates(), probability(self.dropout))
+
+
+@torch.no_grad()
+def dora_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return the norms of the rows of ``W + s B A``, without making that matrix.
+
+    Args:
+        weight: W ``[O, I]``, plain or NF4.
+        a: ``[R, I]``.
+        b: ``[O, R]``.
+        scaling: s.
+
+    Returns:
+        ``[O]`` in the precision of the factors.
+    """
+    base, b = plain(weight, weight.dtype), b.float() * scaling
+    squares: Tensor = torch.linalg.vector_norm(base, dim=1, dtype=torch.float32).square_()
+    squares += 2 * ((base @ a.to(base.dtype).t()) * b).sum(dim=1)
+    squares += ((b @ (a.float() @ a.float().t())) * b).sum(dim=1)
+    return squares.clamp_(min=0).sqrt_().to(a.dtype)
+
+
+def local_rows(weight: Tensor) -> Tensor:
+    """Return the rows that this process holds."""
+    rows: Tensor = getattr(weight, "_local_tensor", weight)
+    return rows
 
 
 class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
@@ -258,13 +285,13 @@ class DoRALinear(LoRALinear, TorchtuneDoRALinear):  # type: ignore[misc]
         self.magnitude = nn.Parameter(torch.zeros(out_dim))
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
-        """Allocate the adapter, magnitude included, on a device."""
+        """Allocate the adapter, magnitude included; `LoRALinear`'s would come first."""
         return TorchtuneDoRALinear.to_empty(self, device=device, recurse=recurse)  # type: ignore[no-any-return]
 
     def initialize_parameters(self) -> None:
         """Start as the identity; a magnitude of zero is one that is not set yet."""
         super().initialize_parameters()
-        if "magnitude" in self._parameters:
+        if "magnitude" in self._parameters:  # not yet, when the adapter's constructor asks
             nn.init.zeros_(self.magnitude)
 
     @torch.no_grad()
@@ -445,29 +472,3 @@ def draw(lora_a: Tensor, init: str, generator: torch.Generator | None = None) ->
 def probability(dropout: nn.Module) -> float:
     """Return with which probability a module drops its input now."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-@torch.no_grad()
-def dora_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return the norms of the rows of ``W + s B A``, without making that matrix.
-
-    Args:
-        weight: W ``[O, I]``, plain or NF4.
-        a: ``[R, I]``.
-        b: ``[O, R]``.
-        scaling: s.
-
-    Returns:
-        ``[O]`` in the precision of the factors.
-    """
-    base, b = plain(weight, weight.dtype), b.float() * scaling
-    squares: Tensor = torch.linalg.vector_norm(base, dim=1, dtype=torch.float32).square_()
-    squares += 2 * ((base @ a.to(base.dtype).t()) * b).sum(dim=1)
-    squares += ((b @ (a.float() @ a.float().t())) * b).sum(dim=1)
-    return squares.clamp_(min=0).sqrt_().to(a.dtype)
-
-
-def local_rows(weight: Tensor) -> Tensor:
-    """Return the rows that this process holds."""
-    rows: Tensor = getattr(weight, "_local_tensor", weight)
-    return rows

@@ -121,7 +121,7 @@ class LoRASettings:
             in_dim: Width of the input.
             out_dim: Width of the output.
         """
-        layer, target = place_of(name)
+        layer, target = parse_place(name)
         quantize = self.quantize_base and target != HEAD
         if target in self.whole:
             return WholeLinear(in_dim, out_dim)
@@ -160,7 +160,7 @@ class LoRASettings:
         return rank, int(alpha) if alpha.is_integer() else alpha
 
 
-def place_of(key: str) -> Place:
+def parse_place(key: str) -> Place:
     """Return layer and target of a pattern's key: ``qkv_proj``, ``3.qkv_proj``, ``output``.
 
     The layer is None where the key means all of them.
@@ -171,7 +171,7 @@ def place_of(key: str) -> Place:
 
 
 def _at(where: Place, pattern: Mapping[str, float] | None, otherwise: float) -> float:
-    return next((v for key, v in (pattern or {}).items() if place_of(key) == where), otherwise)
+    return next((v for key, v in (pattern or {}).items() if parse_place(key) == where), otherwise)
 
 
 def _part_rows(fused: str, in_dim: int, out_dim: int) -> dict[str, int]:
@@ -215,7 +215,7 @@ def misfits(s: LoRASettings, layers: int, *, tied: bool) -> Iterator[str]:
             )
     numbers = [("layers_to_transform", layer) for layer in s.layers_to_transform or ()]
     for key in ("rank_pattern", "alpha_pattern"):
-        numbers += [(key, place_of(name)[0] or 0) for name in getattr(s, key) or ()]
+        numbers += [(key, parse_place(name)[0] or 0) for name in getattr(s, key) or ()]
     for key, number in numbers:
         if number >= layers:
             yield f"{key}: there is no layer {number}. The last one is {layers - 1}."
@@ -309,7 +309,7 @@ def _wrong_parts(s: LoRASettings) -> Iterator[str]:
 
 def _wrong_whole(s: LoRASettings) -> Iterator[str]:
     for name in s.modules_to_save or ():
-        if place_of(name)[1] not in (HEAD, EMBEDDING):
+        if parse_place(name)[1] not in (HEAD, EMBEDDING):
             yield (
                 f"modules_to_save: {name!r} cannot be trained whole beside adapters. "
                 f"Available: {HEAD}, {EMBEDDING}."
@@ -346,7 +346,7 @@ def _wrong_patterns(s: LoRASettings) -> Iterator[str]:
         if not isinstance(pattern, Mapping):
             yield f"{key}: {pattern!r} must be a section such as {{o_proj: 8, 3.o_proj: 4}}."
             continue
-        places = [place_of(str(name)) for name in pattern]
+        places = [parse_place(str(name)) for name in pattern]
         for where, (name, value) in zip(places, pattern.items(), strict=True):
             if problem := _misplaced(where, s):
                 yield f"{key}: {name!r} {problem}"

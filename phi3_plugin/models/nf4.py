@@ -26,7 +26,7 @@ GROUP, GROUPS = 64, 256
 """Weights that share a scale, and scales that share one of their own: torchao's defaults."""
 NF4_BLOCK = GROUP * GROUPS
 
-QUANTIZED = 1 << 22
+QUANTIZED_AT_ONCE = 1 << 22
 """Weights that are read and quantized at a time, about: small buffers are used again and again,
 new large ones cost as much time as reading, and quantizing needs several times its input."""
 
@@ -138,7 +138,7 @@ def _flat(weight: Rows, rows: slice, device: torch.device) -> Iterator[Tensor]:
 
 def _pieces(weight: Rows, rows: slice) -> Iterator[slice]:
     """Cut rows into some that are small, and whole groups of weights if all of them are."""
-    step = max(QUANTIZED // math.prod(weight.shape[1:]) // GROUP, 1) * GROUP
+    step = max(QUANTIZED_AT_ONCE // math.prod(weight.shape[1:]) // GROUP, 1) * GROUP
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
 
@@ -215,7 +215,7 @@ def plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _dequantized(weight).to(dtype)
 
 
-DEQUANTIZED = 1 << 20
+DEQUANTIZED_AT_ONCE = 1 << 20
 """Weights that are dequantized at a time on a CPU: what its cache holds."""
 
 
@@ -242,7 +242,7 @@ def _dequantized(weight: Any) -> Tensor:
     scalers = weight.dequantize_scalers(
         weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
     )
-    step = DEQUANTIZED if codes.device.type == "cpu" else count
+    step = DEQUANTIZED_AT_ONCE if codes.device.type == "cpu" else count
     for first in range(0, count, step):
         last = min(first + step, count)
         piece = out[first:last]

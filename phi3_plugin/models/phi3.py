@@ -208,11 +208,12 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         return token_logps(h, self.output, targets, self.tok_embeddings.num_embeddings)
 
     def _next(self, tokens: Tensor, step: Step) -> Tensor:
+        """Compute new tokens of cached rows; the step is told which layer asks it."""
         h = self.tok_embeddings(tokens)
-        last, end = step.last(), len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             step.layer = number
-            h = layer(h, attends=step, rows=last if number == end else None)
+            is_last = number == len(self.layers) - 1
+            h = layer(h, attends=step, rows=step.last() if is_last else None)
         step.done()
         logits: Tensor = self.output(self.norm(h))
         return logits[0]
@@ -330,9 +331,6 @@ MINI = Phi3Config(
 )
 """What microsoft/Phi-3-mini-4k-instruct publishes, for builders without a checkpoint folder."""
 
-# What YAMLs name. `tune validate` asks for signatures; the options of LoRA are those of
-# `LoRASettings`, which says what each is for.
-
 
 def phi3(
     checkpoint_dir: str | Path | None, *, rope_factors: str = "auto", quantize_base: bool = False
@@ -352,8 +350,11 @@ def phi3(
         ConfigError: config.json holds something we do not compute, or sizes NF4 cannot store.
         MissingFileError: No such folder, or no config.json in it.
     """
-    make: MakeLinear = lambda name, i, o: Linear(i, o, quantize_base and name != HEAD)  # noqa: E731
-    return decoder(read_config(checkpoint_dir), make, rope_factors)
+
+    def linear(name: str, in_dim: int, out_dim: int) -> Linear:
+        return Linear(in_dim, out_dim, quantize_base and name != HEAD)
+
+    return decoder(read_config(checkpoint_dir), linear, rope_factors)
 
 
 def lora_phi3(
@@ -363,9 +364,10 @@ def lora_phi3(
 
     Args:
         checkpoint_dir: Folder in Hugging Face layout; only its config.json is read.
-        *targets: The first options of `LoRASettings`, ``lora_attn_modules`` above all.
+        *targets: Options of `LoRASettings` by position, ``lora_attn_modules`` above all.
         rope_factors: See :func:`phi3`.
-        **options: Those of `LoRASettings`.
+        **options: Those of `LoRASettings` by name: ``lora_rank`` and all others are declared and
+            explained there.
 
     Raises:
         AdapterError: The adapter settings are wrong; all problems are listed.
@@ -386,12 +388,15 @@ def lora_phi3_mini(*targets: Any, **options: Any) -> TransformerDecoder:
 
     The signature is that of ``torchtune.models.phi3.lora_phi3_mini``; the targets are ours.
     """
-    bound = signature(lora_phi3_mini).bind(*targets, **options)
+    bound = signature(lora_phi3_mini).bind(*targets, **options)  # refuses what torchtune's does
     return adapted(MINI, LoRASettings(*bound.args, **bound.kwargs))
 
 
 def _sign(build: Any, options: Sequence[Parameter]) -> None:
-    """Give a builder these options in place of its ``*targets`` and ``**options``."""
+    """Give a builder these options in place of its ``*targets`` and ``**options``.
+
+    `tune validate` and help() read them there.
+    """
     own = [p for p in signature(build).parameters.values() if p.name not in ("targets", "options")]
     build.__signature__ = Signature(sorted([*own, *options], key=lambda p: p.kind))
 

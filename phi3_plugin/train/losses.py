@@ -1,7 +1,8 @@
 """Losses over the log-probabilities of labelled tokens, summed: a step divides once.
 
-The model gives log p of every labelled token, and its gradient whatever the loss: another loss is
-another function here.
+The model gives log p of every labelled token, and its gradient whatever the loss: another loss of
+tokens is another function here. One of pairs of answers also needs them in one micro-batch, and a
+step that divides by their number.
 """
 
 from collections.abc import Callable

@@ -45,6 +45,8 @@ def train_step(
 ) -> StepResult:
     """Accumulate over the micro-batches of this process, then move the weights once.
 
+    Where loss or gradient is not finite, as without any label, the weights stay.
+
     Args:
         world: All processes; each brings as many micro-batches.
         model: On this process's device.

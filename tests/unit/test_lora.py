@@ -69,7 +69,7 @@ def test_dropout_is_the_same_forward_and_backward(monkeypatch):
         factors((OUTPUT, True)),
     )
     kept = torch.rand(7, INPUT) >= 0.4
-    monkeypatch.setattr(module, "kept_inputs", lambda x, dropout: kept)
+    monkeypatch.setattr(module, "keep_mask", lambda x, dropout: kept)
     ours = lora_linear(x, weight, [adapter], dropout=0.4)
     theirs = composed(x, weight, [adapter], kept, 0.4)
     torch.testing.assert_close(ours, theirs)
@@ -81,9 +81,9 @@ def test_dropout_is_the_same_forward_and_backward(monkeypatch):
 
 def test_dropout_drops_its_share():
     torch.manual_seed(0)
-    kept = module.kept_inputs(torch.empty(1000, 100), 0.3)
+    kept = module.keep_mask(torch.empty(1000, 100), 0.3)
     assert kept.float().mean().item() == pytest.approx(0.7, abs=0.01)
-    assert module.kept_inputs(torch.empty(3, 3), 0.0) is None
+    assert module.keep_mask(torch.empty(3, 3), 0.0) is None
 
 
 def test_a_weight_that_is_trained_too_has_its_gradient():

@@ -63,7 +63,7 @@ def test_pieces_are_the_whole(monkeypatch, stored, dtype, size, piece):
     weight = weight_of(*size, stored)
     expected = in_the_model(dtype, *size)
     expected.copy_(weight)  # what load_state_dict does
-    monkeypatch.setattr(nf4, "QUANTIZED", piece)
+    monkeypatch.setattr(nf4, "QUANTIZED_AT_ONCE", piece)
     with torch.device("meta"):
         like = in_the_model(dtype, *size)
     found = rows_of(weight, like, 0, 1, CPU)
@@ -77,7 +77,7 @@ def test_pieces_are_the_whole(monkeypatch, stored, dtype, size, piece):
 @pytest.mark.parametrize("shape", [(193, 5), (300,), (130, 2, 3)])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_plain_rows_are_filled_in_place_or_made(monkeypatch, shape, size):
-    monkeypatch.setattr(nf4, "QUANTIZED", 1)
+    monkeypatch.setattr(nf4, "QUANTIZED_AT_ONCE", 1)
     weight = torch.randn(shape)
     for rank, rows in enumerate(weight.bfloat16().chunk(size)):
         for device in ("cpu", "meta"):
@@ -132,7 +132,7 @@ def test_zeros_are_those_of_torchao(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(64, 256), (128, 384)])
 def test_dequantizing_gives_torchaos_bits(size, dtype, monkeypatch):
-    monkeypatch.setattr(nf4, "DEQUANTIZED", 10240)  # several pieces, the last one short
+    monkeypatch.setattr(nf4, "DEQUANTIZED_AT_ONCE", 10240)  # several pieces, the last one short
     weight = to_nf4(weight_of(*size, dtype))
     assert torch.equal(plain(weight, dtype), weight.get_original_weight())
 
