@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from phi3_plugin.config import read_config
 from phi3_plugin.data.collate import IGNORED
-from phi3_plugin.data.dataset import (
+from phi3_plugin.data.order import Order
+from phi3_plugin.data.packing import Packs
+from phi3_plugin.data.store import (
     BROKEN,
     CUT_AWAY,
     DROPPED_MESSAGE,
@@ -26,8 +28,6 @@ from phi3_plugin.data.dataset import (
     UNUSABLE,
     Findings,
 )
-from phi3_plugin.data.order import Order
-from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
 from phi3_plugin.settings import Settings

@@ -1,8 +1,9 @@
 """Every command and every piece of code in the documentation, run as it stands.
 
-A tiny checkpoint has the name that the pages give it. Three things differ from a reader's
+A tiny checkpoint has the name that the pages give it. Four things differ from a reader's
 machine: downloads are only parsed, the distributed recipe runs under the test driver that swaps
-NCCL for gloo, and torchtune's full-size split model is replaced by a tiny one.
+NCCL for gloo, torchtune's full-size split model is replaced by a tiny one, and where the CPU has
+no instructions for bf16, which is then many times slower, training is in fp32.
 """
 
 import csv
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.assets import assets_dir
 from tests.stock import TUNE, tiny_checkpoint
@@ -49,6 +51,10 @@ def as_run_here(code):
     code = re.sub(r"tune run --nproc_per_node 2 lora_finetune_distributed", DRIVER, code)
     code = re.sub(r"(stock_distributed\.py --config) (\w+)", rf"\1 {ROOT}/configs/\2.yaml", code)
     code = code.replace("torchtune.models.phi3.lora_phi3_mini", "tiny_split.lora_phi3_mini")
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        code = re.sub(
+            r"(--config [\w/.-]*phi[34]_(?!adapter|generate)[\w.-]+)", r"\1 dtype=fp32", code
+        )
     lines = [line for line in code.splitlines() if not line.startswith("tune download")]
     return "\n".join(lines)
 

@@ -2,28 +2,19 @@
 
 import gc
 import hashlib
-import json
 import logging
-import os
-import shutil
-import tempfile
-import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
 import numpy as np
-import tokenizers
-from filelock import FileLock
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchtune.utils import log_rank_zero
@@ -45,9 +36,29 @@ from phi3_plugin.data.formats import (
 from phi3_plugin.data.order import group_of, held_out_mask, repeats
 from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.sources import Filtered, FilterFailed, Row, Source, read_sources
+from phi3_plugin.data.store import (
+    BLANK_ANSWER,
+    BROKEN,
+    CUT_AWAY,
+    DROPPED,
+    DROPPED_MESSAGE,
+    FILTERED,
+    NO_FINAL_ANSWER,
+    PASSED_OVER,
+    SPECIAL_IN_TEXT,
+    TOO_LONG,
+    TRUNCATED,
+    UNUSABLE,
+    ChatRow,
+    Findings,
+    Store,
+    StoreWriter,
+    UnusedRow,
+    cached,
+)
 from phi3_plugin.data.template import Rendered
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, TokenizedChats, Tokens
-from phi3_plugin.errors import ConfigError, DataError, OutputError, Phi3Error
+from phi3_plugin.errors import ConfigError, DataError
 
 TRAIN_ON = ("assistant", "last", "marked", "all")
 TRUNCATE = ("right", "left", "drop")
@@ -180,7 +191,7 @@ def chat_dataset(
     return StockPacks(packs, tokenizer.pad_id)
 
 
-def _repeated(store: "Store", sources: Sequence[Source], seed: int) -> NDArray[np.int64]:
+def _repeated(store: Store, sources: Sequence[Source], seed: int) -> NDArray[np.int64]:
     """Return the samples of an epoch: each as often as the weight of its source says."""
     counts = np.ones(len(store.samples), dtype=np.int64)
     for number, source in enumerate(sources):
@@ -196,7 +207,7 @@ def _repeated(store: "Store", sources: Sequence[Source], seed: int) -> NDArray[n
 class ChatDataset(Dataset[dict[str, list[int]]]):
     """Tokenized conversations of a store, read one by one: all, some, or some several times."""
 
-    def __init__(self, store: "Store", chosen: NDArray[np.int64]) -> None:
+    def __init__(self, store: Store, chosen: NDArray[np.int64]) -> None:
         """Choose samples of a store, [N]; see :func:`chat_dataset`."""
         self.store, self.chosen = store, chosen
 
@@ -284,89 +295,14 @@ class ChatDataset(Dataset[dict[str, list[int]]]):
         return values
 
 
-# What was noticed about rows, counted, with the places where it happened
-
-BROKEN = "cannot be read"
-UNUSABLE = "cannot be used"
-FILTERED = "do not pass the filter"
-CUT_AWAY = "have nothing to train on within max_seq_len"
-TOO_LONG = "are longer than max_seq_len"
-DROPPED = (BROKEN, UNUSABLE, FILTERED, CUT_AWAY, TOO_LONG)
-"""Why a row gives no sample."""
-
-TRUNCATED = "are cut at max_seq_len"
-DROPPED_MESSAGE = "have a message that the chat template leaves out"
-NO_FINAL_ANSWER = "do not end with an assistant turn"
-BLANK_ANSWER = "have an answer that says nothing, and would be trained on"
-SPECIAL_IN_TEXT = "have special tokens written in a message"
-PASSED_OVER = "have weight or train fields that dataset.train_on passes over"
-NOTICED = (
-    *(TRUNCATED, DROPPED_MESSAGE, NO_FINAL_ANSWER),
-    *(BLANK_ANSWER, SPECIAL_IN_TEXT, PASSED_OVER),
-)
-"""What was noticed about rows that do."""
-
 LOGGED = (BROKEN, UNUSABLE, CUT_AWAY, TOO_LONG, TRUNCATED, DROPPED_MESSAGE, PASSED_OVER)
 """What a user is told of."""
-
-PLACES_KEPT = 1000
-"""Places of one kind that are kept; all are counted."""
 
 ROWS_LISTED = 10
 """How many broken rows an error lists, and how many first rows tell the format."""
 
 
-class UnusedRow(NamedTuple):
-    """A row that gives no sample."""
-
-    kind: str
-    """One of :data:`DROPPED`."""
-    where: str
-    """The row's place, as in ``chats.jsonl:7``."""
-    reason: str = ""
-
-
-class Findings:
-    """Counts, and the first places of each kind with what there is to say about them."""
-
-    def __init__(self) -> None:
-        """Start with nothing."""
-        self.counts: Counter[str] = Counter()
-        self.places: dict[str, list[tuple[str, str]]] = {}
-
-    def add(self, kind: str, where: str, detail: str = "") -> None:
-        """Count one row.
-
-        Args:
-            kind: One of :data:`DROPPED` or :data:`NOTICED`.
-            where: The row's place, as in ``chats.jsonl:7``.
-            detail: What in particular, if there is more to say.
-        """
-        self.counts[kind] += 1
-        places = self.places.setdefault(kind, [])
-        if len(places) < PLACES_KEPT:
-            places.append((where, detail))
-
-    @property
-    def dropped(self) -> int:
-        """Rows that give no sample."""
-        return sum(self.counts[kind] for kind in DROPPED)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what :meth:`from_json` takes."""
-        return {"counts": dict(self.counts), "places": self.places}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Findings":
-        """Return findings that were written to a file."""
-        findings = cls()
-        findings.counts.update(content["counts"])
-        for kind, places in content["places"].items():
-            findings.places[kind] = [(where, detail) for where, detail in places]
-        return findings
-
-
-def _report(store: "Store", preparation: "Preparation", *, drop: bool) -> None:
+def _report(store: Store, preparation: "Preparation", *, drop: bool) -> None:
     """Log what a user should know of the rows.
 
     Args:
@@ -424,17 +360,6 @@ WAITING = 2
 """Batches that are being encoded while the next is rendered."""
 
 
-class ChatRow(NamedTuple):
-    """A row that was read."""
-
-    where: str
-    source: int
-    row: int
-    group: int
-    """Rows of one group stay together; uint64."""
-    chat: Chat
-
-
 @dataclass(frozen=True)
 class Preparation:
     """How rows become samples: the options of :func:`chat_dataset` that decide what is stored."""
@@ -484,7 +409,7 @@ class Preparation:
             "options": options,
         }
 
-    def write(self, writer: "StoreWriter") -> None:
+    def write(self, writer: StoreWriter) -> None:
         """Tokenize all rows into a store.
 
         Raises:
@@ -543,7 +468,7 @@ class Preparation:
             return UnusedRow(UNUSABLE, row.where, str(error))
         return ChatRow(row.where, number, index, group, chat)
 
-    def _batches(self, writer: "StoreWriter") -> Iterator[list[tuple[ChatRow, Rendered]]]:
+    def _batches(self, writer: StoreWriter) -> Iterator[list[tuple[ChatRow, Rendered]]]:
         batch, size = list[tuple[ChatRow, Rendered]](), 0
         rows = tqdm(
             self.conversations(), desc="Tokenizing", unit=" rows", disable=None, leave=False
@@ -586,7 +511,7 @@ class Preparation:
         self,
         chats: Sequence[tuple[ChatRow, Rendered]],
         batch: TokenizedChats,
-        writer: "StoreWriter",
+        writer: StoreWriter,
     ) -> None:
         """Write conversations that were encoded, each cut to its length, if anything is trained."""
         full, limit = batch.lengths, self.tokenizer.max_seq_len
@@ -818,304 +743,3 @@ def _tail(tokens: Tokens, limit: int) -> Tokens:
         trained[: int(np.argmin(trained)) if not trained.all() else len(trained)] = False
     trained[:1] = False  # Nothing comes before it, from which it could be predicted
     return Tokens(ids, trained)
-
-
-# Tokenized conversations on disk: written once, read one by one, never held whole in memory
-#
-# tokens.bin    int32   ids of all samples, one after the other
-# trained.bin   bool    whether each is trained on
-# samples.npy           one entry a sample, see SAMPLE
-# lost.npy      int32   tokens of each conversation that was dropped for its length
-# places.json           where each sample was read
-# meta.json             what was noticed, and a hash of all tokens; written last
-
-SAMPLE = np.dtype(
-    [
-        ("length", np.int32),  # tokens
-        ("labelled", np.int32),  # tokens that are trained on
-        ("full", np.int32),  # tokens before it was cut
-        ("source", np.int32),  # which of the sources
-        ("row", np.int64),  # which of the source's rows
-        ("group", np.uint64),  # samples that must stay together
-    ]
-)
-
-
-class StoreWriter:
-    """Writes a store into an empty folder; it is whole when the ``with`` block is left."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open the files."""
-        self.findings, self.rows = Findings(), 0
-        self.lost = list[int]()
-        """Tokens of each conversation that is too long to be kept."""
-        self._folder = folder
-        self._samples, self._places = list[NDArray[Any]](), list[str]()
-        self._tokens = (folder / "tokens.bin").open("wb")
-        self._trained = (folder / "trained.bin").open("wb")
-        self._digests = [hashlib.sha256() for _ in range(3)]
-
-    def append(
-        self, batch: TokenizedChats, full: NDArray[np.int64], rows: Sequence[ChatRow]
-    ) -> None:
-        """Write tokenized conversations.
-
-        Args:
-            batch: N of them.
-            full: [N] tokens before they were cut.
-            rows: N, where they come from.
-        """
-        samples = np.zeros(len(rows), SAMPLE)
-        samples["length"], samples["labelled"] = batch.lengths, batch.labelled
-        samples["full"] = full
-        samples["source"] = [row.source for row in rows]
-        samples["row"] = [row.row for row in rows]
-        samples["group"] = np.array([row.group for row in rows], dtype=np.uint64)
-        for digest, values in zip(
-            self._digests, (batch.ids, batch.trained, samples["length"]), strict=True
-        ):
-            digest.update(np.ascontiguousarray(values).data)
-        self._tokens.write(batch.ids.data)
-        self._trained.write(batch.trained.data)
-        self._samples.append(samples)
-        self._places += [row.where for row in rows]
-
-    def __enter__(self) -> "StoreWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
-        self._tokens.close()
-        self._trained.close()
-        if kind is None:
-            self._finish()
-
-    def _finish(self) -> None:
-        samples = np.concatenate([np.zeros(0, SAMPLE), *self._samples])
-        np.save(self._folder / "samples.npy", samples)
-        np.save(self._folder / "lost.npy", np.array(self.lost, dtype=np.int32))
-        whole = hashlib.sha256(b"".join(digest.digest() for digest in self._digests))
-        meta = {
-            "tokens": int(samples["length"].sum(dtype=np.int64)),
-            "rows": self.rows,
-            "digest": whole.hexdigest()[:16],
-            "findings": self.findings.to_json(),
-        }
-        (self._folder / "places.json").write_text(json.dumps(self._places), "utf-8")
-        (self._folder / "meta.json").write_text(json.dumps(meta), "utf-8")
-
-
-@dataclass(eq=False)
-class Store:
-    """Samples of a folder that :class:`StoreWriter` wrote."""
-
-    folder: Path
-    samples: NDArray[Any]
-    """[N] of :data:`SAMPLE`"""
-    rows: int
-    """Rows that were read."""
-    digest: str
-    """Hash of all tokens and labels in their order."""
-    findings: Findings
-    lost: NDArray[np.int32]
-    """Tokens of each conversation that was dropped for its length."""
-    temporary: "tempfile.TemporaryDirectory[str] | None" = None
-    """The folder, where it goes with the store."""
-
-    @classmethod
-    def open(cls, folder: Path) -> "Store | None":
-        """Open a store; None if it is not there or not whole."""
-        try:
-            meta = json.loads((folder / "meta.json").read_text("utf-8"))
-            samples = np.load(folder / "samples.npy", allow_pickle=False)
-            lost = np.load(folder / "lost.npy", allow_pickle=False)
-            sizes = [(folder / name).stat().st_size for name in ("tokens.bin", "trained.bin")]
-            tokens, rows, digest = meta["tokens"], meta["rows"], meta["digest"]
-            findings = Findings.from_json(meta["findings"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if samples.dtype != SAMPLE or sizes != [4 * tokens, tokens]:
-            return None
-        if int(samples["length"].sum(dtype=np.int64)) != tokens:
-            return None
-        store = cls(folder, samples, rows, digest, findings, lost)
-        _ = store._files  # Opened files stay readable if the folder is removed
-        return store
-
-    def read(self, index: int) -> Tokens:
-        """Read one sample."""
-        start, length = int(self._starts[index]), int(self.samples["length"][index])
-        # Not mapped: pages that were read once would count as memory of this process
-        tokens, trained = self._files
-        ids = np.frombuffer(os.pread(tokens, 4 * length, 4 * start), np.int32)
-        return Tokens(ids, np.frombuffer(os.pread(trained, length, start), np.bool_))
-
-    @cached_property
-    def places(self) -> list[str]:
-        """Where each sample was read."""
-        with self._present():
-            places: list[str] = json.loads((self.folder / "places.json").read_text("utf-8"))
-            return places
-
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        lengths = self.samples["length"].astype(np.int64)
-        starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
-        return starts
-
-    @cached_property
-    def _files(self) -> tuple[int, int]:
-        with self._present():
-            names = ("tokens.bin", "trained.bin")
-            tokens, trained = (os.open(self.folder / name, os.O_RDONLY) for name in names)
-            return tokens, trained
-
-    @contextmanager
-    def _present(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise OutputError(
-                f"{self.folder} was removed while it was used. Run the command again."
-            ) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Another process opens the files itself, and does not remove them when it ends
-        state = {name: value for name, value in self.__dict__.items() if name != "_files"}
-        return {**state, "temporary": None}
-
-    def __del__(self) -> None:
-        with suppress(OSError, TypeError):  # os may be gone when Python ends
-            for file in self.__dict__.get("_files", ()):
-                os.close(file)
-
-
-# Stores are kept, by a hash of everything they depend on
-#
-# Nothing is ever looked up by a name or a date, so an edited file, template or program gives
-# another key. A folder is written beside its final name and renamed when it is whole: a killed run
-# leaves nothing that would be taken for data, and what it leaves goes when something is written.
-
-FOLDER = "PHI3_PLUGIN_CACHE"
-"""Environment variable that names another folder."""
-
-KEPT_DAYS = 30
-"""What nobody opened for so long is removed when something new is written."""
-
-
-def cached(
-    cache_dir: str | Path | None,
-    settings: Mapping[str, Any] | None,
-    write: Callable[[StoreWriter], None],
-) -> Store:
-    """Open the store of these settings, or write it first.
-
-    One process writes; others that want the same store meanwhile wait for it.
-
-    Args:
-        cache_dir: Where stores are kept; None is the user's cache folder.
-        settings: All that decides what is in the store, as JSON values. None: it is not known, so
-            the store is for this process alone.
-        write: Fills a store.
-
-    Raises:
-        DataError: The data cannot be used; nothing is kept.
-        OutputError: The store cannot be written.
-    """
-    key = hashlib.sha256(json.dumps([_code(), settings], sort_keys=True).encode()).hexdigest()[:32]
-    folder: str | Path | None = tempfile.gettempdir()
-    try:
-        if settings is None or (folder := _writable(cache_dir)) is None:
-            temporary = tempfile.TemporaryDirectory(prefix="phi3_plugin-")
-            store = _filled(Path(temporary.name), write)
-            store.temporary = temporary
-            return store
-        with FileLock(folder / f"{key}.lock"):
-            kept = Store.open(folder / key)
-            if kept is None:
-                return _written(folder / key, write)
-            os.utime(folder / key)
-            return kept
-    except Phi3Error:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"The tokenized data cannot be written to {error.filename or folder}: "
-            f"{error.strerror or error}. Make room, or name another folder with dataset.cache_dir "
-            f"or the environment variable {FOLDER}."
-        ) from error
-
-
-def default_folder() -> Path:
-    """Return where stores are kept unless another folder is named."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(FOLDER) or Path(home) / "phi3_plugin")
-
-
-def _writable(cache_dir: str | Path | None) -> Path | None:
-    folder = Path(cache_dir).expanduser() if cache_dir else default_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        if cache_dir:
-            raise
-        message = f"tokenized data is not kept: {folder} cannot be written to ({error.strerror})"
-        log_rank_zero(logger, message, logging.WARNING)
-        return None
-    return folder
-
-
-def _filled(folder: Path, write: Callable[[StoreWriter], None], name: Path | None = None) -> Store:
-    """Write a store into an empty folder, which gets its name when it is whole."""
-    with StoreWriter(folder) as writer:
-        write(writer)
-    store = Store.open(folder if name is None else folder.rename(name))
-    if store is None:
-        raise DataError(
-            f"{name or folder} was changed while it was written. Run the command again."
-        )
-    return store
-
-
-def _written(folder: Path, write: Callable[[StoreWriter], None]) -> Store:
-    shutil.rmtree(folder, ignore_errors=True)  # broken, or it would have been opened
-    _remove_unfinished(folder)
-    _remove_old(folder.parent)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}-unfinished")
-    unfinished.mkdir()
-    try:
-        return _filled(unfinished, write, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _remove_unfinished(mine: Path) -> None:
-    """Remove what killed runs left: who holds the lock of a key is the only one that writes it."""
-    for left in mine.parent.glob("*-unfinished"):
-        key = left.name.partition(".")[0]
-        lock = FileLock(mine.with_name(f"{key}.lock"), timeout=0)
-        with suppress(OSError), nullcontext() if key == mine.name else lock:  # Timeout is OSError
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _remove_old(folder: Path) -> None:
-    oldest = time.time() - KEPT_DAYS * 24 * 3600
-    for entry in folder.glob(f"{'[0-9a-f]' * 32}*"):
-        with suppress(OSError):  # Another process may be removing it too
-            if entry.stat().st_mtime >= oldest:
-                continue
-            if (entry / "meta.json").is_file():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.suffix == ".lock" and not entry.with_suffix("").exists():
-                entry.unlink()
-
-
-def _code() -> str:
-    """Return a hash of the program that makes the data."""
-    digest = hashlib.sha256(f"{tokenizers.__version__} {jinja2.__version__}".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

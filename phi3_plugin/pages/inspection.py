@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phi3_plugin.data.dataset import DROPPED, NOTICED, Findings
+from phi3_plugin.data.store import DROPPED, NOTICED, Findings
 from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, advice, count, percent
 from phi3_plugin.pages import harmless, render, write_files
 

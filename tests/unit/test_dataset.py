@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from torchtune.datasets import SFTDataset
 from transformers import AutoTokenizer
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data import dataset as module
-from phi3_plugin.data.dataset import (
+from phi3_plugin.data import store as module
+from phi3_plugin.data.dataset import Preparation, conversations
+from phi3_plugin.data.formats import make_turn
+from phi3_plugin.data.store import (
     BLANK_ANSWER,
     BROKEN,
     CUT_AWAY,
@@ -31,10 +34,7 @@ from phi3_plugin.data.dataset import (
     TOO_LONG,
     TRUNCATED,
     UNUSABLE,
-    Preparation,
-    conversations,
 )
-from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from tests.chosen import some
@@ -353,7 +353,7 @@ def test_what_messages_ask_for(make, tokenizer, train_on, expected):
     options = {"source": "chats.json", "train_on": train_on, "packed": True, "_component_": "x"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(dataset.places(0).rpartition("/")[0])
-        write_chats(module.Path("chats.json"), [MIXED, [USER], []])
+        write_chats(Path("chats.json"), [MIXED, [USER], []])
         ((where, messages),) = conversations(tokenizer, options)
     assert where == "chats.json[0]"
     trained = [m["content"] + "<|end|>" for m in messages if m["trained"]]

@@ -205,7 +205,8 @@ def test_what_was_written_is_what_is_read(both, end, content):
     _, plain = both
     ids, trained = tokenize(plain, [("user", content), ("assistant", content)])
     read = plain.decode([i for i, t in zip(ids, trained, strict=True) if t], False)
-    assert "".join(read.split()) == "".join((content + end).split())
+    # SentencePiece writes a space as that letter, and reads it as one
+    assert "".join(read.split()) == "".join((content + end).replace("▁", " ").split())
 
 
 def structure(tokenizer, ids):
