@@ -3,8 +3,6 @@
 import json
 
 import pytest
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from phi3_plugin.recipes import phi3_demo_checkpoint
 
 from phi3_plugin.checkpoint.check import load_with_peft
@@ -15,7 +13,8 @@ from tests.own import WORDS
 from tests.test_docs import ROOT, blocks, shell
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'phi3-plugin[lm_eval]'")
-
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 pytestmark = pytest.mark.slow
 
