@@ -26,9 +26,7 @@ from phi3_plugin.prompts import (
     as_line,
     check_stop,
     check_system,
-    open_streams,
     prompt_ids,
-    set_stdout,
     too_long,
     writer,
 )
@@ -62,7 +60,7 @@ def run(o: ChatOptions) -> int:
         tell("Loading ...")
     model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
     serve(model)
-    generator = Generator(model, tokenizer, o.sampling, batch_size=1)
+    generator = Generator(model, tokenizer, o, batch_size=1)
     if is_terminal():
         tell("/help lists what you can type. Ctrl-C stops an answer, Ctrl-D leaves.")
     with suppress(BrokenPipeError):  # `| head` has seen enough
@@ -263,9 +261,8 @@ def tell(text: str) -> None:
 
 def prepare_streams() -> None:
     """Let lines be edited, and odd characters be no reason to end."""
-    open_streams()
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    set_stdout(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     if is_terminal():
         with suppress(ImportError):
             import readline  # input() uses it once it is there

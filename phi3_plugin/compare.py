@@ -3,20 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from phi3_plugin.checkpoint.check import hf_tokenizer
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.dataset import conversations
-from phi3_plugin.inspect import (
-    FIRST,
-    Comparison,
-    Samples,
-    arrays,
-    truncation,
-    unpacked,
-)
+from phi3_plugin.inspect import FIRST, Comparison, Samples, arrays, truncation, unpacked
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import RunData
 
@@ -41,6 +33,7 @@ def compare_with_hf(settings: Settings, data: RunData, samples: Samples) -> Comp
         ImportError: transformers is not installed.
     """
     tokenizer, options = data.tokenizer, settings.dataset
+    theirs = hf_tokenizer(settings.checkpoint_dir)
     numbers = {where: i for i, where in reversed(list(enumerate(samples.places)))}
     shortened = samples.full > samples.lengths
     rows = (
@@ -48,16 +41,15 @@ def compare_with_hf(settings: Settings, data: RunData, samples: Samples) -> Comp
         for where, messages in conversations(tokenizer, options)
         if where in numbers and not (truncation(settings) == "left" and shortened[numbers[where]])
     )
-    pairs = list(islice(rows, COMPARED))
-    theirs = hf_ids(settings.checkpoint_dir, [messages for _, messages in pairs])
-    dataset, places = unpacked(data.order.dataset), list[str]()
+    dataset, compared, places = unpacked(data.order.dataset), 0, list[str]()
     choices = {"limit": tokenizer.max_seq_len, "options": options, "eos_id": tokenizer.eos_id}
-    for (i, _), whole in zip(pairs, theirs, strict=True):
+    for i, messages in islice(rows, COMPARED):
+        compared += 1
         ids, labels = arrays(dataset, i)
         ours = ids.tolist(), (labels != IGNORED).tolist()
-        if text := difference(ours, as_trained(whole, **choices)):
+        if text := difference(ours, as_trained(hf_tokens(theirs, messages), **choices)):
             places.append(f"{samples.places[i]}: {text}")
-    return Comparison(len(pairs), len(places), places[:FIRST])
+    return Comparison(compared, len(places), places[:FIRST])
 
 
 def as_trained(
@@ -83,24 +75,17 @@ def difference(ours: Marked, theirs: Marked) -> str:
     return ""
 
 
-def hf_ids(
-    checkpoint_dir: str | Path, conversations: Sequence[Sequence[Mapping[str, Any]]]
-) -> list[Marked]:
-    """Return what ``transformers`` makes of conversations: ids, and which of them are trained on.
+def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Marked:
+    """Return what ``transformers`` makes of a conversation: ids, and which of them are trained on.
 
     It has no mask for templates such as Phi-3's, so that is worked out from its own texts: rendered
     once more with another text in its place, a conversation differs only where the message speaks.
     What stands there counts with the added token that follows.
 
     Args:
-        checkpoint_dir: Folder with the tokenizer and its template.
-        conversations: Messages with ``role`` and ``content``; ``trained`` where they are to count.
+        tokenizer: As transformers loads it.
+        messages: With ``role`` and ``content``; ``trained`` where they are to count.
     """
-    tokenizer = hf_tokenizer(checkpoint_dir)
-    return [_hf_tokens(tokenizer, messages) for messages in conversations]
-
-
-def _hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Marked:
     plain = [{k: v for k, v in message.items() if k != "trained"} for message in messages]
     text = tokenizer.apply_chat_template(plain, tokenize=False)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from phi3_plugin.data.collate import IGNORED
-from phi3_plugin.data.dataset import conversations
+from phi3_plugin.data.dataset import ChatDataset, conversations
 from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
-from phi3_plugin.inspect import CHAT_DATASETS, arrays, count, place_of
+from phi3_plugin.inspect import arrays, is_chat_dataset, place_of, source_name
+from phi3_plugin.pages import count
 from phi3_plugin.prompts import as_line, too_long
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import instantiate
@@ -37,19 +38,8 @@ NO_ANSWER = "there is no answer of the assistant to a prompt in it"
 
 Messages = Sequence[Mapping[str, Any]]
 
-
-class Question(NamedTuple):
-    """A prompt, and what is expected as the answer."""
-
-    ids: Sequence[int] = ()
-    """Of the prompt; none where nothing is to be answered."""
-    prompt: str = ""
-    """As the model reads it."""
-    reference: str = ""
-    """What the data set has."""
-
-
-NO_QUESTION = Question()
+Question = tuple[Sequence[int], str, str]
+"""The tokens of a prompt, the prompt as the model reads it, and the answer that is expected."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,12 @@ class EvalSample:
     tokens: list[int]
     """As a run takes them, as for the labels."""
     labels: list[int]
-    question: Question = NO_QUESTION
+    prompt_ids: Sequence[int] = ()
+    """What is to be answered; nothing where no answer is asked for."""
+    prompt: str = ""
+    """As the model reads it."""
+    reference: str = ""
+    """The answer that the data set has."""
     unasked: str = ""
     """Why no answer is asked for; empty where one is, or where nobody wants answers."""
 
@@ -77,8 +72,6 @@ class EvaluationData(NamedTuple):
     samples: list[EvalSample]
     source: str
     """Where they come from, in a sentence."""
-    section: Mapping[str, Any]
-    """And in the words of the configuration."""
 
 
 def evaluation_data(
@@ -96,21 +89,20 @@ def evaluation_data(
         DataError: There is no sample.
     """
     section = s.dataset_val or s.dataset
-    is_chat = section["_component_"] in CHAT_DATASETS
-    if is_chat:  # each conversation is a sample of its own
+    if is_chat_dataset(section):  # each conversation is a sample of its own
         section = {**section, "packed": False, "split_documents": False}
     rest, part = hold_out(
         instantiate(section, tokenizer), 0.0 if s.dataset_val else s.val_fraction, s.seed
     )
     dataset = rest if part is None else part
-    if hasattr(dataset, "chosen"):  # no sample comes again because of its source's weight
+    if isinstance(dataset, ChatDataset):  # no sample comes again because of its source's weight
         _, first = np.unique(dataset.chosen, return_index=True)
         dataset = dataset.select(np.sort(first))
     number = len(dataset) if limit is None else min(limit, len(dataset))
     if not number:
         raise DataError("dataset: there is no sample in it to evaluate.")
     chats: dict[str, Messages] = {}
-    if is_chat and positions is not None:
+    if is_chat_dataset(section) and positions is not None:
         wanted = {place_of(dataset, i) for i in range(number)}
         for where, messages in conversations(tokenizer, section):
             if where in wanted:
@@ -118,7 +110,7 @@ def evaluation_data(
             if len(chats) == len(wanted):
                 break
     samples = [_sample(dataset, i, chats, tokenizer, positions) for i in range(number)]
-    return EvaluationData(samples, _source(s, section, dataset, number), section)
+    return EvaluationData(samples, _source(s, section, dataset, number))
 
 
 def _sample(
@@ -130,15 +122,16 @@ def _sample(
         return EvalSample(where, tokens, labels)
     try:
         if where in chats:
-            question = question_of(chats[where], tokenizer)
+            ids, prompt, reference = question_of(chats[where], tokenizer)
         else:
-            question = last_labelled(tokens, labels, tokenizer)
+            ids, prompt, reference = last_labelled(tokens, labels, tokenizer)
     except DataError as error:
         return EvalSample(where, tokens, labels, unasked=str(error))
-    if len(question.ids) < positions:
-        return EvalSample(where, tokens, labels, question)
-    unasked = f"its prompt has {too_long(len(question.ids), positions)}"
-    return EvalSample(where, tokens, labels, question._replace(ids=()), unasked)
+    unasked = ""
+    if len(ids) >= positions:
+        unasked = f"its prompt has {too_long(len(ids), positions)}"
+        ids = ()
+    return EvalSample(where, tokens, labels, ids, prompt, reference, unasked)
 
 
 def question_of(messages: Messages, tokenizer: Any) -> Question:
@@ -152,9 +145,9 @@ def question_of(messages: Messages, tokenizer: Any) -> Question:
         raise DataError(NO_ANSWER)
     before = messages[: answers[-1]]
     turns = [make_turn(m["role"], m["content"], tools=m.get("tools")) for m in before]
-    (tokens,) = tokenizer.tokenize_chats([turns], add_generation_prompt=True)
-    prompt = tokenizer.render(turns, add_generation_prompt=True).text
-    return Question(tokens.ids.tolist(), prompt, messages[answers[-1]]["content"])
+    rendered = tokenizer.render(turns, add_generation_prompt=True)
+    (tokens,) = tokenizer.encode_chats([rendered]).split()
+    return tokens.ids.tolist(), rendered.text, messages[answers[-1]]["content"]
 
 
 def last_labelled(tokens: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Question:
@@ -172,22 +165,20 @@ def last_labelled(tokens: Sequence[int], labels: Sequence[int], tokenizer: Any) 
         raise DataError(NO_ANSWER)
     prompt = list(tokens[:start])
     reference = [labels[i] for i in labelled.tolist() if i >= start]
-    return Question(prompt, tokenizer.decode(prompt, False), tokenizer.decode(reference))
+    return prompt, tokenizer.decode(prompt, False), tokenizer.decode(reference)
 
 
 def _source(s: Settings, section: Mapping[str, Any], dataset: Any, number: int) -> str:
-    total = len(dataset)
-    which = f"{number:,}" if number == total else f"The first {number:,} of {total:,}"
-    source = section.get("source") or section["_component_"]
-    if isinstance(source, list | tuple):
-        source = ", ".join(map(str, source))
+    which, total = f"{number:,}", len(dataset)
+    if number < total:
+        which = f"The first {number:,} of {total:,}"
     how = "the whole data set"
     if s.dataset_val:
         how = "set as dataset_val"
     elif s.val_fraction:
         how = f"held out by val_fraction={s.val_fraction:g}"
-    text = f"{which} {'sample' if total == 1 else 'samples'} of {source}, {how}."
-    if hasattr(dataset, "lost"):
+    text = f"{which} {'sample' if total == 1 else 'samples'} of {source_name(section)}, {how}."
+    if isinstance(dataset, ChatDataset):
         if cut := int((dataset.full > dataset.lengths)[:number].sum()):
             text += f" Cut at tokenizer.max_seq_len for the loss: {cut:,}."
         if lost := len(dataset.lost):
@@ -378,9 +369,8 @@ class Outcome:
 
     def sums(self) -> dict[str, Sequence[float]]:
         """Return what each measure sums up over samples, by its key; those that it has."""
-        sums: dict[str, Sequence[float]] = dict.fromkeys(
-            ("loss", "perplexity"), (self.loss, self.tokens)
-        )
+        loss = (self.loss, self.tokens)
+        sums: dict[str, Sequence[float]] = {"loss": loss, "perplexity": loss}
         sums["accuracy"] = (100 * self.hits, self.tokens)
         if self.scores:
             sums |= {name: (value, 1.0) for name, value in self.scores.values.items()}
@@ -474,11 +464,10 @@ class Evaluation:
         notes = []
         number = len(self.samples)
         if number == 1:
-            notes.append("Only 1 sample, which has no interval and tells nothing about others.")
+            notes = ["Only 1 sample, which has no interval and tells nothing about others."]
         elif number < FEW:
-            notes.append(
-                f"Only {number} samples: the intervals are rough, and narrower than they should be."
-            )
+            rough = "the intervals are rough, and narrower than they should be"
+            notes = [f"Only {number} samples: {rough}."]
         for reason, times in Counter(s.unasked for s in self.samples if s.unasked).items():
             first = next(s.where for s in self.samples if s.unasked == reason)
             which = f"{first} was" if times == 1 else f"{times:,} samples, the first {first}, were"
@@ -630,20 +619,13 @@ class Result:
         return row
 
 
-def results(
-    evaluation: Evaluation,
-    wanted: Sequence[Measure],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[Result]:
+def results(evaluation: Evaluation, wanted: Sequence[Measure], *, seed: int = 0) -> list[Result]:
     """Work out every measure that the samples have.
 
     Args:
         evaluation: Of one model or two.
         wanted: From :func:`measures`.
-        resamples: Draws of the bootstrap.
-        seed: Decides them.
+        seed: Decides the draws of the bootstrap.
     """
     sums = [[one.sums() for one in outcomes] for outcomes in evaluation.outcomes.values()]
     tables = {m: [_table(m.key, rows) for rows in sums] for m in wanted}
@@ -651,7 +633,7 @@ def results(
     if not tables:
         return []
     columns = [table for pair in tables.values() for table in pair]
-    draws = resampled(np.concatenate(columns, axis=1), resamples=resamples, seed=seed)
+    draws = resampled(np.concatenate(columns, axis=1), seed=seed)
     ends = np.cumsum([table.shape[1] for table in columns])[:-1]
     parts = iter(np.split(draws, ends, axis=1))
     return [_result(m, pair, [next(parts) for _ in pair]) for m, pair in tables.items()]
@@ -807,7 +789,7 @@ def samples_text(evaluation: Evaluation) -> str:
     lines = []
     for i, sample in enumerate(evaluation.samples):
         row: dict[str, Any] = {"where": sample.where, "tokens": sample.labelled}
-        row |= {"prompt": sample.question.prompt, "reference": sample.question.reference}
+        row |= {"prompt": sample.prompt, "reference": sample.reference}
         if sample.unasked:
             row["not_answered"] = sample.unasked
         row |= {name: outcomes[i].as_json() for name, outcomes in evaluation.outcomes.items()}
@@ -831,11 +813,6 @@ def results_text(evaluation: Evaluation, numbers: Sequence[Result], seed: int) -
 
 
 def _finite(value: Any) -> Any:
-    """Return a value without what JSON cannot say."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value if isinstance(value, str | int | bool | None) else str(value)
+    """Return a value as JSON holds it, with null for numbers that it cannot say."""
+    text = json.dumps(value, default=str)
+    return json.loads(text, parse_constant=lambda _: None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.data import Message
 
-from phi3_plugin.errors import CheckpointError, ConfigError, DataError
+from phi3_plugin.errors import CheckpointError, DataError
 from phi3_plugin.options import Sampling
 
 # Which token comes next. Source: transformers 5.23 ``generation/logits_process.py``, in its order.
@@ -187,12 +187,7 @@ class Generator:
             tokenizer: Of the checkpoint.
             sampling: How tokens are chosen, and when an answer ends.
             batch_size: Answers in the making at a time, 1 or more.
-
-        Raises:
-            ConfigError: The batch size is none.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size: {batch_size!r} must be a whole number from 1.")
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling

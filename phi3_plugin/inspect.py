@@ -30,13 +30,11 @@ from phi3_plugin.data.store import (
 )
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
+from phi3_plugin.pages import count, percent
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import RunData
 
 # Shapes: N samples, S tokens of one of them, L conversations that gave no sample
-
-CHAT_DATASETS = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat_dataset")
-"""How a YAML calls the data set whose rows can be told apart."""
 
 FIRST = 5
 """Places that are named of what there are many of."""
@@ -44,12 +42,24 @@ FIRST = 5
 Numbers = NDArray[np.int64]
 
 
+def is_chat_dataset(section: Mapping[str, Any]) -> bool:
+    """Whether a section of a YAML is a data set whose rows can be told apart."""
+    names = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat_dataset")
+    return section["_component_"] in names
+
+
+def source_name(section: Mapping[str, Any]) -> str:
+    """Return where the rows of a section come from, or what makes them."""
+    source = section.get("source") or section["_component_"]
+    sources = source if isinstance(source, list | tuple) else [source]
+    return ", ".join(str(one.get("source") if isinstance(one, Mapping) else one) for one in sources)
+
+
 def all_rows(settings: Settings) -> Settings:
     """Return settings under which rows that cannot be used are counted, and stop nothing."""
 
     def dropping(section: Any) -> Any:
-        is_chat = section and section["_component_"] in CHAT_DATASETS
-        return {**section, "bad_rows": "drop"} if is_chat else section
+        return {**section, "bad_rows": "drop"} if section and is_chat_dataset(section) else section
 
     val = dropping(settings.dataset_val)
     return replace(settings, dataset=dropping(settings.dataset), dataset_val=val)
@@ -218,7 +228,6 @@ class Batching(NamedTuple):
 class HeldOut(NamedTuple):
     """The validation data."""
 
-    rows: int
     samples: int
     tokens: int
     labelled: int
@@ -340,8 +349,8 @@ def statistics(
 
 def truncation(settings: Settings) -> str:
     """Return what becomes of samples that are too long."""
-    is_chat = settings.dataset["_component_"] in CHAT_DATASETS
-    return settings.dataset.get("truncate", "right") if is_chat else "right"
+    section = settings.dataset
+    return section.get("truncate", "right") if is_chat_dataset(section) else "right"
 
 
 def tokens_per_epoch(dataset: Any, samples: Samples) -> tuple[int, int]:
@@ -362,7 +371,6 @@ def _held_out(data: RunData, training: Samples) -> HeldOut | None:
     samples = survey(dataset, data.tokenizer.stop_tokens)
     tokens, labelled = tokens_per_epoch(data.order_val.dataset, samples)
     return HeldOut(
-        rows=getattr(dataset, "rows", len(samples.lengths)),
         samples=len(samples.lengths),
         tokens=tokens,
         labelled=labelled,
@@ -434,11 +442,11 @@ def _batchings(
     if settings.shuffle:
         orders[GROUPED] = order(dataset, group_by_length=True)
     limit = getattr(data.tokenizer, "max_seq_len", None)
-    if limit is not None and settings.dataset["_component_"] in CHAT_DATASETS:
-        seed = settings.dataset.get("seed", 0)
-        orders[PACKED] = order(Packs(dataset, limit, seed=seed))
+    if limit is not None and is_chat_dataset(settings.dataset):
+        orders[PACKED] = order(Packs(dataset, limit, seed=settings.dataset.get("seed", 0)))
     mine = GROUPED if chosen.group_by_length else UNGROUPED
-    mine = PACKED if isinstance(chosen.dataset, Packs) else mine
+    if isinstance(chosen.dataset, Packs):
+        mine = PACKED
     orders[mine] = chosen
     return [
         Batching(name, _padding(order, samples), order.steps_per_epoch, name == mine)
@@ -557,22 +565,6 @@ def advice(stats: Statistics) -> list[Problem]:
     makers = (_of_rows_left_out, _of_lengths, _of_batches, _of_rows, _of_validation)
     listed = [problem for maker in makers for problem in maker(stats)]
     return sorted(listed, key=lambda problem: not problem.stops)  # sorted() keeps the order
-
-
-def percent(share: float) -> str:
-    """Write a share; what is not nothing, or not all, does not look like it."""
-    if share <= 0 or share >= 1:
-        return f"{100 * share:.0f} %"
-    if share < 0.0005:
-        return "<0.1 %"
-    if share > 0.9995:
-        return ">99.9 %"
-    return f"{100 * share:.{0 if 0.0995 <= share < 0.995 else 1}f} %"
-
-
-def count(number: int, one: str) -> str:
-    """Write how many there are of something."""
-    return f"{number:,} {one if number == 1 else one + 's'}"
 
 
 def _of_rows_left_out(stats: Statistics) -> Iterator[Problem]:

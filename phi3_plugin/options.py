@@ -346,11 +346,6 @@ class AnswerOptions(Sampling):
     system: AnyText | None = None
     """system message"""
 
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are chosen, and when an answer ends."""
-        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling)})
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(AnswerOptions):

@@ -21,7 +21,7 @@ from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
 from phi3_plugin.options import PromptOptions, Sampling, closest
-from phi3_plugin.pages import write_files
+from phi3_plugin.pages import count, write_files
 
 STDIN = "-"
 """Names standard input, and as an output standard output."""
@@ -105,12 +105,8 @@ MOST_PROBLEMS = 10
 class Prompt(NamedTuple):
     """What is to be answered."""
 
-    where: str
-    """How the user finds it."""
     row: JsonRow
     """What the line of its answer starts with."""
-    turns: list[Turn]
-    """What was said; without a chat template the text is the only one."""
     ids: "array[int]"
     """Its tokens, four bytes each."""
 
@@ -140,7 +136,7 @@ def read_prompts(o: PromptOptions, tokenizer: Phi3Tokenizer, positions: int) -> 
                 ids = prompt_ids(tokenizer, turns, dropped if o.dropped == "warn" else None)
             if len(ids) >= positions:
                 raise DataError(too_long(len(ids), positions))
-            prompts.append(Prompt(where, row, turns, array("i", ids)))
+            prompts.append(Prompt(row, array("i", ids)))
         except DataError as error:
             problems.append(f"{where}: {error}")
     if len(problems) > MOST_PROBLEMS:
@@ -260,23 +256,6 @@ CUT = {
     "context": "at the last of the model's positions",
 }
 """What cut an answer off, by its reason."""
-
-
-def open_streams() -> None:
-    """Let standard input and error be empty where they are closed, which Python has as None."""
-    sys.stdin = sys.stdin or Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
-    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-
-
-def set_stdout(**how: str) -> None:
-    """Set how answers are written to standard output.
-
-    Raises:
-        OutputError: It is closed.
-    """
-    if sys.stdout is None:
-        raise OutputError("standard output is closed: there is nowhere to write answers to.")
-    sys.stdout.reconfigure(**how)  # type: ignore[union-attr]
 
 
 def writer() -> Callable[[str], None]:
@@ -458,8 +437,8 @@ class AnswersFile:
         keys = {**theirs, **self.identity}
         if other := [key for key in keys if theirs.get(key) != self.identity.get(key)]:
             raise OutputError(
-                f"{self.part} holds {self._count()} of a run that differs in {', '.join(other)}. "
-                "Repeat that command, or remove the file to start anew."
+                f"{self.part} holds {count(len(self.done), 'answer')} of a run that differs in "
+                f"{', '.join(other)}. Repeat that command, or remove the file to start anew."
             )
         self._file.truncate(len(whole))
         if not whole:
@@ -492,18 +471,15 @@ class AnswersFile:
         text = "".join(as_line(self.done[number]) for number in sorted(self.done))
         write_files(self.out.parent, {self.out.name: text}, self._kept())
         self.part.unlink()
-        return f"Wrote {self._count()} to {self.out}."
+        return f"Wrote {count(len(self.done), 'answer')} to {self.out}."
 
     @property
     def kept(self) -> str:
         """Where the answers are, after a stop."""
         return f"; their answers are in {self.part}. Repeat the command to go on"
 
-    def _count(self) -> str:
-        return f"{len(self.done):,} {'answer' if len(self.done) == 1 else 'answers'}"
-
     def _kept(self) -> str:
-        return f"{self.part} holds {self._count()}." if self.done else ""
+        return f"{self.part} holds {count(len(self.done), 'answer')}." if self.done else ""
 
     def _unwritable(self, problem: str) -> OutputError:
         return OutputError(f"{self.out} cannot be written: {problem}. {self._kept()}".rstrip())

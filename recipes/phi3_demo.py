@@ -1,6 +1,6 @@
 """Fine-tune a tiny Phi-3 from the command line and prove the adapter in transformers and PEFT.
 
-    python -m phi3_plugin.recipes.phi3_demo [--output DIR] [--keep] [--processes N]
+    python -m phi3_plugin.recipes.phi3_demo [--output DIR] [--processes N]
 
 Five steps: build a checkpoint folder that knows nothing, train it with ``tune run``, load the
 adapter as any user of PEFT would, ask both models questions that were not in the training file,
@@ -9,7 +9,6 @@ nothing.
 """
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -47,13 +46,12 @@ KNEW_NOTHING, LEARNED = 0.05, 0.95
 """Exact match, at most before training and at least after it."""
 
 
-def make_chats(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the training chats and the held-out chats, rows of a chat file that share no question.
+def make_chats() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the training chats and the held-out ones, rows of a chat file that share no question.
 
-    Args:
-        seed: Seed of the choice.
+    They are the same on every machine: what the demo learns is known for these.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     # A dict keeps the order of the draws and drops repetitions
     chosen: dict[str, None] = {}
     while len(chosen) < TRAIN_CHATS + HELDOUT_CHATS:
@@ -89,14 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     place = "where everything goes; an earlier demo run there is replaced (default: ./demo_run)"
     add("--output", type=Path, default=Path("demo_run"), metavar="DIR", help=place)
-    keep = "keep an earlier demo run and write to DIR-2, DIR-3, ... instead"
-    add("--keep", action="store_true", help=keep)
     add("--processes", type=int, default=1, choices=(1, 2, 4), help="processes that train (1)")
     options = parser.parse_args(arguments)
 
     hush()
     try:
-        return demo(prepare_output(options.output, options.keep), options.processes)
+        return demo(prepare_output(options.output), options.processes)
     except Phi3Error as error:
         print(f"\nphi3_demo: {error}", file=sys.stderr)
         return 1
@@ -116,12 +112,8 @@ def hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def prepare_output(folder: Path, keep: bool) -> Path:
+def prepare_output(folder: Path) -> Path:
     """Return a folder ready to write to, emptied of what an earlier run wrote.
-
-    Args:
-        folder: The folder the user asked for.
-        keep: Leave an earlier run alone and take the next free name.
 
     Raises:
         OutputError: The folder holds something else, or cannot be written.
@@ -130,9 +122,6 @@ def prepare_output(folder: Path, keep: bool) -> Path:
         raise OutputError(
             f"--output: {folder} exists and is not an earlier demo run. Choose a new folder."
         )
-    if keep and folder.exists():
-        names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
-        folder = next(name for name in names if not name.exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MADE_BY_DEMO).write_text(

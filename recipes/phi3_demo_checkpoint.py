@@ -44,13 +44,14 @@ WEIGHT_STD = 0.06
 """Published Phi-3 starts from 0.02; at this width a base that small floors the loss."""
 
 
-def build_checkpoint(folder: Path, *, words: list[str], seed: int = 0) -> None:
+def build_checkpoint(folder: Path, *, words: list[str]) -> None:
     """Write a checkpoint folder that torchtune, transformers and this package load.
+
+    Equal words give equal files.
 
     Args:
         folder: Where to write; created with its parents.
         words: Words that become one token each, beside the printable characters.
-        seed: Seed of the random weights; equal seeds give equal files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(words)
@@ -123,7 +124,7 @@ def build_checkpoint(folder: Path, *, words: list[str], seed: int = 0) -> None:
     }
     for name, content in files.items():
         write_json(folder / name, content)
-    write_shards(folder, random_weights(config, seed))
+    write_shards(folder, random_weights(config))
 
 
 def token(text: str, rstrip: bool) -> dict[str, Any]:
@@ -172,14 +173,9 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Return random fp32 weights under the published names.
-
-    Args:
-        config: The content of config.json.
-        seed: Seed of the generator.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def random_weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return random fp32 weights under the published names, of the sizes in config.json."""
+    generator = torch.Generator().manual_seed(0)
     dim, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
 
     def draw(*shape: int) -> torch.Tensor:
@@ -197,18 +193,11 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
     return weights | {"model.norm.weight": torch.ones(dim), "lm_head.weight": draw(vocab, dim)}
 
 
-def write_shards(folder: Path, weights: dict[str, torch.Tensor], shards: int = 2) -> None:
-    """Write the weights as safetensors shards with ``model.safetensors.index.json``.
-
-    Args:
-        folder: The checkpoint folder.
-        weights: Tensors by published name, in the model's order.
-        shards: Number of files; the names are dealt to them in order.
-    """
+def write_shards(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write the weights as two safetensors shards with ``model.safetensors.index.json``."""
     names, index = list(weights), {}
-    for n in range(shards):
-        file = f"model-{n + 1:05d}-of-{shards:05d}.safetensors"
-        part = names[n * len(names) // shards : (n + 1) * len(names) // shards]
+    for n, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-{n:05d}-of-00002.safetensors"
         save_file({k: weights[k] for k in part}, folder / file, metadata={"format": "pt"})
         index.update(dict.fromkeys(part, file))
     size = sum(w.numel() * w.element_size() for w in weights.values())

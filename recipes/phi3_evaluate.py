@@ -9,12 +9,9 @@ evaluation.html. With several processes each has a whole model and takes a part 
 """
 
 import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +53,7 @@ from phi3_plugin.load import build as build_model
 from phi3_plugin.load import load, opened_parts
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import EvaluateOptions
-from phi3_plugin.pages import for_stdout, harmless, write_files
+from phi3_plugin.pages import for_stdout, harmless, versions, write_files
 from phi3_plugin.pages.evaluation import page_of_evaluation
 from phi3_plugin.settings import Settings, read_beside
 from phi3_plugin.train.data import instantiate
@@ -186,28 +183,26 @@ def scored(
     name: str, generator: Generator, data: EvaluationData, scorer: Scorer, world: World
 ) -> Iterator[tuple[int, Any]]:
     """Yield this process's answers with their scores, as they come."""
-    asked = [i for i, sample in enumerate(data.samples) if sample.question.ids]
+    asked = [i for i, sample in enumerate(data.samples) if sample.prompt_ids]
     mine = asked[world.rank :: world.size]
-    prompts = [data.samples[i].question.ids for i in mine]
+    prompts = [data.samples[i].prompt_ids for i in mine]
     with progress_bar(f"{name}: answers", len(mine), world) as bar:
         for answer in generator.answers(prompts, numbers=mine):
-            reference = data.samples[answer.index].question.reference
-            yield answer.index, (answer, scorer.score(answer.text, reference))
+            scores = scorer.score(answer.text, data.samples[answer.index].reference)
+            yield answer.index, (answer, scores)
             bar.update()
 
 
 def gathered(world: World, own: Iterator[tuple[int, Any]]) -> dict[int, Any]:
-    """Return what all processes found, by sample."""
-    return {i: found for part in world.gather(dict(own)) for i, found in part.items()}
+    """Return the values of all processes, by sample."""
+    return {i: value for part in world.gather(dict(own)) for i, value in part.items()}
 
 
-@contextmanager
-def progress_bar(what: str, total: int, world: World) -> Iterator[Any]:
-    """Show how far the first process is: in a terminal, and now and then in a log."""
+def progress_bar(what: str, total: int, world: World) -> Any:
+    """Return what shows how far the first process is: in a terminal, and now and then in a log."""
     interval, delay = (0.1, 0) if sys.stderr.isatty() else (60, 60)  # seconds
     quiet = not world.is_main
-    with tqdm(total=total, desc=what, disable=quiet, mininterval=interval, delay=delay) as bar:
-        yield bar
+    return tqdm(total=total, desc=what, disable=quiet, mininterval=interval, delay=delay)
 
 
 def facts_of(
@@ -219,16 +214,13 @@ def facts_of(
         "checkpoint_dir": str(s.checkpoint_dir),
         "adapter": None if o.adapter is None else str(o.adapter),
         "base": "NF4" if is_quantized(s.model) else s.dtype,
-        "data": dict(data.section),
+        "data": s.dataset_val or s.dataset,
         "tokenizer": s.tokenizer,
         "device": world.device.type,
     }
-    packages = ["phi3-plugin", "torch", "torchtune", "numpy"]
     if scorer:
         facts |= {"generation": asdict(o.generation), "scores": scorer.signatures()}
-        packages += PACKAGES
-    versions = {name: version(name) for name in packages}
-    return {**facts, "versions": {**versions, "python": platform.python_version()}}
+    return {**facts, "versions": versions("numpy", *(PACKAGES if scorer else ()))}
 
 
 @config.parse

@@ -36,17 +36,14 @@ from phi3_plugin.prompts import (
     check_system,
     cut_off,
     identity_of,
-    open_streams,
     read_prompts,
     safe,
-    set_stdout,
     writer,
 )
 
 
 def run(o: PromptOptions) -> int:
     """Answer what was asked for and return the exit code."""
-    open_streams()
     try:
         # All that can be wrong is found out before the model is loaded
         if o.raw and o.system:
@@ -72,17 +69,17 @@ def load_generator(o: PromptOptions, tokenizer: Phi3Tokenizer) -> Generator:
     """Load the model that answers."""
     model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
     serve(model)
-    return Generator(model, tokenizer, o.sampling, batch_size=o.batch_size)
+    return Generator(model, tokenizer, o, batch_size=o.batch_size)
 
 
 def speak(o: PromptOptions, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt]) -> int:
     """Print answers as they are written, one after the other."""
     generator = load_generator(o, tokenizer)
-    set_stdout(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     show = writer()
     for n, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
-            say(f"[{n}] {safe(prompt.turns[-1].content)}")
+            say(f"[{n}] {safe(prompt.row['prompt'])}")
         try:
             answer = generator.answer(prompt.ids, show)
         except KeyboardInterrupt:
@@ -99,7 +96,7 @@ def write(o: PromptOptions, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt])
     """Write a JSON line for each prompt, many answers at a time."""
     sink: AnswersFile | PrintedAnswers = PrintedAnswers()
     if o.output in (None, STDIN):
-        set_stdout(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     else:
         sink = AnswersFile(Path(str(o.output)), identity_of(o, prompts), replace=o.overwrite)
     with sink:
@@ -121,7 +118,7 @@ def write(o: PromptOptions, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt])
             done = f"after {len(sink.done):,} of {len(prompts):,} prompts{sink.kept}"
             say(f"Stopped {done if sink.done else 'before the first answer'}.")
             return STOPPED
-    say(" ".join(filter(None, [wrote, cut_off(sink.done.values(), o.sampling)])))
+    say(" ".join(filter(None, [wrote, cut_off(sink.done.values(), o)])))
     return 0
 
 

@@ -18,9 +18,9 @@ from torchtune import config
 
 from phi3_plugin.compare import compare_with_hf
 from phi3_plugin.inspect import (
-    CHAT_DATASETS,
     advice,
     all_rows,
+    is_chat_dataset,
     show,
     statistics,
     survey,
@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> int:
     samples = survey(dataset, data.tokenizer.stop_tokens)
     stats = statistics(settings, data, samples, options.processes)
 
-    if options.compare and settings.dataset["_component_"] not in CHAT_DATASETS:
+    if options.compare and not is_chat_dataset(settings.dataset):
         print("compare: only samples of phi3_plugin.data.chat_dataset can be compared.")
     elif options.compare:
         try:

@@ -4,11 +4,15 @@ All extend ``shell.html.j2``, which has the style and what stands at the top of 
 page shows may come from anywhere, so every text is escaped and made harmless on its way into it.
 """
 
+import json
 import os
+import platform
+import re
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +59,63 @@ def _visible(char: str) -> str:
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
+def percent(share: float) -> str:
+    """Write a share; what is not nothing, or not all, does not look like it."""
+    if share <= 0 or share >= 1:
+        return f"{100 * share:.0f} %"
+    if share < 0.0005:
+        return "<0.1 %"
+    if share > 0.9995:
+        return ">99.9 %"
+    return f"{100 * share:.{0 if 0.0995 <= share < 0.995 else 1}f} %"
+
+
+def count(number: int, one: str) -> str:
+    """Write how many there are of something."""
+    return f"{number:,} {one if number == 1 else one + 's'}"
+
+
 def for_stdout(text: str) -> str:
     """Return a text that the terminal's encoding can hold."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
+
+
+SECRET = re.compile(
+    r"token|(.*_)?(password|secret|api_?key|access_key|(hf|auth|access|api)_token)", re.IGNORECASE
+)
+"""Keys whose values are not shown: a page is made to be passed on."""
+
+
+def dotted(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every setting with its dotted name, as it would stand in YAML.
+
+    Args:
+        value: Settings, or one of them.
+        name: Of this one.
+    """
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        items = list(enumerate(value))
+    for key, item in items:
+        hidden = isinstance(item, str) and SECRET.fullmatch(str(key))
+        yield from dotted("(not shown)" if hidden else item, f"{name}.{key}" if name else str(key))
+    if name and not items:
+        yield name, _as_yaml(value)
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, list | tuple) and value:
+        return ", ".join(map(_as_yaml, value))
+    return value if isinstance(value, str) and value else json.dumps(value, default=str)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions that every number depends on, with those of more packages."""
+    names = ("phi3-plugin", "torch", "torchtune", *packages)
+    return {**{name: version(name) for name in names}, "python": platform.python_version()}
 
 
 def write_files(folder: str | Path, contents: Mapping[str, str | bytes], advice: str) -> None:
@@ -80,9 +137,8 @@ def write_files(folder: str | Path, contents: Mapping[str, str | bytes], advice:
             path = Path(folder) / name
             with aside[name].open("wb") as file:
                 # A text cut in the middle of an emoji holds what UTF-8 cannot
-                file.write(
-                    content.encode("utf-8", "replace") if isinstance(content, str) else content
-                )
+                data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         for name in contents:

@@ -1,7 +1,7 @@
 """An evaluation as a page."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from phi3_plugin.evaluate import (
     ADAPTER,
@@ -13,64 +13,52 @@ from phi3_plugin.evaluate import (
     Result,
     verdict,
 )
-from phi3_plugin.inspect import percent
-from phi3_plugin.pages import render
+from phi3_plugin.pages import dotted, percent, render
 
 LONGEST_TEXT = 4000
 """Characters that are shown of a text."""
 
-SHOWN = {"numeric": "right number", "exact": "exact", "rougeL": "ROUGE-L", "chrf": "chrF"}
-"""Scores of an answer that are shown beside it."""
-
 CLASSES = {BETTER: "none", WORSE: "stop", UNCLEAR: "", "": ""}
+"""Of the page's style, by verdict."""
 
 
-class Card(NamedTuple):
-    """One sample as the page shows it."""
-
-    where: str
-    prompt: str
-    reference: str
-    answers: list[tuple[str, str, str]]
-    """Model, what is said of its answer, and the answer."""
-
-
-def page_of_evaluation(evaluation: Evaluation, found: Sequence[Result], *, count: int) -> str:
+def page_of_evaluation(evaluation: Evaluation, results: Sequence[Result], *, count: int) -> str:
     """Return the page.
 
     Args:
         evaluation: What was evaluated.
-        found: Its numbers.
+        results: Its numbers.
         count: Answers that are shown of each kind.
     """
-    sentence, kind = verdict(found)
+    both = ADAPTER in evaluation.outcomes
+    tiles = {
+        "Samples": len(evaluation.samples),
+        "Labelled tokens": sum(sample.labelled for sample in evaluation.samples),
+    }
+    if answers := len(evaluation.answered):
+        tiles["Answers of each model" if both else "Answers"] = answers
+    sentence, kind = verdict(results)
     return render(
         "evaluation.html.j2",
         evaluation=evaluation,
-        found=found,
-        both=ADAPTER in evaluation.outcomes,
+        results=results,
+        both=both,
         names=list(evaluation.outcomes),
         verdict=sentence,
         kind=CLASSES[kind],
         classes=CLASSES,
-        tiles=list(_tiles(evaluation)),
+        tiles=[(label, f"{number:,}") for label, number in tiles.items()],
         # What was evaluated stands at the top
-        facts=[(k, _written(v)) for k, v in evaluation.facts.items() if k != "evaluated"],
+        facts=[(key, text) for key, text in dotted(evaluation.facts) if key != "evaluated"],
         endings=evaluation.endings_in_words(),
         sections=list(_sections(evaluation, count)),
         percent=percent,
     )
 
 
-def _tiles(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    yield "Samples", f"{len(evaluation.samples):,}"
-    yield "Labelled tokens", f"{sum(sample.labelled for sample in evaluation.samples):,}"
-    if answers := len(evaluation.answered):
-        each = " of each model" if ADAPTER in evaluation.outcomes else ""
-        yield f"Answers{each}", f"{answers:,}"
-
-
-def _sections(evaluation: Evaluation, count: int) -> Iterator[tuple[str, str, list[Card]]]:
+def _sections(
+    evaluation: Evaluation, count: int
+) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """Yield title, explanation and samples of each list."""
     gained, lost = evaluation.changed(count)
     last = list(evaluation.outcomes)[-1]
@@ -84,21 +72,23 @@ def _sections(evaluation: Evaluation, count: int) -> Iterator[tuple[str, str, li
             yield title, note, [_card(evaluation, i) for i in samples]
 
 
-def _card(evaluation: Evaluation, i: int) -> Card:
-    where, question = evaluation.samples[i].where, evaluation.samples[i].question
-    answers = [(name, *_answer(seen[i])) for name, seen in evaluation.outcomes.items()]
-    return Card(where, _cut(question.prompt), _cut(question.reference), answers)
+def _card(evaluation: Evaluation, i: int) -> dict[str, Any]:
+    """Return a sample and what each model made of it, as the template shows them."""
+    sample = evaluation.samples[i]
+    answers = [(name, *_answer(outcomes[i])) for name, outcomes in evaluation.outcomes.items()]
+    texts = {"prompt": _cut(sample.prompt), "reference": _cut(sample.reference)}
+    return {"where": sample.where, **texts, "answers": answers}
 
 
 def _answer(outcome: Outcome) -> tuple[str, str]:
+    """Return what is told beside an answer, and the answer."""
     answer, scores = outcome.answer, outcome.scores
     assert answer and scores  # only samples that were answered are shown
-    notes = []
-    for key, score in scores.values.items():
-        if key in ("numeric", "exact"):
-            notes.append(f"{SHOWN[key]}: {'yes' if score else 'no'}")
-        elif key in SHOWN:
-            notes.append(f"{SHOWN[key]} {score:.1f}")
+    values, notes = scores.values, list[str]()
+    for key, title in (("exact", "exact"), ("numeric", "right number")):
+        if key in values:
+            notes.append(f"{title}: {'yes' if values[key] else 'no'}")
+    notes += [f"ROUGE-L {values['rougeL']:.1f}", f"chrF {values['chrf']:.1f}"]
     if outcome.tokens:
         notes.append(f"loss {outcome.loss / outcome.tokens:.3f}")
     if answer.reason != "stop":
@@ -108,14 +98,6 @@ def _answer(outcome: Outcome) -> tuple[str, str]:
 
 def _cut(text: str) -> str:
     more = len(text) - LONGEST_TEXT
-    return (
-        text if more <= 0 else f"{text[:LONGEST_TEXT]}… {more:,} more characters in samples.jsonl"
-    )
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_written(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_written, value))}]"
-    return "null" if value is None else str(value)
+    if more <= 0:
+        return text
+    return f"{text[:LONGEST_TEXT]}… {more:,} more characters in samples.jsonl"

@@ -2,13 +2,13 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from phi3_plugin.data.store import DROPPED, NOTICED, Findings
-from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, advice, count, percent
-from phi3_plugin.pages import harmless, render, write_files
+from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, advice, source_name
+from phi3_plugin.pages import count, harmless, percent, render, write_files
 
 # The numbers in words
 
@@ -89,25 +89,53 @@ def short(where: str, stats: Statistics) -> str:
     return where.replace(f"{folder.rstrip('/')}/", "")
 
 
-def _title(stats: Statistics) -> str:
-    return _source(stats.options.get("source") or stats.options["_component_"])
+class Table(NamedTuple):
+    """Figures of several choices."""
+
+    title: str
+    heads: tuple[str, str]
+    rows: list[tuple[str, str, tuple[str, str], bool]]
+    """A choice, a note about it, its figures, and whether the settings make it."""
 
 
-def _source(source: Any) -> str:
-    if isinstance(source, Mapping):
-        return _source(source.get("source"))
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        return ", ".join(map(_source, source))
-    return str(source)
+def tables(stats: Statistics) -> list[Table]:
+    """Return what the ways to fill batches, and the limits of the length, would cost."""
+    batches = [
+        (b.name, "yours" if b.chosen else "", (percent(b.padding), f"{b.steps:,}"), b.chosen)
+        for b in stats.batchings
+    ]
+    limits = [
+        (f"{cut.limit:,}", cut.name, (percent(cut.samples), cut.loss), cut.limit == stats.limit)
+        for cut in stats.cuts
+    ]
+    title = f"If samples are {'dropped above' if stats.fate == 'dropped' else 'cut at'}"
+    return [
+        Table("Batches", ("padding", "steps an epoch"), batches),
+        Table(title, (f"samples {stats.fate}", "tokens lost"), limits),
+    ]
 
 
-def _sample_title(sample: Shown, stats: Statistics) -> str:
+def lengths_title(stats: Statistics) -> str:
+    """Return what the lengths are of."""
+    return f"Tokens of a sample{' before it is cut' if stats.fate == 'cut' else ''}"
+
+
+def lengths_text(stats: Statistics) -> str:
+    """Return the lengths in a few words, and what is done to longer samples."""
+    lengths = stats.lengths
+    text = f"Median {lengths.median:,.0f}, 95 % have up to {lengths.p95:,.0f}"
+    text += f", longest {lengths.longest:,}."
+    if stats.limit and stats.fate == "cut":
+        text += f" Samples are cut at {stats.limit:,}."
+    elif stats.limit:
+        text += f" Samples of more than {stats.limit:,} are dropped."
+    return text
+
+
+def sample_title(sample: Shown, stats: Statistics) -> str:
+    """Return where a sample stands, and how long it is."""
     tokens = count(sample.tokens, "token")
     return f"{short(sample.where, stats)}: {tokens}, {sample.trained:,} trained"
-
-
-def _limits_title(stats: Statistics) -> str:
-    return f"If samples are {'dropped above' if stats.truncate == 'drop' else 'cut at'}"
 
 
 # The page
@@ -162,15 +190,16 @@ def page_of(stats: Statistics, samples: Sequence[Shown]) -> str:
     ]
     return render(
         "inspection.html.j2",
-        title=_title(stats),
+        title=source_name(stats.options),
         stats=stats,
         problems=advice(stats),
         tiles=tiles,
-        facts=list(facts(stats)),
+        lengths_title=lengths_title(stats),
+        lengths_text=lengths_text(stats),
         most=max(bin.samples for bin in stats.lengths.bins),
-        samples=[(_sample_title(one, stats), one, _tokens(one.units)) for one in samples],
-        percent=percent,
-        limits_title=_limits_title(stats),
+        tables=tables(stats),
+        facts=list(facts(stats)),
+        samples=[(sample_title(one, stats), one, _tokens(one.units)) for one in samples],
     )
 
 
@@ -233,13 +262,13 @@ class Terminal:
             samples: The first samples.
             page: Where the page with all of it lies.
         """
-        title = self._wrapped(f"Training data: {_title(stats)}")
+        title = self._wrapped(f"Training data: {source_name(stats.options)}")
         parts = [
             [self._paint(line, Ansi.BOLD) for line in title],
             self._advice(stats),
             self._facts(stats),
             self._lengths(stats),
-            self._tables(stats),
+            *map(self._table, tables(stats)),
             self._samples(samples, stats),
         ]
         text = "\n\n".join("\n".join(part) for part in parts)
@@ -266,53 +295,32 @@ class Terminal:
                 yield from (self._paint(" " * (LABEL + 2) + line, Ansi.DIM) for line in lines)
 
     def _lengths(self, stats: Statistics) -> Iterator[str]:
-        lengths, limit, fate = stats.lengths, stats.limit, stats.fate
-        yield self._heading("Tokens of a sample", "before it is cut" if fate == "cut" else "")
-        yield (
-            f"  median {lengths.median:,.0f}   95 % have up to {lengths.p95:,.0f}   "
-            f"longest {lengths.longest:,}"
-        )
-        left = max(len(bin.span) for bin in lengths.bins)
-        most = max(bin.samples for bin in lengths.bins)
+        bins, limit = stats.lengths.bins, stats.limit
+        yield self._paint(lengths_title(stats), Ansi.BOLD)
+        yield from (f"  {line}" for line in self._wrapped(lengths_text(stats), 2))
+        left = max(len(bin.span) for bin in bins)
+        most = max(bin.samples for bin in bins)
         right = len(f"{most:,}")
-        room = max(8, self.width - left - right - 5 - len(fate))
-        for bin in lengths.bins:
+        room = max(8, self.width - left - right - 5 - len(stats.fate))
+        for bin in bins:
             # A bar that holds anything can be seen
             bar = "█" * max(bool(bin.samples), round(room * bin.samples / most))
             over = limit is not None and bin.low > limit
             bar = self._paint(bar, Ansi.YELLOW if over else Ansi.BLUE)
             line = f"  {bin.span:>{left}} {bin.samples:>{right},} {bar}".rstrip()
-            yield f"{line} {fate}" if over else line
+            yield f"{line} {stats.fate}" if over else line
 
-    def _tables(self, stats: Statistics) -> Iterator[str]:
-        yield self._heading("Batches", "> is yours")
-        batches = [
-            (b.chosen, b.name, (percent(b.padding), f"{b.steps:,}")) for b in stats.batchings
-        ]
-        yield from self._table(("padding", "steps an epoch"), batches)
-        yield ""
-        yield self._heading(_limits_title(stats), "> is yours")
-        limits = [
-            (
-                cut.limit == stats.limit,
-                f"{cut.limit:,} ({cut.name})" if cut.name else f"{cut.limit:,}",
-                (percent(cut.samples), cut.loss),
-            )
-            for cut in stats.cuts
-        ]
-        yield from self._table((f"samples {stats.fate}", "tokens lost"), limits)
-
-    def _table(
-        self, heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[str]]]
-    ) -> Iterator[str]:
-        yield " " * (LABEL + 4) + "".join(f"{head:>16}" for head in heads)
-        for chosen, name, cells in rows:
-            line = _padded(name, LABEL + 2) + "".join(f"{cell:>16}" for cell in cells)
+    def _table(self, table: Table) -> Iterator[str]:
+        yield self._paint(table.title, Ansi.BOLD)
+        yield " " * (LABEL + 4) + "".join(f"{head:>16}" for head in table.heads)
+        for name, note, cells, chosen in table.rows:
+            line = _padded(f"{name} ({note})" if note else name, LABEL + 2)
+            line += "".join(f"{cell:>16}" for cell in cells)
             code = Ansi.BOLD if chosen else Ansi.PLAIN
             yield f"{'>' if chosen else ' '} {self._paint(line, code)}"
 
     def _samples(self, samples: Sequence[Shown], stats: Statistics) -> Iterator[str]:
-        yield self._heading("Samples")
+        yield self._paint("Samples", Ansi.BOLD)
         legend = (
             ("+ trained", Ansi.GREEN),
             ("| only read", Ansi.PLAIN),
@@ -322,7 +330,7 @@ class Terminal:
         yield "  " + "  ".join(self._paint(text, *codes) for text, *codes in legend)
         for number, sample in enumerate(samples[:SAMPLES_SHOWN], 1):
             yield ""
-            yield from self._wrapped(f"{number}. {_sample_title(sample, stats)}")
+            yield from self._wrapped(f"{number}. {sample_title(sample, stats)}")
             lines = list(self._sample(sample))
             hidden = len(lines) - HEAD_LINES - TAIL_LINES
             if hidden > 1:
@@ -353,12 +361,8 @@ class Terminal:
             yield from border
 
     def _line(self, line: str, trained: bool) -> str:
-        return (
-            self._paint("+", Ansi.GREEN) if trained else self._paint("|", Ansi.DIM)
-        ) + f" {line}"
-
-    def _heading(self, text: str, note: str = "") -> str:
-        return self._paint(text, Ansi.BOLD) + (self._paint(f"  ({note})", Ansi.DIM) if note else "")
+        sign = self._paint("+", Ansi.GREEN) if trained else self._paint("|", Ansi.DIM)
+        return f"{sign} {line}"
 
     def _paint(self, text: str, *codes: str) -> str:
         return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if self.color and text else text

@@ -2,13 +2,10 @@
 
 import base64
 import io
-import json
 import math
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -20,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from phi3_plugin.pages import render, write_files
+from phi3_plugin.pages import dotted, render, versions, write_files
 from phi3_plugin.train.monitor import RESUMED, SKIPPED, History, clock_face
 
 Line = Mapping[str, Any]
@@ -28,11 +25,6 @@ Line = Mapping[str, Any]
 
 Point = tuple[int, float]
 """A step and the value there."""
-
-SECRET = re.compile(
-    r"token|(.*_)?(password|secret|api_?key|access_key|(hf|auth|access|api)_token)", re.IGNORECASE
-)
-"""Keys whose values are not shown: the page is made to be passed on."""
 
 
 def write_report(
@@ -85,8 +77,8 @@ def write_report(
         modules=Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in adapted),
         trainable=sum(size for size, trained in sizes if trained),
         parameters=sum(size for size, _ in sizes),
-        settings=list(_flat(OmegaConf.to_container(config, resolve=True))),
-        versions=versions(),
+        settings=list(dotted(OmegaConf.to_container(config, resolve=True))),
+        versions={**versions("torchao"), "device": device_name()},
     )
     picture = {"loss.png": _draw("Loss", losses, WIDE, "png")} if losses else {}
     write_files(folder, {"report.html": page, **picture}, "The run is unharmed.")
@@ -95,13 +87,11 @@ def write_report(
     return folder / "report.html"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a run depends on, and the device as its user knows it."""
-    packages = ("phi3-plugin", "torch", "torchtune", "torchao")
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    numbers = {name: version(name) for name in packages}
-    return {**numbers, "python": platform.python_version(), "device": device}
+def device_name() -> str:
+    """Return the device as its user knows it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _tiles(history: Sequence[Line]) -> Iterator[tuple[str, str]]:
@@ -125,30 +115,7 @@ def _tiles(history: Sequence[Line]) -> Iterator[tuple[str, str]]:
         yield "Resumed at step", " and ".join(f"{step:,}" for step, _ in resumed)
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every setting with its dotted name, as it would stand in YAML."""
-    items: list[tuple[Any, Any]] = []
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-        items = list(enumerate(value))
-    for key, item in items:
-        hidden = isinstance(item, str) and SECRET.fullmatch(str(key))
-        yield from _flat("(not shown)" if hidden else item, f"{name}.{key}" if name else str(key))
-    if name and not items:
-        yield name, _as_yaml(value)
-
-
-def _as_yaml(value: Any) -> str:
-    if isinstance(value, list | tuple) and value:
-        return ", ".join(map(_as_yaml, value))
-    return value if isinstance(value, str) and value else json.dumps(value, default=str)
-
-
 # Curves
-
-MOST_POINTS = 1000
-"""Points of a curve, at most."""
 
 
 def series(history: Sequence[Line], key: str) -> list[Point]:
@@ -159,22 +126,6 @@ def series(history: Sequence[Line], key: str) -> list[Point]:
         for step, value in pairs
         if isinstance(step, int) and isinstance(value, int | float) and math.isfinite(value)
     ]
-
-
-def thin(points: list[Point], limit: int) -> list[Point]:
-    """Return at most ``limit`` of the points, and the two ends, that draw the same outline.
-
-    Of each stretch the lowest and the highest point stay, so that no spike is lost.
-    """
-    if len(points) <= limit:
-        return points
-    size = math.ceil(2 * len(points) / limit)
-    left = {points[0], points[-1]}
-    for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        left.add(min(stretch, key=lambda point: point[1]))
-        left.add(max(stretch, key=lambda point: point[1]))
-    return sorted(left)
 
 
 def running_mean(points: list[Point], window: int) -> list[Point]:
@@ -211,6 +162,7 @@ STYLE = {
     "grid.color": "#e8ebef",
     "legend.frameon": False,
     "lines.markersize": 4,
+    "path.simplify_threshold": 1.0,  # pixels; a long run has more steps than a page has
     "savefig.dpi": 160,
     "svg.fonttype": "none",
     "svg.hashsalt": "phi3_plugin",  # without it ids are random
@@ -255,8 +207,9 @@ def _draw(title: str, curves: list[Curve], size: tuple[float, float], kind: str)
         axes = figure.subplots()
         for label, points, color in curves:
             marker, width = "o" if len(points) <= 40 else None, 0.9 if color == PALE else 1.3
-            x, y = zip(*thin(points, MOST_POINTS), strict=True)
-            axes.plot(x, y, color=color, label=label, marker=marker, linewidth=width)
+            axes.plot(
+                *zip(*points, strict=True), color=color, label=label, marker=marker, linewidth=width
+            )
         values = [value for curve in curves for _, value in curve.points]
         if min(values) > 0 and max(values) > 50 * median(values):
             axes.set_yscale("log")  # one spike would flatten the rest

@@ -124,7 +124,7 @@ def real_chat(inputs):
     o = options(inputs, max_new_tokens=20)
     model = load(o.checkpoint_dir, dtype=o.dtype, device=o.device)
     tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
-    return ChatSession(Generator(model, tokenizer, o.sampling), tokenizer, 512, None)
+    return ChatSession(Generator(model, tokenizer, o), tokenizer, 512, None)
 
 
 def stopping(count):

@@ -168,6 +168,6 @@ def test_without_transformers(inspect, monkeypatch):
     def absent(*_):
         raise ImportError
 
-    monkeypatch.setattr("phi3_plugin.compare.hf_ids", absent)
+    monkeypatch.setattr("phi3_plugin.compare.hf_tokenizer", absent)
     code, out, _ = inspect("compare=True")
     assert code == 0 and "compare: transformers is not installed." in out

@@ -30,7 +30,6 @@ from phi3_plugin.evaluate import (
     EvalSample,
     Evaluation,
     Outcome,
-    Question,
     Scorer,
     by_document,
     last_number,
@@ -70,7 +69,7 @@ ROWS = (
 def sample(where, labelled, prompt="", reference="", unasked=""):
     """Return a sample with so many labelled tokens."""
     tokens = [1] * (labelled + 1)
-    return EvalSample(where, tokens, tokens, Question((1,), prompt, reference), unasked)
+    return EvalSample(where, tokens, tokens, (1,), prompt, reference, unasked)
 
 
 def made(*, adapter: bool = True, rows=ROWS, times: int = 1) -> Evaluation:
@@ -127,9 +126,9 @@ def test_all_of_a_data_set(held, cwd):
         dataset[i] for i in range(40)
     ]
     for number, item in enumerate(found.samples):
-        assert item.question.reference == chat(number)["messages"][1]["content"]
+        assert item.reference == chat(number)["messages"][1]["content"]
         assert item.labelled == dataset.labelled[number]
-        assert item.tokens[: len(item.question.ids)] == item.question.ids
+        assert item.tokens[: len(item.prompt_ids)] == item.prompt_ids
 
 
 def test_the_same_is_held_out_as_in_training(held, cwd):
@@ -154,7 +153,7 @@ def test_a_weight_repeats_nothing(held, cwd):
     s.dataset["source"] = [{"source": str(cwd / "rows.jsonl"), "weight": 2.5}]
     found = evaluate.evaluation_data(s, instantiate(s.tokenizer), None, 1000)
     assert len(found.samples) == 40, source
-    assert all(item.question.ids for item in found.samples)
+    assert all(item.prompt_ids for item in found.samples)
 
 
 def test_the_last_answer_is_asked_for(held, tokenizer):
@@ -167,12 +166,12 @@ def test_the_last_answer_is_asked_for(held, tokenizer):
         message("user", "six"),
     ]
     (item,) = held(rows=[conversation(*messages)]).samples
-    assert item.question.reference == "five"
-    assert item.question.prompt == (
+    assert item.reference == "five"
+    assert item.prompt == (
         "<|system|>\none<|end|>\n<|user|>\ntwo<|end|>\n<|assistant|>\nthree<|end|>\n"
         "<|user|>\nfour<|end|>\n<|assistant|>\n"
     )
-    assert tokenizer.decode(item.question.ids, False).count("three") == 1
+    assert tokenizer.decode(item.prompt_ids, False).count("three") == 1
 
 
 def test_a_prompt_is_whole_where_training_cuts_it(held):
@@ -180,8 +179,8 @@ def test_a_prompt_is_whole_where_training_cuts_it(held):
     row = conversation(message("user", "one"), message("assistant", "three " * 200))
     found = held("dataset.bad_rows=drop", rows=[long, row, chat(1)])
     cut, short = found.samples
-    assert len(cut.tokens) == 96 and cut.question.reference.count("three") == 200
-    assert short.question.reference == "four five six seven"
+    assert len(cut.tokens) == 96 and cut.reference.count("three") == 200
+    assert short.reference == "four five six seven"
 
 
 def test_what_is_too_long_is_told(held, cwd):
@@ -192,7 +191,7 @@ def test_what_is_too_long_is_told(held, cwd):
         conversation(message("user", filler), message("assistant", "two")),
     ]
     found = held(rows=rows)
-    assert len(found.samples) == 2 and found.samples[1].question.reference == filler
+    assert len(found.samples) == 2 and found.samples[1].reference == filler
     assert found.source == (
         f"2 samples of {cwd / 'own.jsonl'}, the whole data set. "
         "Cut at tokenizer.max_seq_len for the loss: 1. "
@@ -209,7 +208,7 @@ def test_several_sources_are_named(held, cwd):
 
 def test_a_system_prompt_of_the_run(held):
     found = held("dataset.system_prompt=seven", limit=1)
-    assert found.samples[0].question.prompt.startswith("<|system|>\nseven<|end|>\n<|user|>")
+    assert found.samples[0].prompt.startswith("<|system|>\nseven<|end|>\n<|user|>")
 
 
 def test_what_cannot_be_asked_is_told_and_still_has_a_loss(held):
@@ -219,15 +218,15 @@ def test_what_cannot_be_asked_is_told_and_still_has_a_loss(held):
         chat(1),
     ]
     first, long, good = held(rows=rows, positions=25).samples
-    assert first.unasked == evaluate.NO_ANSWER and not first.question.ids
+    assert first.unasked == evaluate.NO_ANSWER and not first.prompt_ids
     assert "tokens, but the model has 25 positions" in long.unasked
-    assert good.unasked == "" and good.question.ids
+    assert good.unasked == "" and good.prompt_ids
     assert all(item.labelled for item in (first, long, good))
 
 
 def test_no_answers_are_wanted(held):
     found = held(limit=2, positions=None)
-    assert all(not item.question.ids and item.unasked == "" for item in found.samples)
+    assert all(not item.prompt_ids and item.unasked == "" for item in found.samples)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +254,7 @@ def test_a_data_set_of_the_users_own(held, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     found = held("dataset._component_=rows_of_my_own.rows", "val_fraction=0.2")
-    assert len(found.samples) == 2 and found.samples[0].question.ids == [5, 6]
+    assert len(found.samples) == 2 and found.samples[0].prompt_ids == [5, 6]
     assert found.samples[0].where == "sample 0"
 
 
@@ -855,7 +854,7 @@ def test_line_ends_of_unicode_stay_in_their_line():
     one = sample("a:1", 1, "x\u2028y\x85z\u2029", "", "none")
     text = evaluate.samples_text(Evaluation([one], {BASE: [Outcome(1.0, 0, 1)]}, {}))
     assert len(text.splitlines()) == 1
-    assert json.loads(text)["prompt"] == one.question.prompt
+    assert json.loads(text)["prompt"] == one.prompt
     assert json.loads(text)["not_answered"] == "none"
 
 

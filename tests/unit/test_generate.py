@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from phi3_plugin.errors import CheckpointError, ConfigError, DataError
+from phi3_plugin.errors import CheckpointError, DataError
 from phi3_plugin.generate import (
     Generator,
     GrowingText,
@@ -342,11 +342,6 @@ def test_sizes_of_what_is_read_at_once_are_bounded(model, monkeypatch):
 def test_refuses_tokens_that_the_model_does_not_know(model, token):
     with pytest.raises(DataError, match=rf"1 has the token {token}, but the model knows 160"):
         generator(model).answer([3, token])
-
-
-def test_refuses_to_answer_none_at_a_time(model):
-    with pytest.raises(ConfigError, match=r"batch_size: 0 must be a whole number from 1\."):
-        generator(model, batch_size=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
