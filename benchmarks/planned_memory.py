@@ -110,8 +110,7 @@ def sized(width: int, layers: int) -> Any:
 def built(config: Any, kind: str, recomputed: int) -> Any:
     """Return a model as the recipe prepares it, its weights zero."""
     model = adapted(config, LoRASettings(**{**BASE, **KINDS[kind]}))
-    how: Any = {"adapter_dtype": "fp32", "recompute_every": 0, "compiled": False}
-    model = prepare(model, recompute_first=recomputed, **how).train()
+    model = prepare(model, adapter_dtype="fp32", recompute_first=recomputed).train()
     for name, parameter in model.named_parameters():
         if name.endswith("magnitude"):
             torch.nn.init.ones_(parameter)

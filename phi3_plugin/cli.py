@@ -158,9 +158,8 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
     """Let a parser take the fields of a dataclass. What is not typed is None."""
     docs, needed = field_docs(cls), options.required(cls)
     for key, hint in get_type_hints(cls, include_extras=True).items():
-        marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Flags)]
-        # The last one: that of an alias comes first
-        flags = marks[-1] if marks else Flags((f"--{key.replace('_', '-')}",))
+        usual = Flags((f"--{key.replace('_', '-')}",))
+        flags = [usual, *options.marks(hint, Flags)][-1]  # that of an alias comes before its own
         how: dict[str, Any] = {"help": docs[key].replace("%", "%%"), **_typed(hint, flags)}
         if flags.names:
             parser.add_argument(*flags.names, dest=key, required=key in needed, **how)

@@ -10,11 +10,12 @@ Source: transformers 5.23, ``Phi3Config`` and ``modeling_rope_utils``; Ding et a
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from phi3_plugin.errors import ConfigError, MissingFileError, Phi3Error
+from phi3_plugin.options import Count, Positive, Switch, is_positive, is_whole, mistakes, spelled
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,18 @@ class Rope:
 class Phi3Config:
     """The sizes and constants of one Phi-3 checkpoint, under Hugging Face's names."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    vocab_size: Count
+    max_position_embeddings: Count
+    rms_norm_eps: Positive
     rope: Rope
-    sliding_window: int | None
+    sliding_window: Count | None
     """A query sees this many keys, itself included; None is plain causal attention."""
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: Switch = False
     """Whether the head computes with the embedding's weights and has none of its own."""
 
     @property
@@ -141,27 +142,15 @@ def read_json_object(file: Path, error: type[Phi3Error] = ConfigError) -> dict[s
     return keys
 
 
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
-"""Positive whole numbers that every file must state."""
+SIZES = [field.name for field in fields(Phi3Config) if field.name != "rope"]
 
 USED = {
     *SIZES,
-    "num_key_value_heads",
     "original_max_position_embeddings",
     "partial_rotary_factor",
-    "rms_norm_eps",
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
-    "sliding_window",
-    "tie_word_embeddings",
 }
 
 REQUIRED_VALUES = {
@@ -209,20 +198,18 @@ def parse_config(keys: dict[str, Any], source: str = "config.json") -> Phi3Confi
             f"{source}: model_type is {keys.get('model_type')!r}, expected 'phi3'. "
             "Only Phi-3 checkpoints can be used here."
         )
-    values = {
-        **keys,
-        "num_key_value_heads": keys.get("num_key_value_heads") or keys.get("num_attention_heads"),
-        "tie_word_embeddings": keys.get("tie_word_embeddings", False),
-    }
-    problems, wrong_sizes = [*_wrong_keys(keys)], [*_wrong_sizes(values)]
+    sizes: dict[str, Any] = {name: keys.get(name) for name in SIZES}
+    sizes["num_key_value_heads"] = keys.get("num_key_value_heads") or keys.get(
+        "num_attention_heads"
+    )
+    sizes["tie_word_embeddings"] = keys.get("tie_word_embeddings", False)
+    problems, wrong_sizes = [*_wrong_keys(keys)], [*_wrong_sizes(sizes)]
     problems += wrong_sizes
     if not wrong_sizes:
-        head_dim = values["hidden_size"] // values["num_attention_heads"]
-        rope = _read_rope(values, head_dim, problems)
+        head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+        rope = _read_rope(keys, head_dim, problems)
     if problems:
         raise ConfigError(f"{source} cannot be used:\n  " + "\n  ".join(problems))
-    names = [name for name in Phi3Config.__annotations__ if name != "rope"]
-    sizes: dict[str, Any] = {name: values.get(name) for name in names}
     return Phi3Config(rope=rope, **sizes)
 
 
@@ -236,40 +223,20 @@ def _wrong_keys(keys: Mapping[str, Any]) -> Iterator[str]:
             )
     for key, value in REQUIRED_VALUES.items():
         if key in keys and keys[key] != value:
-            text = repr(keys[key])
-            text = text if len(text) <= 80 else text[:77] + "..."
-            yield f"{key}: {text} is not supported yet; only {value!r} is."
+            yield f"{key}: {spelled(keys[key])} is not supported yet; only {value!r} is."
 
 
-def _wrong_sizes(values: Mapping[str, Any]) -> Iterator[str]:
-    problems = [
-        f"{key}: {values.get(key)!r} must be a whole number above 0."
-        for key in (*SIZES, "num_key_value_heads")
-        if not _is_whole(values.get(key))
-    ]
-    yield from problems
-    epsilon = values.get("rms_norm_eps")
-    if not isinstance(epsilon, int | float) or epsilon <= 0:
-        yield f"rms_norm_eps: {epsilon!r} must be a number above 0."
-    if type(values["tie_word_embeddings"]) is not bool:
-        yield f"tie_word_embeddings: {values['tie_word_embeddings']!r} must be a bool."
-    window = values.get("sliding_window")
-    if window is not None and not _is_whole(window):
-        yield f"sliding_window: {window!r} must be a whole number above 0, or null."
+def _wrong_sizes(sizes: Mapping[str, Any]) -> Iterator[str]:
+    hints = get_type_hints(Phi3Config, include_extras=True)
+    for key, value in sizes.items():
+        yield from mistakes(key, value, hints[key])
     for above, below in (
         ("hidden_size", "num_attention_heads"),
         ("num_attention_heads", "num_key_value_heads"),
     ):
-        if not problems and values[above] % values[below]:
-            yield f"{above}: {values[above]} must be a multiple of {below} ({values[below]})."
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+        counts = sizes[above], sizes[below]
+        if all(is_whole(count, least=1) for count in counts) and counts[0] % counts[1]:
+            yield f"{above}: {counts[0]} must be a multiple of {below} ({counts[1]})."
 
 
 # Rotary positions. Older files have ``rope_theta`` and ``rope_scaling``, those that transformers 5
@@ -309,11 +276,11 @@ def _read_rope(keys: Mapping[str, Any], head_dim: int, problems: list[str]) -> R
     rope: dict[str, Any] = keys[name] if filled else {}
     problems += [f"{name}.{key}: {rope[key]!r} is an unknown key." for key in {*rope} - ROPE_KEYS]
     theta: Any = rope.get("rope_theta", keys.get("rope_theta"))
-    if not _is_positive(theta):
+    if not is_positive(theta):
         problems.append(f"rope_theta: {theta!r} must be a number above 0.")
         theta = 1.0
     share = rope.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
-    if not _is_positive(share) or share > 1:
+    if not is_positive(share) or share > 1:
         problems.append(f"partial_rotary_factor: {share!r} must be above 0, at most 1.")
         share = 1.0
     rotary_dim = int(head_dim * share)
@@ -348,10 +315,10 @@ def _wrong_scaling(
                 f"{name}.{key}: {count!r} factors, expected {pairs}, one for each pair of rotated "
                 "dimensions."
             )
-        elif not all(map(_is_positive, factors)):
+        elif not all(map(is_positive, factors)):
             yield f"{name}.{key}: every factor must be a number above 0."
     original = keys.get("original_max_position_embeddings", ORIGINAL)
-    if type(original) is not int or original < 2:
+    if not is_whole(original, least=2):
         yield f"original_max_position_embeddings: {original!r} must be at least 2."
     inner = rope.get("original_max_position_embeddings", original)
     if inner != original:
@@ -360,7 +327,7 @@ def _wrong_scaling(
             "top of the file, which transformers follows. Make them equal."
         )
     for key in ("factor", "attention_factor"):
-        if rope.get(key) is not None and not _is_positive(rope[key]):
+        if rope.get(key) is not None and not is_positive(rope[key]):
             yield f"{name}.{key}: {rope[key]!r} must be a number above 0."
 
 

@@ -19,6 +19,7 @@ import contextlib
 import os
 import sys
 import warnings
+from copy import copy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,28 +118,22 @@ class _TorchtuneFinder:
                 continue
             spec = finder.find_spec(name, path, target)
             if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _LoaderThen(spec.loader, self.after[name])  # type: ignore[assignment]
+                _guarded(_act_after, spec, self.after[name])
                 return spec
         return None
 
 
-class _LoaderThen:
-    """Stands in for a module's loader until the module runs, then calls `action` on the module."""
+def _act_after(spec: ModuleSpec, action: Callable[[ModuleType], None]) -> None:
+    """Call `action` on a module once it has run."""
+    loader: Any = copy(spec.loader)  # some finders share one
+    run = loader.exec_module
 
-    def __init__(self, loader: Any, action: Callable[[ModuleType], None]) -> None:
-        self._loader, self._action = loader, action
+    def exec_module(module: ModuleType) -> None:
+        run(module)
+        _guarded(action, module)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Hand the module back to its own loader, run it, and act on it."""
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        _guarded(self._action, module)
+    loader.exec_module = exec_module
+    spec.loader = loader
 
 
 def _alias_torchao() -> None:

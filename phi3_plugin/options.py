@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
+from inspect import Parameter, Signature, signature
 from math import inf
 from operator import eq
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
     Literal,
     NamedTuple,
     TypeVar,
+    Union,
     cast,
     get_args,
     get_origin,
@@ -28,6 +30,7 @@ from typing import (
 from phi3_plugin.errors import ConfigError
 
 _T = TypeVar("_T")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # What a value may be. An annotation carries its kind, so that a dataclass reads as types and is
 # checked as rules.
@@ -60,12 +63,19 @@ class Flags(NamedTuple):
     """Of a flag that may be repeated."""
 
 
-def _is_number(value: Any, least: float = -inf, most: float = inf) -> bool:
+def is_number(value: Any, least: float = -inf, most: float = inf) -> bool:
+    """Whether a value is a finite number within bounds; True and False are none."""
     return type(value) in (int, float) and least <= value <= most and abs(value) < inf
 
 
-def _is_whole(value: Any, least: float = -inf, below: float = inf) -> bool:
-    return type(value) is int and least <= value < below  # True is no number
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
+    return is_number(value) and value > 0
+
+
+def is_whole(value: Any, least: float = -inf, below: float = inf) -> bool:
+    """Whether a value is an int within bounds; True and False are none."""
+    return type(value) is int and least <= value < below
 
 
 def _is_name(value: Any) -> bool:
@@ -89,16 +99,16 @@ Name = Annotated[str, _NAME]
 Folder = Annotated[Path, _PATH]
 Texts = Annotated[list[str], Kind("a list of texts, as in ['one', 'two']", _are_texts, list)]
 Switch = Annotated[bool, Kind("True or False", lambda v: type(v) is bool)]
-Count = Annotated[int, Kind("a whole number above 0", partial(_is_whole, least=1))]
-Seed = Annotated[int, Kind("a whole number from 0 on", partial(_is_whole, least=0))]
-Positive = Annotated[float, Kind("a number above 0", lambda v: _is_number(v) and v > 0)]
-Share = Annotated[float, Kind("at least 0 and below 1", lambda v: _is_number(v, 0) and v < 1)]
+Count = Annotated[int, Kind("a whole number above 0", partial(is_whole, least=1))]
+Seed = Annotated[int, Kind("a whole number from 0 on", partial(is_whole, least=0))]
+Positive = Annotated[float, Kind("a number above 0", is_positive)]
+Share = Annotated[float, Kind("at least 0 and below 1", lambda v: is_number(v, 0) and v < 1)]
 Section = Annotated[dict[str, Any], Kind("a section", lambda v: isinstance(v, dict))]
 
 
 def kinds_of(hint: Any) -> list[Kind]:
     """Return the kinds of value that an annotation allows."""
-    if get_origin(hint) is Annotated and (own := _marks(hint, Kind)):
+    if get_origin(hint) is Annotated and (own := marks(hint, Kind)):
         return own
     if get_origin(hint) is Literal:
         return [Kind(word, partial(eq, word)) for word in get_args(hint)]
@@ -107,7 +117,17 @@ def kinds_of(hint: Any) -> list[Kind]:
     return [kind for part in get_args(hint) for kind in kinds_of(part)]
 
 
-def _marks(hint: Any, of: type[_T]) -> list[_T]:
+def says_all(hint: Any) -> bool:
+    """Whether an annotation, anyone's, says by kinds alone what a value may be."""
+    if hint is NoneType or get_origin(hint) is Literal or marks(hint, Kind):
+        return True
+    parts = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
+    is_choice = get_origin(hint) in (Annotated, Union, UnionType)
+    return is_choice and all(map(says_all, parts))
+
+
+def marks(hint: Any, of: type[_T]) -> list[_T]:
+    """Return what an annotation is marked with, of one class; an alias's own come first."""
     return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, of)]
 
 
@@ -216,7 +236,7 @@ def mistakes(key: str, value: Any, hint: Any, owner: str = "") -> list[str]:
     if any(kind.accepts(value) for kind in kinds):
         return []
     words = " or ".join(kind.words for kind in kinds)
-    advice = "".join(f" {mark.text}" for mark in _marks(hint, Advice))
+    advice = "".join(f" {mark.text}" for mark in marks(hint, Advice))
     return [f"{key}: {spelled(value)} must be {words}.{advice}"]
 
 
@@ -237,24 +257,42 @@ def made(cls: type[_T], given: Mapping[str, Any]) -> _T:
 
 
 EXAMPLES = {
-    "checkpoint_dir": "/path/to/Phi-3-mini-4k-instruct",
-    "output_dir": "/path/to/results",
-    "model": "phi3_plugin.models.lora_phi3",
-    "tokenizer": "phi3_plugin.data.phi3_tokenizer",
-    "dataset": "phi3_plugin.data.chat_dataset",
-    "dataset.source": "my_chats.jsonl",
-    "optimizer": "torch.optim.AdamW",
-    "batch_size": "4",
-    "dtype": "bf16",
+    "checkpoint_dir": "checkpoint_dir=/path/to/Phi-3-mini-4k-instruct",
+    "output_dir": "output_dir=/path/to/results",
+    "model": "model._component_=phi3_plugin.models.lora_phi3",
+    "tokenizer": "tokenizer._component_=phi3_plugin.data.phi3_tokenizer",
+    "dataset": "dataset._component_=phi3_plugin.data.chat_dataset",
+    "dataset.source": "dataset.source=my_chats.jsonl",
+    "optimizer": "optimizer._component_=torch.optim.AdamW",
+    "batch_size": "batch_size=4",
+    "dtype": "dtype=bf16",
 }
-"""What a user may set a key to that must be set."""
+"""What a user may type who must set a key."""
 
 
 def unset(key: str) -> str:
     """Return the problem of a key that the user must set."""
-    example = EXAMPLES.get(key, "VALUE")
-    component = "._component_" if key in ("model", "tokenizer", "dataset", "optimizer") else ""
-    return f"{key} is not set. Set it in the YAML or add {key}{component}={example} to the command."
+    example = EXAMPLES.get(key, f"{key}=VALUE")
+    return f"{key} is not set. Set it in the YAML or add {example} to the command."
+
+
+def takes(cls: type[Any]) -> Callable[[_Function], _Function]:
+    """Show the fields of a dataclass in the signature of a function that passes them on to it.
+
+    The function has ``*options`` or ``**options`` in their place; they are declared and explained
+    once, in the dataclass. `tune validate`, help() and the check of a YAML's keys read signatures.
+    """
+
+    def show(function: _Function) -> _Function:
+        passed_on = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        own = [p for p in signature(function).parameters.values() if p.kind not in passed_on]
+        named = [p.name for p in own]  # a field that the function names itself is as that says
+        more = [p for p in signature(cls).parameters.values() if p.name not in named]
+        shown = sorted([*own, *more], key=lambda p: p.kind)
+        function.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 def unknown_key(
@@ -291,28 +329,28 @@ class Sampling:
     max_new_tokens: Count = 256
     """tokens of an answer at most (default: 256; chat: 1024)"""
     temperature: Annotated[
-        float, Kind("a number from 0 to a million", partial(_is_number, least=0, most=1e6))
+        float, Kind("a number from 0 to a million", partial(is_number, least=0, most=1e6))
     ] = 0.0
     """0, the default: always the likeliest token, and nothing below but the penalty matters; else
     sampled"""
     top_k: Annotated[
-        int, Kind("a whole number from 0, which is off", partial(_is_whole, least=0))
+        int, Kind("a whole number from 0, which is off", partial(is_whole, least=0))
     ] = 0
     """sample from the N likeliest tokens (0, off)"""
     top_p: Annotated[
-        float, Kind("above 0 and at most 1, which is off", lambda p: _is_number(p, 0, 1) and p > 0)
+        float, Kind("above 0 and at most 1, which is off", lambda p: is_number(p, 0, 1) and p > 0)
     ] = 1.0
     """sample from the likeliest tokens that together have probability N (1, off)"""
     min_p: Annotated[
-        float, Kind("from 0, which is off, and below 1", lambda p: _is_number(p, 0) and p < 1)
+        float, Kind("from 0, which is off, and below 1", lambda p: is_number(p, 0) and p < 1)
     ] = 0.0
     """sample from tokens of at least N of the likeliest one's probability (0, off)"""
     repetition_penalty: Annotated[
-        float, Kind("from 1e-6 to a million", partial(_is_number, least=1e-6, most=1e6))
+        float, Kind("from 1e-6 to a million", partial(is_number, least=1e-6, most=1e6))
     ] = 1.0
     """divides what speaks for tokens that were there before, the prompt included (1, off)"""
     seed: Annotated[
-        int, Kind("a whole number from 0 to 2**63 - 1", partial(_is_whole, least=0, below=2**63))
+        int, Kind("a whole number from 0 to 2**63 - 1", partial(is_whole, least=0, below=2**63))
     ] = 0
     """decides the draws of each prompt; those of its neighbours change nothing (0)"""
     max_time: Positive | None = None
@@ -485,7 +523,7 @@ class AdapterOptions:
     """folder of the base model, as it was downloaded"""
     output_dir: Annotated[Folder, Flags(("-o", "--output"), "OUT")]
     """what to write; must not be there yet"""
-    alpha: Annotated[float, Kind("a number", _is_number)] | None = None
+    alpha: Annotated[float, Kind("a number", is_number)] | None = None
     """what the file does not say: the scale is alpha / rank"""
     enable_lora: Annotated[
         Annotated[list[bool], Kind("a list of True and False", _groups, _groups)] | None,
@@ -520,7 +558,7 @@ class MergeOptions(AdapterOptions):
 class ImportOptions(AdapterOptions):
     """Write a PEFT folder from an adapter of torchtune, loralib or PEFT, to go on training it."""
 
-    rank: Annotated[int, Kind("a whole number", _is_whole)] | None = None
+    rank: Annotated[int, Kind("a whole number", is_whole)] | None = None
     """refuse tensors of another rank"""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from inspect import Parameter, signature
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from omegaconf import DictConfig
@@ -37,6 +37,7 @@ from phi3_plugin.options import (
     Texts,
     Unresolved,
     closest,
+    marks,
     spelled,
     unknown_key,
     unset,
@@ -78,24 +79,38 @@ Resume = Annotated[
 ]
 
 
+class Handed(NamedTuple):
+    """Marks a key that names a component, and says what the recipe itself hands to it."""
+
+    positional: int = 0
+    """So many arguments by position."""
+    name: str | None = None
+    """One by this name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One training run, with the keys as its YAML spells them."""
+    """One training run, with the keys as its YAML spells them.
+
+    An annotation says all that there is to check of a key by itself.
+    """
 
     checkpoint_dir: Folder
     output_dir: Folder
-    model: Component
-    tokenizer: Component
+    model: Annotated[Component, Handed()]
+    tokenizer: Annotated[Component, Handed()]
     dataset: Annotated[
-        Component, Advice("For several files, let dataset.source be a folder or a glob.")
+        Component, Handed(1), Advice("For several files, let dataset.source be a folder or a glob.")
     ]
-    dataset_val: Component | None = None
+    dataset_val: Annotated[Component | None, Handed(1)] = None
     val_fraction: Share = 0.0
     """Share of the training set that is split off for validation, chosen by the seed."""
     batch_size: Count
     """Samples that one device sees at once."""
     gradient_accumulation_steps: Count = 1
-    collate_fn: AnyText = "phi3_plugin.data.collate.concatenate"
+    collate_fn: Annotated[AnyText, Handed(1, "padding_idx")] = (
+        "phi3_plugin.data.collate.concatenate"
+    )
     shuffle: Switch = True
     group_by_length: Switch = False
     """Steps of samples of similar length: less padding, where collate_fn pads."""
@@ -107,8 +122,8 @@ class Settings:
     epochs: Count = 1
     max_steps: Count | None = None
     """Optimizer steps of the whole run, if that is less than its epochs."""
-    optimizer: Component
-    lr_scheduler: Component | None = None
+    optimizer: Annotated[Component, Handed(1)]
+    lr_scheduler: Annotated[Component | None, Handed(1, "num_training_steps")] = None
     lora_plus_ratio: Positive | None = None
     """The learning rate of the B matrices, as a multiple of that of the A matrices."""
     clip_grad_norm: Positive | None = None
@@ -150,14 +165,14 @@ class Settings:
     resume: Resume = "never"
     """auto goes on from the newest checkpoint of output_dir if there is one."""
     checkpointer: Section | None = None
-    """Only ``card`` is read; torchtune's recipes read the rest."""
+    """For torchtune's recipes, whose other keys must not ask for more; this one reads `card`."""
     run_val_every_n_steps: Count | None = None
     early_stop_patience: Count | None = None
     """Validations without an improvement, after which the run stops."""
     keep_best: Switch = True
     """Save a checkpoint at each new lowest validation loss, as output_dir/best."""
 
-    metric_logger: Component | None = None
+    metric_logger: Annotated[Component | None, Handed()] = None
     log_every_n_steps: Count = 1
     sample_prompts: Texts = field(default_factory=list)
     """Questions answered before and after training and at each validation, for the report."""
@@ -169,6 +184,15 @@ class Settings:
     prove: Switch = True
     """Compare the final adapter's logits in PEFT with ours, if PEFT is installed and memory is
     there."""
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Rows of the model card's table that the YAML gives, as ``checkpointer.card``."""
+        return {**(self.checkpointer or {}).get("card", {})}
+
+
+HINTS = get_type_hints(Settings, include_extras=True)
+"""The annotation of each key."""
 
 
 def read(cfg: DictConfig, processes: int | None = None) -> Settings:
@@ -232,22 +256,17 @@ def settings_problems(
     beside = (*STOCK_KEYS, "loss", "profiler", *others)
     found = options.option_problems(Settings, given, "this recipe", others=beside)
     given = {key: value for key, value in given.items() if not isinstance(value, Unresolved)}
-    found += _no_folder(given.get("checkpoint_dir"))
-    for key in PASSED:
+    if isinstance(folder := given.get("checkpoint_dir"), str):
+        try:
+            checkpoint_folder(folder)
+        except MissingFileError as error:
+            found.append(str(error))
+    for key in HINTS:
         found += component_problems(key, given.get(key))
     found += _checkpointer(given)
     if processes is None:
         processes = int(os.environ.get("WORLD_SIZE", 1))
     return [*found, *stock_problems(given), *conflicts(given, processes)]
-
-
-def _no_folder(checkpoint_dir: Any) -> list[str]:
-    try:
-        if isinstance(checkpoint_dir, str):
-            checkpoint_folder(checkpoint_dir)
-    except MissingFileError as error:
-        return [str(error)]
-    return []
 
 
 # torchtune's own keys.
@@ -332,7 +351,7 @@ def _checkpointer(given: Mapping[str, Any]) -> Iterator[str]:
         # Wrong at the top is reported there, once
         "save_adapter_weights_only": given.get("save_adapter_weights_only", True),
     }
-    known = ["_component_", "card", "lora_attn_modules", "lora_dropout", "model_type", *fixed]
+    known = ["_component_", *signature(_imported(CHECKPOINTER)).parameters]
     for key, value in section.items():
         if key not in known:
             yield unknown_key(f"checkpointer.{key}", value, CHECKPOINTER, known)
@@ -345,31 +364,20 @@ def _checkpointer(given: Mapping[str, Any]) -> Iterator[str]:
 
 # Components: whether each could be called as its section asks. It is imported, not called.
 
-PASSED = {
-    "model": (0, None),
-    "tokenizer": (0, None),
-    "dataset": (1, None),
-    "dataset_val": (1, None),
-    "optimizer": (1, None),
-    "lr_scheduler": (1, "num_training_steps"),
-    "metric_logger": (0, None),
-    "collate_fn": (1, "padding_idx"),
-}
-"""Components, and what the recipe itself hands to each: how many by position, one by name."""
-
 
 def component_problems(key: str, section: Any) -> Iterator[str]:
     """Say why a component could not be called as its section asks.
 
     Args:
-        key: One of `PASSED`.
+        key: Of `Settings`; one that is marked as `Handed` to.
         section: Its section, or the name alone; what is neither was reported as such.
     """
-    if key == "collate_fn":
+    where = f"{key}._component_"
+    if key == "collate_fn":  # a name without a section
         section, where = {"_component_": section}, key
-    else:
-        where = f"{key}._component_"
-    if not isinstance(section, Mapping) or not isinstance(section.get("_component_"), str):
+    named = isinstance(section, Mapping) and isinstance(section.get("_component_"), str)
+    handed = marks(HINTS[key], Handed)
+    if not handed or not named:
         return
     dotpath = section["_component_"]
     try:
@@ -384,7 +392,7 @@ def component_problems(key: str, section: Any) -> Iterator[str]:
         parameters = signature(component).parameters
     except ValueError:  # written in C, so nothing is known of its arguments
         return
-    count, by_name = PASSED[key]
+    count, by_name = handed[0]
     takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
     if by_name and by_name not in parameters and not takes_any:
         yield f"{where}: {spelled(dotpath)} takes no {by_name}, which the recipe hands it."
@@ -392,17 +400,22 @@ def component_problems(key: str, section: Any) -> Iterator[str]:
     ours = [*list(parameters)[:count], by_name]
     open_ended = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     free = {n: p for n, p in parameters.items() if n not in ours and p.kind not in open_ended}
+    # null is how the YAMLs say that the user must name the data
+    asked = {name: section.get(name, p.default) for name, p in free.items()}
+    unset_names = [n for n, v in asked.items() if v is Parameter.empty or v == "???"]
+    unset_names += ["source"] if asked.get("source", ...) is None else []
     for name, value in section.items():
+        where = f"{key}.{name}"
         if name in ours:
-            yield f"{key}.{name}: {spelled(value)} is set by the recipe. Remove it."
+            yield f"{where}: {spelled(value)} is set by the recipe. Remove it."
+        elif name in free and name not in unset_names:
+            hint = free[name].annotation
+            if options.says_all(hint):
+                yield from options.mistakes(where, value, hint)
         elif name not in ("_component_", *free) and not takes_any:
             available = f"Available: {', '.join(free)}."
-            yield unknown_key(f"{key}.{name}", value, dotpath, free, available)
-    for name, parameter in free.items():
-        value = section.get(name, parameter.default)
-        # null is how the YAMLs say that the user must name the data
-        if value is Parameter.empty or value == "???" or (name == "source" and value is None):
-            yield unset(f"{key}.{name}")
+            yield unknown_key(where, value, dotpath, free, available)
+    yield from (unset(f"{key}.{name}") for name in unset_names)
     if key == "optimizer" and "lr" in section:
         yield from options.mistakes("optimizer.lr", section["lr"], Positive)
 

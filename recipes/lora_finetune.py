@@ -41,7 +41,7 @@ from phi3_plugin.train.optimizer import (
     optimizer_state,
     parameter_groups,
 )
-from phi3_plugin.train.plan import memory_choices, print_plan
+from phi3_plugin.train.plan import give_memory_back, print_plan, recomputed_for
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
 from phi3_plugin.train.step import train_step, validate
 from phi3_plugin.train.stop import Stop
@@ -120,14 +120,17 @@ class Finetune:
 
     def setup_model(self, saved: dict[str, Any] | None = None) -> None:
         """Build, shard and fill the model, with what a checkpoint's state has of it."""
-        choices = memory_choices(self.s, self.world)
+        give_memory_back()
+        recompute_first = recomputed_for(self.s, self.world)
 
         def make() -> torch.nn.Module:
             return prepare(
                 instantiate(self.s.model),
                 adapter_dtype=self.s.adapter_dtype,
+                recompute_every=int(self.s.enable_activation_checkpointing),
+                recompute_first=recompute_first,
+                offload=self.s.enable_activation_offloading,
                 compiled=self.s.compile,
-                **choices,
             )
 
         self.model = self.world.build(
@@ -232,11 +235,10 @@ class Finetune:
         """Return what writes an adapter, or a whole model, into a folder."""
         if not self.is_lora:
             return partial(export_model, weights=trained, checkpoint_dir=self.s.checkpoint_dir)
-        dropout = self.s.model.get("lora_dropout", 0.0)
         adapter = trained_adapter(
-            self.model, trained, self.pissa_start, dropout, may_be_identity=may_be_identity
+            self.model, trained, self.pissa_start, may_be_identity=may_be_identity
         )
-        card = {**(self.s.checkpointer or {}).get("card", {}), "steps": self.state.step}
+        card = {**self.s.card, "steps": self.state.step}
         if self.state.best < math.inf:
             card["validation loss"] = f"{self.state.best:.4f}"
         if adapter.origin.get("lora_init") == "loftq":

@@ -36,7 +36,7 @@ def ours(folder: Path, targets=TARGETS, **keys) -> nn.Module:
     mlp = bool({"gate_up_proj", "down_proj", "gate_proj", "up_proj"} & set(targets))
     model = lora_phi3(folder, list(targets), mlp, **{"lora_rank": 4, "lora_alpha": 12, **keys})
     model.load_state_dict(load_base_weights(folder), strict=False)
-    return prepare(model, adapter_dtype=None, recompute_every=0, compiled=False).eval()
+    return prepare(model).eval()
 
 
 def train_by_hand(model: nn.Module) -> None:

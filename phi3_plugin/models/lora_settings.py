@@ -5,8 +5,8 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Annotated, Any, get_type_hints
 
 from torch import nn
 from torchtune.recipe_interfaces import FTRecipeInterface
@@ -22,6 +22,16 @@ from phi3_plugin.models.lora import (
     MergedLoRALinear,
     WholeEmbedding,
     WholeLinear,
+)
+from phi3_plugin.options import (
+    Advice,
+    Kind,
+    Positive,
+    Share,
+    Switch,
+    is_positive,
+    is_whole,
+    mistakes,
 )
 
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -56,6 +66,34 @@ Place = tuple[int | None, str]
 """Number of the layer, which head and embedding have not, and target."""
 
 
+# What an option may be. A list may be of OmegaConf's.
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return _is_list(value) and all(isinstance(name, str) for name in value)
+
+
+def _are_layers(value: Any) -> bool:
+    return _is_list(value) and len(value) > 0 and all(is_whole(n, least=0) for n in value)
+
+
+def _is_width(value: Any) -> bool:
+    return is_positive(value) and float(value).is_integer()
+
+
+Width = Annotated[int, Kind("a whole number above 0", _is_width)]
+Init = Annotated[str, Kind(f"one of {', '.join(INITS)}", lambda v: v in INITS)]
+Targets = Annotated[Sequence[str], Kind("a list of names, as in [o_proj]", _are_names)]
+Layers = Annotated[Sequence[int], Kind("a list of layer numbers from 0 on", _are_layers)]
+_PATTERN = Kind(
+    "a section such as {o_proj: 8, 3.o_proj: 4}", lambda value: isinstance(value, Mapping)
+)
+
+
 @dataclass(frozen=True)
 class LoRASettings:
     """The options of LoRA, as the YAML of a recipe spells them.
@@ -66,41 +104,41 @@ class LoRASettings:
         AdapterError: Something is wrong; all problems, one line each.
     """
 
-    lora_attn_modules: Sequence[str]
+    lora_attn_modules: Targets
     """Any of qkv_proj, o_proj, gate_up_proj, down_proj; or of q_proj, k_proj, v_proj, gate_proj,
     up_proj, for an adapter on that part of a fused layer alone. The name is torchtune's; its
     recipes read it."""
-    apply_lora_to_mlp: bool = False
+    apply_lora_to_mlp: Switch = False
     """Must say whether the list holds gate_up_proj, down_proj or such a part."""
-    apply_lora_to_output: bool = False
+    apply_lora_to_output: Switch = False
     """An adapter on the head as well."""
-    lora_rank: int = 8
+    lora_rank: Width = 8
     """Inner width of every adapter."""
-    lora_alpha: int = 16
+    lora_alpha: Annotated[Width, Advice("PEFT declares it an integer.")] = 16
     """The adapters are scaled by lora_alpha / lora_rank."""
-    lora_dropout: float = 0.0
+    lora_dropout: Share = 0.0
     """Dropout on the adapters' input."""
-    use_dora: bool = False
+    use_dora: Switch = False
     """Train the magnitude of each row as well."""
-    quantize_base: bool = False
+    quantize_base: Switch = False
     """Store the base weights in NF4, all linear layers but the head."""
     _: KW_ONLY
-    use_rslora: bool = False
+    use_rslora: Switch = False
     """Scale by lora_alpha / sqrt(lora_rank) instead."""
-    rank_pattern: Mapping[str, int] | None = None
+    rank_pattern: Annotated[Mapping[str, int], _PATTERN] | None = None
     """Other ranks, by target (``o_proj: 8``) or by layer and target (``3.o_proj: 4``), which comes
     first. Head and embedding are ``lm_head`` and ``embed_tokens``, or ``output`` and
     ``tok_embeddings``."""
-    alpha_pattern: Mapping[str, float] | None = None
+    alpha_pattern: Annotated[Mapping[str, float], _PATTERN] | None = None
     """Other alphas, likewise."""
-    layers_to_transform: Sequence[int] | None = None
+    layers_to_transform: Layers | None = None
     """Numbers of the layers that get adapters; None is all."""
-    lora_init: str = "kaiming"
+    lora_init: Init = "kaiming"
     """How the adapters start: kaiming or gaussian draw A; pissa takes the largest directions of
     the base weight, loftq what NF4 loses of it, each for our recipe only."""
-    apply_lora_to_embedding: bool = False
+    apply_lora_to_embedding: Switch = False
     """An adapter on the embedding as well."""
-    modules_to_save: Sequence[str] | None = None
+    modules_to_save: Targets | None = None
     """lm_head, embed_tokens: trained whole beside the adapters."""
 
     def __post_init__(self) -> None:
@@ -187,11 +225,19 @@ def _part_rows(fused: str, in_dim: int, out_dim: int) -> dict[str, int]:
 
 
 def _problems(s: LoRASettings) -> list[str]:
-    if kinds := [*_wrong_kinds(s)]:
-        return kinds  # what follows takes lists and switches for granted
+    hints = get_type_hints(LoRASettings, include_extras=True)
+    wrong = {f.name: mistakes(f.name, getattr(s, f.name), hints[f.name]) for f in fields(s)}
+    found = [line for lines in wrong.values() for line in lines]
+    # What follows takes lists, sections and switches for granted, but reads no numbers
+    if any(lines for key, lines in wrong.items() if key not in NUMBERS):
+        return found
     targets = [*_wrong_targets(s), *_wrong_whole(s)]
     patterns = [] if targets else [*_wrong_patterns(s)]
-    return [*targets, *_wrong_numbers(s), *patterns, *_wrong_start(s)]
+    return [*targets, *found, *patterns, *_wrong_start(s)]
+
+
+NUMBERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init")
+"""Options, and a word, without which the others can be checked."""
 
 
 def misfits(s: LoRASettings, layers: int, *, tied: bool) -> Iterator[str]:
@@ -241,39 +287,15 @@ def under_torchtune(s: LoRASettings) -> Iterator[str]:
         )
 
 
-def _wrong_kinds(s: LoRASettings) -> Iterator[str]:
-    for key, example in (("lora_attn_modules", "o_proj"), ("modules_to_save", HEAD)):
-        names = getattr(s, key) or ()
-        if not _is_list(names) or not all(isinstance(name, str) for name in names):
-            yield f"{key}: {names!r} must be a list of names, as in [{example}]."
-    for key in (
-        *("apply_lora_to_mlp", "apply_lora_to_output", "apply_lora_to_embedding"),
-        *("use_dora", "use_rslora", "quantize_base"),
-    ):
-        if type(value := getattr(s, key)) is not bool:  # 'False' would be true
-            yield f"{key}: {value!r} must be True or False."
-    layers = s.layers_to_transform
-    if layers is not None and not (
-        _is_list(layers) and layers and all(type(n) is int and n >= 0 for n in layers)
-    ):
-        yield (
-            f"layers_to_transform: {layers!r} must be a list of layer numbers from 0 on, or null "
-            "for all."
-        )
-
-
 def _wrong_targets(s: LoRASettings) -> list[str]:
     targets = list(s.lora_attn_modules)
     available = f"Available: {', '.join(TARGETS)}, and the parts {', '.join(FUSED)}."
     problems = []
-    for name in targets:
+    for name in [name for name in targets if name not in (*TARGETS, *FUSED)]:
+        why = "matches no linear layer of a block"
         if name in SYNONYMS:
-            called = f"is called {SYNONYMS[name]!r} here"
-            problems.append(f"lora_attn_modules: {name!r} {called}. {available}")
-        elif name not in TARGETS and name not in FUSED:
-            problems.append(
-                f"lora_attn_modules: {name!r} matches no linear layer of a block. {available}"
-            )
+            why = f"is called {SYNONYMS[name]!r} here"
+        problems.append(f"lora_attn_modules: {name!r} {why}. {available}")
     problems += _wrong_parts(s)
     if not targets and not s.apply_lora_to_output and not s.apply_lora_to_embedding:
         problems.append(f"lora_attn_modules: empty, so no adapter is trained. {available}")
@@ -324,36 +346,16 @@ def _wrong_whole(s: LoRASettings) -> Iterator[str]:
         )
 
 
-def _wrong_numbers(s: LoRASettings) -> Iterator[str]:
-    if not _is_whole(s.lora_rank):
-        yield f"lora_rank: {s.lora_rank!r} must be a whole number above 0."
-    if not _is_whole(s.lora_alpha):
-        yield (
-            f"lora_alpha: {s.lora_alpha!r} must be a whole number above 0, since PEFT "
-            "declares it an integer."
-        )
-    p = s.lora_dropout
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
-        yield f"lora_dropout: {p!r} must be at least 0 and below 1."
-
-
 def _wrong_patterns(s: LoRASettings) -> Iterator[str]:
-    for key, right, words in (
-        ("rank_pattern", _is_whole, "a whole number above 0"),
-        ("alpha_pattern", _is_positive, "a number above 0"),
-    ):
+    for key, hint in (("rank_pattern", Width), ("alpha_pattern", Positive)):
         pattern = getattr(s, key) or {}
-        if not isinstance(pattern, Mapping):
-            yield f"{key}: {pattern!r} must be a section such as {{o_proj: 8, 3.o_proj: 4}}."
-            continue
         places = [parse_place(str(name)) for name in pattern]
         for where, (name, value) in zip(places, pattern.items(), strict=True):
             if problem := _misplaced(where, s):
                 yield f"{key}: {name!r} {problem}"
             if places.count(where) > 1:
                 yield f"{key}: {name!r} is there twice, under two names. Keep one."
-            if not right(value):
-                yield f"{key}.{name}: {value!r} must be {words}."
+            yield from mistakes(f"{key}.{name}", value, hint)
 
 
 def _misplaced(where: Place, s: LoRASettings) -> str:
@@ -373,8 +375,6 @@ def _misplaced(where: Place, s: LoRASettings) -> str:
 
 
 def _wrong_start(s: LoRASettings) -> Iterator[str]:
-    if s.lora_init not in INITS:
-        yield f"lora_init: {s.lora_init!r} must be one of {', '.join(INITS)}."
     if s.lora_init == "pissa" and s.quantize_base:
         yield (
             "lora_init: 'pissa' needs a base that is not quantized, or the adapter could not be "
@@ -382,18 +382,6 @@ def _wrong_start(s: LoRASettings) -> Iterator[str]:
         )
     if s.lora_init == "loftq" and not s.quantize_base:
         yield "lora_init: 'loftq' makes up for what NF4 loses. Set quantize_base to True."
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and 0 < value < math.inf
-
-
-def _is_whole(value: Any) -> bool:
-    return _is_positive(value) and float(value).is_integer()
 
 
 # The way back: which keys of a recipe make a model that an adapter fits.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from phi3_plugin.models.lora import Embedding, Linear
 from phi3_plugin.models.lora_settings import HEAD, LoRASettings, misfits, under_torchtune
 from phi3_plugin.models.nf4 import dequantize_in_state_dicts
 from phi3_plugin.models.rope import RotaryEmbedding
+from phi3_plugin.options import takes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """What a model may be computed in, by the name that settings have for it."""
@@ -191,6 +191,18 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
             return self._next(tokens, step)
         if targets is None:
             return super().forward(tokens, input_pos=input_pos, **rest)
+        return self._logps(tokens, targets, rows, lengths, input_pos, **rest)
+
+    def _logps(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        rows: Tensor | None,
+        lengths: Sequence[int] | None,
+        input_pos: Tensor | None,
+        **rest: Any,
+    ) -> Tensor:
+        """Compute what labelled tokens need alone; see :meth:`forward`."""
         longest = tokens.shape[1] if lengths is None else max(lengths)
         if longest > self.max_seq_len and not tokens.is_meta:  # a plan has sizes alone
             raise ConfigError(
@@ -357,16 +369,17 @@ def phi3(
     return decoder(read_config(checkpoint_dir), linear, rope_factors)
 
 
+@takes(LoRASettings)
 def lora_phi3(
-    checkpoint_dir: str | Path | None, *targets: Any, rope_factors: str = "auto", **options: Any
+    checkpoint_dir: str | Path | None, *options: Any, rope_factors: str = "auto", **named: Any
 ) -> TransformerDecoder:
     """Build the model of a checkpoint folder with adapters on its linear layers.
 
     Args:
         checkpoint_dir: Folder in Hugging Face layout; only its config.json is read.
-        *targets: Options of `LoRASettings` by position, ``lora_attn_modules`` above all.
+        *options: Those of `LoRASettings` by position, ``lora_attn_modules`` first.
         rope_factors: See :func:`phi3`.
-        **options: Those of `LoRASettings` by name: ``lora_rank`` and all others are declared and
+        **named: Those of `LoRASettings` by name: ``lora_rank`` and all others are declared and
             explained there.
 
     Raises:
@@ -374,36 +387,23 @@ def lora_phi3(
         ConfigError: config.json holds something we do not compute, or sizes NF4 cannot store.
         MissingFileError: No such folder, or no config.json in it.
     """
-    settings = LoRASettings(*targets, **options)
+    settings = LoRASettings(*options, **named)
     return adapted(read_config(checkpoint_dir), settings, rope_factors)
 
 
 def phi3_mini() -> TransformerDecoder:
     """Build Phi-3-mini-4k without a checkpoint folder; see :func:`phi3`."""
-    return decoder(MINI, lambda _, i, o: Linear(i, o))
+    return decoder(MINI, lambda _, in_dim, out_dim: Linear(in_dim, out_dim))
 
 
-def lora_phi3_mini(*targets: Any, **options: Any) -> TransformerDecoder:
+@takes(LoRASettings)
+def lora_phi3_mini(*options: Any, **named: Any) -> TransformerDecoder:
     """Build Phi-3-mini-4k with adapters without a checkpoint folder; see :func:`lora_phi3`.
 
-    The signature is that of ``torchtune.models.phi3.lora_phi3_mini``; the targets are ours.
+    It takes what ``torchtune.models.phi3.lora_phi3_mini`` takes, with our targets, and more.
     """
-    bound = signature(lora_phi3_mini).bind(*targets, **options)  # refuses what torchtune's does
-    return adapted(MINI, LoRASettings(*bound.args, **bound.kwargs))
+    return adapted(MINI, LoRASettings(*options, **named))
 
-
-def _sign(build: Any, options: Sequence[Parameter]) -> None:
-    """Give a builder these options in place of its ``*targets`` and ``**options``.
-
-    `tune validate` and help() read them there.
-    """
-    own = [p for p in signature(build).parameters.values() if p.name not in ("targets", "options")]
-    build.__signature__ = Signature(sorted([*own, *options], key=lambda p: p.kind))
-
-
-_OPTIONS = [*signature(LoRASettings).parameters.values()]
-_sign(lora_phi3, _OPTIONS)
-_sign(lora_phi3_mini, [p for p in _OPTIONS if p.kind is not Parameter.KEYWORD_ONLY])
 
 qlora_phi3 = partial(lora_phi3, quantize_base=True)
 qlora_phi3.__doc__ = "Build the model of a checkpoint folder over an NF4 base; see `lora_phi3`."

@@ -26,11 +26,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def prepare(
     model: nn.Module,
     *,
-    adapter_dtype: str | None,
-    recompute_every: int,
-    compiled: bool,
+    adapter_dtype: str | None = None,
+    recompute_every: int = 0,
     recompute_first: int = 0,
     offload: bool = False,
+    compiled: bool = False,
 ) -> nn.Module:
     """Decide what is trained, in which precision, what is recomputed and what is compiled.
 
@@ -38,9 +38,9 @@ def prepare(
         model: torchtune's decoder; may be on the meta device.
         adapter_dtype: Of the adapters, if not the model's.
         recompute_every: Recompute every n-th layer in the backward pass; 0 recomputes none.
-        compiled: Compile each layer.
         recompute_first: Recompute so many layers from the first on.
         offload: Keep what the backward pass needs in the CPU's memory; a GPU must be there.
+        compiled: Compile each layer.
     """
     adapter = get_adapter_params(model)
     if adapter:

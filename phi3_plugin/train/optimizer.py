@@ -1,7 +1,7 @@
 """Parameter groups, learning-rate schedules, and what a checkpoint keeps of an optimizer."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.train.world import World
@@ -44,86 +43,70 @@ def parameter_groups(
     return [{"params": slow}, {"params": fast, "lr": rate * lora_plus_ratio}]
 
 
-# Schedules rise from 0 over the warm-up; the step decides what follows. torchtune's recipes resume
-# with ``last_epoch=-1`` unless ``max_steps_per_epoch`` cuts the epoch short, and so would repeat
-# the warm-up. The restored optimizer knows better.
+Schedule = Callable[..., LambdaLR]
 
 
-def cosine_with_warmup(
-    optimizer: Optimizer,
-    num_training_steps: int,
-    num_warmup_steps: int | None = None,
-    warmup_ratio: float = 0.0,
-    last_epoch: int = -1,
-) -> LambdaLR:
-    """Return torchtune's cosine schedule, set to the step that the optimizer has reached.
+def with_warmup(shape: Callable[[int, int], float]) -> Schedule:
+    """Return a schedule that rises from 0 over its warm-up and falls as a shape says.
+
+    torchtune's recipes resume with ``last_epoch=-1`` unless ``max_steps_per_epoch`` cuts the epoch
+    short, and so would repeat the warm-up. The restored optimizer knows better.
 
     Args:
-        optimizer: New, or restored from a checkpoint.
-        num_training_steps: Steps of the whole run.
-        num_warmup_steps: Steps over which the rate rises from 0.
-        warmup_ratio: The same as a share of all steps, rounded up, if the number is not given.
-            The last step is never part of it: a run of one step would have a rate of 0.
-        last_epoch: Steps already made, less one, if the recipe knows.
+        shape: (steps since the warm-up, steps after the warm-up in all) -> factor of the rate.
 
-    Raises:
-        ConfigError: The share is not between 0 and 1.
+    Returns:
+        What a recipe hands the optimizer, new or restored from a checkpoint, and the steps of the
+        whole run. The warm-up is a number of steps or a share of all, rounded up. ``last_epoch`` is
+        the number of steps made, less one, if the recipe knows.
     """
-    scheduler: LambdaLR = get_cosine_schedule_with_warmup(
-        optimizer,
-        num_warmup_steps=_warmup(num_training_steps, num_warmup_steps, warmup_ratio),
-        num_training_steps=num_training_steps,
-        last_epoch=_reached(optimizer, last_epoch),
-    )
-    return scheduler
+
+    def schedule(
+        optimizer: Optimizer,
+        num_training_steps: int,
+        num_warmup_steps: int | None = None,
+        warmup_ratio: float = 0.0,
+        last_epoch: int = -1,
+    ) -> LambdaLR:
+        if not 0 <= warmup_ratio <= 1:
+            raise ConfigError(f"lr_scheduler.warmup_ratio: {warmup_ratio!r} must be from 0 to 1.")
+        share = math.ceil(num_training_steps * warmup_ratio)
+        # Not the last step as well: a run of one step would have a rate of 0
+        share = max(0, min(share, num_training_steps - 1))
+        warmup = share if num_warmup_steps is None else num_warmup_steps
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return step / warmup
+            return shape(step - warmup, num_training_steps - warmup)
+
+        made = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
+        return LambdaLR(optimizer, factor, max(last_epoch, made - 1))
+
+    schedule.__name__ = schedule.__qualname__ = shape.__name__  # torchtune and pickle ask
+    schedule.__doc__ = shape.__doc__
+    return schedule
 
 
-def linear_with_warmup(
-    optimizer: Optimizer,
-    num_training_steps: int,
-    num_warmup_steps: int | None = None,
-    warmup_ratio: float = 0.0,
-    last_epoch: int = -1,
-) -> LambdaLR:
-    """Return a schedule that falls to 0 in a line; see :func:`cosine_with_warmup`.
+@with_warmup
+def cosine_with_warmup(step: int, steps: int) -> float:
+    """Let the rate fall to 0 along half a cosine, as torchtune's schedule does."""
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step / max(1, steps)))))
+
+
+@with_warmup
+def linear_with_warmup(step: int, steps: int) -> float:
+    """Let the rate fall to 0 in a line.
 
     Source: transformers 5.23 ``get_linear_schedule_with_warmup``.
     """
-    warmup = _warmup(num_training_steps, num_warmup_steps, warmup_ratio)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        return max(0, num_training_steps - step) / max(1, num_training_steps - warmup)
-
-    return LambdaLR(optimizer, factor, _reached(optimizer, last_epoch))
+    return max(0, steps - step) / max(1, steps)
 
 
-def constant_with_warmup(
-    optimizer: Optimizer,
-    num_training_steps: int,
-    num_warmup_steps: int | None = None,
-    warmup_ratio: float = 0.0,
-    last_epoch: int = -1,
-) -> LambdaLR:
-    """Return a schedule that stays where its warm-up ends; see :func:`cosine_with_warmup`."""
-    warmup = _warmup(num_training_steps, num_warmup_steps, warmup_ratio)
-
-    def factor(step: int) -> float:
-        return step / warmup if step < warmup else 1.0
-
-    return LambdaLR(optimizer, factor, _reached(optimizer, last_epoch))
-
-
-def _warmup(total: int, steps: int | None, ratio: float) -> int:
-    if not 0 <= ratio <= 1:
-        raise ConfigError(f"lr_scheduler.warmup_ratio: {ratio!r} must be from 0 to 1.")
-    return max(0, min(math.ceil(total * ratio), total - 1)) if steps is None else steps
-
-
-def _reached(optimizer: Optimizer, last_epoch: int) -> int:
-    steps = [int(state.get("step", 0)) for state in optimizer.state.values()]
-    return max(last_epoch, max(steps, default=0) - 1)
+@with_warmup
+def constant_with_warmup(step: int, steps: int) -> float:
+    """Let the rate stay where its warm-up ends."""
+    return 1.0
 
 
 # The state by parameter name, whole, whatever the number of processes. 8-bit optimizers keep

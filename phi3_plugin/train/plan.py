@@ -97,24 +97,18 @@ def print_plan(cfg: DictConfig) -> None:
         print("\n".join(planned_lines(s, devices, pick_device(s.device, 0))))
 
 
-def memory_choices(s: Settings, world: World) -> dict[str, Any]:
-    """Return how a model is prepared for the memory there is, and say what a budget chose.
+def recomputed_for(s: Settings, world: World) -> int:
+    """Return how many layers, the first ones, recompute for ``memory_budget``, and say so.
 
     Args:
-        s: Of the run.
+        s: Of the run; without a budget none recompute for it.
         world: Its processes.
 
     Raises:
-        ConfigError: ``memory_budget`` is too little with all layers recomputed.
+        ConfigError: The budget is too little with all layers recomputed.
     """
-    give_memory_back()
-    choices = {
-        "recompute_every": int(s.enable_activation_checkpointing),
-        "recompute_first": 0,
-        "offload": s.enable_activation_offloading,
-    }
     if s.memory_budget is None:
-        return choices
+        return 0
     layers = len(on_meta(s).layers)
     best = fewest(partial(estimated, s, world.device, world.shards), layers, s.memory_budget)
     if world.is_main:
@@ -122,7 +116,7 @@ def memory_choices(s: Settings, world: World) -> dict[str, Any]:
             f"memory_budget: {best.recomputed} of {layers} layers recompute; "
             f"predicted peak {in_gib(best.total)} of {in_gib(s.memory_budget)} GiB"
         )
-    return choices | {"recompute_first": best.recomputed}
+    return best.recomputed
 
 
 def give_memory_back() -> None:
@@ -174,7 +168,6 @@ def on_meta(s: Settings, recomputed: int = 0) -> Any:
         adapter_dtype=s.adapter_dtype,
         recompute_every=int(s.enable_activation_checkpointing),
         recompute_first=recomputed,
-        compiled=False,
     ).train()
 
 

@@ -332,17 +332,15 @@ def trained_adapter(
     model: nn.Module,
     trained: Tensors,
     first: Tensors,
-    dropout: float,
     *,
     may_be_identity: bool,
 ) -> Adapter:
     """Return what was trained as an adapter of the original base, but for LoftQ's.
 
     Args:
-        model: Knows the scales.
+        model: Knows scales and dropout.
         trained: All that is trained, whole.
         first: From :func:`starting_weights`.
-        dropout: What it was trained with.
         may_be_identity: Whether it may still be what it was at the start.
 
     Raises:
@@ -356,7 +354,7 @@ def trained_adapter(
         for_original_base({n: v for n, v in trained.items() if n in names}, first),
         scales,
         {n: v for n, v in trained.items() if n not in names},
-        dropout,
+        next((m.p for m in model.modules() if isinstance(m, nn.Dropout)), 0.0),
         origin={"layout": "fused", **_notes(model)},
     )
 

@@ -29,7 +29,7 @@ def total(text):
 
 
 def chosen(cwd, *settings):
-    return planner.memory_choices(read(merged(*OWN, *settings, cwd=cwd)), World("cpu"))
+    return planner.recomputed_for(read(merged(*OWN, *settings, cwd=cwd)), World("cpu"))
 
 
 def test_the_parts_add_up_and_nothing_is_written(cwd, capsys):
@@ -95,9 +95,9 @@ def test_without_a_budget_the_advice_is_one(cwd, capsys, monkeypatch):
 
 def test_a_budget_chooses_the_fewest_layers_and_says_so(cwd, capsys):
     long = "tokenizer.max_seq_len=1024"
-    assert chosen(cwd, long)["recompute_first"] == 0
+    assert chosen(cwd, long) == 0
     assert capsys.readouterr().out == ""
-    assert chosen(cwd, long, "memory_budget=64GiB")["recompute_first"] == 0
+    assert chosen(cwd, long, "memory_budget=64GiB") == 0
     assert "memory_budget: 0 of 4 layers recompute; predicted peak" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"with all 4 layers recomputed .*activations.*Lower"):
         chosen(cwd, long, "memory_budget=1MiB")

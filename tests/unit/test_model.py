@@ -10,8 +10,6 @@ from phi3_plugin.train.model import is_adapted, prepare
 from phi3_plugin.train.step import with_targets
 from tests.tiny import tiny_batch, tiny_model
 
-AS_IT_IS = {"adapter_dtype": None, "recompute_every": 0, "compiled": False}
-
 
 def gradients(model):
     batch = with_targets(tiny_batch())
@@ -21,7 +19,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_of_an_adapted_model_the_adapters_are_trained(dora):
-    model = prepare(tiny_model(use_dora=dora), **AS_IT_IS)
+    model = prepare(tiny_model(use_dora=dora))
     assert is_adapted(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if "lora" in n or "magnitude" in n}
@@ -29,7 +27,7 @@ def test_of_an_adapted_model_the_adapters_are_trained(dora):
 
 
 def test_of_a_plain_model_everything_is_trained():
-    model = prepare(tiny_model(lora=False), **AS_IT_IS)
+    model = prepare(tiny_model(lora=False))
     assert not is_adapted(model)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -37,12 +35,12 @@ def test_of_a_plain_model_everything_is_trained():
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize(("every", "twice"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0]), (0, [])])
 def test_recomputing_layers_changes_no_gradient_and_no_name(lora, every, twice):
-    plain = prepare(tiny_model(lora), **AS_IT_IS)
+    plain = prepare(tiny_model(lora))
     model = tiny_model(lora)
     calls = []
     for i, layer in enumerate(model.layers):
         layer.attn.register_forward_hook(lambda *_, i=i: calls.append(i))
-    model = prepare(model, **{**AS_IT_IS, "recompute_every": every})
+    model = prepare(model, recompute_every=every)
     assert list(model.state_dict()) == list(plain.state_dict())
     expected, found = gradients(plain), gradients(model)
     assert found.keys() == expected.keys()
@@ -55,7 +53,7 @@ def test_the_first_layers_alone_can_recompute():
     calls = []
     for i, layer in enumerate(model.layers):
         layer.attn.register_forward_hook(lambda *_, i=i: calls.append(i))
-    gradients(prepare(model, **AS_IT_IS, recompute_first=2))
+    gradients(prepare(model, recompute_first=2))
     assert [calls.count(i) for i in range(3)] == [2, 2, 1]
 
 
@@ -82,8 +80,7 @@ def test_what_layers_keep_goes_elsewhere_and_comes_back(kind, every, monkeypatch
     )
     values = []
     for offload in (False, True):
-        settings = {**AS_IT_IS, "recompute_every": every, "offload": offload}
-        model = prepare(tiny_model(**kind), **settings)
+        model = prepare(tiny_model(**kind), recompute_every=every, offload=offload)
         torch.manual_seed(0)
         values.append(gradients(model))
     assert all(torch.equal(values[1][name], value) for name, value in values[0].items())
@@ -94,7 +91,7 @@ def test_what_layers_keep_goes_elsewhere_and_comes_back(kind, every, monkeypatch
 def test_recomputing_draws_the_same_dropout_again():
     values = []
     for every in (0, 1):
-        model = prepare(tiny_model(lora_dropout=0.5), **{**AS_IT_IS, "recompute_every": every})
+        model = prepare(tiny_model(lora_dropout=0.5), recompute_every=every)
         torch.manual_seed(0)
         values.append(gradients(model))
     assert all(torch.equal(values[1][name], value) for name, value in values[0].items())
@@ -103,7 +100,7 @@ def test_recomputing_draws_the_same_dropout_again():
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_in_fp32_over_a_bf16_base(dora):
     model = tiny_model(use_dora=dora).to(torch.bfloat16)
-    model = prepare(model, **{**AS_IT_IS, "adapter_dtype": "fp32"})
+    model = prepare(model, adapter_dtype="fp32")
     for name, parameter in model.named_parameters():
         kind = torch.float32 if parameter.requires_grad else torch.bfloat16
         assert parameter.dtype == kind, name
@@ -118,7 +115,7 @@ def test_adapters_in_fp32_over_a_bf16_base(dora):
 def test_the_model_may_be_without_memory():
     with torch.device("meta"):
         model = tiny_model()
-    model = prepare(model, adapter_dtype="bf16", recompute_every=1, compiled=False)
+    model = prepare(model, adapter_dtype="bf16", recompute_every=1)
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.bfloat16}
     assert all(p.is_meta for p in model.parameters())
@@ -130,7 +127,7 @@ def test_what_is_trained_whole_takes_the_adapters_precision():
         model = tiny_model(modules_to_save=["lm_head", "embed_tokens"])
     finally:
         torch.set_default_dtype(torch.float32)
-    model = prepare(model, **{**AS_IT_IS, "adapter_dtype": "fp32"})
+    model = prepare(model, adapter_dtype="fp32")
     assert model.tok_embeddings.weight.dtype == model.output.weight.dtype == torch.float32
     between = []
     model.layers[0].register_forward_hook(lambda *call: between.append(call[-1].dtype))

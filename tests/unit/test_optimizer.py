@@ -15,18 +15,16 @@ from phi3_plugin.train.optimizer import (
 from phi3_plugin.train.world import World
 from tests.tiny import tiny_model
 
-AS_IT_IS = {"adapter_dtype": None, "recompute_every": 0, "compiled": False}
-
 
 def test_there_is_one_group_of_parameters():
-    model = prepare(tiny_model(), **AS_IT_IS)
+    model = prepare(tiny_model())
     (group,) = parameter_groups(model, 0.1, None)
     assert list(map(id, group["params"])) == [id(p) for p in model.parameters() if p.requires_grad]
     assert "lr" not in group
 
 
 def test_with_lora_plus_the_b_matrices_learn_faster():
-    model = prepare(tiny_model(use_dora=True), **AS_IT_IS)
+    model = prepare(tiny_model(use_dora=True))
     names = {id(p): name for name, p in model.named_parameters()}
     slow, fast = parameter_groups(model, 0.1, 16.0)
     assert fast["lr"] == pytest.approx(1.6)
@@ -40,7 +38,7 @@ def test_with_lora_plus_the_b_matrices_learn_faster():
 def test_with_lora_plus_embedding_and_head_learn_as_told():
     """The embedding's A starts at zero, not its B; what is trained whole has neither."""
     keys = {"apply_lora_to_embedding": True, "modules_to_save": ["lm_head"]}
-    model = prepare(tiny_model(**keys), **AS_IT_IS)
+    model = prepare(tiny_model(**keys))
     names = {id(p): name for name, p in model.named_parameters()}
     slow, fast = ({names[id(p)] for p in g["params"]} for g in parameter_groups(model, 0.1, 16.0))
     assert {"tok_embeddings.lora_a.weight", "tok_embeddings.lora_b.weight", "output.weight"} <= slow
@@ -153,7 +151,7 @@ def test_a_share_above_one_is_refused(schedule):
 
 def stepped(kind=torch.optim.AdamW, rank=3):
     """Return a model and an optimizer of its adapters that made a step."""
-    model = prepare(tiny_model(lora_rank=rank), **AS_IT_IS)
+    model = prepare(tiny_model(lora_rank=rank))
     optimizer = kind(parameter_groups(model, None, None), lr=0.5)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -76,6 +76,8 @@ def test_the_signature_names_every_option(build):
     assert parameters["quantize_base"].default is (build is qlora_phi3)
 
 
-def test_the_builder_without_a_folder_takes_torchtunes_options_alone():
-    with pytest.raises(TypeError, match="use_rslora"):
-        lora_phi3_mini(["o_proj"], use_rslora=True)
+def test_the_builder_without_a_folder_takes_torchtunes_options_in_their_order():
+    from torchtune.models.phi3 import lora_phi3_mini as torchtunes
+
+    theirs = [*inspect.signature(torchtunes).parameters]
+    assert [*inspect.signature(lora_phi3_mini).parameters][: len(theirs)] == theirs

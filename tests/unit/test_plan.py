@@ -45,9 +45,7 @@ def built(kind, recomputed=0, every=0):
         model = decoder(WIDE, lambda _, i, o: Linear(i, o))
     else:
         model = adapted(WIDE, LoRASettings(**{**keys, "lora_alpha": 8, **KINDS[kind]}))
-    return prepare(
-        model, adapter_dtype=None, recompute_every=every, recompute_first=recomputed, compiled=False
-    ).train()
+    return prepare(model, recompute_every=every, recompute_first=recomputed).train()
 
 
 def on_meta(kind, recomputed=0, every=0):

@@ -337,7 +337,16 @@ def test_the_profiler_stays_off():
             {"_component_": "torch.optim"},
             "optimizer._component_: 'torch.optim' cannot",
         ),
-        ("model", {"lora_attn_modules": None, "lora_rnk": 1}, "model.lora_rnk: 1 is given, but "),
+        (
+            "model",
+            {"lora_attn_modules": ["o_proj"], "lora_rnk": 1},
+            "model.lora_rnk: 1 is given, but ",
+        ),
+        (
+            "model",
+            {"lora_attn_modules": ["o_proj"], "lora_rank": 0},
+            "model.lora_rank: 0 must be a whole number above 0.",
+        ),
         ("model", {}, "model.lora_attn_modules is not set. Set it in the YAML or add model.lora_"),
         ("dataset", {"source": None}, "dataset.source is not set. Set it in the YAML or add "),
         ("dataset_val", {}, "dataset_val.source is not set. Set it in the YAML or add "),

@@ -21,7 +21,7 @@ from tests.tiny import new_model, rows, tiny_batch, tiny_model
 
 
 def made():
-    return prepare(new_model(), adapter_dtype=None, recompute_every=0, compiled=False)
+    return prepare(new_model())
 
 
 def test_one_process_is_the_identity():
@@ -202,7 +202,7 @@ def trained(world, settings, offload=False):
 
     def make():
         model = new_model(**settings)
-        return prepare(model, adapter_dtype=None, recompute_every=1, compiled=False)
+        return prepare(model, recompute_every=1)
 
     model = world.build(make, torch.float32, offload=offload)
     start = tiny_model(**settings).state_dict()
