@@ -28,7 +28,7 @@ from training_limit import machine, synchronize
 from phi3_plugin.checkpoint.base import expected_shapes
 from phi3_plugin.config import parse_config
 from phi3_plugin.generate import Generator
-from phi3_plugin.load import load
+from phi3_plugin.load import load_model
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import Sampling
 
@@ -203,7 +203,7 @@ def main() -> None:
         base.mkdir()
         write_base(base, args.layers, DTYPES[args.dtype])
         plain, adapted = write_adapter(base, adapter, DTYPES[args.dtype])
-        new = partial(load, base, dtype=args.dtype, device="cpu")
+        new = partial(load_model, base, dtype=args.dtype, device="cpu")
         pair = new(), new(adapter)
         serve(*pair)
         models = {"theirs": plain, "theirs + adapter": adapted}

@@ -18,7 +18,7 @@ from phi3_plugin.data.formats import Turn, make_turn
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
 from phi3_plugin.generate import Generator
-from phi3_plugin.load import load
+from phi3_plugin.load import load_model
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import ChatOptions, closest
 from phi3_plugin.prompts import (
@@ -58,7 +58,9 @@ def run(o: ChatOptions) -> int:
     prepare_streams()
     if is_terminal():
         tell("Loading ...")
-    model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
+    model = load_model(
+        o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize
+    )
     serve(model)
     generator = Generator(model, tokenizer, o, batch_size=1)
     if is_terminal():

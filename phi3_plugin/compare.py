@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from phi3_plugin.checkpoint.check import hf_tokenizer
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.dataset import conversations
 from phi3_plugin.inspect import FIRST, Comparison, Samples, arrays, truncation, unpacked
@@ -32,8 +31,10 @@ def compare_with_hf(settings: Settings, data: RunData, samples: Samples) -> Comp
     Raises:
         ImportError: transformers is not installed.
     """
+    from transformers import AutoTokenizer
+
     tokenizer, options = data.tokenizer, settings.dataset
-    theirs = hf_tokenizer(settings.checkpoint_dir)
+    theirs = AutoTokenizer.from_pretrained(settings.checkpoint_dir)
     numbers = {where: i for i, where in reversed(list(enumerate(samples.places)))}
     shortened = samples.full > samples.lengths
     rows = (

@@ -9,6 +9,7 @@ Source: transformers 5.23, ``Phi3Config`` and ``modeling_rope_utils``; Ding et a
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -121,12 +122,15 @@ JSON_BYTES = 64_000_000
 """More than any tokenizer has; what is read becomes an object of many times its size."""
 
 
-def read_json_object(file: Path, error: type[Phi3Error] = ConfigError) -> dict[str, Any]:
+def read_json_object(
+    file: Path, error: type[Phi3Error] = ConfigError, *, unique: bool = False
+) -> dict[str, Any]:
     """Read the JSON object of a file that a stranger may have written.
 
     Args:
         file: Must be there.
         error: What is raised.
+        unique: Whether an object that has a key twice is no valid JSON.
 
     Raises:
         Phi3Error: It holds something else, or is too large or too deep to be read.
@@ -134,12 +138,26 @@ def read_json_object(file: Path, error: type[Phi3Error] = ConfigError) -> dict[s
     if (size := file.stat().st_size) > JSON_BYTES:
         raise error(f"{file} has {size} bytes: that is no configuration.")
     try:
-        keys = json.loads(file.read_text(encoding="utf-8"))
+        hook = unique_keys if unique else None
+        keys = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=hook)
     except (ValueError, RecursionError) as problem:
         raise error(f"{file} is not valid JSON: {problem}. Download or copy it again.") from problem
     if not isinstance(keys, dict):
         raise error(f"{file} must hold a JSON object, not {type(keys).__name__}.")
     return keys
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON of which no key is there twice, since only the last would count.
+
+    Raises:
+        ValueError: One is.
+    """
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice[:120]!r} is there twice")
+    return unique
 
 
 SIZES = [field.name for field in fields(Phi3Config) if field.name != "rope"]

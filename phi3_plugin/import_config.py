@@ -9,19 +9,20 @@ key that is not given means, transformers 5.23 TrainingArguments and BitsAndByte
 0.21.2 LoraConfig.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import yaml
 
+from phi3_plugin.checkpoint.peft_config import IRRELEVANT_KEYS, UNSUPPORTED
+from phi3_plugin.config import read_json_object
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError
 from phi3_plugin.models.lora_settings import EMBEDDING, FUSED, HEAD, PARTS, TARGETS, LoRASettings
 from phi3_plugin.options import (
+    Advice,
     AnyText,
     Count,
     ImportConfigOptions,
@@ -45,19 +46,22 @@ class Rule(NamedTuple):
     """What a key of transformers or PEFT is here."""
 
     takes: Any = None
-    """What it may be there; None is anything."""
+    """What it may be there, an annotation of `options`; None is anything."""
     ours: str | None = None
     """Our key, if it takes the value as it is; None: it decides together with others, below."""
     note: str | None = None
     """Why it has no effect."""
-    only: tuple[Any, ...] | None = None
-    """The values that it must have."""
-    instead: str = ""
-    """What to do about another value."""
 
 
-def _only(*values: Any, instead: str) -> Rule:
-    return Rule(only=values, instead=instead)
+def one_of(*values: Any, instead: str = "") -> Rule:
+    """Return the rule of a key that may have these values; ``instead`` is said of another one."""
+    words = f"one of {', '.join(map(spelled, values))}" if len(values) > 1 else spelled(values[0])
+
+    def accepts(value: Any) -> bool:
+        return any(type(value) is type(one) and value == one for one in values)
+
+    takes = Annotated[Any, Kind(words, accepts)]
+    return Rule(Annotated[takes, Advice(instead)] if instead else takes)
 
 
 Whole = Annotated[int, Kind("a whole number", lambda v: type(v) is int)]
@@ -78,6 +82,15 @@ PlainText = Annotated[
     Kind("text without ${ or ???", lambda v: isinstance(v, str) and "${" not in v and v != "???"),
 ]
 
+ADAM = {"_component_": "torch.optim.AdamW", "fused": True}
+ADAM_8BIT = {"_component_": "torchao.optim.AdamW8bit"}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"), ADAM),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), ADAM_8BIT),
+}
+SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
+STARTS = {True: "kaiming", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
+
 SHARDS = "Remove it: `tune run --nproc_per_node N` shards the model."
 
 TRAINING = {
@@ -87,9 +100,9 @@ TRAINING = {
     "adam_epsilon": Rule(Positive, "optimizer.eps"),
     "adam_beta1": Rule(Share),
     "adam_beta2": Rule(Share),
-    "optim": Rule(AnyText),
+    "optim": one_of(*OPTIMIZERS),
     "max_grad_norm": Rule(FromZero | None, "clip_grad_norm"),
-    "lr_scheduler_type": Rule(AnyText),
+    "lr_scheduler_type": one_of(*SCHEDULES),
     "warmup_ratio": Rule(Ratio),
     "warmup_steps": Rule(FromZero),
     "per_device_train_batch_size": Rule(Count, "batch_size"),
@@ -104,51 +117,59 @@ TRAINING = {
     "max_length": Rule(Count | None, "tokenizer.max_seq_len"),
     "packing": Rule(Switch, "dataset.packed"),
     "save_steps": Rule(Count | None),
-    "save_strategy": Rule(AnyText),
+    "save_strategy": one_of("steps", "epoch", "no"),
     "save_total_limit": Rule(Seed | None, "save_total_limit"),
     "logging_steps": Rule(Count, "log_every_n_steps"),
-    "report_to": Rule(),
+    "report_to": one_of(
+        *("tensorboard", ["tensorboard"], "none", ["none"], [], None),
+        instead="Set metric_logger in the YAML instead.",
+    ),
     "do_eval": Rule(Switch),
     "eval_steps": Rule(Count | None),
-    "eval_strategy": Rule(AnyText),
-    "evaluation_strategy": Rule(AnyText),
+    "eval_strategy": one_of("no", "steps"),
+    "evaluation_strategy": one_of("no", "steps"),
     "load_best_model_at_end": Rule(Switch),
-    "metric_for_best_model": Rule(),
-    "greater_is_better": Rule(Switch | None),
-    "log_level": Rule(note="it is for the log"),
-    "disable_tqdm": Rule(note="it is for the log"),
-    "logging_dir": Rule(note="it is for the log"),
-    "run_name": Rule(note="it is for the log"),
+    "metric_for_best_model": one_of("loss", "eval_loss", None),
+    "greater_is_better": one_of(False, None),
+    **dict.fromkeys(
+        ("log_level", "disable_tqdm", "logging_dir", "run_name"), Rule(note="it is for the log")
+    ),
     "logging_first_step": Rule(note="every step is logged"),
-    "dataset_text_field": Rule(note="dataset.* chooses columns"),
-    "remove_unused_columns": Rule(note="dataset.* chooses columns"),
-    "dataloader_num_workers": Rule(note="data is tokenized first"),
-    "dataloader_pin_memory": Rule(note="data is tokenized first"),
+    **dict.fromkeys(
+        ("dataset_text_field", "remove_unused_columns"), Rule(note="dataset.* chooses columns")
+    ),
+    **dict.fromkeys(
+        ("dataloader_num_workers", "dataloader_pin_memory"), Rule(note="data is tokenized first")
+    ),
     "data_seed": Rule(note="seed orders the data"),
     "do_train": Rule(note="the recipe is for training"),
     "per_device_eval_batch_size": Rule(note="validation takes batch_size; its loss is the same"),
     "overwrite_output_dir": Rule(
         note="a run that is there is never overwritten: name another output_dir"
     ),
-    "fp16": _only(
+    "fp16": one_of(
         False, instead="Its gradients underflow. Use bf16, or fp32 over bnb_config's NF4 base."
     ),
-    "tf32": _only(False, None, instead="Remove it."),
-    "logging_strategy": _only("steps", instead='Use "steps".'),
-    "gradient_checkpointing_kwargs": _only(
+    "tf32": one_of(False, None, instead="Remove it."),
+    "logging_strategy": one_of("steps", instead='Use "steps".'),
+    "gradient_checkpointing_kwargs": one_of(
         {"use_reentrant": False}, None, instead="Use use_reentrant False."
     ),
-    "push_to_hub": _only(False, instead="Push the folder output_dir/final after the run."),
-    "deepspeed": _only(None, instead=SHARDS),
-    "fsdp": _only(None, "", [], instead=SHARDS),
-    "auto_find_batch_size": _only(False, instead="Set per_device_train_batch_size."),
-    "resume_from_checkpoint": _only(None, False, instead="Add resume=auto to the command instead."),
-    "neftune_noise_alpha": _only(None, instead="Remove it."),
-    "label_smoothing_factor": _only(0, 0.0, instead="Remove it."),
+    "push_to_hub": one_of(False, instead="Push the folder output_dir/final after the run."),
+    "deepspeed": one_of(None, instead=SHARDS),
+    "fsdp": one_of(None, "", [], instead=SHARDS),
+    "auto_find_batch_size": one_of(False, instead="Set per_device_train_batch_size."),
+    "resume_from_checkpoint": one_of(None, False, instead="Add resume=auto to the command."),
+    "neftune_noise_alpha": one_of(None, instead="Remove it."),
+    "label_smoothing_factor": one_of(0, 0.0, instead="Remove it."),
 }
 """Of TrainingArguments; `packing` and the two names of a length are handed to the trainer."""
 
 PEFT = {
+    **dict.fromkeys(
+        (*UNSUPPORTED, *IRRELEVANT_KEYS, "base_model_name_or_path"),
+        one_of(None, False, {}, [], instead="Remove it."),
+    ),
     "r": Rule(Count, "lora_rank"),
     "lora_alpha": Rule(Count, "lora_alpha"),
     "lora_dropout": Rule(Share, "lora_dropout"),
@@ -159,40 +180,34 @@ PEFT = {
     "rank_pattern": Rule(Section | None),
     "alpha_pattern": Rule(Section | None),
     "layers_to_transform": Rule(Layers | Seed | None),
-    "init_lora_weights": Rule(Switch | AnyText),
-    "task_type": _only("CAUSAL_LM", None, instead='Use "CAUSAL_LM".'),
-    "peft_type": _only("LORA", None, instead='Use "LORA".'),
+    "init_lora_weights": one_of(*STARTS),
+    "task_type": one_of("CAUSAL_LM", None, instead='Use "CAUSAL_LM".'),
+    "peft_type": one_of("LORA", None, instead='Use "LORA".'),
     # A Phi-3 has no biases, so none is trained whatever is asked for
-    "bias": _only("none", "all", "lora_only", instead='Use "none".'),
-    "fan_in_fan_out": _only(False, instead="Set it to false."),
-    "inference_mode": _only(False, instead="Set it to false."),
-    "exclude_modules": _only(None, [], instead="Leave them out of target_modules."),
-    "layers_pattern": _only(None, "layers", ["layers"], instead="Remove it."),
-    **dict.fromkeys(
-        (
-            *("alora_invocation_tokens", "arrow_config", "auto_mapping", "corda_config"),
-            *("base_model_name_or_path", "ensure_weight_tying", "eva_config", "kasa_config"),
-            *("layer_replication", "loftq_config", "lora_bias", "lora_ga_config", "megatron_core"),
-            *("megatron_config", "monteclora_config", "peft_version", "revision", "use_bdlora"),
-            *("runtime_config", "target_parameters", "trainable_token_indices", "use_qalora"),
-            "velora_config",
-        ),
-        _only(None, False, {}, [], instead="Remove it."),
-    ),
+    "bias": one_of("none", "all", "lora_only", instead='Use "none".'),
+    "fan_in_fan_out": one_of(False, instead="Set it to false."),
+    "inference_mode": one_of(False, instead="Set it to false."),
+    "exclude_modules": one_of(None, [], instead="Leave them out of target_modules."),
+    "layers_pattern": one_of(None, "layers", ["layers"], instead="Remove it."),
 }
 """Of LoraConfig."""
 
-QUANTIZED = {
-    "load_in_4bit": (False, (True, False)),
-    "bnb_4bit_quant_type": ("fp4", ("nf4",)),
-    "bnb_4bit_use_double_quant": (False, (True,)),
-    "bnb_4bit_compute_dtype": (
-        "float32",
-        ("bfloat16", "float32", "torch.bfloat16", "torch.float32"),
-    ),
+NOT_GIVEN = {
+    "load_in_4bit": False,
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_compute_dtype": "float32",
 }
-"""Of BitsAndBytesConfig: what it is if it is not given, and what an NF4 base of ours can be asked
-for; its compute type is dtype."""
+"""What the keys of BitsAndBytesConfig are if they are not given."""
+
+COMPUTE_DTYPES = ("bfloat16", "float32", "torch.bfloat16", "torch.float32")
+QUANTIZED = {
+    "load_in_4bit": one_of(True, False),
+    "bnb_4bit_quant_type": one_of("nf4", instead="If it is not given, it is 'fp4'."),
+    "bnb_4bit_use_double_quant": one_of(True, instead="If it is not given, it is False."),
+    "bnb_4bit_compute_dtype": one_of(*COMPUTE_DTYPES),
+}
+"""Of BitsAndBytesConfig: what an NF4 base of ours can be asked for; its compute type is dtype."""
 
 TOP = ("training_config", "peft_config", "bnb_config", "max_seq_length", "packing")
 """What a sample may hold; the first two must be there."""
@@ -235,10 +250,6 @@ class Translation:
                 self.problems.append(f"{section}{key}: it is not among the known keys. {advice}")
             elif rule.note:
                 self.notes.append(f"{key}: {spelled(value)} has no effect: {rule.note}.")
-            elif rule.only is not None:
-                if value not in rule.only:
-                    line = f"{section}{key}: {spelled(value)} is not supported. {rule.instead}"
-                    self.problems.append(line)
             elif wrong := mistakes(section + key, value, rule.takes) if rule.takes else []:
                 self.problems += wrong
             else:
@@ -306,15 +317,6 @@ def translate(sample: Mapping[str, Any], targets: str = "as-published") -> Trans
     return out
 
 
-ADAM = {"_component_": "torch.optim.AdamW", "fused": True}
-ADAM_8BIT = {"_component_": "torchao.optim.AdamW8bit"}
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"), ADAM),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), ADAM_8BIT),
-}
-SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
-
-
 def _training(training: Mapping[str, Any], out: Translation) -> None:
     """Translate the `training_config`, with what is handed to the trainer beside it."""
     given = out.take(training, TRAINING)
@@ -337,10 +339,7 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
         problems.append(f"num_train_epochs: {epochs} must be whole. Set max_steps instead.")
 
     schedule = get("lr_scheduler_type", "linear")
-    if schedule not in SCHEDULES:
-        known = ", ".join(SCHEDULES)
-        problems.append(f"lr_scheduler_type: {spelled(schedule)} must be one of {known}.")
-    elif schedule != "constant":
+    if schedule != "constant":
         name = f"phi3_plugin.train.{schedule.removesuffix('_with_warmup')}_with_warmup"
         warmup = {"warmup_ratio": get("warmup_ratio", 0.0)}
         if count := get("warmup_steps", 0):  # below 1 a share, since transformers 5
@@ -348,32 +347,21 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
         out.put("lr_scheduler", {"_component_": name, **warmup})
 
     optimizer = get("optim", "adamw_torch")
-    if optimizer not in OPTIMIZERS:
-        problems.append(f"optim: {spelled(optimizer)} must be one of {', '.join(OPTIMIZERS)}.")
     if optimizer.startswith("paged"):
         notes.append(f"optim: {spelled(optimizer)} becomes an optimizer that pages nothing out.")
-    out.put("optimizer", {**OPTIMIZERS.get(optimizer, {}), **out.yaml["optimizer"]})
+    out.put("optimizer", {**OPTIMIZERS[optimizer], **out.yaml["optimizer"]})
     betas = [get("adam_beta1", 0.9), get("adam_beta2", 0.999)]
     if betas != [0.9, 0.999]:
         out.put("optimizer.betas", betas)
 
     saving = get("save_strategy", "steps")
-    if saving not in ("steps", "epoch", "no"):
-        problems.append(f"save_strategy: {spelled(saving)} must be steps, epoch or no.")
     out.put("save_every_n_steps", get("save_steps", 500) if saving == "steps" else None)
     out.put("save_every_epoch", saving == "epoch")
-    reports = get("report_to", "none")
-    if reports in ("tensorboard", ["tensorboard"]):
+    if get("report_to") in ("tensorboard", ["tensorboard"]):
         logger = "torchtune.training.metric_logging.TensorBoardLogger"
         out.put("metric_logger", {"_component_": logger, "log_dir": "${output_dir}"})
-    elif reports not in ("none", [], ["none"], None):
-        problems.append(f"report_to: {spelled(reports)}. Set metric_logger in the YAML instead.")
 
     validating = get("eval_strategy", get("evaluation_strategy", "no"))
-    if validating not in ("no", "steps"):
-        problems.append(
-            f"eval_strategy: {spelled(validating)} must be no, or steps with eval_steps."
-        )
     if validating == "steps":
         out.put("run_val_every_n_steps", get("eval_steps") or out.yaml["log_every_n_steps"])
     if validating != "no" or get("do_eval"):
@@ -384,9 +372,6 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
     elif get("load_best_model_at_end"):
         out.put("keep_best", True)
         notes.append("load_best_model_at_end: the best adapter is in best, the last in final.")
-    metric = get("metric_for_best_model", "loss")
-    if metric not in ("loss", "eval_loss", None) or get("greater_is_better"):
-        problems.append(f"metric_for_best_model: {spelled(metric)} must be eval_loss.")
 
 
 def _base(quantized: Any, out: Translation) -> bool:
@@ -398,22 +383,13 @@ def _base(quantized: Any, out: Translation) -> bool:
         out.problems.append(line)
         return False
     is_nf4 = quantized.get("load_in_4bit") is True
-    out.take(quantized, dict.fromkeys(QUANTIZED, Rule()), "bnb_config.")
-    for key, (default, choices) in QUANTIZED.items():
-        value = quantized.get(key, default)
-        is_one = any(type(value) is type(one) and value == one for one in choices)
-        if (key in quantized or is_nf4) and not is_one:
-            known = ", ".join(map(spelled, choices))
-            left = "" if key in quantized else ", which it is if not given,"
-            out.problems.append(f"bnb_config.{key}: {spelled(value)}{left} must be one of {known}.")
-    asked, dtype = str(quantized.get("bnb_4bit_compute_dtype", "float32")), out.yaml["dtype"]
-    if is_nf4 and asked.removeprefix("torch.") != {"bf16": "bfloat16", "fp32": "float32"}[dtype]:
-        line = f"bnb_4bit_compute_dtype: {spelled(asked)} has no effect: bf16 makes it {dtype}."
+    asked = {**NOT_GIVEN, **quantized} if is_nf4 else quantized
+    out.take(asked, QUANTIZED, "bnb_config.")
+    dtype, kind = out.yaml["dtype"], str(asked.get("bnb_4bit_compute_dtype"))
+    if is_nf4 and kind.removeprefix("torch.") != {"bf16": "bfloat16", "fp32": "float32"}[dtype]:
+        line = f"bnb_4bit_compute_dtype: {spelled(kind)} has no effect: bf16 makes it {dtype}."
         out.notes.append(line)
     return is_nf4
-
-
-STARTS = {True: "kaiming", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
 
 
 def _adapter(peft: Mapping[str, Any], targets: str, is_nf4: bool, out: Translation) -> None:
@@ -441,10 +417,7 @@ def _adapter(peft: Mapping[str, Any], targets: str, is_nf4: bool, out: Translati
         model["layers_to_transform"] = numbers if isinstance(numbers, list) else [numbers]
 
     start = given.get("init_lora_weights", True)
-    if start not in STARTS:
-        known = ", ".join(map(str, STARTS))
-        out.problems.append(f"init_lora_weights: {spelled(start)} must be one of {known}.")
-    elif start is not True:
+    if start is not True:
         model["lora_init"] = STARTS[start]
     if start == "pissa" and is_nf4:
         out.problems.append(
@@ -576,7 +549,9 @@ def run(o: ImportConfigOptions) -> int:
         MissingFileError: There is no such file.
         OutputError: The YAML is there already, or cannot be written.
     """
-    out = translate(_read(o.sample), o.targets)
+    if not o.sample.is_file():
+        raise MissingFileError(f"{o.sample} is not there. Name a JSON file with both dictionaries.")
+    out = translate(read_json_object(o.sample, unique=True), o.targets)
     keys = {**out.yaml["model"], "use_dora": out.yaml["model"].get("use_dora", False)}
     del keys["checkpoint_dir"]
     try:  # what building the model would refuse, where that needs no checkpoint
@@ -591,25 +566,3 @@ def run(o: ImportConfigOptions) -> int:
     write_files(o.output.parent, {o.output.name: text}, "Choose another place.")
     print("\n".join([*out.notes, f"Wrote {o.output}."]))
     return 0
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise MissingFileError(f"{file} is not there. Name a JSON file with both dictionaries.")
-    try:
-        sample = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not JSON: {error}.") from error
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
-    if not isinstance(sample, dict):
-        raise ConfigError(f"{file} must hold an object, not a {type(sample).__name__}.")
-    return sample
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of which no key is there twice, since only the last would count."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"{', '.join(map(repr, twice))} is there twice")
-    return dict(pairs)

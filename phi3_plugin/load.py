@@ -2,7 +2,7 @@
 
     from phi3_plugin.load import load
 
-    model = load("Phi-3-mini-4k", "my_adapter/epoch_0")
+    model, tokenizer = load("Phi-3-mini-4k", "my_adapter/epoch_0")
 
 What generates, evaluates and checks starts here.
 """
@@ -22,6 +22,8 @@ from phi3_plugin.checkpoint.files import StoredTensor
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import CONFIG
 from phi3_plugin.config import Phi3Config, checkpoint_folder, read_config
+from phi3_plugin.data import phi3_tokenizer
+from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError
 from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.cache import ServedLinear
@@ -41,8 +43,10 @@ def load(
     quantize: bool = False,
     check_base: bool = True,
     sharing: nn.Module | None = None,
-) -> nn.Module:
-    """Return a model that is ready to compute: on the device, in eval mode, without gradients.
+) -> tuple[nn.Module, Phi3Tokenizer]:
+    """Return a model that is ready to compute, and the tokenizer of its base.
+
+    The model is on the device, in eval mode, without gradients.
 
     Args:
         checkpoint_dir: Folder of the base model.
@@ -61,86 +65,105 @@ def load(
         CheckpointError: The base weights are damaged or not those of config.json.
         ConfigError: An option has a value that it cannot have.
         MissingFileError: A folder or file is not there.
+        TokenizerError: The tokenizer is not one that we follow exactly.
     """
-    if dtype not in PRECISIONS:
-        raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(PRECISIONS)}.")
-    # Of several processes on a machine, as torchrun starts them, each has a GPU of its own
-    place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    base, stored, read = opened_parts(
-        checkpoint_dir, adapter, quantize=quantize, check_base=check_base
+    tokenizer = phi3_tokenizer(checkpoint_folder(checkpoint_dir))  # before what takes time
+    model = load_model(
+        checkpoint_dir,
+        adapter,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        check_base=check_base,
+        sharing=sharing,
     )
-    with set_default_dtype(PRECISIONS[dtype]), torch.device("meta"):
-        model: nn.Module = build(base, read, quantize=quantize)
-    model.loaded_from = base.resolve()  # type: ignore[assignment]
-    shared = _shared(sharing, model, place) if sharing else {}
-    own = {**read.tensors, **read.saved} if read else {}
-    fill(model, {**stored, **shared, **own}, place)
-    return model.eval().requires_grad_(False)
+    return model, tokenizer
 
 
-def opened_parts(
+def load_model(
     checkpoint_dir: str | Path,
     adapter: str | Path | None = None,
     *,
+    dtype: str = "bf16",
+    device: str | None = None,
     quantize: bool = False,
     check_base: bool = True,
-) -> tuple[Path, Mapping[str, StoredTensor], Adapter | None]:
-    """Return a base's folder and stored weights, and the adapter, once they fit each other.
+    sharing: nn.Module | None = None,
+) -> nn.Module:
+    """Return the model of :func:`load` alone, whose options and errors these are.
 
-    Args:
-        checkpoint_dir: See :func:`load`, as for the rest and for what is raised.
-        adapter: See above.
-        quantize: See above.
-        check_base: See above.
+    The folder may be without a tokenizer.
     """
+    # Of several processes on a machine, as torchrun starts them, each has a GPU of its own
+    place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    model, values = empty_model(
+        checkpoint_dir, adapter, dtype=dtype, quantize=quantize, check_base=check_base
+    )
+    if sharing is not None:
+        shared = _shared(sharing, model, place)
+        values |= {n: v for n, v in shared.items() if isinstance(values.get(n), StoredTensor)}
+    fill(model, values, place)
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(
+    checkpoint_dir: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: str = "bf16",
+    quantize: bool = False,
+    check_base: bool = True,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model on the meta device and where its values are, once adapter and base fit.
+
+    Options and errors are those of :func:`load`.
+
+    Returns:
+        The model, and by name of each parameter a tensor of the adapter or a stored one of the
+        base.
+    """
+    if dtype not in PRECISIONS:
+        raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(PRECISIONS)}.")
     base = checkpoint_folder(checkpoint_dir)
     if (base / CONFIG).is_file():
         raise MissingFileError(
             f"checkpoint_dir: {base} is the folder of an adapter. Give the folder of its base "
             "model here, and this one as the adapter."
         )
-    stored = open_weights(base)
-    if not adapter:
-        return base, stored, None
-    read = read_adapter(Path(adapter), config=read_config(base), base=base)
-    if read.origin.get("lora_init") == "loftq" and not quantize:
-        raise AdapterError(
-            f"{adapter} was started by LoftQ and belongs to the base in NF4; over the original "
-            "weights it computes something else. Load it with quantize=True."
-        )
-    if check_base:
-        refuse_other_base(Path(adapter), read.base_hash, read.base, base)
-    return base, stored, read
-
-
-def build(base: Path, adapter: Adapter | None, *, quantize: bool = False) -> nn.Module:
-    """Return a model without values, in torch's default dtype and on its default device.
-
-    Args:
-        base: Folder of the base model.
-        adapter: Whose ranks and scales it gets; None for the base alone.
-        quantize: Store base weights in NF4.
-
-    Raises:
-        AdapterError: No keys of a model say where the adapter is.
-    """
+    values: dict[str, Any] = {**open_weights(base)}
+    config, read = read_config(base), None
+    if adapter:
+        read = read_adapter(Path(adapter), config=config, base=base)
+        if read.origin.get("lora_init") == "loftq" and not quantize:
+            raise AdapterError(
+                f"{adapter} was started by LoftQ and belongs to the base in NF4; over the original "
+                "weights it computes something else. Load it with quantize=True."
+            )
+        if check_base:
+            refuse_other_base(Path(adapter), read.base_hash, read.base, base)
+        values |= {**read.tensors, **read.saved}
     model: nn.Module
     try:
-        if adapter is None:
-            model = phi3(base, quantize_base=quantize)
-        else:
-            keys = keys_for(adapter, read_config(base))
-            model = lora_phi3(base, **keys, quantize_base=quantize)
-        return model
+        with set_default_dtype(PRECISIONS[dtype]), torch.device("meta"):
+            if read is None:
+                model = phi3(base, quantize_base=quantize)
+            else:
+                model = lora_phi3(base, **keys_for(read, config), quantize_base=quantize)
     except AdapterError as error:
         raise AdapterError(
             f"{error} `phi3-tune adapter merge` makes a checkpoint of adapter and base, which "
             "computes the same and can be used in the base's place."
         ) from error
+    model.loaded_from = base.resolve()  # type: ignore[assignment]
+    return model, values
 
 
 def keys_for(adapter: Adapter, sizes: Phi3Config) -> dict[str, Any]:
-    """Return the keys of our builder for a model with the ranks and scales of an adapter."""
+    """Return the keys of our builder for a model with the ranks and scales of an adapter.
+
+    Raises:
+        AdapterError: No keys of a model say where the adapter is.
+    """
     return keys_of(
         adapter.ranks,
         adapter.scales,

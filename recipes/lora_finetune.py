@@ -23,13 +23,14 @@ from torch import Tensor
 from torchtune import config
 
 from phi3_plugin import settings
-from phi3_plugin.checkpoint.check import proof, served_by
+from phi3_plugin.checkpoint.check import served_by
 from phi3_plugin.checkpoint.files import check_output
 from phi3_plugin.checkpoint.peft import export_adapter, export_model
 from phi3_plugin.data.order import shares
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.generate import answers_in_training
 from phi3_plugin.models.phi3 import PRECISIONS
+from phi3_plugin.proof import proof_of_run
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.data import instantiate, load_data
 from phi3_plugin.train.losses import sft
@@ -310,7 +311,7 @@ class Finetune:
             return
         print(f"Saved {folder}.")
         if self.s.prove and self.is_lora:
-            print(proof(folder, self.s.checkpoint_dir))
+            print(proof_of_run(folder, self.s.checkpoint_dir))
 
     def report(self, folder: Path) -> None:
         """Write the page that tells what the run did; every process answers the questions."""

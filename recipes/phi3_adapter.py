@@ -8,6 +8,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torchtune import config
 
 from phi3_plugin import options
 from phi3_plugin.checkpoint import files
-from phi3_plugin.checkpoint.adapter import BASE_HASH, Adapter
+from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import other_base
-from phi3_plugin.checkpoint.check import LOADS, proven, verdicts
+from phi3_plugin.checkpoint.check import LOADS, verdicts
 from phi3_plugin.checkpoint.files import whole_folder
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf import write_gguf
@@ -27,7 +28,7 @@ from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.checkpoint.peft import export_adapter, load_origin
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
-from phi3_plugin.errors import AdapterError, ConfigError, OutputError, Phi3Error
+from phi3_plugin.errors import AdapterError, ConfigError, OutputError
 from phi3_plugin.load import keys_for
 from phi3_plugin.options import (
     AdapterOptions,
@@ -37,6 +38,7 @@ from phi3_plugin.options import (
     MergeOptions,
     resolved,
 )
+from phi3_plugin.proof import proven
 
 ALWAYS = ("apply_lora_to_mlp", "apply_lora_to_output")
 """Model keys that our configurations set, so that a False has to be said."""
@@ -49,7 +51,8 @@ def check(o: CheckOptions) -> int:
     failed = any(v.status != LOADS for v in judged if v.runtime in (o.runtime or ["PEFT"]))
     proof, said, other = None, "", None
     if base:
-        other = other_base_of(folder, base)
+        if hashes := other_base(str(load_origin(folder).get("base_hash", "")), base):
+            other = f"Another base: the adapter was made for weights with the hash {hashes}."
         if judged[0].status == LOADS:
             proof, broken, said = proven(base, folder, o.dtype)
             failed |= broken
@@ -59,8 +62,8 @@ def check(o: CheckOptions) -> int:
     if o.json:
         proved = said.startswith("Proof: ")
         report = {
-            "verdicts": [verdict.__dict__ for verdict in judged],
-            "proof": proof.__dict__ if proof else None,
+            "verdicts": [asdict(verdict) for verdict in judged],
+            "proof": asdict(proof) if proof else None,
             "no_proof": None if proved else said.removeprefix("No proof: ") or None,
             "broken": failed,
             "other_base": other,
@@ -76,38 +79,30 @@ def check(o: CheckOptions) -> int:
     return int(failed)
 
 
-def other_base_of(folder: Path, base: Path) -> str | None:
-    """Say that an adapter was made for other weights than those at hand, if it says so itself."""
-    try:
-        hashes = other_base(str(load_origin(folder).get(BASE_HASH, "")), base)
-    except Phi3Error:  # of which the verdicts speak
-        return None
-    return hashes and f"Another base: the adapter was made for weights with the hash {hashes}."
-
-
 def convert(o: ConvertOptions) -> int:
     """Write an adapter in another form."""
     check_unwritten(o)
-    base, out, sizes = o.checkpoint_dir, o.output_dir, read_config(o.checkpoint_dir)
+    if o.to == "loralib":
+        check_suffix(o.output_dir, ".pt", ".safetensors")
+    elif o.to == "gguf":
+        check_suffix(o.output_dir, ".gguf")
+    adapter, out, sizes = adapter_given(o), o.output_dir, read_config(o.checkpoint_dir)
     if o.to in ("peft", "peft-patterns"):
-        write_peft(o, patterns=o.to == "peft-patterns")
+        write_peft(o, adapter, patterns=o.to == "peft-patterns")
     elif o.to == "torchtune":
-        adapter = adapter_given(o)
         with whole_folder(out) as folder:
             write_torchtune(folder / "adapter_model.pt", adapter, sizes)
     elif o.to == "loralib":
-        check_suffix(out, ".pt", ".safetensors")
-        write_loralib(out, adapter_given(o), sizes, merged_linear=o.merged_linear)
-    elif o.to == "gguf":
-        check_suffix(out, ".gguf")
-        write_gguf(out, adapter_given(o), base)
+        write_loralib(out, adapter, sizes, merged_linear=o.merged_linear)
+    else:
+        write_gguf(out, adapter, o.checkpoint_dir)
     print(f"Wrote {out}.")
     return 0
 
 
-def write_peft(o: AdapterOptions, *, patterns: bool) -> None:
+def write_peft(o: AdapterOptions, adapter: Adapter, *, patterns: bool) -> None:
     """Write a PEFT folder."""
-    adapter, card = adapter_given(o), {"made from": o.adapter.name}
+    card = {"made from": o.adapter.name}
     with whole_folder(o.output_dir) as folder:
         export_adapter(
             folder, adapter, checkpoint_dir=o.checkpoint_dir, card=card, patterns=patterns
@@ -125,14 +120,13 @@ def check_suffix(out: Path, *suffixes: str) -> None:
 def import_(o: ImportOptions) -> int:
     """Write a PEFT folder that says every rank and alpha, and how to go on training it."""
     check_unwritten(o)
-    out, sizes = o.output_dir, read_config(o.checkpoint_dir)
+    adapter = adapter_given(o)
     try:
-        keys_for(adapter_given(o, warn=False), sizes)
+        keys = keys_for(adapter, read_config(o.checkpoint_dir))
     except AdapterError as error:
         raise AdapterError(f"{error} `convert --to peft-patterns` makes a folder of it.") from error
-    write_peft(o, patterns=True)
-    keys = keys_for(read_adapter(out, config=sizes), sizes)
-    print(f"Wrote {out}. To go on training it:\n  init_adapter: {out}\n  model:")
+    write_peft(o, adapter, patterns=True)
+    print(f"Wrote {o.output_dir}. To go on training it:\n  init_adapter: {o.output_dir}\n  model:")
     for key, value in keys.items():
         if value or key in ALWAYS:
             print(f"    {key}: {value}")
@@ -168,7 +162,7 @@ def check_unwritten(o: AdapterOptions) -> None:
     files.check_output(out, o.checkpoint_dir)
 
 
-def adapter_given(o: AdapterOptions, *, warn: bool = True) -> Adapter:
+def adapter_given(o: AdapterOptions) -> Adapter:
     """Read an adapter of any origin, and warn where it is for another base than the one given."""
     base = o.checkpoint_dir
     adapter = read_adapter(
@@ -179,8 +173,7 @@ def adapter_given(o: AdapterOptions, *, warn: bool = True) -> Adapter:
         enable_lora=o.enable_lora,
         rank=o.rank if isinstance(o, ImportOptions) else None,
     )
-    hashes = other_base(adapter.base_hash, base) if warn else None
-    if hashes:
+    if hashes := other_base(adapter.base_hash, base):
         print(f"Warning: the adapter was made for weights with the hash {hashes}.", file=sys.stderr)
     return adapter
 

@@ -140,7 +140,9 @@ def prepare_output(folder: Path) -> Path:
 def demo(folder: Path, processes: int) -> int:
     """Build, train with so many processes, load and compare, telling what happens."""
     # Brings libraries, which have just been told to be quiet
-    from phi3_plugin.checkpoint.check import hf_tokenizer, load_base_with_hf, load_with_peft
+    from transformers import AutoTokenizer
+
+    from phi3_plugin.proof import load_base_with_hf, load_with_peft
 
     started = time.monotonic()
     base, result, log = folder / CHECKPOINT, folder / RESULT, folder / LOG
@@ -174,7 +176,7 @@ def demo(folder: Path, processes: int) -> int:
     print(f"\n[4/5] Ask both {len(held_out)} questions that were not in the training file")
     turns = [[turn["content"] for turn in chat["messages"]] for chat in held_out]
     questions, expected = zip(*turns, strict=True)
-    tokenizer = hf_tokenizer(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     before, after = (ask(model, tokenizer, questions) for model in models)
     show_answers(questions, before, after)
     in_peft = [exact_match(answers, expected) for answers in (before, after)]

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 from torchtune import config
@@ -49,8 +48,7 @@ from phi3_plugin.evaluate import (
 )
 from phi3_plugin.generate import Generator
 from phi3_plugin.launch import STOPPED
-from phi3_plugin.load import build as build_model
-from phi3_plugin.load import load, opened_parts
+from phi3_plugin.load import empty_model, load_model
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import EvaluateOptions
 from phi3_plugin.pages import for_stdout, harmless, versions, write_files
@@ -121,11 +119,7 @@ def check_models(s: Settings, o: EvaluateOptions) -> None:
         )
     quantize = is_quantized(s.model)
     over = None if is_whole_model(o.adapter) else o.adapter
-    base, _, adapter = opened_parts(
-        s.checkpoint_dir, over, quantize=quantize, check_base=o.check_base
-    )
-    with torch.device("meta"):
-        build_model(base, adapter, quantize=quantize)
+    empty_model(s.checkpoint_dir, over, quantize=quantize, check_base=o.check_base)
 
 
 def is_whole_model(folder: Path | None) -> bool:
@@ -147,17 +141,18 @@ def models(s: Settings, o: EvaluateOptions) -> Iterator[tuple[str, nn.Module]]:
     """Yield the models by name; memory never holds the base weights twice."""
     give_memory_back()
     how: Any = {"dtype": s.dtype, "device": s.device, "quantize": is_quantized(s.model)}
-    base = load(s.checkpoint_dir, **how)
+    base = load_model(s.checkpoint_dir, **how)
     if o.adapter is None or is_whole_model(o.adapter):
         serve(base)
         yield BASE, base
         del base
         if o.adapter is not None:
-            whole = load(o.adapter, **how)
+            whole = load_model(o.adapter, **how)
             serve(whole)
             yield ADAPTER, whole
         return
-    adapted = load(s.checkpoint_dir, o.adapter, check_base=o.check_base, sharing=base, **how)
+    how |= {"check_base": o.check_base, "sharing": base}
+    adapted = load_model(s.checkpoint_dir, o.adapter, **how)
     serve(base, adapted)
     yield BASE, base
     del base

@@ -21,7 +21,7 @@ from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.generate import Generator
 from phi3_plugin.launch import STOPPED
-from phi3_plugin.load import load
+from phi3_plugin.load import load_model
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import GenerateOptions, PromptOptions, read_options
 from phi3_plugin.prompts import (
@@ -67,7 +67,9 @@ def run(o: PromptOptions) -> int:
 
 def load_generator(o: PromptOptions, tokenizer: Phi3Tokenizer) -> Generator:
     """Load the model that answers."""
-    model = load(o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize)
+    model = load_model(
+        o.checkpoint_dir, o.adapter, dtype=o.dtype, device=o.device, quantize=o.quantize
+    )
     serve(model)
     return Generator(model, tokenizer, o, batch_size=o.batch_size)
 

@@ -4,7 +4,7 @@ import torch
 from torchtune.models.phi3 import lora_phi3 as torchtune_lora_phi3
 from transformers import Phi3ForCausalLM
 
-from phi3_plugin.checkpoint.adapter import MAGNITUDE, MODULES, A, Adapter, B, original
+from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B, original
 from phi3_plugin.checkpoint.base import (
     SAVED_WEIGHTS,
     fused_name,
@@ -150,7 +150,7 @@ def load_trained(folder, checkpoint_dir, model=None):
 
     """
     adapter, origin = load_adapter(folder), load_origin(folder)
-    if MODULES in origin:
+    if "modules" in origin:
         tensors, _ = original(adapter, origin, read_config(checkpoint_dir))
         adapter = {**tensors, **{n: v for n, v in adapter.items() if n in SAVED_WEIGHTS}}
     if model is not None:

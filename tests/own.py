@@ -16,10 +16,10 @@ from phi3_plugin.recipes.lora_finetune import Finetune
 from torch import Tensor
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import export_model, load_adapter
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora_settings import TARGETS
+from phi3_plugin.proof import load_with_peft
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.monitor import MEASURED, History
 from tests.adapters import load_trained

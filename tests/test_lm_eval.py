@@ -5,9 +5,9 @@ import json
 import pytest
 from phi3_plugin.recipes import phi3_demo_checkpoint
 
-from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
+from phi3_plugin.proof import load_with_peft
 from tests.adapters import PARTS, adapter
 from tests.own import WORDS
 from tests.test_docs import ROOT, blocks, shell

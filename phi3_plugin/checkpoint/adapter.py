@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,30 @@ from phi3_plugin.config import Phi3Config
 from phi3_plugin.errors import AdapterError, CheckpointError
 
 # Shapes: R rank, which may differ from module to module
+
+
+class Origin(TypedDict, total=False):
+    """How an adapter was trained, as a file of ours says it; a key is there if it has a value."""
+
+    layout: str
+    """Of the model: ``fused`` is ours, ``split`` torchtune's own Phi-3."""
+    lora_init: str
+    """``pissa`` or ``loftq``, where the adapter was split off the base."""
+    rslora: bool
+    """True where its scale is alpha / sqrt(R)."""
+
+
+class Note(Origin, total=False):
+    """What a file says of the adapter that it was made of: JSON in its metadata."""
+
+    base_hash: str
+    """Of the weights that the adapter was made for, if that is known."""
+    modules: dict[str, list[float]]
+    """Of each module ``[rank, scale]``, or ``[rank, scale, factor]`` where B was multiplied."""
+    rounded: dict[str, str]
+    """Of such a B, what division does not bring back."""
+    patterns: bool
+    """True in a file with rank and alpha patterns."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +64,7 @@ class Adapter:
     """What the adapter was trained with."""
     base: str = ""
     """Repository or folder of the base model, if the file says."""
-    origin: Mapping[str, Any] = field(default_factory=dict)
-    """How it was trained, if the file is one of ours: ``layout`` of the model (fused or split),
-    ``lora_init`` where that was split off the base, ``rslora``."""
+    origin: Origin = field(default_factory=Origin)
     base_hash: str = ""
     """Of the weights it was made for, if the file says."""
 
@@ -78,17 +100,7 @@ class Adapter:
 # vLLM ignores rank and alpha patterns, llama.cpp the latter, and PEFT declares alpha an integer.
 # So modules of a smaller rank are padded with zeros, which is exact, and B carries what an integer
 # alpha cannot say. Where that rounds, the few bits that division does not bring back are kept as
-# text in the file's metadata, with the rank and scale that each module had.
-
-MODULES, ROUNDED = "modules", "rounded"
-"""What a note says of the original: ``[rank, scale]`` of each module, or ``[rank, scale, factor]``
-where B was multiplied; and of such a B, what division does not bring back."""
-
-BASE_HASH = "base_hash"
-"""What a note says of the weights that the adapter was made for, if that is known."""
-
-PATTERNS = "patterns"
-"""What the note of a file with rank and alpha patterns says."""
+# text in the note, with the rank and scale that each module had.
 
 NOTE_CHARACTERS = 60_000_000
 """A header of safetensors holds 100 MB. Without what was to be noted, B comes back rounded."""
@@ -96,58 +108,80 @@ NOTE_CHARACTERS = 60_000_000
 
 @dataclass(frozen=True)
 class FileContent:
-    """An adapter on whole modules, and a note by which the original comes back bit for bit."""
+    """What an adapter file holds, and a note by which the original comes back bit for bit."""
 
     tensors: Mapping[str, Tensor]
-    """Fused names; ``lora_a [R, in]``, ``lora_b [out, R]``, ``magnitude [out]``."""
+    """Names of the file's modules in ours; ``lora_a [R, in]``, ``lora_b [out, R]``,
+    ``magnitude [out]``."""
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
-    """Of each module; the scale is alpha / rank."""
-    rslora: bool
-    """The scale is alpha / sqrt(rank) instead."""
-    note: Mapping[str, Any]
-    """Plain values for JSON; :func:`original` reads it."""
+    """Of each module."""
+    note: Note
+    """:func:`original` reads it."""
+    rslora: bool = False
+    """Whether the scale is alpha / sqrt(rank) instead of alpha / rank."""
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """What B A is multiplied with, by module."""
+        root = math.sqrt if self.rslora else float
+        return {module: alpha / root(self.ranks[module]) for module, alpha in self.alphas.items()}
 
 
-def file_content(
-    adapter: Adapter,
-    config: Phi3Config,
-    row_norms: Callable[[str], Tensor],
-    *,
-    patterns: bool = False,
+def uniform_content(
+    adapter: Adapter, config: Phi3Config, row_norms: Callable[[str], Tensor]
 ) -> FileContent:
-    """Make parts whole; and unless patterns are allowed, all ranks and scales one.
+    """Make parts whole, and give all modules one rank and one integer alpha.
 
     Args:
         adapter: What to write.
         config: Sizes of the model.
         row_norms: See :func:`fuse`.
-        patterns: Whether ranks and alphas may differ from module to module.
 
     Raises:
         AdapterError: It is empty, or no file can hold it.
     """
     check_writable_adapter(adapter)
+    ranks = fused_ranks(adapter)
+    rank = max(ranks.values())
+    alpha = integer_alpha(adapter.scales.values(), rank)
+    scaled, note = level_scales(adapter, dict.fromkeys(ranks, alpha / rank))
+    tensors = pad(fuse(scaled, config, row_norms), rank)
+    return FileContent(tensors, dict.fromkeys(ranks, rank), dict.fromkeys(ranks, alpha), note)
+
+
+def pattern_content(
+    adapter: Adapter, config: Phi3Config, row_norms: Callable[[str], Tensor]
+) -> FileContent:
+    """Make parts whole, and leave each module its rank and its alpha.
+
+    Arguments and errors are those of :func:`uniform_content`.
+    """
+    check_writable_adapter(adapter)
+    ranks, scales = fused_ranks(adapter), fused_scales(adapter)
+    scaled, note = level_scales(adapter, scales)
+    note["patterns"] = True
+    tensors = fuse(scaled, config, row_norms)
+    if adapter.origin.get("rslora"):  # said again where alpha / sqrt(rank) gives the very scales
+        rooted = {module: alpha_of(s, math.sqrt(ranks[module])) for module, s in scales.items()}
+        content = FileContent(tensors, ranks, rooted, note, rslora=True)
+        if content.scales == scales:
+            return content
+    alphas = {module: alpha_of(scale, ranks[module]) for module, scale in scales.items()}
+    return FileContent(tensors, ranks, alphas, note)
+
+
+def fused_ranks(adapter: Adapter) -> dict[str, int]:
+    """Return the rank of each whole module: its parts' ranks together."""
     ranks: Counter[str] = Counter()
     for module, rank in adapter.ranks.items():
         ranks[fused_name(module)] += rank
-    if not patterns:
-        rank = max(ranks.values())
-        alpha = integer_alpha(adapter.scales.values(), rank)
-        scaled, note = level_scales(adapter, dict.fromkeys(ranks, alpha / rank))
-        tensors = pad(fuse(scaled, config, row_norms), rank)
-        one_rank, one_alpha = dict.fromkeys(ranks, rank), dict.fromkeys(ranks, alpha)
-        return FileContent(tensors, one_rank, one_alpha, rslora=False, note=note)
-    scales = whole_scales(adapter)
-    scaled, note = level_scales(adapter, scales)
-    tensors = fuse(scaled, config, row_norms)
-    alphas = {module: alpha_of(scale, ranks[module]) for module, scale in scales.items()}
-    rslora = False
-    if adapter.origin.get("rslora"):  # said again where alpha / sqrt(rank) gives the very scales
-        rooted = {module: alpha_of(s, math.sqrt(ranks[module])) for module, s in scales.items()}
-        rslora = all(a / math.sqrt(ranks[m]) == scales[m] for m, a in rooted.items())
-        alphas = rooted if rslora else alphas
-    return FileContent(tensors, ranks, alphas, rslora, {**note, PATTERNS: True})
+    return dict(ranks)
+
+
+def fused_scales(adapter: Adapter) -> dict[str, float]:
+    """Return one scale for each whole module: that of the part whose name comes first."""
+    return {fused_name(m): s for m, s in sorted(adapter.scales.items(), reverse=True)}
 
 
 def check_writable_adapter(adapter: Adapter) -> None:
@@ -170,11 +204,6 @@ def check_writable_adapter(adapter: Adapter) -> None:
         )
 
 
-def whole_scales(adapter: Adapter) -> dict[str, float]:
-    """Return one scale for each whole module: that of the part whose name comes first."""
-    return {fused_name(m): s for m, s in sorted(adapter.scales.items(), reverse=True)}
-
-
 def integer_alpha(scales: Iterable[float], rank: int) -> int:
     """Return the integer alpha whose scale, alpha / rank, most modules have or come close to.
 
@@ -184,10 +213,10 @@ def integer_alpha(scales: Iterable[float], rank: int) -> int:
         rank: Of all modules, once they are padded.
     """
     counts = Counter(scales)
-    whole = [s for s in counts if s > 0 and round(s * rank) and round(s * rank) / rank == s]
-    if whole:  # that from which most others differ by a shift of the exponent
-        gain = {s: sum(n for other, n in counts.items() if is_shift(other, s)) for s in whole}
-        return round(max(whole, key=lambda s: (gain[s], s)) * rank)
+    exact = [s for s in counts if s > 0 and round(s * rank) and round(s * rank) / rank == s]
+    if exact:  # that from which most others differ by a shift of the exponent
+        gain = {s: sum(n for other, n in counts.items() if is_shift(other, s)) for s in exact}
+        return round(max(exact, key=lambda s: (gain[s], s)) * rank)
     # Just below what is asked for: B grows by a factor near 1, which division nearly always undoes.
     return max(int(max(counts, key=lambda s: (counts[s], s)) * rank), 1)
 
@@ -214,9 +243,7 @@ def pad(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return padded
 
 
-def level_scales(
-    adapter: Adapter, scales: Mapping[str, float]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def level_scales(adapter: Adapter, scales: Mapping[str, float]) -> tuple[dict[str, Tensor], Note]:
     """Give every module, by its B, the scale of the whole module that it belongs to.
 
     Args:
@@ -241,13 +268,17 @@ def level_scales(
                 rounded[module] = difference
     if sum(map(len, rounded.values())) > NOTE_CHARACTERS:
         rounded = {}
-    made_for = {BASE_HASH: adapter.base_hash} if adapter.base_hash else {}
-    note = {**adapter.origin, **made_for, MODULES: modules}
-    return tensors, {**note, ROUNDED: rounded} if rounded else note
+    note = cast(Note, {**adapter.origin})
+    if adapter.base_hash:
+        note["base_hash"] = adapter.base_hash
+    note["modules"] = modules
+    if rounded:
+        note["rounded"] = rounded
+    return tensors, note
 
 
 def original(
-    tensors: Mapping[str, Tensor], note: Mapping[str, Any], config: Phi3Config
+    tensors: Mapping[str, Tensor], note: Note, config: Phi3Config
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return tensors and scales of the adapter that a file was made of, bit for bit.
 
@@ -261,7 +292,7 @@ def original(
         AdapterError: The note is not for these tensors.
         CheckpointError: Tensors are missing.
     """
-    modules, rounded = note[MODULES], note.get(ROUNDED, {})
+    modules, rounded = note["modules"], note.get("rounded", {})
     ranks = {module: int(value[0]) for module, value in modules.items()}
     out, scales = dict[str, Tensor](), dict[str, float]()
     for module, (_, scale, *factor) in modules.items():
@@ -281,19 +312,18 @@ def _module_tensors(
 ) -> dict[str, Tensor]:
     """Take the tensors of one original module out of those of a file.
 
-    The file may have the module itself, padded; the whole that it is a part of; or its parts.
+    The file may have the module itself, padded; the whole that it is a part of, whose A stacks
+    those of the parts; or its parts, each with its A.
     """
-    rank, rows = ranks[module], slice(None)
-    sources, columns = [module], slice(rank)
-    if module + A not in tensors:
-        whole = fused_name(module)
-        parts = part_rows(whole, config)
-        if module in parts:
-            before = list(parts)[: list(parts).index(module)]
-            start = sum(ranks.get(part, 0) for part in before)
-            sources, rows, columns = [whole], parts[module], slice(start, start + rank)
-        else:
-            sources = list(parts)
+    rank, whole = ranks[module], fused_name(module)
+    if module + A in tensors:
+        sources, rows, columns = [module], slice(None), slice(rank)
+    elif module in (parts := part_rows(whole, config)):
+        before = list(parts)[: list(parts).index(module)]
+        start = sum(ranks.get(part, 0) for part in before)
+        sources, rows, columns = [whole], parts[module], slice(start, start + rank)
+    else:
+        sources, rows, columns = list(parts), slice(None), slice(rank)
     out = {
         module + A: tensors[sources[0] + A][columns].clone(),
         module + B: torch.cat([tensors[source + B][rows, columns] for source in sources]),
@@ -387,10 +417,7 @@ def fuse(
         tensors: ``lora_a [R, in]``, ``lora_b [rows, R]``, and for DoRA ``magnitude [rows]``.
         config: Sizes of the model.
         row_norms: Gives the norms of the rows of a fused base weight, told its name. Rows of a
-            part without DoRA keep them as their magnitude.
-
-    Raises:
-        CheckpointError: A tensor is missing.
+            part without an adapter keep them as their magnitude.
     """
     modules = [name.removesuffix(A) for name in tensors if name.endswith(A)]
     parts = [module for module in modules if fused_name(module) != module]
@@ -398,25 +425,21 @@ def fuse(
     for whole in dict.fromkeys(map(fused_name, parts)):
         rows = part_rows(whole, config)
         present = [part for part in rows if part in parts]
-        try:
-            a, b = ([tensors[part + end] for part in present] for end in (A, B))
-            has_dora = present[0] + MAGNITUDE in tensors
-            norms = [tensors[part + MAGNITUDE] for part in present if has_dora]
-        except KeyError as error:
-            raise CheckpointError(f"The adapter is incomplete: {error} is missing.") from error
-        out[whole + A] = torch.cat(a)
         height = max(r.stop for r in rows.values())
-        out[whole + B] = all_b = b[0].new_zeros(height, len(out[whole + A]))
-        magnitude = row_norms(whole).to(norms[0]) if norms and len(present) < len(rows) else None
-        if norms and magnitude is None:
-            magnitude = norms[0].new_empty(height)
+        out[whole + A] = torch.cat([tensors[part + A] for part in present])
+        out[whole + B] = b = tensors[present[0] + B].new_zeros(height, len(out[whole + A]))
         column = 0
-        for i, part in enumerate(present):
-            all_b[rows[part], column : column + b[i].shape[1]] = b[i]
-            column += b[i].shape[1]
-            if magnitude is not None:
-                magnitude[rows[part]] = norms[i]
-        if magnitude is not None:
+        for part in present:
+            own = tensors[part + B]
+            b[rows[part], column : column + own.shape[1]] = own
+            column += own.shape[1]
+        norms = {part: tensors[part + MAGNITUDE] for part in present if part + MAGNITUDE in tensors}
+        if norms:
+            some = next(iter(norms.values()))
+            lacks = len(present) < len(rows)
+            magnitude = row_norms(whole).to(some) if lacks else some.new_empty(height)
+            for part, norm in norms.items():
+                magnitude[rows[part]] = norm
             out[whole + MAGNITUDE] = magnitude
     return out
 

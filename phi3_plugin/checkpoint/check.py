@@ -1,6 +1,13 @@
-"""What serves an adapter: each runtime's verdict, and a proof by loading it."""
+"""What PEFT, vLLM and llama.cpp make of an adapter folder as it lies there, ours or anyone's.
 
-import importlib.util
+Read from the sources of the runtimes, of which only PEFT is run in our tests:
+
+    PEFT       0.21.2, tuners/lora, utils/save_and_load.py
+    vLLM       main of 2026, lora/peft_helper.py, lora/lora_model.py, lora/utils.py,
+               config/lora.py, models/phi3.py, models/llama.py
+    llama.cpp  0b03ada, convert_lora_to_gguf.py; src/llama-adapter.{h,cpp}, src/llama-graph.cpp
+"""
+
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
@@ -19,31 +25,19 @@ from phi3_plugin.checkpoint.base import (
     A,
     B,
     expected_shapes,
-    open_weights,
 )
 from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
-from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, load_origin
+from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS
 from phi3_plugin.checkpoint.peft_config import (
     BASE_KEEPING_STARTS,
-    UNSUPPORTED,
     PeftConfig,
     is_plain,
+    unsupported,
     wrong_values,
 )
 from phi3_plugin.config import Phi3Config, read_json_object
-from phi3_plugin.errors import AdapterError, MissingFileError, Phi3Error
-from phi3_plugin.load import load
-from phi3_plugin.models.phi3 import PRECISIONS
+from phi3_plugin.errors import AdapterError, MissingFileError
 from phi3_plugin.options import RUNTIMES
-
-# What each runtime makes of an adapter folder as it lies there.
-#
-# Read from the sources of the runtimes, of which only PEFT is run in our tests:
-#
-#     PEFT       0.21.2, tuners/lora, utils/save_and_load.py
-#     vLLM       main of 2026, lora/peft_helper.py, lora/lora_model.py, lora/utils.py,
-#                config/lora.py, models/phi3.py, models/llama.py
-#     llama.cpp  0b03ada, convert_lora_to_gguf.py; src/llama-adapter.{h,cpp}, src/llama-graph.cpp
 
 LOADS, MISSCALED, MISREAD, REJECTED = "loads", "mis-scaled", "mis-read", "rejected"
 """`MISSCALED` loads, and multiplies B A with a wrong number; `MISREAD` loads, and computes
@@ -97,7 +91,7 @@ VERDICTS: dict[str, tuple[str, str | None, str | None, str | None]] = {
     "alpha over rank": ("alpha_pattern and use_rslora are ignored: {}", None, None, MISSCALED),
 }  # fmt: skip
 """What an adapter may be like: why that matters, and what PEFT, vLLM and llama.cpp then do; None
-where it is nothing to them. A reason with `LOADS` is a remark."""
+where it is nothing to them. A reason with `LOADS` is a remark. They are told in this order."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` takes; 16 if it is not given."""
@@ -141,7 +135,7 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
         MissingFileError: One of the two files is missing.
     """
     adapter = read_peft_folder(folder)
-    properties = list(_properties(adapter, base))
+    properties = sorted(_properties(adapter, base), key=lambda found: [*VERDICTS].index(found[0]))
     ranks = [adapter.config.keys.get("r", 8), *adapter.ranks.values()]
     least = next((size for size in VLLM_RANKS if size >= max(ranks)), 0)
     use = {
@@ -163,73 +157,66 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
     return judged
 
 
+def served_by(folder: Path) -> str:
+    """Return one line: what each runtime makes of an adapter that was just saved.
+
+    Args:
+        folder: Whole and in its place.
+    """
+    words = []
+    for verdict in verdicts(folder):
+        why = "" if verdict.status == LOADS else f" ({verdict.reasons[0]})"
+        words.append(f"{verdict.runtime} {verdict.status}{why}")
+    return f"{folder.name}: {', '.join(words)}."
+
+
 def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tuple[str, str]]:
     """Yield what of `VERDICTS` an adapter is like, and the modules or numbers concerned."""
     keys, config, adapted = adapter.config.keys, adapter.config, adapter.adapted
     targets = [module for module in adapted if adapter.targeted(module) and is_adaptable(module)]
     saved, magnitudes = adapter.with_kind("saved"), adapter.with_kind(MAGNITUDE)
-    if not adapted and not saved:
-        yield "no adapter", ""
-    wrong = [module for module, rank in adapter.ranks.items() if config.rank(module) != rank]
-    if wrong:
+    biased, dora = adapter.with_kind("bias"), keys.get("use_dora")
+    tied = base is not None and base.tie_word_embeddings
+    holds = {
+        "no adapter": not adapted and not saved,
+        "no target": adapted and not targets,
+        "DoRA unsaid": magnitudes and not dora,
+        "DoRA": magnitudes or dora,
+        "modules_to_save": saved or keys.get("modules_to_save"),
+        "bias": biased or keys.get("bias", "none") != "none",
+        "tied head": tied and "lm_head" in adapted,
+        "tied embedding": tied and "model.embed_tokens" in adapted,
+    }
+    for key in ("lora_alpha", "r", "target_modules", "task_type"):
+        holds[f"no {key}"] = keys.get(key) is None
+    low = tuple(ending for ending, kind in PEFT_ENDINGS.items() if kind in (A, B))
+    concerned = {
+        "not finite": [*_not_finite(adapter)],
+        "not a target": [module for module in adapted if targets and module not in targets],
+        "unknown name": [*adapter.unknown],
+        "neither A nor B": [name for name in adapter.unknown if not name.endswith(low)],
+        "DoRA without magnitude": [m for m in adapted if dora and m not in magnitudes],
+        "saved": [module for module in saved if not module.endswith("norm")],
+        "saved norm": [module for module in saved if module.endswith("norm")],
+        "bias tensor": [module for module in biased if not module.endswith("norm")],
+        "other layer": [module for module in adapted if not is_adaptable(module)],
+    }
+    yield from ((name, "") for name, is_so in holds.items() if is_so)
+    yield from ((name, listed(modules)) for name, modules in concerned.items() if modules)
+    if names := adapter.targets_of_nothing():
+        yield "target of nothing", listed(names, 9)
+    yield from (("shape", problem) for problem in _shape_problems(adapter, base))
+    if wrong := [module for module, rank in adapter.ranks.items() if config.rank(module) != rank]:
         ranks = f"{config.rank(wrong[0])} in the configuration, {adapter.ranks[wrong[0]]}"
         text = f"rank {ranks} in the file: {listed(wrong)}"
         yield "rank", text
         if set(wrong) & set(targets):
             yield "rank of a target", text
-    for problem in _shape_problems(adapter, base):
-        yield "shape", problem
-    if broken := list(_not_finite(adapter)):
-        yield "not finite", listed(broken)
-    if names := adapter.targets_of_nothing():
-        yield "target of nothing", listed(names, 9)
-    if (
-        isinstance(start := keys.get("init_lora_weights", True), str)
-        and start not in BASE_KEEPING_STARTS
-    ):
+    start = keys.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in BASE_KEEPING_STARTS:
         yield "start that PEFT repeats" if start in REPEATED_STARTS else "start", repr(start)
-
-    if adapted and not targets:
-        yield "no target", ""
-    elif lost := [module for module in adapted if module not in targets]:
-        yield "not a target", listed(lost)
-    if adapter.unknown:
-        yield "unknown name", listed(adapter.unknown)
-    low = tuple(ending for ending, kind in PEFT_ENDINGS.items() if kind in (A, B))
-    if names := [name for name in adapter.unknown if not name.endswith(low)]:
-        yield "neither A nor B", listed(names)
-    for key in ("lora_alpha", "r", "target_modules", "task_type"):
-        if keys.get(key) is None:
-            yield f"no {key}", ""
-    without = [module for module in adapted if module not in magnitudes]
-    if keys.get("use_dora") and without:
-        yield "DoRA without magnitude", listed(without)
-    if magnitudes and not keys.get("use_dora"):
-        yield "DoRA unsaid", ""
-    if magnitudes or keys.get("use_dora"):
-        yield "DoRA", ""
-
-    if keys.get("modules_to_save") or saved:
-        yield "modules_to_save", ""
-    if modules := [module for module in saved if not module.endswith("norm")]:
-        yield "saved", listed(modules)
-    if norms := [module for module in saved if module.endswith("norm")]:
-        yield "saved norm", listed(norms)
-    biased = adapter.with_kind("bias")
-    if biased or keys.get("bias", "none") != "none":
-        yield "bias", ""
-    if modules := [module for module in biased if not module.endswith("norm")]:
-        yield "bias tensor", listed(modules)
-    if other := [module for module in adapted if not is_adaptable(module)]:
-        yield "other layer", listed(other)
     if max([keys.get("r", 0), *adapter.ranks.values()]) > VLLM_RANKS[-1]:
         yield "rank above vLLM's", str(VLLM_RANKS[-1])
-    if base is not None and base.tie_word_embeddings:
-        if "lm_head" in adapted:
-            yield "tied head", ""
-        if "model.embed_tokens" in adapted:
-            yield "tied embedding", ""
-
     alpha = keys.get("lora_alpha")
     if alpha is not None:
         if rank := keys.get("r"):  # vLLM has one r and one lora_alpha for all modules
@@ -390,7 +377,7 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
             "import` makes one of files of torchtune's and loralib's."
         )
     keys = read_json_object(file, AdapterError)
-    if problems := [*_not_judged(keys), *wrong_values(keys), *_wrong_names(keys)]:
+    if problems := [*unsupported(keys, JUDGED), *wrong_values(keys), *_wrong_names(keys)]:
         raise AdapterError("\n".join(f"{file}: {problem}" for problem in problems))
     if not weights.is_file():
         pickled = [path.name for path in sorted(folder.glob("adapter_model.*"))]
@@ -413,14 +400,6 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
     return PeftFolder(PeftConfig(file, keys), tensors, tuple(unknown))
 
 
-def _not_judged(keys: Mapping[str, Any]) -> Iterator[str]:
-    if (kind := keys.get("peft_type", "LORA")) != "LORA":
-        yield f"peft_type: {kind!r} is not a LoRA adapter, which is all that is judged here."
-    for key in UNSUPPORTED.keys() - JUDGED:
-        if keys.get(key) not in (None, False, {}, []):
-            yield f"{key}: a feature of PEFT that is not judged here."
-
-
 def _wrong_names(keys: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the keys that say which modules are meant."""
     for key in ("target_modules", "exclude_modules"):
@@ -435,202 +414,3 @@ def _wrong_names(keys: Mapping[str, Any]) -> Iterator[str]:
         yield f"layers_to_transform: {layers!r} must be a number or a list of numbers."
     if (pattern := keys.get("layers_pattern") or "layers") not in ("layers", ["layers"]):
         yield f"layers_pattern: {pattern!r} is not where a Phi-3 has its layers."
-
-
-# A proof: base and adapter loaded by the libraries that will serve them, beside our own model.
-#
-# Only here are transformers and peft imported; both come with ``phi3-plugin[hf]``.
-
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-"""How far logits may be apart, as a part of the largest, before the proof fails: the order of
-sums differs. Tiny models agree to 1e-6 in fp32."""
-
-# Shapes: B batch, S sequence, V vocabulary
-
-
-class NotLoadedError(AdapterError):
-    """PEFT refuses an adapter, or does not find a place for every tensor."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What an adapter computes in PEFT and in our model."""
-
-    difference: float
-    """The largest distance of two logits."""
-    effect: float
-    """How far the adapter moves a logit at most, in PEFT."""
-    largest: float
-    """The largest logit."""
-
-
-def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, str]:
-    """Return the proof of an adapter, whether it fails, and a sentence on it.
-
-    Args:
-        base: Folder of the base model.
-        folder: Of the adapter.
-        dtype: What both models compute in, bf16 or fp32.
-    """
-    if not all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
-        missing = "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
-        return None, False, f"No proof: {missing}"
-    try:
-        open_weights(base)  # else transformers would say, in its own way, that there are none
-        proof = prove(base, folder, dtype)
-    except NotLoadedError as error:
-        return None, True, f"Proof failed: {error}"
-    except Phi3Error as error:
-        return None, False, f"No proof: {error}"
-    limit = TOLERANCE[dtype] * proof.largest
-    numbers = (
-        f"logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter moves them "
-        f"by up to {proof.effect:.2e}; the largest is {proof.largest:.3g}."
-    )
-    if not proof.difference <= limit:  # NaN fails too
-        return proof, True, f"Proof failed: {numbers} Rounding in {dtype} allows {limit:.2e}."
-    if proof.effect <= limit:
-        hides = f"Rounding in {dtype} could hide that: {limit:.2e}."
-        return proof, False, f"No proof: {numbers} {hides}"
-    return proof, False, f"Proof: {numbers}"
-
-
-def prove(base: Path, folder: Path, dtype: str = "fp32") -> Proof:
-    """Load base and adapter in transformers + PEFT, and compare its logits with our model's.
-
-    One model after the other is in memory.
-
-    Args:
-        base: Folder of the base model.
-        folder: Of the adapter.
-        dtype: What both models compute in, bf16 or fp32.
-
-    Raises:
-        NotLoadedError: PEFT does not load the adapter, or not all of it.
-    """
-    model = load_with_peft(base, folder, PRECISIONS[dtype])
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (2, 17), generator=generator)
-    with torch.no_grad():
-        theirs = model(input_ids=tokens, use_cache=False).logits.float()
-        with model.disable_adapter():
-            without = model(input_ids=tokens, use_cache=False).logits.float()
-        del model
-        ours = logits(base, folder, dtype, tokens).float()
-    return Proof(
-        difference=float((ours - theirs).abs().max()),
-        effect=float((theirs - without).abs().max()),
-        largest=float(theirs.abs().max()),
-    )
-
-
-def logits(base: Path, folder: Path, dtype: str, tokens: Tensor) -> Tensor:
-    """Return what our own model with the adapter makes of ``tokens [B, S]``: ``[B, S, V]``."""
-    out: Tensor = load(base, folder, dtype=dtype, device="cpu", check_base=False)(tokens)
-    return out
-
-
-def load_with_peft(
-    checkpoint_dir: str | Path, adapter_dir: str | Path, dtype: torch.dtype = torch.float32
-) -> Any:
-    """Return base and adapter as PEFT loads them, after checking that every tensor found a place.
-
-    PEFT itself passes over tensors that match nothing.
-
-    Args:
-        checkpoint_dir: Folder of the base model.
-        adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
-        dtype: What the base weights are cast to.
-
-    Returns:
-        A ``PeftModel`` on the CPU, in evaluation mode.
-
-    Raises:
-        NotLoadedError: PEFT refuses it, or keys are missing or unexpected; the first are listed.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    base = load_base_with_hf(checkpoint_dir, dtype)
-    try:
-        model = PeftModel.from_pretrained(base, str(adapter_dir))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {str(error).strip()[:500]}"
-        raise NotLoadedError(f"PEFT does not load {adapter_dir}. It says {why}") from error
-    places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    names = load_peft_weights(str(adapter_dir), device="cpu")
-    # Beside an adapter of the embedding or the head PEFT also keeps the base's own weight.
-    stored = {name for name in names if not name.endswith(".base_layer.weight")}
-    if places != stored:
-        missing, unexpected = sorted(places - stored), sorted(stored - places)
-        raise NotLoadedError(
-            f"PEFT does not load {adapter_dir} completely: missing {listed(missing, 4) or 'none'}, "
-            f"unexpected {listed(unexpected, 4) or 'none'}."
-        )
-    return model.eval()
-
-
-def load_base_with_hf(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Return the base model as ``transformers`` loads it, on the CPU, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype).eval()
-
-
-def hf_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer as ``transformers`` loads it from a checkpoint or adapter folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
-# What a run says of an adapter that it has just saved
-
-MEMINFO = Path("/proc/meminfo")
-
-
-def served_by(folder: Path) -> str:
-    """Return one line: what each runtime makes of an adapter that was just saved.
-
-    Args:
-        folder: Whole and in its place.
-    """
-    words = []
-    for verdict in verdicts(folder):
-        why = "" if verdict.status == LOADS else f" ({verdict.reasons[0]})"
-        words.append(f"{verdict.runtime} {verdict.status}{why}")
-    return f"{folder.name}: {', '.join(words)}."
-
-
-def proof(folder: Path, checkpoint_dir: Path) -> str:
-    """Return one line: how far PEFT's logits are from ours; or why that cannot be said.
-
-    It takes the base model twice, one after the other, in fp32 and on the CPU. So it is left to
-    the user where memory might not suffice; whatever goes wrong, the adapter is saved.
-
-    Args:
-        folder: Of the adapter.
-        checkpoint_dir: Of its base.
-    """
-    if load_origin(folder).get("lora_init") == "loftq":
-        return "No proof: the adapter belongs to the NF4 base it was trained over."
-    # bf16 becomes fp32, beside pages of the files
-    needed = 3 * sum(file.stat().st_size for file in checkpoint_dir.glob("*.safetensors"))
-    free = memory_free()
-    if free is not None and free < needed:
-        command = f"phi3-tune adapter check {folder} --base {checkpoint_dir}"
-        return f"No proof: PEFT would take {needed / 1e9:.0f} GB of memory: {command}"
-    try:
-        return proven(checkpoint_dir, folder, "fp32")[2]
-    except Exception as error:  # of transformers and PEFT, whose models may be newer than they
-        return f"No proof: {type(error).__name__}: {error}"
-
-
-def memory_free() -> int | None:
-    """Return how many bytes can be taken, where the system says so."""
-    if not MEMINFO.is_file():
-        return None
-    for line in MEMINFO.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None

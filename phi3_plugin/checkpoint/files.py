@@ -6,7 +6,6 @@ import os
 import pickletools
 import shutil
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phi3_plugin.config import unique_keys
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
 
 # Write a folder so that it is either whole or not there.
@@ -93,7 +93,11 @@ def sweep(parent: Path) -> None:
 
 
 def check_output(output_dir: Path, checkpoint_dir: Path) -> None:
-    """Check that results can be written, and not into the base model.
+    """Check that results can be written, and not into the base model; nothing is left behind.
+
+    Args:
+        output_dir: May not exist yet.
+        checkpoint_dir: Of the base model.
 
     Raises:
         OutputError: They cannot.
@@ -104,27 +108,14 @@ def check_output(output_dir: Path, checkpoint_dir: Path) -> None:
             f"output_dir: {output_dir} is inside checkpoint_dir {checkpoint_dir}. Choose a folder "
             "elsewhere, so that the base model stays as it was downloaded."
         )
-    check_writable(output_dir, "output_dir")
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """Check that a folder can be created and written, leaving nothing behind.
-
-    Args:
-        folder: The folder, which may not exist yet.
-        key: How the user calls it.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     probe = existing / f"{PARTIAL}probe-{os.getpid()}"
     try:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
         raise OutputError(
-            f"{key}: {folder} cannot be written: {error.strerror or error}. "
+            f"output_dir: {output_dir} cannot be written: {error.strerror or error}. "
             "Choose a folder that you may write to."
         ) from error
 
@@ -331,7 +322,7 @@ def _from_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         text = data.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: its header is broken: {error}. Copy it again.") from error
     if not isinstance(header, dict) or not all(isinstance(h, dict) for h in header.values()):
@@ -345,14 +336,6 @@ def _from_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load_file(file), metadata
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{file} is damaged or cut short: {error}. Copy it again.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{quoted(twice)} is there twice")
-    return unique
 
 
 def _from_zip(file: Path) -> dict[str, Tensor]:

@@ -1,24 +1,23 @@
 """Read an adapter from whatever program wrote it: PEFT, torchtune, loralib, or this one."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import (
-    BASE_HASH,
-    MODULES,
-    PATTERNS,
-    ROUNDED,
     Adapter,
-    file_content,
+    FileContent,
+    Note,
+    Origin,
     original,
+    pattern_content,
     split_ending,
+    uniform_content,
 )
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
@@ -35,7 +34,7 @@ from phi3_plugin.checkpoint.base import (
     torchtune_name,
 )
 from phi3_plugin.checkpoint.files import quoted, read_tensors
-from phi3_plugin.checkpoint.loralib import EnableLora, loralib_tensors, ungrouped
+from phi3_plugin.checkpoint.loralib import EnableLora, loralib_content, ungrouped
 from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, WEIGHTS, parsed_object
 from phi3_plugin.checkpoint.peft_config import (
     PeftConfig,
@@ -43,7 +42,7 @@ from phi3_plugin.checkpoint.peft_config import (
     problem_list,
     read_peft_config,
 )
-from phi3_plugin.checkpoint.torchtune import torchtune_tensors
+from phi3_plugin.checkpoint.torchtune import split_content
 from phi3_plugin.config import Phi3Config, read_json_object
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
@@ -133,7 +132,7 @@ def _of_peft(
     adapter = Adapter(content.tensors, {}, content.saved)
     beside = file.with_name(CONFIG)
     if not beside.is_file():
-        return replace(adapter, scales=_scales(adapter.ranks, alpha, file))
+        return replace(adapter, scales=_scales(adapter.ranks, _known_alpha(alpha, file), {}))
     peft = read_peft_config(beside)
     if alpha is not None and alpha != peft.keys["lora_alpha"]:
         said = peft.keys["lora_alpha"]
@@ -144,13 +143,19 @@ def _of_peft(
         scales={module: peft.scale(hf_name(module)) for module in adapter.ranks},
         dropout=float(peft.keys.get("lora_dropout") or 0.0),
         base=peft.keys.get("base_model_name_or_path") or "",
-        origin={"rslora": True} if peft.keys.get("use_rslora") else {},
+        origin=Origin(rslora=True) if peft.keys.get("use_rslora") else Origin(),
     )
     if content.program == "torchtune":
-        return _as_written(adapter, peft.keys.get(ORIGIN), config, _written_by_torchtune)
+        note = peft.keys.get(ORIGIN)
+        return _as_written(adapter, note, config, partial(split_content, config=config))
+
+    def row_norms(module: str) -> Tensor:
+        """Rows of parts without an adapter have the base's norms, which only the file knows."""
+        return adapter.tensors[module + MAGNITUDE].clone()
+
     note = parsed_object(metadata.get(ORIGIN, "{}"))
-    write = partial(_written_by_peft, file=adapter, patterns=bool(note.get(PATTERNS)))
-    return _as_written(adapter, note, config, write)
+    make = pattern_content if note.get("patterns") else uniform_content
+    return _as_written(adapter, note, config, partial(make, config=config, row_norms=row_norms))
 
 
 def _check_config(adapter: Adapter, peft: PeftConfig, program: str) -> None:
@@ -182,39 +187,43 @@ def _of_loralib(
     about = parsed_object(metadata.get(ORIGIN, "{}"))
     if not about and file.suffix == ".pt" and beside.is_file():
         about = read_json_object(beside, AdapterError)
-    own_alpha = about.get("alpha") if alpha is None else alpha
-    if own_alpha is None:
-        raise _no_alpha(file)
+    said = _known_alpha(about.get("alpha") if alpha is None else alpha, file)
     enabled = about.get("enable_lora") if enable_lora is None else enable_lora
     tensors, divisors = ungrouped(content.tensors, enabled, config)
     _check_tensors(tensors, content.saved, config, file)
-    adapter = Adapter(tensors, _scales(divisors, own_alpha, file, aliases(config)))
-    write = partial(_written_by_loralib, merged_linear=bool(about.get("merged_linear")))
-    written = _as_written(adapter, about.get(ORIGIN), config, write)
-    return written if alpha is None and enable_lora is None else adapter
+    adapter = Adapter(tensors, _scales(divisors, said, aliases(config)))
+    if alpha is not None or enable_lora is not None:
+        return adapter
+
+    def write(original: Adapter) -> FileContent:
+        merged_linear = bool(about.get("merged_linear"))
+        written, enabled = loralib_content(original, config, merged_linear=merged_linear)
+        again, ranks = ungrouped(written.tensors, enabled, config)
+        alphas = {module: written.alphas[fused_name(module)] for module in ranks}
+        return FileContent(again, ranks, alphas, written.note)
+
+    return _as_written(adapter, about.get(ORIGIN), config, write)
 
 
-def _scales(
-    ranks: Mapping[str, int], alpha: Any, file: Path, known: Mapping[str, str] | None = None
-) -> dict[str, float]:
-    """Return alpha / rank of every module; alpha may be given for each, by any of its names."""
+def _known_alpha(alpha: Any, file: Path) -> Any:
     if alpha is None:
-        raise _no_alpha(file)
+        raise AdapterError(
+            f"{file} does not say its alpha, and there is no {CONFIG} beside it. Give the alpha it "
+            "was trained with; loralib's own default is 1."
+        )
+    return alpha
+
+
+def _scales(ranks: Mapping[str, int], alpha: Any, known: Mapping[str, str]) -> dict[str, float]:
+    """Return alpha / rank of every module; alpha may be given for each, by any of its names."""
     alphas: dict[str, Any] = dict.fromkeys(ranks, alpha)
     if isinstance(alpha, dict) and alpha:
-        each = {(known or {}).get(name, name): value for name, value in alpha.items()}
+        each = {known.get(name, name): value for name, value in alpha.items()}
         alphas = {m: each.get(m, each.get(m.rpartition(".")[0])) for m in ranks}
     for module, value in alphas.items():
         if not is_alpha(value):
             raise AdapterError(f"alpha: {quoted(value)} for {module} must be a number above 0.")
     return {module: alphas[module] / rank for module, rank in ranks.items()}
-
-
-def _no_alpha(file: Path) -> AdapterError:
-    return AdapterError(
-        f"{file} does not say its alpha, and there is no {CONFIG} beside it. Give the alpha it "
-        "was trained with; loralib's own default is 1."
-    )
 
 
 # Which tensor is whose
@@ -402,10 +411,7 @@ def _check_copies(
 
 
 def _as_written(
-    found: Adapter,
-    note: object,
-    config: Phi3Config,
-    write: Callable[[Adapter, Phi3Config], Adapter],
+    found: Adapter, note: object, config: Phi3Config, write: Callable[[Adapter], FileContent]
 ) -> Adapter:
     """Return the adapter that a file was made of, or what it holds if it was changed since.
 
@@ -420,16 +426,16 @@ def _as_written(
     """
     if not isinstance(note, dict):
         return found
-    made_for = note.get(BASE_HASH)  # holds for a file whose numbers were changed, too
+    made_for = note.get("base_hash")  # holds for a file whose numbers were changed, too
     found = replace(found, base_hash=made_for if isinstance(made_for, str) else "")
     if (ours := _checked(note, config)) is None:
         return found
     try:
         tensors, scales = original(found.tensors, ours, config)
-        origin = {k: v for k, v in ours.items() if k not in (MODULES, ROUNDED, PATTERNS, BASE_HASH)}
+        origin = cast(Origin, {k: v for k, v in ours.items() if k in Origin.__annotations__})
         adapter = replace(found, tensors=tensors, scales=scales, origin=origin)
-        again = write(adapter, config)
-    except (AdapterError, CheckpointError, ArithmeticError, RuntimeError):
+        again = write(adapter)
+    except (AdapterError, CheckpointError, ArithmeticError, KeyError, RuntimeError):
         return found
     same = again.scales == found.scales and again.tensors.keys() == found.tensors.keys()
     for name, value in again.tensors.items() if same else ():
@@ -438,50 +444,18 @@ def _as_written(
     return adapter if same else found
 
 
-def _checked(note: Mapping[str, Any], config: Phi3Config) -> dict[str, Any] | None:
+def _checked(note: Mapping[str, Any], config: Phi3Config) -> Note | None:
     """Return a note with our names of modules, or None if it is none."""
-    modules, rounded = note.get(MODULES), note.get(ROUNDED, {})
+    modules, rounded, known = note.get("modules"), note.get("rounded", {}), aliases(config)
     if not isinstance(modules, dict) or not isinstance(rounded, dict):
         return None
     for value in modules.values():
-        if not isinstance(value, list) or len(value) not in (2, 3) or not all(map(_fits, value)):
+        if not isinstance(value, list) or len(value) not in (2, 3) or not all(map(is_alpha, value)):
             return None
-    known = aliases(config)
     if not all(isinstance(text, str) for text in rounded.values()):
         return None
     if not (rounded.keys() | modules.keys()) <= known.keys():
         return None
     ours = {known[name]: value for name, value in modules.items()}
-    return {**note, MODULES: ours, ROUNDED: {known[n]: text for n, text in rounded.items()}}
-
-
-def _fits(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 < value < 1e30  # type: ignore[arg-type, operator]
-
-
-def _written_by_peft(
-    adapter: Adapter, config: Phi3Config, file: Adapter, patterns: bool
-) -> Adapter:
-    def row_norms(module: str) -> Tensor:
-        """Rows of parts without an adapter have the base's norms, which only the file knows."""
-        return file.tensors[module + MAGNITUDE].clone()
-
-    content = file_content(adapter, config, row_norms, patterns=patterns)
-    divisors = {m: math.sqrt(r) if content.rslora else r for m, r in content.ranks.items()}
-    return Adapter(content.tensors, {m: a / divisors[m] for m, a in content.alphas.items()})
-
-
-def _written_by_torchtune(adapter: Adapter, config: Phi3Config) -> Adapter:
-    tensors, rank, alpha, _ = torchtune_tensors(adapter, config)
-    return Adapter.of(tensors, alpha / rank)
-
-
-def _written_by_loralib(adapter: Adapter, config: Phi3Config, merged_linear: bool) -> Adapter:
-    tensors, alphas, enabled, _ = loralib_tensors(adapter, config, merged_linear=merged_linear)
-    tensors, divisors = ungrouped(tensors, enabled, config)
-    scales = {}
-    for module, rank in divisors.items():
-        whole = module if module in alphas else module.rpartition(".")[0]
-        scales[module] = alphas[whole] / rank
-    return Adapter(tensors, scales)
+    texts = {known[name]: text for name, text in rounded.items()}
+    return cast(Note, {**note, "modules": ours, "rounded": texts})

@@ -14,18 +14,17 @@ It multiplies each pair with ``adapter.lora.alpha``, one number for all, over th
 """
 
 import importlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from phi3_plugin.checkpoint.adapter import Adapter, file_content
+from phi3_plugin.checkpoint.adapter import Adapter, uniform_content
 from phi3_plugin.checkpoint.base import OUTPUT, TOK_EMBEDDINGS, A, B, hf_name
-from phi3_plugin.checkpoint.files import PARTIAL
+from phi3_plugin.checkpoint.files import whole_files
 from phi3_plugin.config import Phi3Config, read_config
-from phi3_plugin.errors import AdapterError, MissingFileError, OutputError
+from phi3_plugin.errors import AdapterError, MissingFileError
 
 
 def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
@@ -51,12 +50,9 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
             "A GGUF file is written by llama.cpp's gguf package, which is not installed. "
             "Install it: pip install 'phi3-plugin[gguf]'"
         ) from error
-    content = file_content(adapter, config, lambda _: torch.empty(0))  # row norms are DoRA's alone
-    if file.exists():
-        raise OutputError(f"{file} exists and would be overwritten. Move it or choose another.")
-    partial = file.with_name(f"{PARTIAL}{file.name}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    content = uniform_content(adapter, config, lambda _: torch.empty(0))  # norms are DoRA's alone
+    with whole_files(file) as (partial,):
+        partial.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(partial, "phi3")
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -74,11 +70,6 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(partial, file)
-    except OSError as error:
-        raise OutputError(f"{file} could not be written: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _unfit(adapter: Adapter, config: Phi3Config) -> Iterator[str]:

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from phi3_plugin.checkpoint.adapter import (
     Adapter,
+    FileContent,
     alpha_of,
     check_writable_adapter,
-    file_content,
+    fused_scales,
     level_scales,
     pad,
+    pattern_content,
     split_ending,
     unfuse,
-    whole_scales,
 )
 from phi3_plugin.checkpoint.base import A, B, fused_name, hf_name, layer_of, part_rows
 from phi3_plugin.checkpoint.files import quoted, save_tensors, whole_files, write_state
@@ -61,16 +62,20 @@ def write_loralib(file: Path, adapter: Adapter, config: Phi3Config, *, merged_li
         AdapterError: loralib has no such adapter.
         OutputError: The file exists or cannot be written.
     """
-    content, alphas, enabled, note = loralib_tensors(adapter, config, merged_linear=merged_linear)
+    content, enabled = loralib_content(adapter, config, merged_linear=merged_linear)
     tensors = {}
-    for name, value in content.items():
+    for name, value in content.tensors.items():
         module, ending = split_ending(name)
         tensors[f"{hf_name(module)}.lora_{'A' if ending == A else 'B'}"] = value.contiguous()
-    values = list(alphas.values())
-    alpha: Any = values[0]
-    if len(set(values)) > 1:
-        alpha = {hf_name(module): value for module, value in alphas.items()}
-    about = {"alpha": alpha, "enable_lora": enabled, "merged_linear": merged_linear, ORIGIN: note}
+    alpha: Any = {hf_name(module): value for module, value in content.alphas.items()}
+    if len(set(alpha.values())) == 1:
+        alpha = next(iter(alpha.values()))
+    about = {
+        "alpha": alpha,
+        "enable_lora": enabled,
+        "merged_linear": merged_linear,
+        ORIGIN: content.note,
+    }
     if file.suffix == ".safetensors":
         with whole_files(file) as (partial,):
             save_tensors(partial, tensors, {ORIGIN: json.dumps(about)})
@@ -80,13 +85,10 @@ def write_loralib(file: Path, adapter: Adapter, config: Phi3Config, *, merged_li
         write_state(partial, tensors)
 
 
-def loralib_tensors(
+def loralib_content(
     adapter: Adapter, config: Phi3Config, *, merged_linear: bool
-) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[bool]], dict[str, Any]]:
-    """Return what a file of loralib's holds under our names, and what must be said beside it.
-
-    Returns:
-        Tensors, alphas, enable_lora of the fused layers, and a note of the original.
+) -> tuple[FileContent, dict[str, list[bool]]]:
+    """Return what a file of loralib's holds under our names, and enable_lora of fused layers.
 
     Raises:
         AdapterError: loralib has no such adapter.
@@ -100,9 +102,8 @@ def loralib_tensors(
             "Merge the adapter, or convert it to PEFT."
         )
     if not merged_linear:
-        whole = file_content(adapter, config, lambda _: torch.empty(0), patterns=True)
-        return dict(whole.tensors), dict(whole.alphas), {}, dict(whole.note)
-    scales = whole_scales(adapter)
+        return pattern_content(adapter, config, lambda _: torch.empty(0)), {}
+    scales = fused_scales(adapter)
     leveled, note = level_scales(adapter, scales)
     ranks = dict.fromkeys(scales, 0)
     for module, rank in adapter.ranks.items():
@@ -112,7 +113,7 @@ def loralib_tensors(
         tensors |= pad({name: value}, ranks[fused_name(split_ending(name)[0])])
     stacked, enabled = _stacked(unfuse(tensors, config), config)
     alphas = {module: alpha_of(scale, ranks[module]) for module, scale in scales.items()}
-    return stacked, alphas, enabled, note
+    return FileContent(stacked, ranks, alphas, note), enabled
 
 
 def _stacked(

@@ -27,10 +27,10 @@ from phi3_plugin.checkpoint.base import (
 from phi3_plugin.checkpoint.files import StoredTensor, check_output, whole_folder
 from phi3_plugin.checkpoint.peft import base_name, copy_tokenizer, markdown_table, targets_of
 from phi3_plugin.config import GENERATION, Phi3Config, generation_config, read_config, read_json
-from phi3_plugin.errors import AdapterError, ConfigError
+from phi3_plugin.errors import AdapterError
 from phi3_plugin.models.nf4 import nf4_zeros, rows_of
+from phi3_plugin.models.phi3 import PRECISIONS
 
-MERGED_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MERGED_INTO = {"original": "the base model", "nf4": "what NF4 makes of the base model"}
 
 # Shapes: R rank
@@ -72,9 +72,6 @@ class Difference:
 class MergeReport:
     """What was written."""
 
-    folder: Path
-    shards: int
-    tensors: int
     changed: tuple[str, ...]
     """The weights that the adapter changes, our names."""
     dtype: str
@@ -102,21 +99,17 @@ def merge_into(
     Args:
         out: The folder to create.
         checkpoint_dir: The base that the adapter was trained on.
-        adapter: What to put into its weights.
+        adapter: What to put into its weights; :func:`phi3_plugin.checkpoint.foreign.read_adapter`
+            has found that it fits.
         dtype: Of all weights; None is each one's own in the base.
         onto: ``nf4`` for an adapter that is to stay on the quantized base of its training.
         shard_bytes: A shard is closed before it grows beyond this.
         card: Rows of the model card's table beside base, adapter, dtype and ``onto``.
 
     Raises:
-        AdapterError: It adapts what the base does not have, or holds NaN.
-        ConfigError: An option is unknown.
+        AdapterError: DoRA has to give a norm to what is all zero.
         OutputError: ``out`` exists, cannot be written, or has not enough room.
     """
-    if dtype not in (None, *MERGED_DTYPES):
-        raise ConfigError(f"dtype: {dtype!r} is unknown. Use bf16, fp32, or none for the base's.")
-    if onto not in MERGED_INTO:
-        raise ConfigError(f"onto: {onto!r} is unknown. Use original or nf4.")
     config, base = read_config(checkpoint_dir), open_weights(checkpoint_dir)
     check_output(out, checkpoint_dir)
     modules: dict[str, list[str]] = {}
@@ -127,8 +120,7 @@ def merge_into(
     untied = config.tie_word_embeddings and not ends.isdisjoint(changed)
     if untied:
         base[f"{OUTPUT}.weight"] = base[f"{TOK_EMBEDDINGS}.weight"]
-    _check_fit(base, adapter, config)
-    dtypes = {name: MERGED_DTYPES.get(dtype or "", stored.dtype) for name, stored in base.items()}
+    dtypes = {name: PRECISIONS.get(dtype or "", stored.dtype) for name, stored in base.items()}
     difference = Difference() if onto == "nf4" else None
 
     def weight(name: str) -> Tensor:
@@ -143,13 +135,13 @@ def merge_into(
 
     with whole_folder(out) as folder:
         sizes = {name: math.prod(base[name].shape) * kind.itemsize for name, kind in dtypes.items()}
-        shards = write_weights(folder, sizes, weight, shard_bytes)
+        write_weights(folder, sizes, weight, shard_bytes)
         main = dtypes[max(sizes, key=lambda name: sizes[name])]
         said = str(main).removeprefix("torch.")
         _write_settings(folder, checkpoint_dir, said, untied=untied)
         rows = {**(card or {}), "weights": said, "merged into": MERGED_INTO[onto]}
         _write_card(folder, base_name(checkpoint_dir), adapter, rows)
-    return MergeReport(out, shards, len(base), changed, said, untied, difference)
+    return MergeReport(changed, said, untied, difference)
 
 
 def _merged(weight: Tensor, adapter: Adapter, modules: list[str], config: Phi3Config) -> Tensor:
@@ -199,62 +191,6 @@ def in_nf4(stored: StoredTensor) -> Tensor:
     return rows_of(stored, like, 0, 1, torch.device("cpu")).to(stored.dtype)
 
 
-def _check_fit(base: Mapping[str, StoredTensor], adapter: Adapter, config: Phi3Config) -> None:
-    """Check that every module has its place in the base, and holds numbers.
-
-    Raises:
-        AdapterError: A layer is not there or of another shape; all are listed.
-    """
-    if not adapter.ranks and not adapter.saved:
-        raise AdapterError("The adapter is empty: there is nothing to merge.")
-    problems = []
-    for module in adapter.ranks:
-        if problem := _misfit(base, adapter, module, config):
-            problems.append(f"  {module}: {problem}")
-    if problems:
-        listed = "\n".join(problems)
-        raise AdapterError(
-            f"The adapter is not for this base:\n{listed}\n"
-            "Merge it into the checkpoint it was trained on."
-        )
-    for name, value in adapter.saved.items():
-        shape = base[name].shape if name in base else None
-        if tuple(value.shape) != shape:
-            raise AdapterError(
-                f"{name}: the adapter has it as {list(value.shape)}, the base as "
-                f"{list(shape) if shape else 'nothing'}. Merge it into the checkpoint it was "
-                "trained on; a vocabulary of another size has to be in the base."
-            )
-        if not torch.isfinite(value).all():
-            raise AdapterError(f"{name}: the adapter holds NaN or infinite numbers.")
-
-
-def _misfit(
-    base: Mapping[str, StoredTensor], adapter: Adapter, module: str, config: Phi3Config
-) -> str | None:
-    if module + B not in adapter.tensors or module not in adapter.scales:
-        return f"the adapter has no {B[1:]} or no scale for it"
-    a, b = adapter.tensors[module + A], adapter.tensors[module + B]
-    magnitude = adapter.tensors.get(module + MAGNITUDE)
-    if a.shape[0] != b.shape[1]:
-        return f"A has rank {a.shape[0]} and B {b.shape[1]}"
-    size = [b.shape[0], a.shape[1]]
-    if magnitude is not None and magnitude.shape != (size[0],):
-        return f"it has {magnitude.numel()} magnitudes for a layer of {size}"
-    whole = f"{fused_name(module)}.weight"
-    if whole not in base:
-        return f"it is for a layer of {size}, which in this base is not there"
-    rows = part_rows(fused_name(module), config).get(module, slice(None))
-    first, last, _ = rows.indices(base[whole].shape[0])
-    shape = [last - first, base[whole].shape[1]]
-    if size != (shape[::-1] if module == TOK_EMBEDDINGS else shape):
-        return f"it is for a layer of {size}, which in this base is {shape}"
-    numbers = [a, b] if magnitude is None else [a, b, magnitude]
-    if not all(torch.isfinite(value).all() for value in numbers):
-        return "it holds NaN or infinite numbers"
-    return None
-
-
 # What lies beside merged weights: tokenizer, settings, and the README.md that says what it is
 
 MERGED_CARD = """---
@@ -297,12 +233,9 @@ def _write_settings(folder: Path, checkpoint_dir: Path, dtype: str, *, untied: b
 
 def _write_card(folder: Path, base: str, adapter: Adapter, rows: Mapping[str, Any]) -> None:
     """Write README.md: the base, the adapter, and how they were merged."""
-    kind, facts = "trained weights", dict[str, Any]()
-    if adapter.ranks:
-        kind = "a DoRA" if adapter.is_dora else "a LoRA"
-        ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
-        targets = ", ".join(targets_of(adapter.tensors))
-        facts["adapter"] = f"{kind} of rank {ranks} on {targets}"
+    kind = "a DoRA" if adapter.is_dora else "a LoRA"
+    ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
+    facts = {"adapter": f"{kind} of rank {ranks} on {', '.join(targets_of(adapter.tensors))}"}
     if adapter.saved:
         facts["trained whole"] = ", ".join(sorted(adapter.saved))
     table = markdown_table("merged", {**facts, **rows})

@@ -15,7 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phi3_plugin.checkpoint.adapter import Adapter, FileContent, file_content
+from phi3_plugin.checkpoint.adapter import (
+    Adapter,
+    FileContent,
+    pattern_content,
+    uniform_content,
+)
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
     SAVED_WEIGHTS,
@@ -77,9 +82,8 @@ def export_adapter(
     base, sizes = base_name(checkpoint_dir), read_config(checkpoint_dir)
     # Somebody else's says nothing, so it is for the base that its user names.
     adapter = replace(adapter, base_hash=adapter.base_hash or known_hash(checkpoint_dir))
-    content = file_content(
-        adapter, sizes, partial(stored_row_norms, checkpoint_dir), patterns=patterns
-    )
+    make = pattern_content if patterns else uniform_content
+    content = make(adapter, sizes, partial(stored_row_norms, checkpoint_dir))
     config = adapter_config(content, adapter, base, sizes.num_hidden_layers)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ if they are so plain that matching them takes no time.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from phi3_plugin.config import read_json_object
 from phi3_plugin.errors import AdapterError
 
 PATTERN_NAMES = 2000
+"""Names in a pattern at most."""
 
 PLAIN_PATTERN = re.compile(
     r"\^?(?:[\w.-]|\\\.|\\d\+?|\.\*|\[[\w-]+\]|\((?:[\w.]+\|)*[\w.]+\))+\$?", re.ASCII
@@ -111,7 +112,7 @@ def read_peft_config(file: Path) -> PeftConfig:
     """
     keys = read_json_object(file, AdapterError)
     needed = [f"{key}: is missing." for key in ("r", "lora_alpha") if key not in keys]
-    problems = [*_features(keys), *needed, *wrong_values(keys)]
+    problems = [*unsupported(keys), *_unknown(keys), *needed, *wrong_values(keys)]
     if problems:
         raise AdapterError(f"{file} cannot be used:\n{problem_list(problems, 20)}")
     return PeftConfig(file, keys)
@@ -123,17 +124,20 @@ def problem_list(problems: Sequence[str], most: int) -> str:
     return "\n".join(f"  {line}" for line in (*problems[:most], *more))
 
 
-def _features(keys: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the features of PEFT that are not computed here."""
+def unsupported(keys: Mapping[str, Any], known: Collection[str] = ()) -> Iterator[str]:
+    """Yield the features of PEFT that change what is computed, but for those that are known."""
     if keys.get("peft_type", "LORA") != "LORA":
         yield f"peft_type: {quoted(keys['peft_type'])}, only LORA adapters are computed."
     for key, allowed in UNSUPPORTED.items():
         value = keys.get(key)
-        if value is not None and value not in allowed and value not in ({}, []):
+        if key not in known and value is not None and value not in (*allowed, {}, []):
             yield f"{key}: {quoted(value)} is a feature that is not computed here."
-    if (
-        start := keys.get("init_lora_weights", True)
-    ) not in BASE_KEEPING_STARTS and start is not None:
+
+
+def _unknown(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a start that changes the base, and keys of which nothing is known."""
+    start = keys.get("init_lora_weights")
+    if start is not None and start not in BASE_KEEPING_STARTS:
         yield (
             f"init_lora_weights: {quoted(start)} changes the base that the adapter is for. Save it "
             "with path_initial_model_for_weight_conversion, for the original base."

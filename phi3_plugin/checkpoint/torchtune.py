@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
-from torch import Tensor
-
 from phi3_plugin.checkpoint.adapter import (
     Adapter,
+    FileContent,
     check_writable_adapter,
     integer_alpha,
     level_scales,
     pad,
     unfuse,
 )
-from phi3_plugin.checkpoint.base import TOK_EMBEDDINGS, fused_name, torchtune_name
+from phi3_plugin.checkpoint.base import TOK_EMBEDDINGS, A, fused_name, torchtune_name
 from phi3_plugin.checkpoint.files import whole_files, write_state
 from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, targets_of
 from phi3_plugin.config import Phi3Config
@@ -39,27 +38,25 @@ def write_torchtune(file: Path, adapter: Adapter, config: Phi3Config) -> None:
         AdapterError: It adapts or replaces what torchtune's model cannot.
         OutputError: The files exist or cannot be written.
     """
-    content, rank, alpha, note = torchtune_tensors(adapter, config)
-    tensors = {torchtune_name(name): value.contiguous() for name, value in content.items()}
+    content = split_content(adapter, config)
+    tensors = {torchtune_name(name): v.contiguous() for name, v in content.tensors.items()}
     settings = {
-        "r": rank,
-        "lora_alpha": alpha,
+        "r": next(iter(content.ranks.values())),
+        "lora_alpha": next(iter(content.alphas.values())),
         "target_modules": targets_of(tensors),
         "peft_type": "LORA",
         "use_dora": adapter.is_dora,
         "lora_dropout": adapter.dropout,
         "base_model_name_or_path": adapter.base,
-        ORIGIN: note,
+        ORIGIN: content.note,
     }
     with whole_files(file.with_name(CONFIG), file) as (config_file, weights_file):
         config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         write_state(weights_file, tensors)
 
 
-def torchtune_tensors(
-    adapter: Adapter, config: Phi3Config
-) -> tuple[dict[str, Tensor], int, int, dict[str, object]]:
-    """Return what torchtune's file holds under our names, rank, alpha, and a note of the original.
+def split_content(adapter: Adapter, config: Phi3Config) -> FileContent:
+    """Cut whole layers into parts, and give all modules one rank and one integer alpha.
 
     Raises:
         AdapterError: torchtune's model has no place for a module.
@@ -77,4 +74,6 @@ def torchtune_tensors(
     tensors, note = level_scales(
         adapter, dict.fromkeys(map(fused_name, adapter.ranks), alpha / rank)
     )
-    return unfuse(pad(tensors, rank), config), rank, alpha, note
+    parts = unfuse(pad(tensors, rank), config)
+    modules = [name.removesuffix(A) for name in parts if name.endswith(A)]
+    return FileContent(parts, dict.fromkeys(modules, rank), dict.fromkeys(modules, alpha), note)

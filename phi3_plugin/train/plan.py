@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -30,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from phi3_plugin.checkpoint.check import memory_free
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.settings import Settings, read
@@ -502,6 +502,19 @@ def _advice(at: Callable[[int], Estimate], layers: int, limit: int) -> list[str]
 
 def _longest(model: Any, s: Settings) -> int:
     return int(s.tokenizer.get("max_seq_len") or model.max_seq_len)
+
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def memory_free() -> int | None:
+    """Return how many bytes can be taken, where the system says so."""
+    if not MEMINFO.is_file():
+        return None
+    for line in MEMINFO.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 def _free(device: torch.device, processes: int) -> int | None:

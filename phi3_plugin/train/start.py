@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phi3_plugin.checkpoint.adapter import Adapter
+from phi3_plugin.checkpoint.adapter import Adapter, Origin
 from phi3_plugin.checkpoint.base import MAGNITUDE, A, B, known_hash, open_weights
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import check_same, check_trained
@@ -380,9 +380,9 @@ def _is_quantized(model: nn.Module) -> bool:
     return any(is_nf4(local_rows(parameter)) for parameter in model.parameters())
 
 
-def _notes(model: nn.Module) -> dict[str, Any]:
+def _notes(model: nn.Module) -> Origin:
     """Return what a file notes of the adapters' kind, where it is not the usual one."""
-    notes: dict[str, Any] = {}
+    notes: Origin = {}
     for module in model.modules():
         if getattr(module, "use_rslora", False):
             notes["rslora"] = True

@@ -13,12 +13,12 @@ from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin import cli
-from phi3_plugin.checkpoint.adapter import file_content
-from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
+from phi3_plugin.checkpoint.adapter import pattern_content
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError, Phi3Error
 from phi3_plugin.options import RUNTIMES
+from phi3_plugin.proof import load_base_with_hf, load_with_peft
 from tests.commands import adapter as run
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, hf_logits, hf_model, save_checkpoint
 
@@ -97,10 +97,10 @@ def test_check_fails_where_the_adapter_is_broken(place, tmp_path, capsys):
 
 
 def test_check_fails_where_logits_differ(place, monkeypatch, capsys):
-    from phi3_plugin.checkpoint import check as checking
+    from phi3_plugin import proof
 
-    own = checking.logits
-    monkeypatch.setattr(checking, "logits", lambda *args: own(*args) * 1.01)
+    own = proof.logits
+    monkeypatch.setattr(proof, "logits", lambda *args: own(*args) * 1.01)
     assert run(options(place, "check", "plain", **base(place))) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("Proof failed: logits in PEFT")
 
@@ -286,7 +286,7 @@ def demo(tmp_path_factory):
     """A folder with the demo's base, which has a tokenizer, a LoRA, and a DoRA of PEFT."""
     from peft import LoraConfig, get_peft_model
 
-    from phi3_plugin.checkpoint.check import load_base_with_hf
+    from phi3_plugin.proof import load_base_with_hf
 
     folder = tmp_path_factory.mktemp("forms")
     build_checkpoint(folder / "base", words=["one", "two"])
@@ -315,7 +315,7 @@ def same(demo, file):
     """Whether a file, read back, holds the LoRA bit for bit."""
     sizes = read_config(demo / "base")
     lora, other = (
-        file_content(read_adapter(path, config=sizes), sizes, no_norms, patterns=True)
+        pattern_content(read_adapter(path, config=sizes), sizes, no_norms)
         for path in (demo / "lora", file)
     )
     assert lora.tensors.keys() == other.tensors.keys()

@@ -18,7 +18,7 @@ from phi3_plugin.chat import ChatSession, run, talk
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import ConfigError, OutputError
 from phi3_plugin.generate import Generator
-from phi3_plugin.load import load
+from phi3_plugin.load import load_model
 from phi3_plugin.options import ChatOptions, read_options
 from tests.answers import keys
 
@@ -122,7 +122,7 @@ def test_an_interrupted_answer_leaves_the_next_as_it_would_be(inputs, monkeypatc
 
 def real_chat(inputs):
     o = options(inputs, max_new_tokens=20)
-    model = load(o.checkpoint_dir, dtype=o.dtype, device=o.device)
+    model = load_model(o.checkpoint_dir, dtype=o.dtype, device=o.device)
     tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
     return ChatSession(Generator(model, tokenizer, o), tokenizer, 512, None)
 

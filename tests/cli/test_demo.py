@@ -13,13 +13,14 @@ from phi3_plugin.recipes import phi3_demo as demo
 from phi3_plugin.recipes.phi3_demo_checkpoint import ADDED_TOKENS, build_checkpoint
 from tokenizers import Tokenizer
 from torchtune.data import Message
+from transformers import AutoTokenizer
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.checkpoint.check import hf_tokenizer, load_base_with_hf
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models import phi3
+from phi3_plugin.proof import load_base_with_hf
 from tests.assets import assets_dir
 
 
@@ -153,7 +154,7 @@ def test_transformers_loads_it_without_a_word(folder, caplog):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            model, tokenizer = load_base_with_hf(folder), hf_tokenizer(folder)
+            model, tokenizer = load_base_with_hf(folder), AutoTokenizer.from_pretrained(folder)
     finally:
         transformers_log.removeHandler(caplog.handler)
     loud = [r for r in caplog.records if r.levelno >= logging.WARNING]
@@ -167,7 +168,7 @@ def test_transformers_loads_it_without_a_word(folder, caplog):
 
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "whole"])
 def test_ids_follow_phi3s_rules(folder, prompt):
-    tokenizer = hf_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = CHAT[1 : 2 if prompt else 3]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt)["input_ids"]
     # No BOS, no newline after a role token or <|end|>, one token a word.
@@ -178,7 +179,10 @@ def test_ids_follow_phi3s_rules(folder, prompt):
 
 
 def test_ids_are_equal_in_transformers_tokenizers_and_here(folder):
-    hf, raw = hf_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    hf, raw = (
+        AutoTokenizer.from_pretrained(folder),
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+    )
     text = hf.apply_chat_template(CHAT, tokenize=False)
     ids = hf.apply_chat_template(CHAT)["input_ids"]
     assert raw.encode(text).ids == ids
@@ -187,7 +191,7 @@ def test_ids_are_equal_in_transformers_tokenizers_and_here(folder):
 
 
 def test_text_survives_bytes_and_spaces(folder):
-    tokenizer = hf_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "Grüße,  12 × 3 → ok\n\ttab"
     ids = tokenizer(text)["input_ids"]
     assert "<unk>" not in tokenizer.convert_ids_to_tokens(ids)
@@ -218,7 +222,7 @@ def test_equal_words_give_equal_files(folder, tmp_path):
 
 def test_vocabulary_is_rounded_up_as_in_phi3(folder):
     config = read_config(folder)
-    tokens = len(hf_tokenizer(folder))
+    tokens = len(AutoTokenizer.from_pretrained(folder))
     assert tokens < config.vocab_size < tokens + 64
     assert config.vocab_size % 64 == 0
     assert config.head_dim % 2 == 0

@@ -6,7 +6,6 @@ import shutil
 import pytest
 from phi3_plugin.recipes import phi3_evaluate as recipe
 
-from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.formats import make_turn
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError
 from phi3_plugin.evaluate import EVALUATION_FILES, Scorer
@@ -56,9 +55,9 @@ def test_the_loss_is_that_of_the_last_validation(evaluate, trained, cwd):
 def test_answers_are_those_of_the_models(evaluate, cwd, trained):
     _, results, samples = evaluate("max_samples=5", "generation_batch_size=2", "batch_size=2")
     rows = [json.loads(line)["messages"] for line in (cwd / "rows.jsonl").read_text().splitlines()]
-    tokenizer, scorer = phi3_tokenizer(cwd / "base"), Scorer()
+    scorer = Scorer()
     for name, adapter in (("base", None), ("adapter", trained / "final")):
-        model = load(cwd / "base", adapter, dtype="fp32", device="cpu")
+        model, tokenizer = load(cwd / "base", adapter, dtype="fp32", device="cpu")
         generator = Generator(model, tokenizer, Sampling(max_new_tokens=12))
         for sample, (user, assistant) in zip(samples, rows, strict=False):
             turns = [make_turn("user", user["content"])]

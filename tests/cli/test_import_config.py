@@ -56,7 +56,7 @@ def test_what_is_refused(sample, tmp_path):
     assert out.read_text() == "mine"
     with pytest.raises(MissingFileError, match="is not there"):
         run(replace(options, sample=tmp_path / "none.json"))
-    for text, match in (("{", "is not JSON"), ("[]", "must hold an object"), ("{}", "has no")):
+    for text, match in (("{", "not valid JSON"), ("[]", "must hold a JSON"), ("{}", "has no")):
         sample.write_text(text)
         with pytest.raises(ConfigError, match=match):
             run(replace(options, output=tmp_path / "other.yaml"))
@@ -75,7 +75,7 @@ def test_what_building_the_model_would_refuse_is_refused_now(sample):
 def test_a_key_that_is_there_twice_is_refused(sample):
     sample.write_text('{"training_config": {"seed": 1, "seed": 2}, "peft_config": {}}')
     out, options = given(sample)
-    with pytest.raises(ConfigError, match="is not JSON: 'seed' is there twice"):
+    with pytest.raises(ConfigError, match="not valid JSON: 'seed' is there twice"):
         run(options)
     assert not out.exists()
 

@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError
+from phi3_plugin.proof import load_base_with_hf
 from tests.adapters import (
     BASES,
     PARTS,

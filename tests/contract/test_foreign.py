@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint.adapter import A, B
 from phi3_plugin.checkpoint.base import hf_name
-from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, MissingFileError
+from phi3_plugin.proof import load_base_with_hf
 from tests.adapters import BASES, PARTS, adapter, base_folder, merged_logits
 from tests.chosen import some
 

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.config import read_config
 from phi3_plugin.models import lora_phi3
+from phi3_plugin.proof import load_base_with_hf
 from tests.chosen import some
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 

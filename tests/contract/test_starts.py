@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.checkpoint.check import load_base_with_hf, load_with_peft
 from phi3_plugin.checkpoint.peft import export_model
 from phi3_plugin.errors import CheckpointError
+from phi3_plugin.proof import load_base_with_hf, load_with_peft
 from tests.adapters import load_trained
 from tests.chosen import some
 from tests.own import (

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from phi3_plugin.checkpoint import files as module
 from phi3_plugin.checkpoint.files import (
-    check_writable,
+    check_output,
     restore,
     save_tensors,
     stored_tensors,
@@ -53,7 +53,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
 
 
 def test_writable_is_checked_without_a_trace(tmp_path):
-    check_writable(tmp_path / "a" / "b", "output_dir")
+    check_output(tmp_path / "a" / "b", tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
 
 

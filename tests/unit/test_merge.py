@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import load_base_weights, open_weights
-from phi3_plugin.checkpoint.check import load_base_with_hf
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.config import read_config
-from phi3_plugin.errors import AdapterError, ConfigError, OutputError
+from phi3_plugin.errors import AdapterError, OutputError
 from phi3_plugin.models import qlora_phi3
+from phi3_plugin.proof import load_base_with_hf
 from tests.adapters import WHOLE, adapter, base_folder
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 
@@ -71,12 +71,10 @@ def test_dtype_keeps_the_name_it_has_and_remote_code_is_not_named(mha, tmp_path)
 
 
 def test_shards_hold_the_same_weights(mha, tmp_path):
-    reports = [
+    for name, size, shards in (("few", 1 << 30, 1), ("many", 100_000, 7)):
         merge_into(tmp_path / name, mha, random_adapter(mha), shard_bytes=size)
-        for name, size in (("few", 1 << 30), ("many", 100_000))
-    ]
-    assert [report.shards for report in reports] == [1, 7]
-    one, other = (load_base_weights(report.folder) for report in reports)
+        assert len(list((tmp_path / name).glob("*.safetensors"))) == shards
+    one, other = (load_base_weights(tmp_path / name) for name in ("few", "many"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
@@ -112,69 +110,10 @@ def test_on_nf4_it_is_the_model_that_was_trained(tmp_path):
 
 NAME = "layers.1.mlp.down_proj"
 A, B = f"{NAME}.lora_a.weight", f"{NAME}.lora_b.weight"
-LISTED = "The adapter is not for this base"
-WRONG = {
-    "elsewhere": (lambda t: {k.replace("1", "9"): v for k, v in t.items()}, "9.* is not there"),
-    "wide": (lambda t: {**t, A: t[A][:, 1:]}, r"\[64, 95\], which in this base is \[64, 96\]"),
-    "ranks": (lambda t: {**t, B: t[B][:, 1:]}, "A has rank 3 and B 2"),
-    "norms": (
-        lambda t: {**t, f"{NAME}.magnitude": torch.ones(3)},
-        r"3 magnitudes for a layer of \[64, 96\]",
-    ),
-    "nan": (lambda t: {**t, A: t[A] / 0}, "NaN or infinite"),
-    "nan norms": (
-        lambda t: {**t, f"{NAME}.magnitude": torch.full((64,), torch.nan)},
-        "NaN or infinite",
-    ),
-    "no B": (lambda t: {A: t[A]}, "no lora_b.weight or no scale"),
-    "empty": (lambda t: {}, "nothing to merge"),
-}
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_an_adapter_of_another_model_is_refused(mha, tmp_path, wrong):
-    change, message = WRONG[wrong]
-    tensors = change(random_adapter(mha).tensors)
-    adapter = Adapter(
-        tensors, {n.removesuffix(".lora_a.weight"): 1.0 for n in tensors if "_a" in n}
-    )
-    with pytest.raises(AdapterError, match=message):
-        merge_into(tmp_path / "out", mha, adapter)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_part_must_have_the_rows_of_its_part(mha, tmp_path):
-    name = "layers.0.attn.qkv_proj.v_proj"
-    tensors = {
-        f"{name}.lora_a.weight": torch.ones(2, 64),
-        f"{name}.lora_b.weight": torch.ones(9, 2),
-    }
-    with pytest.raises(
-        AdapterError, match=r"v_proj: .*\[9, 64\], which in this base is \[64, 64\]"
-    ):
-        merge_into(tmp_path / "out", mha, Adapter(tensors, {name: 1.0}))
-
-
-@pytest.mark.parametrize(
-    ("saved", "message"),
-    [
-        ({"output.weight": torch.zeros(161, 64)}, "vocabulary of another size"),
-        ({"layers.9.weight": torch.zeros(1)}, "the base as nothing"),
-        ({"output.weight": torch.full((160, 64), torch.nan)}, "NaN or infinite"),
-    ],
-)
-def test_saved_modules_must_fit(mha, tmp_path, saved, message):
-    with pytest.raises(AdapterError, match=message):
-        merge_into(tmp_path / "out", mha, random_adapter(mha, saved=saved))
-
-
-def test_options_and_outputs_are_checked_first(mha, tmp_path):
+def test_outputs_are_checked_first(mha, tmp_path):
     adapter = random_adapter(mha)
-    with pytest.raises(ConfigError, match="dtype: 'fp16' is unknown"):
-        merge_into(tmp_path / "out", mha, adapter, dtype="fp16")
-    with pytest.raises(ConfigError, match="onto: 'int8' is unknown"):
-        merge_into(tmp_path / "out", mha, adapter, onto="int8")
-    assert not list(tmp_path.iterdir())
     with pytest.raises(OutputError, match="exists and would be overwritten"):
         merge_into(tmp_path, mha, adapter)
     with pytest.raises(OutputError, match="is inside checkpoint_dir"):
@@ -225,12 +164,3 @@ def test_the_card_says_base_adapter_and_how(tmp_path):
     assert f"| adapter | a DoRA of rank 2 or 4 on {targets} |" in card
     assert "| made from | epoch_0 |\n| weights | bfloat16 |" in card
     assert "| merged into | the base model |" in card
-
-
-def test_trained_weights_alone_are_no_lora(tmp_path):
-    base = base_folder("mini", tmp_path / "base")
-    head = {"output.weight": torch.zeros(read_config(base).vocab_size, 64)}
-    merge_into(tmp_path / "out", base, Adapter({}, {}, head))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "with trained weights merged into it" in card and "LoRA" not in card
-    assert "| trained whole | output.weight |" in card

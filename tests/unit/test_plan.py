@@ -10,6 +10,7 @@ from phi3_plugin.errors import ConfigError
 from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import adapted, decoder
+from phi3_plugin.train import plan
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.plan import (
@@ -191,3 +192,10 @@ def test_the_whole_is_the_sum():
 def test_amounts_are_short():
     shown = [in_gib(share * 2**30) for share in (14.24, 1.5, 0.0471)]
     assert shown == ["14.2", "1.50", "0.047"]
+
+
+def test_memory_is_read_where_there_is_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "MEMINFO", tmp_path / "meminfo")
+    assert plan.memory_free() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
+    assert plan.memory_free() == 5120

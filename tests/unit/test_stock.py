@@ -9,11 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint import Phi3Checkpointer
-from phi3_plugin.checkpoint.check import load_with_peft
 from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora_settings import TARGETS
+from phi3_plugin.proof import load_with_peft
 from phi3_plugin.train import DiskLogger
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 

@@ -1,0 +1,179 @@
+"""A proof that an adapter serves: its logits in transformers + PEFT beside those of our own model.
+
+Only here are transformers and peft imported to load models; both come with ``phi3-plugin[hf]``.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi3_plugin.checkpoint.base import open_weights
+from phi3_plugin.checkpoint.check import listed
+from phi3_plugin.checkpoint.peft import load_origin
+from phi3_plugin.errors import AdapterError, Phi3Error
+from phi3_plugin.load import load_model
+from phi3_plugin.models.phi3 import PRECISIONS
+from phi3_plugin.train.plan import memory_free
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""How far logits may be apart, as a part of the largest, before the proof fails: the order of
+sums differs. Tiny models agree to 1e-6 in fp32."""
+
+# Shapes: B batch, S sequence, V vocabulary
+
+
+class NotLoadedError(AdapterError):
+    """PEFT refuses an adapter, or does not find a place for every tensor."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an adapter computes in PEFT and in our model."""
+
+    difference: float
+    """The largest distance of two logits."""
+    effect: float
+    """How far the adapter moves a logit at most, in PEFT."""
+    largest: float
+    """The largest logit."""
+
+
+def proof_of_run(folder: Path, checkpoint_dir: Path) -> str:
+    """Return one line on an adapter that was just saved: how far PEFT's logits are from ours.
+
+    It takes the base model twice, one after the other, in fp32 and on the CPU. So it is left to
+    the user where memory might not suffice; whatever goes wrong, the adapter is saved.
+
+    Args:
+        folder: Of the adapter.
+        checkpoint_dir: Of its base.
+    """
+    if load_origin(folder).get("lora_init") == "loftq":
+        return "No proof: the adapter belongs to the NF4 base it was trained over."
+    # bf16 becomes fp32, beside pages of the files
+    needed = 3 * sum(file.stat().st_size for file in checkpoint_dir.glob("*.safetensors"))
+    free = memory_free()
+    if free is not None and free < needed:
+        command = f"phi3-tune adapter check {folder} --base {checkpoint_dir}"
+        return f"No proof: PEFT would take {needed / 1e9:.0f} GB of memory: {command}"
+    try:
+        return proven(checkpoint_dir, folder, "fp32")[2]
+    except Exception as error:  # of transformers and PEFT, whose models may be newer than they
+        return f"No proof: {type(error).__name__}: {error}"
+
+
+def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, str]:
+    """Return the proof of an adapter, whether it fails, and a sentence on it.
+
+    Args:
+        base: Folder of the base model.
+        folder: Of the adapter.
+        dtype: What both models compute in, bf16 or fp32.
+    """
+    if not all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
+        missing = "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
+        return None, False, f"No proof: {missing}"
+    try:
+        open_weights(base)  # else transformers would say, in its own way, that there are none
+        proof = prove(base, folder, dtype)
+    except NotLoadedError as error:
+        return None, True, f"Proof failed: {error}"
+    except Phi3Error as error:
+        return None, False, f"No proof: {error}"
+    limit = TOLERANCE[dtype] * proof.largest
+    numbers = (
+        f"logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter moves them "
+        f"by up to {proof.effect:.2e}; the largest is {proof.largest:.3g}."
+    )
+    if not proof.difference <= limit:  # NaN fails too
+        return proof, True, f"Proof failed: {numbers} Rounding in {dtype} allows {limit:.2e}."
+    if proof.effect <= limit:
+        hides = f"Rounding in {dtype} could hide that: {limit:.2e}."
+        return proof, False, f"No proof: {numbers} {hides}"
+    return proof, False, f"Proof: {numbers}"
+
+
+def prove(base: Path, folder: Path, dtype: str) -> Proof:
+    """Load base and adapter in transformers + PEFT, and compare its logits with our model's.
+
+    One model after the other is in memory.
+
+    Args:
+        base: Folder of the base model.
+        folder: Of the adapter.
+        dtype: What both models compute in, bf16 or fp32.
+
+    Raises:
+        NotLoadedError: PEFT does not load the adapter, or not all of it.
+    """
+    model = load_with_peft(base, folder, PRECISIONS[dtype])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 17), generator=generator)
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        with model.disable_adapter():
+            without = model(input_ids=tokens, use_cache=False).logits.float()
+        del model
+        ours = logits(base, folder, dtype, tokens).float()
+    return Proof(
+        difference=float((ours - theirs).abs().max()),
+        effect=float((theirs - without).abs().max()),
+        largest=float(theirs.abs().max()),
+    )
+
+
+def logits(base: Path, folder: Path, dtype: str, tokens: Tensor) -> Tensor:
+    """Return what our own model with the adapter makes of ``tokens [B, S]``: ``[B, S, V]``."""
+    out: Tensor = load_model(base, folder, dtype=dtype, device="cpu", check_base=False)(tokens)
+    return out
+
+
+def load_with_peft(
+    checkpoint_dir: str | Path, adapter_dir: str | Path, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Return base and adapter as PEFT loads them, after checking that every tensor found a place.
+
+    PEFT itself passes over tensors that match nothing.
+
+    Args:
+        checkpoint_dir: Folder of the base model.
+        adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
+        dtype: What the base weights are cast to.
+
+    Returns:
+        A ``PeftModel`` on the CPU, in evaluation mode.
+
+    Raises:
+        NotLoadedError: PEFT refuses it, or keys are missing or unexpected; the first are listed.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    base = load_base_with_hf(checkpoint_dir, dtype)
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter_dir))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        raise NotLoadedError(f"PEFT does not load {adapter_dir}. It says {why}") from error
+    places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    names = load_peft_weights(str(adapter_dir), device="cpu")
+    # Beside an adapter of the embedding or the head PEFT also keeps the base's own weight.
+    stored = {name for name in names if not name.endswith(".base_layer.weight")}
+    if places != stored:
+        missing, unexpected = sorted(places - stored), sorted(stored - places)
+        raise NotLoadedError(
+            f"PEFT does not load {adapter_dir} completely: missing {listed(missing, 4) or 'none'}, "
+            f"unexpected {listed(unexpected, 4) or 'none'}."
+        )
+    return model.eval()
+
+
+def load_base_with_hf(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the base model as ``transformers`` loads it, on the CPU, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype).eval()
