@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -426,18 +427,14 @@ def _batchings(
 ) -> list[Batching]:
     """Return the ways to put the samples into batches, the chosen one as the run would."""
     chosen, dataset = data.order, unpacked(data.order.dataset)
-
-    def order(dataset: Any, group_by_length: bool = False) -> Order:
-        return Order(
-            dataset,
-            batch_size=settings.batch_size,
-            accumulation=settings.gradient_accumulation_steps,
-            processes=processes,
-            seed=settings.seed,
-            shuffle=settings.shuffle,
-            group_by_length=group_by_length,
-        )
-
+    order = partial(
+        Order,
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        processes=processes,
+        seed=settings.seed,
+        shuffle=settings.shuffle,
+    )
     orders = {UNGROUPED: order(dataset)}
     if settings.shuffle:
         orders[GROUPED] = order(dataset, group_by_length=True)
@@ -455,29 +452,17 @@ def _batchings(
 
 
 def _padding(order: Order, samples: Samples) -> float:
-    """Return which share of the first epoch's tokens is padding."""
+    """Return which share of the first epoch is padding, each batch padded to its longest sample."""
     if isinstance(order.dataset, Packs):
         return order.dataset.waste
-    size, batches = order.batch_size, list[Sequence[int]]()
+    real = total = 0
     for step in range(order.steps_per_epoch):
         indices = order.indices(step)
-        batches += [indices[i : i + size] for i in range(0, len(indices), size)]
-    return padding(samples.lengths, batches)
-
-
-def padding(lengths: Numbers, batches: Iterable[Sequence[int]]) -> float:
-    """Return which share of the batches' tokens is padding, each padded to its longest sample.
-
-    Args:
-        lengths: [N] tokens
-        batches: The samples of each batch.
-    """
-    real = total = 0
-    for batch in batches:
-        part = lengths[np.asarray(batch)]
-        real += int(part.sum())
-        total += int(part.max()) * len(part)
-    return 1 - real / total if total else 0.0
+        for start in range(0, len(indices), order.batch_size):
+            lengths = samples.lengths[indices[start : start + order.batch_size]]
+            real += int(lengths.sum())
+            total += int(lengths.max()) * len(lengths)
+    return 1 - real / total
 
 
 def cuts(

@@ -23,21 +23,16 @@ class Fact(NamedTuple):
 
 
 def facts(stats: Statistics) -> Iterator[Fact]:
-    """Yield what is told of a data set, but for its tables."""
+    """Yield what is told of a data set beside its problems and tables."""
     yield Fact("Rows", f"{stats.rows:,} read", [])
     yield from _noticed(stats, stats.findings, DROPPED, "left out: ")
     yield from _noticed(stats, stats.findings, NOTICED)
     yield Fact("Samples", f"{stats.samples:,}", [])
-    if stats.endless:
-        cut = stats.endless - stats.endless_uncut
-        said = f"{stats.endless:,} without a trained end of a turn, {cut:,} of them cut"
-        yield Fact("", said, [])
     if copies := stats.alike.copies:
         pairs = [short(f"{again} repeats {first}", stats) for first, again in stats.alike.pairs]
         yield Fact("", f"{copies:,} with the tokens of an earlier one", _and_more(pairs, copies))
     if stats.alike.answers:
-        said = f"{stats.alike.answers:,} share a prompt and answer it differently"
-        yield Fact("", said, [])
+        yield Fact("", f"{stats.alike.answers:,} share a prompt and answer it differently", [])
     yield Fact("Tokens an epoch", f"{stats.tokens:,}", [])
     share = percent(stats.labelled / stats.tokens)
     yield Fact("Trained on", f"{stats.labelled:,} ({share})", [])
@@ -47,12 +42,10 @@ def facts(stats: Statistics) -> Iterator[Fact]:
     if held_out := stats.held_out:
         share = percent(held_out.labelled / held_out.tokens)
         samples = count(held_out.samples, "sample")
-        said = f"{samples}, {held_out.tokens:,} tokens, {share} of them predicted"
-        yield Fact("Validation", said, [])
+        text = f"{samples}, {held_out.tokens:,} tokens, {share} of them predicted"
+        yield Fact("Validation", text, [])
         if stats.options_val is not None:
             yield from _noticed(stats, held_out.findings, DROPPED, "left out: ")
-        if held_out.seen:
-            yield Fact("", f"{held_out.seen:,} are in the training data too", [])
     if compared := stats.compared:
         samples = count(compared.samples, "sample")
         differ = f"of which {compared.differ:,} differ" if compared.differ else "all equal"
@@ -71,8 +64,8 @@ def _noticed(
             ]
             verb, _, rest = kind.partition(" ")
             one = {"have": "has", "are": "is", "do": "does"}.get(verb, verb)
-            said = f"{before}{number:,} {one if number == 1 else verb} {rest}"
-            yield Fact("", said, _and_more(places, number))
+            text = f"{before}{number:,} {one if number == 1 else verb} {rest}"
+            yield Fact("", text, _and_more(places, number))
 
 
 def _and_more(places: list[str], number: int) -> list[str]:
@@ -134,8 +127,8 @@ def lengths_text(stats: Statistics) -> str:
 
 def sample_title(sample: Shown, stats: Statistics) -> str:
     """Return where a sample stands, and how long it is."""
-    tokens = count(sample.tokens, "token")
-    return f"{short(sample.where, stats)}: {tokens}, {sample.trained:,} trained"
+    length = count(sample.tokens, "token")
+    return f"{short(sample.where, stats)}: {length}, {sample.trained:,} trained"
 
 
 # The page

@@ -33,7 +33,6 @@ from phi3_plugin.inspect import (
     cuts,
     histogram,
     lengths_of,
-    padding,
     show,
     statistics,
     survey,
@@ -169,13 +168,6 @@ def test_every_sample_is_in_one_bar(lengths):
     for bar in bars:
         assert bar.samples == sum(bar.low <= length <= bar.high for length in lengths)
     assert sum(bar.samples for bar in bars) == len(lengths)
-
-
-def test_padding_of_each_batch_to_its_longest():
-    lengths = np.array([10, 4, 6, 1])
-    assert padding(lengths, [[0, 1], [2, 3]]) == pytest.approx((6 + 5) / (20 + 12))
-    assert padding(lengths, [[0], [1], [2], [3]]) == 0
-    assert padding(lengths, []) == 0
 
 
 SPLIT = ["dataset.packed=True", "dataset.split_documents=True", "tokenizer.max_seq_len=32"]
