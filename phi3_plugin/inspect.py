@@ -7,7 +7,7 @@ spells samples. `phi3_plugin.compare` holds them beside what transformers makes 
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -427,7 +427,7 @@ def _batchings(
 ) -> list[Batching]:
     """Return the ways to put the samples into batches, the chosen one as the run would."""
     chosen, dataset = data.order, unpacked(data.order.dataset)
-    order = partial(
+    order: Callable[..., Order] = partial(
         Order,
         batch_size=settings.batch_size,
         accumulation=settings.gradient_accumulation_steps,
