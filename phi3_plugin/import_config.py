@@ -12,7 +12,7 @@ key that is not given means, transformers 5.23 TrainingArguments and BitsAndByte
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import yaml
@@ -34,6 +34,8 @@ from phi3_plugin.options import (
     Switch,
     Texts,
     closest,
+    is_number,
+    is_whole,
     mistakes,
     spelled,
 )
@@ -64,16 +66,14 @@ def one_of(*values: Any, instead: str = "") -> Rule:
     return Rule(Annotated[takes, Advice(instead)] if instead else takes)
 
 
-Whole = Annotated[int, Kind("a whole number", lambda v: type(v) is int)]
-FromZero = Annotated[
-    float, Kind("a number from 0 on", lambda v: type(v) in (int, float) and 0 <= v < inf)
-]
-Ratio = Annotated[float, Kind("from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1)]
-Layers = Annotated[
+Whole = Annotated[int, Kind("a whole number", is_whole)]
+FromZero = Annotated[float, Kind("a number from 0 on", partial(is_number, least=0))]
+Ratio = Annotated[float, Kind("from 0 to 1", partial(is_number, least=0, most=1))]
+LayerNumbers = Annotated[
     list[int],
     Kind(
         "a list of layer numbers, as in [0, 1]",
-        lambda v: isinstance(v, list) and all(type(n) is int and n >= 0 for n in v),
+        lambda v: isinstance(v, list) and all(is_whole(n, 0) for n in v),
     ),
 ]
 # What OmegaConf would replace by a variable of the environment, or take as not set.
@@ -179,7 +179,7 @@ PEFT = {
     "modules_to_save": Rule(Texts | None),
     "rank_pattern": Rule(Section | None),
     "alpha_pattern": Rule(Section | None),
-    "layers_to_transform": Rule(Layers | Seed | None),
+    "layers_to_transform": Rule(LayerNumbers | Seed | None),
     "init_lora_weights": one_of(*STARTS),
     "task_type": one_of("CAUSAL_LM", None, instead='Use "CAUSAL_LM".'),
     "peft_type": one_of("LORA", None, instead='Use "LORA".'),

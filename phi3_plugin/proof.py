@@ -42,8 +42,27 @@ class Proof:
     """The largest logit."""
 
 
-def proof_of_run(folder: Path, checkpoint_dir: Path) -> str:
-    """Return one line on an adapter that was just saved: how far PEFT's logits are from ours.
+PROVEN, UNPROVEN, FAILED = "Proof", "No proof", "Proof failed"
+
+
+@dataclass(frozen=True)
+class ProofResult:
+    """How an attempt at a proof ended."""
+
+    status: str
+    """`PROVEN`, `UNPROVEN` or `FAILED`."""
+    reason: str
+    """A sentence or two."""
+    proof: Proof | None = None
+    """The numbers, if it came so far."""
+
+    def __str__(self) -> str:
+        """Return both in one line."""
+        return f"{self.status}: {self.reason}"
+
+
+def proof_of_run(folder: Path, checkpoint_dir: Path) -> ProofResult:
+    """Prove an adapter that was just saved, or say why that cannot be done.
 
     It takes the base model twice, one after the other, in fp32 and on the CPU. So it is left to
     the user where memory might not suffice; whatever goes wrong, the adapter is saved.
@@ -53,21 +72,23 @@ def proof_of_run(folder: Path, checkpoint_dir: Path) -> str:
         checkpoint_dir: Of its base.
     """
     if load_origin(folder).get("lora_init") == "loftq":
-        return "No proof: the adapter belongs to the NF4 base it was trained over."
+        reason = "the adapter belongs to the NF4 base it was trained over."
+        return ProofResult(UNPROVEN, reason)
     # bf16 becomes fp32, beside pages of the files
     needed = 3 * sum(file.stat().st_size for file in checkpoint_dir.glob("*.safetensors"))
     free = memory_free()
     if free is not None and free < needed:
         command = f"phi3-tune adapter check {folder} --base {checkpoint_dir}"
-        return f"No proof: PEFT would take {needed / 1e9:.0f} GB of memory: {command}"
+        reason = f"PEFT would take {needed / 1e9:.0f} GB of memory: {command}"
+        return ProofResult(UNPROVEN, reason)
     try:
-        return proven(checkpoint_dir, folder, "fp32")[2]
+        return proven(checkpoint_dir, folder, "fp32")
     except Exception as error:  # of transformers and PEFT, whose models may be newer than they
-        return f"No proof: {type(error).__name__}: {error}"
+        return ProofResult(UNPROVEN, f"{type(error).__name__}: {error}")
 
 
-def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, str]:
-    """Return the proof of an adapter, whether it fails, and a sentence on it.
+def proven(base: Path, folder: Path, dtype: str) -> ProofResult:
+    """Prove an adapter: what its logits in PEFT and here are, and whether rounding explains that.
 
     Args:
         base: Folder of the base model.
@@ -75,26 +96,27 @@ def proven(base: Path, folder: Path, dtype: str) -> tuple[Proof | None, bool, st
         dtype: What both models compute in, bf16 or fp32.
     """
     if not all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
-        missing = "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
-        return None, False, f"No proof: {missing}"
+        reason = "transformers and PEFT are not installed: pip install 'phi3-plugin[hf]'"
+        return ProofResult(UNPROVEN, reason)
     try:
         open_weights(base)  # else transformers would say, in its own way, that there are none
         proof = prove(base, folder, dtype)
     except NotLoadedError as error:
-        return None, True, f"Proof failed: {error}"
+        return ProofResult(FAILED, str(error))
     except Phi3Error as error:
-        return None, False, f"No proof: {error}"
+        return ProofResult(UNPROVEN, str(error))
     limit = TOLERANCE[dtype] * proof.largest
     numbers = (
         f"logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter moves them "
         f"by up to {proof.effect:.2e}; the largest is {proof.largest:.3g}."
     )
     if not proof.difference <= limit:  # NaN fails too
-        return proof, True, f"Proof failed: {numbers} Rounding in {dtype} allows {limit:.2e}."
+        reason = f"{numbers} Rounding in {dtype} allows {limit:.2e}."
+        return ProofResult(FAILED, reason, proof)
     if proof.effect <= limit:
-        hides = f"Rounding in {dtype} could hide that: {limit:.2e}."
-        return proof, False, f"No proof: {numbers} {hides}"
-    return proof, False, f"Proof: {numbers}"
+        reason = f"{numbers} Rounding in {dtype} could hide that: {limit:.2e}."
+        return ProofResult(UNPROVEN, reason, proof)
+    return ProofResult(PROVEN, numbers, proof)
 
 
 def prove(base: Path, folder: Path, dtype: str) -> Proof:

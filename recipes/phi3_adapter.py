@@ -38,7 +38,7 @@ from phi3_plugin.options import (
     MergeOptions,
     resolved,
 )
-from phi3_plugin.proof import proven
+from phi3_plugin.proof import FAILED, PROVEN, UNPROVEN, ProofResult, proven
 
 ALWAYS = ("apply_lora_to_mlp", "apply_lora_to_output")
 """Model keys that our configurations set, so that a False has to be said."""
@@ -49,22 +49,20 @@ def check(o: CheckOptions) -> int:
     folder, base = o.adapter, o.checkpoint_dir
     judged = verdicts(folder, read_config(base) if base else None)
     failed = any(v.status != LOADS for v in judged if v.runtime in (o.runtime or ["PEFT"]))
-    proof, said, other = None, "", None
+    result, other = None, None
     if base:
         if hashes := other_base(str(load_origin(folder).get("base_hash", "")), base):
             other = f"Another base: the adapter was made for weights with the hash {hashes}."
+        result = ProofResult(UNPROVEN, "PEFT does not load the adapter as it is.")
         if judged[0].status == LOADS:
-            proof, broken, said = proven(base, folder, o.dtype)
-            failed |= broken
-        else:
-            said = "No proof: PEFT does not load the adapter as it is."
-    failed |= other is not None
+            result = proven(base, folder, o.dtype)
+        failed |= result.status == FAILED or other is not None
     if o.json:
-        proved = said.startswith("Proof: ")
+        unproven = result and result.status != PROVEN
         report = {
             "verdicts": [asdict(verdict) for verdict in judged],
-            "proof": asdict(proof) if proof else None,
-            "no_proof": None if proved else said.removeprefix("No proof: ") or None,
+            "proof": asdict(result.proof) if result and result.proof else None,
+            "no_proof": str(result).removeprefix("No proof: ") if unproven else None,
             "broken": failed,
             "other_base": other,
         }
@@ -74,7 +72,7 @@ def check(o: CheckOptions) -> int:
         print(f"{verdict.runtime:<10} {verdict.status:<11} {verdict.use}")
         for reason in verdict.reasons:
             print(f"{'':<10} - {reason}")
-    for line in filter(None, (said, other)):
+    for line in filter(None, (result, other)):
         print(line)
     return int(failed)
 

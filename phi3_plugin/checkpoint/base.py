@@ -368,7 +368,7 @@ def write_weights(
     sizes: Mapping[str, int],
     weight: Callable[[str], Tensor],
     shard_bytes: int = SHARD_BYTES,
-) -> int:
+) -> None:
     """Write weights as shards with an index, under Hugging Face's names.
 
     Args:
@@ -376,9 +376,6 @@ def write_weights(
         sizes: Our name of each weight, and how many bytes it takes.
         weight: Gives one when it is written; one shard is in memory at a time.
         shard_bytes: A shard is closed before it grows beyond this.
-
-    Returns:
-        The number of shards.
 
     Raises:
         OutputError: The disk has not enough room.
@@ -403,7 +400,6 @@ def write_weights(
         weight_map.update(dict.fromkeys(map(to_hf, names), file.name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    return len(shards)
 
 
 # Which base weights an adapter was made for, told by a hash that takes no time.

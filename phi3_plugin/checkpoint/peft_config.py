@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from phi3_plugin.checkpoint.files import quoted
 from phi3_plugin.checkpoint.peft import ORIGIN
 from phi3_plugin.config import read_json_object
 from phi3_plugin.errors import AdapterError
+from phi3_plugin.options import Kind, is_number, is_whole
 
 PATTERN_NAMES = 2000
 """Names in a pattern at most."""
@@ -148,20 +149,35 @@ def _unknown(keys: Mapping[str, Any]) -> Iterator[str]:
             yield f"{unknown} is an unknown key. Remove it if it is harmless."
 
 
+def is_alpha(value: object) -> bool:
+    """Whether a value can be an alpha: a number that leaves a scale above 0 and not infinite."""
+    return is_number(value, 1e-30, 1e30)
+
+
+def _is_switch(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+is_rank = partial(is_whole, least=1)
+
+VALUES = {
+    "r": Kind("a whole number above 0", is_rank),
+    "lora_alpha": Kind("a number above 0", is_alpha),
+    "lora_dropout": Kind(
+        "at least 0 and below 1", lambda v: v is None or (is_number(v, 0) and v < 1)
+    ),
+    "use_dora": Kind("true or false", _is_switch),
+    "use_rslora": Kind("true or false", _is_switch),
+    "base_model_name_or_path": Kind("text", lambda v: v is None or isinstance(v, str)),
+}
+"""What the keys must be that are read, if they are there."""
+
+
 def wrong_values(keys: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the values that are there, a sentence each."""
-    if not is_rank(keys.get("r", 8)):
-        yield f"r: {quoted(keys['r'])} must be a whole number above 0."
-    if not is_alpha(keys.get("lora_alpha", 8)):
-        yield f"lora_alpha: {quoted(keys['lora_alpha'])} must be a number above 0."
-    dropout = keys.get("lora_dropout") or 0.0
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        yield f"lora_dropout: {quoted(dropout)} must be at least 0 and below 1."
-    for key in ("use_dora", "use_rslora"):
-        if not isinstance(keys.get(key) or False, bool):
-            yield f"{key}: {quoted(keys[key])} must be true or false."
-    if not isinstance(base := keys.get("base_model_name_or_path") or "", str):
-        yield f"base_model_name_or_path: {quoted(base)} must be text."
+    for key, kind in VALUES.items():
+        if key in keys and not kind.accepts(keys[key]):
+            yield f"{key}: {quoted(keys[key])} must be {kind.words}."
     for key, is_good in (("rank_pattern", is_rank), ("alpha_pattern", is_alpha)):
         pattern = keys.get(key) or {}
         if not isinstance(pattern, dict) or len(pattern) > PATTERN_NAMES:
@@ -183,14 +199,3 @@ def is_plain(pattern: str, branches: int = BRANCHES) -> bool:
         return bool(PLAIN_PATTERN.fullmatch(pattern) and re.compile(pattern))
     except re.error:
         return False
-
-
-def is_rank(value: object) -> bool:
-    """Whether a value can be a rank."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def is_alpha(value: object) -> bool:
-    """Whether a value can be an alpha: a number that leaves a scale above 0 and not infinite."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 1e-30 < value < 1e30  # type: ignore[operator]

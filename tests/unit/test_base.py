@@ -66,7 +66,8 @@ def edit(file, change):
 
 def save(folder, weights, shard_bytes=1 << 30):
     sizes = {name: value.nbytes for name, value in weights.items()}
-    return write_weights(folder, sizes, weights.__getitem__, shard_bytes)
+    write_weights(folder, sizes, weights.__getitem__, shard_bytes)
+    return len(shards(folder))
 
 
 def ours(model):

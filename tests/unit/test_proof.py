@@ -28,13 +28,13 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_the_end_is_a_proof(place, name):
-    line = proof.proof_of_run(place / name, place / "base")
+    line = str(proof.proof_of_run(place / name, place / "base"))
     assert line.startswith("Proof: logits in PEFT and here differ by "), line
 
 
 def test_too_little_memory_leaves_it_to_the_user(place, monkeypatch):
     monkeypatch.setattr(proof, "memory_free", lambda: 1000)
-    line = proof.proof_of_run(place / "lora", place / "base")
+    line = str(proof.proof_of_run(place / "lora", place / "base"))
     command = f"phi3-tune adapter check {place / 'lora'} --base {place / 'base'}"
     assert line.startswith("No proof: PEFT would take ") and line.endswith(command)
 
@@ -44,5 +44,5 @@ def test_nothing_that_fails_ends_a_run(place, monkeypatch):
         raise RuntimeError("a model that is newer")
 
     monkeypatch.setattr(proof, "proven", failing)
-    line = proof.proof_of_run(place / "lora", place / "base")
+    line = str(proof.proof_of_run(place / "lora", place / "base"))
     assert line == "No proof: RuntimeError: a model that is newer"
