@@ -148,8 +148,8 @@ def adapter_config(
         base: Repository id or folder of the base model.
         layers: How many the model has.
     """
-    rank, rank_pattern = _pattern(content.ranks)
-    alpha, alpha_pattern = _pattern(content.alphas)
+    rank, rank_pattern = _usual_and_others(content.ranks)
+    alpha, alpha_pattern = _usual_and_others(content.alphas)
     saved = sorted(_short(hf_name(name.removesuffix(".weight"))) for name in adapter.saved)
     return {
         "peft_type": "LORA",
@@ -191,7 +191,7 @@ def target_modules(modules: Iterable[str], layers: int) -> list[str]:
 Number = TypeVar("Number", int, float)
 
 
-def _pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+def _usual_and_others(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
     """Return the value that most modules have, and those of the others by name.
 
     PEFT takes a name in a pattern for a regular expression that the end of a module's name matches.
