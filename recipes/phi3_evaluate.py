@@ -151,8 +151,7 @@ def models(s: Settings, o: EvaluateOptions) -> Iterator[tuple[str, nn.Module]]:
             serve(whole)
             yield ADAPTER, whole
         return
-    how |= {"check_base": o.check_base, "sharing": base}
-    adapted = load_model(s.checkpoint_dir, o.adapter, **how)
+    adapted = load_model(s.checkpoint_dir, o.adapter, sharing=base, check_base=o.check_base, **how)
     serve(base, adapted)
     yield BASE, base
     del base
