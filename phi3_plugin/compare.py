@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from phi3_plugin.data.collate import IGNORED
-from phi3_plugin.data.dataset import conversations
+from phi3_plugin.data.dataset import messages_of_rows
 from phi3_plugin.inspect import FIRST, Comparison, Samples, arrays, truncation, unpacked
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import RunData
@@ -39,7 +39,7 @@ def compare_with_hf(settings: Settings, data: RunData, samples: Samples) -> Comp
     shortened = samples.full > samples.lengths
     rows = (
         (numbers[where], messages)
-        for where, messages in conversations(tokenizer, options)
+        for where, messages in messages_of_rows(tokenizer, options)
         if where in numbers and not (truncation(settings) == "left" and shortened[numbers[where]])
     )
     dataset, compared, places = unpacked(data.order.dataset), 0, list[str]()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from phi3_plugin.data.collate import IGNORED
-from phi3_plugin.data.dataset import ChatDataset, conversations
+from phi3_plugin.data.dataset import ChatDataset, messages_of_rows
 from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
@@ -104,7 +104,7 @@ def evaluation_data(
     chats: dict[str, Messages] = {}
     if is_chat_dataset(section) and positions is not None:
         wanted = {place_of(dataset, i) for i in range(number)}
-        for where, messages in conversations(tokenizer, section):
+        for where, messages in messages_of_rows(tokenizer, section):
             if where in wanted:
                 chats.setdefault(where, messages)
             if len(chats) == len(wanted):

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 
 from phi3_plugin.config import read_config
 from phi3_plugin.data.collate import IGNORED
-from phi3_plugin.data.order import Order
-from phi3_plugin.data.packing import Packs
-from phi3_plugin.data.store import (
+from phi3_plugin.data.findings import (
     BROKEN,
     CUT_AWAY,
     DROPPED_MESSAGE,
@@ -29,6 +27,8 @@ from phi3_plugin.data.store import (
     UNUSABLE,
     Findings,
 )
+from phi3_plugin.data.order import Order
+from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
 from phi3_plugin.pages import count, percent

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from phi3_plugin.data.formats import MessageList, Turn, kind, make_turn
-from phi3_plugin.data.sources import lines
+from phi3_plugin.data.rows import lines
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer

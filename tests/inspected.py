@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_plugin.data.store import Findings
+from phi3_plugin.data.findings import Findings
 from phi3_plugin.inspect import (
     PACKED,
     UNGROUPED,

@@ -49,9 +49,6 @@ from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 FILES = (WEIGHTS, "adapter_model.pt", "adapter_model.bin")
 """What is looked for in a folder, the first that is there."""
 
-Writer = Callable[[Adapter], FileContent]
-"""Gives what a file of the same kind would hold for an adapter."""
-
 # Shapes: R rank
 
 
@@ -97,14 +94,13 @@ def read_adapter(
     content = _content(tensors, config, file)
     _check_copies(content.copies, config, base, file)
     if content.program == "loralib":
-        found, note, write = _of_loralib(content, file, metadata, alpha, enable_lora, config)
+        adapter = _of_loralib(content, file, metadata, alpha, enable_lora, config)
     elif enable_lora is not None:
         raise AdapterError(
             f"enable_lora: is for files of loralib, but {file} is {content.program}'s."
         )
     else:
-        found, note, write = _of_peft(content, file, metadata, alpha, config)
-    adapter = _as_written(found, note, config, write)
+        adapter = _of_peft(content, file, metadata, alpha, config)
     if wrong := [m for m, r in adapter.ranks.items() if rank not in (None, r)]:
         raise AdapterError(f"rank: {rank}, but {wrong[0]} of {file} has {adapter.ranks[wrong[0]]}.")
     return adapter
@@ -130,15 +126,13 @@ def _of_peft(
     metadata: Mapping[str, str],
     alpha: float | None,
     config: Phi3Config,
-) -> tuple[Adapter, object, Writer]:
-    """Return what a file of PEFT's or torchtune's holds, its note, and how it is written."""
-    write = partial(split_content, config=config)
+) -> Adapter:
+    """Return the adapter of a file of PEFT's or torchtune's."""
     _check_tensors(content.tensors, content.saved, config, file)
     adapter = Adapter(content.tensors, {}, content.saved)
     beside = file.with_name(CONFIG)
     if not beside.is_file():
-        scales = _scales(adapter.ranks, _known_alpha(alpha, file), {})
-        return replace(adapter, scales=scales), None, write
+        return replace(adapter, scales=_scales(adapter.ranks, _known_alpha(alpha, file), {}))
     peft = read_peft_config(beside)
     if alpha is not None and alpha != peft.keys["lora_alpha"]:
         said = peft.keys["lora_alpha"]
@@ -152,7 +146,8 @@ def _of_peft(
         origin=Origin(rslora=True) if peft.keys.get("use_rslora") else Origin(),
     )
     if content.program == "torchtune":
-        return adapter, peft.keys.get(ORIGIN), write
+        note = peft.keys.get(ORIGIN)
+        return _as_written(adapter, note, config, partial(split_content, config=config))
 
     def row_norms(module: str) -> Tensor:
         """Rows of parts without an adapter have the base's norms, which only the file knows."""
@@ -160,7 +155,7 @@ def _of_peft(
 
     note = parsed_object(metadata.get(ORIGIN, "{}"))
     make = pattern_content if note.get("patterns") else uniform_content
-    return adapter, note, partial(make, config=config, row_norms=row_norms)
+    return _as_written(adapter, note, config, partial(make, config=config, row_norms=row_norms))
 
 
 def _check_config(adapter: Adapter, peft: PeftConfig, program: str) -> None:
@@ -187,8 +182,7 @@ def _of_loralib(
     alpha: float | None,
     enable_lora: EnableLora | None,
     config: Phi3Config,
-) -> tuple[Adapter, object, Writer]:
-    """Return what a file of loralib's holds, its note, and how it is written."""
+) -> Adapter:
     beside = file.with_suffix(".json")
     about = parsed_object(metadata.get(ORIGIN, "{}"))
     if not about and file.suffix == ".pt" and beside.is_file():
@@ -198,7 +192,8 @@ def _of_loralib(
     tensors, divisors = ungrouped(content.tensors, enabled, config)
     _check_tensors(tensors, content.saved, config, file)
     adapter = Adapter(tensors, _scales(divisors, said, aliases(config)))
-    as_said = alpha is None and enable_lora is None
+    if alpha is not None or enable_lora is not None:
+        return adapter
 
     def write(original: Adapter) -> FileContent:
         merged_linear = bool(about.get("merged_linear"))
@@ -207,7 +202,7 @@ def _of_loralib(
         alphas = {module: written.alphas[fused_name(module)] for module in ranks}
         return FileContent(again, ranks, alphas, written.note)
 
-    return adapter, about.get(ORIGIN) if as_said else None, write
+    return _as_written(adapter, about.get(ORIGIN), config, write)
 
 
 def _known_alpha(alpha: Any, file: Path) -> Any:
@@ -415,7 +410,9 @@ def _check_copies(
 # Whether a file is still what its note says, so that its original can be given back
 
 
-def _as_written(found: Adapter, note: object, config: Phi3Config, write: Writer) -> Adapter:
+def _as_written(
+    found: Adapter, note: object, config: Phi3Config, write: Callable[[Adapter], FileContent]
+) -> Adapter:
     """Return the adapter that a file was made of, or what it holds if it was changed since.
 
     A note is believed only if writing the adapter that it describes would give the very tensors
@@ -425,7 +422,7 @@ def _as_written(found: Adapter, note: object, config: Phi3Config, write: Writer)
         found: What the file holds, checked.
         note: What it says of its original, if anything.
         config: Sizes of the model.
-        write: Of a file of its kind.
+        write: Gives what a file of its kind would hold for an adapter.
     """
     if not isinstance(note, dict):
         return found

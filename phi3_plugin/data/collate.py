@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torchtune.datasets import PackedDataset
-
-from phi3_plugin.data.packing import Packs
 
 Sample = Mapping[str, Any]
+
 IGNORED = -100
 """Label of a token that the loss does not count."""
 
@@ -30,12 +28,14 @@ def concatenate(batch: Sequence[Sample], padding_idx: int = 0) -> dict[str, Any]
         documents. The first token of a document has no label: nothing is predicted from one
         document about the next.
     """
-    columns, lengths = {"tokens": list[Tensor](), "labels": list[Tensor]()}, list[int]()
-    for sample in map(_without_padding, batch):
-        for key, values in columns.items():
-            values.append(torch.as_tensor(sample[key]))
+    samples = [_without_padding(sample) for sample in batch]
+    tokens, labels = (
+        torch.cat([torch.as_tensor(sample[key], dtype=torch.int64) for sample in samples])
+        for key in ("tokens", "labels")
+    )
+    lengths = list[int]()
+    for sample in samples:
         lengths += torch.as_tensor(sample.get("lengths", [len(sample["tokens"])])).tolist()
-    tokens, labels = (torch.cat(values) for values in columns.values())
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     labels[starts] = IGNORED
     input_pos = torch.arange(len(tokens)) - starts.repeat_interleave(torch.tensor(lengths))
@@ -57,41 +57,6 @@ def _without_padding(sample: Sample) -> Sample:
         "labels": sample["labels"][:total],
         "lengths": lengths,
     }
-
-
-class StockPacks(PackedDataset):  # type: ignore[misc]
-    """Packs as torchtune's own recipes take them: filled up to one length.
-
-    The padding is one more document, but for its positions: they stay at 0, so that they cannot
-    come past the one from which LongRoPE turns every angle of the batch. With ``_`` for padding::
-
-        tokens     a0 a1 a2 c0 c1 c2 c3 c4      b0 b1  _  _  _  _  _  _
-        labels      . a1 a2  . c1 c2 c3 c4       . b1  .  .  .  .  .  .
-        input_pos   0  1  2  0  1  2  3  4       0  1  0  0  0  0  0  0
-        seq_lens   [3, 5]                       [2, 6]
-    """
-
-    def __init__(self, packs: Packs, padding_idx: int = 0) -> None:
-        """Keep the packs; ``padding_idx`` fills them up."""
-        self.packs, self.ds = packs, packs.ds
-        self.max_seq_len, self.padding_idx = packs.size, padding_idx
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``tokens``, ``labels`` and ``input_pos``, each [size], and ``seq_lens``."""
-        pack = self.packs[index]
-        missing = self.max_seq_len - len(pack["tokens"])
-        fills = {"tokens": self.padding_idx, "labels": IGNORED, "input_pos": 0}
-        row = {key: pad(pack[key], (0, missing), value=fill) for key, fill in fills.items()}
-        padding = torch.tensor([missing] if missing else [], dtype=torch.int64)
-        return {**row, "seq_lens": torch.cat([pack["lengths"], padding])}
-
-
-def without_padding(dataset: Any) -> Any:
-    """Return a data set as it is, but :class:`StockPacks` as the packs they are made of."""
-    return dataset.packs if isinstance(dataset, StockPacks) else dataset
 
 
 def pad_right(

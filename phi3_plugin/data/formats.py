@@ -1,13 +1,18 @@
-"""From a row of data to a conversation: the formats of rows, by name, and how they are told."""
+"""From a row of data to a conversation.
+
+`FORMATS`, at the end, lists the shapes of rows that are read: a new one is a line there, and a
+class like those before it where none fits. `BESIDE` says which other columns may be a part of a
+conversation, and what each format does with them.
+"""
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as shortened
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from phi3_plugin.errors import ConfigError, DataError
+from phi3_plugin.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 """The roles that every format of data rows has; a chat template may know others."""
@@ -19,15 +24,16 @@ class Turn(NamedTuple):
     role: str
     content: str
     trained: bool
-    """Whether the loss counts the content and the token that ends it."""
+    """Whether the loss counts the content and the token that ends it: decided here for what the
+    assistant says, and by ``dataset.train_on`` for all."""
     tools: str | None = None
     """Description of the tools that the assistant may call, as the template writes it."""
     wanted: bool | None = None
-    """Whether the message itself asks to be trained on; None where it does not say."""
+    """What the row itself asks for, by ``weight`` or ``train``; None where it does not say."""
 
 
 class Written(NamedTuple):
-    """A conversation that is rendered already."""
+    """A conversation that the data holds as one text, in the words of the chat template."""
 
     text: str
     said: tuple[tuple[int, int], ...] | None
@@ -55,7 +61,7 @@ def make_turn(
         content: What is said.
         trained: Whether the loss counts it; by default what the assistant says counts.
         tools: Text, or None.
-        wanted: What the message itself says about being trained on.
+        wanted: What the row itself says about that.
 
     Raises:
         DataError: The role is not a word, or the content or the tools are not text.
@@ -78,7 +84,10 @@ def _text(name: str, value: object) -> str:
 
 
 class Format(Protocol):
-    """One shape of data row."""
+    """One shape of data row; as text, what an error message calls it."""
+
+    precedence: ClassVar[int]
+    """Of the formats that fit, those of the smallest number are meant."""
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has this shape, judged by its keys."""
@@ -91,63 +100,85 @@ class Format(Protocol):
         """
 
 
-# What a row or a message holds, and how errors name it
+# Columns beside a conversation
 
-NAMES_LISTED = 20
-"""An error names no more keys than this."""
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
-EMPTY = ("[]", "{}", "null")
+BESIDE = {
+    "system": "system",
+    "system_prompt": "system",
+    "tools": "tools",
+    **dict.fromkeys(("context", "input", "history"), "prompt"),
+    **dict.fromkeys(("functions", *MEDIA), "unread"),
+}
+"""Columns that may be a part of a conversation, and which. What the formats do with filled ones:
+
+=================  ==================  ==================  =====================  =======
+format             system              tools               prompt                 unread
+=================  ==================  ==================  =====================  =======
+lists of messages  read                read                a note, passed over    refused
+preference         read                read                ``input`` may be read  refused
+two columns        refused             refused             refused                refused
+alpaca             ``system`` is read  refused             ``input`` is read      refused
+text               must be in it       must be in it       a note, passed over    refused
+=================  ==================  ==================  =====================  =======
+
+What is refused stops the run, or counts as a bad row, instead of being dropped silently.
+"""
+
+NOTHING = ("[]", "{}", "null")
 """How some data sets write that there is nothing, beside null and the empty text."""
 
-UNSEEN = ("functions", "image", "images", "audio", "audios", "video", "videos")
-"""Columns of what was short_repr or offered to the assistant, which no format here reads."""
-
-BESIDE = ("system", "system_prompt", "tools", *UNSEEN)
-"""Columns that are a part of a conversation that is whole but for them."""
-
-OUTSIDE = ("system", "system_prompt", "context", "input", "history", "tools", *UNSEEN)
-"""Columns that some data sets keep a part of the prompt in."""
-
-NAME_COLUMNS = "name the columns to read with dataset.columns"
-"""What to do about rows that keep a part of the prompt in a column of its own."""
+ADVISE_COLUMNS = "name the columns to read with dataset.columns"
 
 
-def kind(value: object) -> str:
-    """Name the type of a JSON value for an error message."""
-    return "null" if value is None else type(value).__name__
+def _filled(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    return [name for name in names if row.get(name) and row[name] not in NOTHING]
 
 
-def column(row: Mapping[str, Any], name: str) -> Any:
-    """Return a column of a row, or a field of a message.
+def _refuse(names: Sequence[str], advice: str) -> None:
+    if names:
+        raise DataError(f"there is a {names[0]!r} too, which this format would drop; {advice}")
+
+
+def with_columns_beside(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
+    """Add what columns beside a list of messages say: the system message and the tools.
 
     Raises:
-        DataError: It has none of this name.
+        DataError: They are there twice, or a column holds what no format here reads.
     """
-    if name not in row:
-        raise DataError(f"there is no {name!r}; the keys are: {key_names(row)}")
-    return row[name]
+    if row.keys().isdisjoint(BESIDE):
+        return list(turns)
+    unread = [name for name in row if BESIDE.get(name) == "unread"]
+    _refuse(_filled(row, unread), "remove it")
+    return _with_tools(_with_system(turns, row), row.get("tools"))
 
 
-def key_names(keys: Iterable[str]) -> str:
-    """Write keys for an error message, whatever they hold."""
-    names = [_printable(str(key)) for key in keys]
-    return ", ".join([*names[:NAMES_LISTED], *(["…"] if len(names) > NAMES_LISTED else [])])
+def _with_system(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
+    names = [name for name, part in BESIDE.items() if part == "system" and row.get(name)]
+    beside = {turn.content: turn for turn in (make_turn("system", row[name]) for name in names)}
+    listed = {turn.content for turn in turns if turn.role == "system"}
+    if beside.keys() <= listed:
+        return list(turns)
+    if listed or len(beside) > 1:
+        raise DataError("there is a column for the system message and another system message")
+    return [*beside.values(), *turns]
 
 
-def short_repr(value: Any) -> str:
-    """Write a value for an error message, shortened."""
-    return _printable(shortened(value))
-
-
-def _printable(text: str) -> str:
-    # A terminal cannot show half a surrogate pair
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _refuse_filled(row: Mapping[str, Any], names: Iterable[str], advice: str) -> None:
-    for name in names:
-        if row.get(name) and row[name] not in EMPTY:
-            raise DataError(f"there is a {name!r} too, which this format would drop; {advice}")
+def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
+    if not tools or tools in NOTHING:
+        return turns
+    first = next((i for i, turn in enumerate(turns) if turn.role == "system"), None)
+    if first is None:
+        turns = [make_turn("system", ""), *turns]
+        first = 0
+    system = turns[first]
+    if system.tools:
+        raise DataError("there is a column 'tools' and a system message that has tools")
+    turns[first] = make_turn(
+        system.role, system.content, tools=_tools_text(tools), wanted=system.wanted
+    )
+    return turns
 
 
 # Rows that keep a conversation in columns of text
@@ -159,17 +190,18 @@ class Columns:
 
     names: Mapping[str, str]
     """Role to column."""
-    unless: frozenset[str] = frozenset()
+    refused: frozenset[str] = frozenset()
     """Columns that would belong to the prompt too: rows that have them are of another shape."""
+    precedence: ClassVar[int] = 1
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the columns and none that would be left out."""
-        return row.keys() >= set(self.names.values()) and self.unless.isdisjoint(row)
+        return row.keys() >= set(self.names.values()) and self.refused.isdisjoint(row)
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read system, user and assistant message, in this order."""
-        if not self.unless.isdisjoint(row):
-            _refuse_filled(row, [name for name in row if name in self.unless], NAME_COLUMNS)
+        if not self.refused.isdisjoint(row):
+            _refuse(_filled(row, [name for name in row if name in self.refused]), ADVISE_COLUMNS)
         return [
             make_turn(role, column(row, self.names[role])) for role in ROLES if role in self.names
         ]
@@ -179,9 +211,19 @@ class Columns:
         return ", ".join(self.names.values())
 
 
-def pair(user: str, assistant: str, unless: Sequence[str] = OUTSIDE) -> Columns:
-    """Return the shape of rows that have a question and an answer."""
-    return Columns({"user": user, "assistant": assistant}, frozenset(unless) - {user, assistant})
+def question_and_answer(
+    user: str, assistant: str, *, unless: Iterable[str] = (), also_read: Iterable[str] = ()
+) -> Columns:
+    """Return the shape of rows that have a question and an answer.
+
+    Args:
+        user: Column of the question.
+        assistant: Column of the answer.
+        unless: Columns that refuse a row beside all of `BESIDE`.
+        also_read: Columns that do not, since somebody reads them.
+    """
+    refused = {*BESIDE, *unless} - {user, assistant, *also_read}
+    return Columns({"user": user, "assistant": assistant}, frozenset(refused))
 
 
 @dataclass(frozen=True)
@@ -192,24 +234,25 @@ class Alpaca:
     is absent, null or empty, the instruction alone.
     """
 
-    pair: Columns
+    columns: Columns
+    precedence: ClassVar[int] = 1
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the two columns that all rows have."""
-        return self.pair.fits(row)
+        return self.columns.fits(row)
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the system, the user and the assistant message."""
-        user, assistant = self.pair.read(row)
+        user, assistant = self.columns.read(row)
         if row.get("input"):
             user = user._replace(content=f"{user.content}\n Input: {_text('input', row['input'])}")
         if not row.get("system"):
             return [user, assistant]
-        return [make_turn("system", _text("system", row["system"])), user, assistant]
+        return [make_turn("system", row["system"]), user, assistant]
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
-        return f"{self.pair} and perhaps input and system"
+        return f"{self.columns} and perhaps input and system"
 
 
 @dataclass(frozen=True)
@@ -217,6 +260,7 @@ class TextColumn:
     """A column of conversations that are written as the chat template writes them."""
 
     name: str
+    precedence: ClassVar[int] = 2
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the column."""
@@ -225,8 +269,12 @@ class TextColumn:
     def read(self, row: Mapping[str, Any]) -> Written:
         """Read the text; the marks in it tell later who says what."""
         text = _text(f"the {self.name} content", column(row, self.name))
-        lost = [name for name in BESIDE if name in row and not _holds(text, name, row[name])]
-        _refuse_filled(row, lost, "write it in the text, or remove the column")
+        for name in _filled(row, BESIDE):
+            value = row[name]
+            part = BESIDE[name]
+            is_in_text = part != "unread" and isinstance(value, str) and value.strip() in text
+            if part != "prompt" and not is_in_text:
+                _refuse([name], "write it in the text, or remove the column")
         return Written(text, None)
 
     def __str__(self) -> str:
@@ -234,13 +282,12 @@ class TextColumn:
         return f"{self.name}, written as the chat template writes it"
 
 
-def _holds(text: str, name: str, value: Any) -> bool:
-    return name not in UNSEEN and isinstance(value, str) and value.strip() in text
-
-
 # Rows that list messages
 
-SPEAKERS = {
+FIELDS = {"role": "content", "from": "value"}
+"""The field of a message that holds who speaks, and the one that holds what is said."""
+
+SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
     "system": "system",
@@ -250,17 +297,19 @@ SPEAKERS = {
 """The name of each role in ShareGPT's data, to ours."""
 
 CALLS = "function_call"
-"""Who says that tools are called, in some of these data sets."""
+"""Who says that tools are called, in some of these data sets: an assistant without words."""
 
-KEYS = {"role": "content", "from": "value"}
-"""The field that holds who speaks, and the one that holds what is said."""
-
-LOST = (
-    *("function_call", "refusal", "reasoning", "reasoning_content", "thinking"),
-    *("image", "images", "audio", "audios", "video", "videos", "file", "files", "attachments"),
-    *("loss", "train_detail"),
-)
-"""Fields of a message that change what is learned and that nothing here reads.
+UNREAD_FIELDS = {
+    **dict.fromkeys(
+        (
+            *("function_call", "refusal", "reasoning", "reasoning_content", "thinking"),
+            *(*MEDIA, "file", "files", "attachments"),
+        ),
+        "content, or remove it",
+    ),
+    **dict.fromkeys(("loss", "train_detail"), "train: true or false"),
+}
+"""Fields of a message that change what is learned and that nothing here reads; what to write.
 
 All others (``id``, ``name``, ``tool_call_id``, ``timestamp``, …) say nothing that a template of
 the family writes, and are passed over.
@@ -275,9 +324,10 @@ class MessageList:
     role: str
     """``role`` or ``from``, where a message has both."""
     mapped: bool = False
-    """Whether roles are those of :data:`SPEAKERS`, and not taken as they are."""
+    """Whether roles are those of `SHAREGPT_ROLES`, and not taken as they are."""
     tool_calls: str | None = None
-    """How calls of tools are written, with {} for them."""
+    """How calls of tools are written, with {} for them; None refuses them."""
+    precedence: ClassVar[int] = 0
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the column."""
@@ -285,7 +335,7 @@ class MessageList:
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the listed messages, and the system message and the tools beside them."""
-        return with_rest(self.listed(column(row, self.column), self.column), row)
+        return with_columns_beside(self.listed(column(row, self.column), self.column), row)
 
     def listed(self, messages: Any, name: str) -> list[Turn]:
         """Read a list of messages.
@@ -302,27 +352,31 @@ class MessageList:
     def _turn(self, message: Any) -> Turn:
         if not isinstance(message, dict):
             raise DataError(f"a message is {kind(message)}, expected an object")
-        keys = (key for key in (self.role, *KEYS) if message.get(key) is not None)
+        keys = (key for key in (self.role, *FIELDS) if message.get(key) is not None)
         key = next(keys, self.role)
-        role, mapped = column(message, key), self.mapped or key == "from"
-        if mapped and role == CALLS:
-            calls = column(message, KEYS[key])
+        speaker = column(message, key)
+        mapped = self.mapped or key == "from"
+        calls = message.get("tool_calls")
+        if mapped and speaker == CALLS:
+            role = "assistant"
+            calls = column(message, FIELDS[key])
             calls = _from_json(CALLS, calls) if isinstance(calls, str) else calls
-            text = self._with_calls(None, calls if isinstance(calls, list) else [calls])
-            return _turn_of("assistant", text, message)
-        if mapped and (not isinstance(role, str) or role not in SPEAKERS):
-            raise DataError(
-                f"unknown role {short_repr(role)}, expected one of: {', '.join([*SPEAKERS, CALLS])}"
-            )
-        role = SPEAKERS[role] if mapped else role
-        if not isinstance(role, str):
-            raise DataError(f"unknown role {short_repr(role)}, expected a string")
-        if not message.get("tool_calls"):
-            return _turn_of(role, _joined(role, column(message, KEYS[key])), message)
-        if role != "assistant":
-            raise DataError("a message has tool_calls and is not the assistant's")
-        text = self._with_calls(_joined(role, message.get(KEYS[key])), message["tool_calls"])
-        return _turn_of(role, text, message)
+            content = self._with_calls(None, calls if isinstance(calls, list) else [calls])
+        elif calls:
+            role = _role(speaker, mapped)
+            if role != "assistant":
+                raise DataError("a message has tool_calls and is not the assistant's")
+            content = self._with_calls(_joined(role, message.get(FIELDS[key])), calls)
+        else:
+            role = _role(speaker, mapped)
+            content = _joined(role, column(message, FIELDS[key]))
+        for name in message:
+            # False is what `loss` says of a message that is not learned
+            if name in UNREAD_FIELDS and message[name] not in (None, "", [], {}):
+                advice = f"write it as {UNREAD_FIELDS[name]}"
+                raise DataError(f"a message has {name}, which nothing reads; {advice}")
+        tools = _tools_text(message.get("tools"))
+        return make_turn(role, content, tools=tools, wanted=_train_flag(message))
 
     def _with_calls(self, content: Any, calls: Any) -> str:
         """Put the calls of tools after what is said: ``[{"name", "arguments"}]``, or OpenAI's."""
@@ -340,69 +394,22 @@ class MessageList:
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
-        return f"{self.column}: [{{{self.role}, {KEYS[self.role]}}}]"
+        return f"{self.column}: [{{{self.role}, {FIELDS[self.role]}}}]"
 
 
-def with_rest(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
-    """Add what columns beside the messages say: the system message and the tools.
-
-    Raises:
-        DataError: They are there twice, or a column shows what no format here reads.
-    """
-    if row.keys().isdisjoint(BESIDE):
-        return list(turns)
-    for name in UNSEEN:
-        if row.get(name):
-            raise DataError(f"there is a column {name!r}, which nothing reads; remove it")
-    return _with_tools(_with_system(turns, row), row.get("tools"))
+def _role(speaker: Any, mapped: bool) -> str:
+    if not mapped:
+        if not isinstance(speaker, str):
+            raise DataError(f"unknown role {short_repr(speaker)}, expected a string")
+        return speaker
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        known = ", ".join([*SHAREGPT_ROLES, CALLS])
+        raise DataError(f"unknown role {short_repr(speaker)}, expected one of: {known}")
+    return SHAREGPT_ROLES[speaker]
 
 
-def _with_system(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
-    columns = [make_turn("system", row[n]) for n in ("system", "system_prompt") if row.get(n)]
-    beside = {turn.content: turn for turn in columns}
-    listed = {turn.content for turn in turns if turn.role == "system"}
-    if beside.keys() <= listed:
-        return list(turns)
-    if listed or len(beside) > 1:
-        raise DataError("there is a column for the system message and another system message")
-    return [*beside.values(), *turns]
-
-
-def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
-    if not tools or tools in EMPTY:
-        return turns
-    systems = [i for i, turn in enumerate(turns) if turn.role == "system"]
-    if not systems:
-        turns, systems = [make_turn("system", ""), *turns], [0]
-    first = turns[systems[0]]
-    if first.tools:
-        raise DataError("there is a column 'tools' and a system message that has tools")
-    turns[systems[0]] = make_turn(
-        first.role, first.content, tools=_tools_text(tools), wanted=first.wanted
-    )
-    return turns
-
-
-def _turn_of(role: str, content: Any, message: Mapping[str, Any]) -> Turn:
-    """Check a message, and the fields of it beside who speaks and what is said."""
-    if len(message) == len(KEYS):  # Most messages: no field but these
-        return make_turn(role, content)
-    for name in LOST:
-        # False is what `loss` says of a message that is not learned
-        if name in message and message[name] not in (None, "", [], {}):
-            as_train = name in ("loss", "train_detail")
-            advice = "train: true or false" if as_train else "content, or remove it"
-            raise DataError(f"a message has {name}, which nothing reads; write it as {advice}")
-    tools = _tools_text(message.get("tools"))
-    return make_turn(role, content, tools=tools, wanted=wanted(message))
-
-
-def wanted(message: Mapping[str, Any]) -> bool | None:
-    """Return what the message says about being trained on, by ``weight`` or ``train``.
-
-    Raises:
-        DataError: One has another value than 0, 1, true or false, or they disagree.
-    """
+def _train_flag(message: Mapping[str, Any]) -> bool | None:
+    """Return what a message says about being trained on, by ``weight`` or ``train``."""
     weight, train = message.get("weight"), message.get("train")
     if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
         raise DataError(f"weight is {short_repr(weight)}, expected 0 or 1")
@@ -466,48 +473,46 @@ def _from_json(name: str, text: str) -> Any:
 PROMPTS = ("prompt", "question", "instruction", "input")
 """Columns that may hold what the answers are given to; a row has one of them."""
 
-UNREAD_PROMPTS = ("context", "history")
-"""Columns that may be a part of the prompt too, and that this format does not read."""
+TRANSCRIPT = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
+"""What comes before each turn in a text such as those of HH-RLHF; the first begins the text."""
 
-SPEAKER = re.compile(r"\n\nHuman:|\n\nAssistant:")
-HUMAN = "\n\nHuman:"
-"""How a conversation begins that is written as in the data set HH-RLHF."""
+TRANSCRIPT_START = "\n\nHuman:"
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(MessageList):
     """``chosen`` beside ``rejected``: an answer, messages, or a text as in HH-RLHF."""
 
-    messages: MessageList
+    precedence: ClassVar[int] = 1
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has both answers."""
-        return "chosen" in row and "rejected" in row
+        return self.column in row and "rejected" in row
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the prompt and the chosen answer; the rejected one is not looked at."""
-        _refuse_filled(row, UNREAD_PROMPTS, NAME_COLUMNS)
-        chosen = row.get("chosen")
+        _refuse(_filled(row, ("context", "history")), ADVISE_COLUMNS)
+        chosen = row.get(self.column)
         if isinstance(chosen, list):
-            turns = self.messages.listed(chosen, "chosen")
+            turns = self.listed(chosen, self.column)
             # A whole conversation says again what the prompt says
             before = self._prompt(_prompt_of(row)) if turns[0].role == "assistant" else []
-            return with_rest([*before, *turns], row)
+            return with_columns_beside([*before, *turns], row)
         if not isinstance(chosen, str):
             raise DataError(f"chosen is {kind(chosen)}, expected a text or a list of messages")
-        if chosen.startswith(HUMAN):
-            return with_rest(_transcript(chosen), row)
+        if chosen.startswith(TRANSCRIPT_START):
+            return with_columns_beside(_transcript(chosen), row)
         prompt = _prompt_of(row)
         before = self._prompt(prompt)
         if isinstance(prompt, str) and before[-1].role == "assistant":
             # The prompt is written up to the name of who speaks next
-            before, chosen = before[:-1], before[-1].content + chosen.strip()
-        return with_rest([*before, make_turn("assistant", chosen)], row)
+            chosen = before.pop().content + chosen.strip()
+        return with_columns_beside([*before, make_turn("assistant", chosen)], row)
 
     def _prompt(self, prompt: Any) -> list[Turn]:
         if isinstance(prompt, list):
-            return self.messages.listed(prompt, "the prompt")
-        if isinstance(prompt, str) and prompt.startswith(HUMAN):
+            return self.listed(prompt, "the prompt")
+        if isinstance(prompt, str) and prompt.startswith(TRANSCRIPT_START):
             return _transcript(prompt)
         return [make_turn("user", prompt)]
 
@@ -526,37 +531,32 @@ def _prompt_of(row: Mapping[str, Any]) -> Any:
 
 
 def _transcript(text: str) -> list[Turn]:
-    names, parts = SPEAKER.findall(text), SPEAKER.split(text)[1:]
-    roles = ["user" if name == HUMAN else "assistant" for name in names]
-    return [make_turn(role, part.strip()) for role, part in zip(roles, parts, strict=True)]
+    _, *parts = re.split(f"({'|'.join(TRANSCRIPT)})", text)
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [make_turn(TRANSCRIPT[name], said.strip()) for name, said in turns]
 
 
 # The formats by name, and which of them rows have
 
-LISTS = ("messages", "sharegpt")
-"""Formats of a list of messages: other columns of such rows are taken for notes about it."""
-
-
-def _formats(tool_calls: str | None = None) -> dict[str, Format]:
-    messages = MessageList("messages", "role", tool_calls=tool_calls)
-    beside_alpaca = [name for name in OUTSIDE if name not in ("input", "system")]
-    beside_input = [*OUTSIDE, "instruction", "prompt", "question", "query"]
-    return {
-        "messages": messages,
-        "sharegpt": MessageList("conversations", "from", mapped=True, tool_calls=tool_calls),
-        "preference": Preference(messages),
-        "alpaca": Alpaca(pair("instruction", "output", beside_alpaca)),
-        "question_answer": pair("question", "answer"),
-        "prompt_response": pair("prompt", "response"),
-        "prompt_completion": pair("prompt", "completion"),
-        "instruction_response": pair("instruction", "response"),
-        "query_response": pair("query", "response"),
-        "input_output": pair("input", "output", beside_input),
-        "text": TextColumn("text"),
-    }
-
-
-FORMATS = _formats()
+FORMATS: Mapping[str, Format] = {
+    # Lists of messages go before all else: other columns are notes about them
+    "messages": MessageList("messages", "role"),
+    "sharegpt": MessageList("conversations", "from", mapped=True),
+    # Two answers to a prompt, of which the better one is learned
+    "preference": Preference("chosen", "role"),
+    # A question and an answer, under the names that data sets give them
+    "alpaca": Alpaca(question_and_answer("instruction", "output", also_read=("input", "system"))),
+    "question_answer": question_and_answer("question", "answer"),
+    "prompt_response": question_and_answer("prompt", "response"),
+    "prompt_completion": question_and_answer("prompt", "completion"),
+    "instruction_response": question_and_answer("instruction", "response"),
+    "query_response": question_and_answer("query", "response"),
+    "input_output": question_and_answer(
+        "input", "output", unless=("instruction", "prompt", "question", "query")
+    ),
+    # A whole conversation as text; many data sets have it beside the columns it was made of
+    "text": TextColumn("text"),
+}
 """What can be read, by the name that ``dataset.format`` takes."""
 
 
@@ -574,21 +574,20 @@ def pick_format(
     it were not there.
 
     Args:
-        name: A key of :data:`FORMATS`, or None to recognize the format.
+        name: A key of `FORMATS`, or None to recognize the format.
         columns: Role to column, instead of a known format.
         rows: The first rows, at least one.
         tool_calls: How calls of tools are written, with {} for them; None refuses them.
 
     Raises:
-        ConfigError: An option is not usable.
         DataError: No format fits the rows, or several do.
     """
-    check_format(name, columns)
-    check_layout(tool_calls)
     if columns is not None:
         return Columns(columns)
-    known = FORMATS if tool_calls is None else _formats(tool_calls)
-    return known[name or _recognized(rows)]
+    format = FORMATS[name or _recognized(rows)]
+    if tool_calls is not None and isinstance(format, MessageList):
+        return replace(format, tool_calls=tool_calls)
+    return format
 
 
 def _recognized(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -605,77 +604,57 @@ def _recognized(rows: Sequence[Mapping[str, Any]]) -> str:
             "Choose one with dataset.format."
         )
     raise DataError(
-        f"the format of the rows is not known; their keys are: {keys}. Known formats:{_known()}\n"
+        f"the format of the rows is not known; their keys are: {keys}. {known_formats()}\n"
         "For other column names set dataset.columns, as in {user: question, assistant: answer}.\n"
-        f"A column that may hold a part of the prompt ({', '.join(OUTSIDE)}) is not left out "
+        f"A column that may hold a part of the prompt ({', '.join(BESIDE)}) is not left out "
         "silently: dataset.columns says what is read."
     )
 
 
 def _fitting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     fitting = [name for name, format in FORMATS.items() if all(map(format.fits, rows))]
-    lists = [name for name in fitting if name in LISTS]
-    others = [name for name in fitting if name != "text"]
-    return lists or others or fitting
+    first = min((FORMATS[name].precedence for name in fitting), default=0)
+    return [name for name in fitting if FORMATS[name].precedence == first]
 
 
-def _known() -> str:
-    return "".join(f"\n  {name} ({format})" for name, format in FORMATS.items())
+def known_formats() -> str:
+    """List the formats and their shapes, for an error message."""
+    return "Known formats:" + "".join(f"\n  {name} ({shape})" for name, shape in FORMATS.items())
 
 
-# Checks of values that come from a YAML file; ``key`` is the key as the user typed it
+# What a row or a message holds, and how errors name it
+
+NAMES_LISTED = 20
+"""An error names no more keys than this."""
 
 
-def check_format(name: str | None, columns: Mapping[str, str] | None, key: str = "dataset") -> None:
-    """Raise a ConfigError unless rows can be read so; ``key`` is where the two options stand."""
-    if columns is None:
-        if name is not None and (not isinstance(name, str) or name not in FORMATS):
-            raise ConfigError(f"{key}.format: {name!r} is unknown. Known formats:{_known()}")
-        return
-    if name is not None:
-        raise ConfigError(f"{key}.format and {key}.columns are both set. Remove one of them.")
-    texts = isinstance(columns, Mapping) and all(isinstance(c, str) for c in columns.values())
-    if not texts or not {"user", "assistant"} <= columns.keys() <= set(ROLES):
-        raise ConfigError(
-            f"{key}.columns: {columns!r} must name one column for user, one for assistant and "
-            "at most one for system, as in {user: question, assistant: answer}."
-        )
+def kind(value: object) -> str:
+    """Name the type of a JSON value for an error message."""
+    return "null" if value is None else type(value).__name__
 
 
-def check_layout(layout: object) -> None:
-    """Raise a ConfigError unless the option ``tool_calls`` is a text with one place to fill."""
-    if layout is not None and (not isinstance(layout, str) or layout.count("{}") != 1):
-        raise ConfigError(
-            f"dataset.tool_calls: {layout!r} must be a text with one {{}}, where the calls are "
-            "written, as in <|tool_call|>{}<|/tool_call|>"
-        )
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """Return a column of a row, or a field of a message.
+
+    Raises:
+        DataError: It has none of this name.
+    """
+    if name not in row:
+        raise DataError(f"there is no {name!r}; the keys are: {key_names(row)}")
+    return row[name]
 
 
-def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
-    """Raise a ConfigError unless the value is one of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{key}: {value!r} must be one of: {', '.join(choices)}.")
+def key_names(keys: Iterable[str]) -> str:
+    """Write keys for an error message, whatever they hold."""
+    names = [_printable(str(key)) for key in keys]
+    return ", ".join([*names[:NAMES_LISTED], *(["…"] if len(names) > NAMES_LISTED else [])])
 
 
-def check_switch(key: str, value: object) -> None:
-    """Raise a ConfigError unless the value is a bool; a text like "no" would count as True."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key}: {value!r} must be True or False.")
+def short_repr(value: Any) -> str:
+    """Write a value for an error message, shortened."""
+    return _printable(shortened(value))
 
 
-def check_text(key: str, value: object) -> None:
-    """Raise a ConfigError unless the value is a string; YAML reads 2024 as a number."""
-    if not isinstance(value, str):
-        raise ConfigError(f"{key}: {value!r} must be text; put quotes around a number.")
-
-
-def check_length(key: str, value: object) -> None:
-    """Raise a ConfigError unless the value is None or a positive whole number."""
-    if value is not None and (type(value) is not int or value < 1):
-        raise ConfigError(f"{key}: {value!r} must be a whole number above 0, or null for no limit.")
-
-
-def check_share(key: str, value: object) -> None:
-    """Raise a ConfigError unless the value is a number from 0 up to, but not including, 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ConfigError(f"{key}: {value!r} must be a number from 0 up to, but without, 1.")
+def _printable(text: str) -> str:
+    # A terminal cannot show half a surrogate pair
+    return text.encode("utf-8", "backslashreplace").decode()

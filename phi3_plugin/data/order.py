@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -216,22 +216,17 @@ def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
 # Which samples are seen how often, and which are held out
 
 
-@overload
-def repeats(weight: float, index: int, seed: int) -> int: ...
-@overload
-def repeats(weight: float, index: NDArray[Any], seed: int) -> NDArray[np.int64]: ...
-def repeats(weight: float, index: int | NDArray[Any], seed: int) -> int | NDArray[np.int64]:
-    """Return how often an epoch sees a sample: the weight, rounded up for some and down for others.
+def repeats(weight: float, rows: NDArray[Any], seed: int) -> NDArray[np.int64]:
+    """Return how often an epoch sees samples: the weight, rounded up for some and down for others.
 
     Args:
         weight: Above 0; 2.5 is twice, and a third time for half of the samples.
-        index: Row of the sample, or of each of them, [N].
+        rows: The row of each sample, [N].
         seed: Decides which samples are rounded up.
     """
     whole = int(weight)
-    chance = (_mixed(np.asarray(index), seed) >> np.uint64(11)) / 2.0**53
-    times = whole + (chance < weight - whole).astype(np.int64)
-    return int(times) if isinstance(index, int) else times
+    chance = (_mixed(rows, seed) >> np.uint64(11)) / 2.0**53
+    return whole + (chance < weight - whole).astype(np.int64)
 
 
 def held_out_mask(groups: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:

@@ -16,8 +16,8 @@ and, if documents may be split::
 
 ``.`` is not trained on. The first token of a document never is, and neither is that of a part that
 a cut has left without what comes before it. So after the shift that the recipes do, nothing is
-predicted from one document about the next. A pack has no padding;
-:class:`phi3_plugin.data.collate.StockPacks` adds it for torchtune's own recipes.
+predicted from one document about the next. A pack has no padding; `StockPacks` adds it for
+torchtune's own recipes.
 """
 
 import hashlib
@@ -30,10 +30,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX as IGNORED
+from torchtune.datasets import PackedDataset
 from torchtune.utils import log_rank_zero
 
+from phi3_plugin.data.collate import IGNORED, concatenate
 from phi3_plugin.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,6 @@ class Packs(Dataset[dict[str, Tensor]]):
         *,
         seed: int = 0,
         split_documents: bool = False,
-        buffer: int | None = None,
     ) -> None:
         """Plan the packs; see :func:`plan_packs`.
 
@@ -63,18 +64,13 @@ class Packs(Dataset[dict[str, Tensor]]):
             size: Tokens that a pack has room for.
             seed: Decides the packs and their order.
             split_documents: See :func:`plan_packs`.
-            buffer: See :func:`plan_packs`; None is :data:`BUFFER`.
 
         Raises:
             DataError: A document is longer than a pack, or nothing is trained on.
         """
         self.ds = dataset if hasattr(dataset, "arrays") else _Arrays(dataset)
         self.size = size
-        self._options: dict[str, Any] = {
-            "seed": seed,
-            "split_documents": split_documents,
-            "buffer": BUFFER if buffer is None else buffer,
-        }
+        self._options: dict[str, Any] = {"seed": seed, "split_documents": split_documents}
         planned = plan_packs(self.ds.lengths, size, **self._options)
         labelled = planned.summed(self._labelled(planned))
         if not labelled.any():
@@ -83,7 +79,8 @@ class Packs(Dataset[dict[str, Tensor]]):
         if left_out := len(planned) - len(kept):
             message = f"left out {left_out} of {len(planned)} packs: they train nothing"
             log_rank_zero(logger, message, logging.WARNING)
-        self.plan, self.labelled = planned.select(kept), labelled[kept].astype(np.int32)
+        self.plan = planned.select(kept)
+        self.labelled = labelled[kept].astype(np.int32)
         self.lengths = self.plan.summed(self.plan.lengths).astype(np.int32)
 
     def __len__(self) -> int:
@@ -94,25 +91,21 @@ class Packs(Dataset[dict[str, Tensor]]):
 
         T tokens of D documents, one after the other.
         """
-        documents = self.documents(index)
-        parts = []
-        for document, start, length in documents:
-            ids, labels = self.ds.arrays(document)
-            counted = labels[start : start + length].copy()
-            counted[0] = IGNORED
-            parts.append((ids[start : start + length], counted, np.arange(length)))
-        tokens, labels, input_pos = (
-            torch.from_numpy(np.concatenate(column).astype(np.int64))
-            for column in zip(*parts, strict=True)
-        )
-        lengths = torch.tensor([length for _, _, length in documents])
-        return {"tokens": tokens, "labels": labels, "input_pos": input_pos, "lengths": lengths}
+        pieces = []
+        for document, start, length in self.documents(index):
+            tokens, labels = self.ds.arrays(document)
+            here = slice(start, start + length)
+            pieces.append({"tokens": tokens[here].astype(np.int64), "labels": labels[here]})
+        row = concatenate(pieces)
+        lengths = torch.tensor(row.pop("lengths"))
+        return {**{key: value[0] for key, value in row.items()}, "lengths": lengths}
 
     def documents(self, index: int) -> list[tuple[int, int, int]]:
         """Return the documents of a pack: index in the data set, first token and length."""
+        plan = self.plan
         index = range(len(self))[index]
-        here = slice(self.plan.borders[index], self.plan.borders[index + 1])
-        values = (self.plan.documents[here], self.plan.starts[here], self.plan.lengths[here])
+        here = slice(plan.borders[index], plan.borders[index + 1])
+        values = (plan.documents[here], plan.starts[here], plan.lengths[here])
         return list(zip(*(array.tolist() for array in values), strict=True))
 
     @property
@@ -146,8 +139,9 @@ class Packs(Dataset[dict[str, Tensor]]):
         counts: NDArray[np.int32] = self.ds.labelled[planned.documents]
         for piece in np.flatnonzero(planned.lengths < self.ds.lengths[planned.documents]):
             _, labels = self.ds.arrays(int(planned.documents[piece]))
-            start, length = int(planned.starts[piece]), int(planned.lengths[piece])
-            counts[piece] = np.count_nonzero(labels[start + 1 : start + length] != IGNORED)
+            start = int(planned.starts[piece])
+            end = start + int(planned.lengths[piece])
+            counts[piece] = np.count_nonzero(labels[start + 1 : end] != IGNORED)
         return counts
 
 
@@ -179,6 +173,41 @@ class _Arrays:
             f"val_fraction: {share} cannot be split off a packed data set that does not say how. "
             "Set dataset_val."
         )
+
+
+class StockPacks(PackedDataset):  # type: ignore[misc]
+    """Packs as torchtune's own recipes take them: filled up to one length.
+
+    The padding is one more document, but for its positions: they stay at 0, so that they cannot
+    come past the one from which LongRoPE turns every angle of the batch. With ``_`` for padding::
+
+        tokens     a0 a1 a2 c0 c1 c2 c3 c4      b0 b1  _  _  _  _  _  _
+        labels      . a1 a2  . c1 c2 c3 c4       . b1  .  .  .  .  .  .
+        input_pos   0  1  2  0  1  2  3  4       0  1  0  0  0  0  0  0
+        seq_lens   [3, 5]                       [2, 6]
+    """
+
+    def __init__(self, packs: Packs, padding_idx: int = 0) -> None:
+        """Keep the packs; ``padding_idx`` fills them up."""
+        self.packs, self.ds = packs, packs.ds
+        self.max_seq_len, self.padding_idx = packs.size, padding_idx
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return ``tokens``, ``labels`` and ``input_pos``, each [size], and ``seq_lens``."""
+        pack = self.packs[index]
+        missing = self.max_seq_len - len(pack["tokens"])
+        fills = {"tokens": self.padding_idx, "labels": IGNORED, "input_pos": 0}
+        row = {key: pad(pack[key], (0, missing), value=fill) for key, fill in fills.items()}
+        padding = torch.tensor([missing] if missing else [], dtype=torch.int64)
+        return {**row, "seq_lens": torch.cat([pack["lengths"], padding])}
+
+
+def without_padding(dataset: Any) -> Any:
+    """Return a data set as it is, but :class:`StockPacks` as the packs they are made of."""
+    return dataset.packs if isinstance(dataset, StockPacks) else dataset
 
 
 # Which document lies in which pack: decided once, from the lengths and a seed alone
@@ -258,8 +287,10 @@ def plan_packs(
     _check(lengths, size, split_documents)
     random = np.random.PCG64(seed)
     order = _shuffled(len(lengths), random)
-    cut = _cut if split_documents else _whole
-    planned = cut(order, lengths[order], size, buffer)
+    if split_documents:
+        planned = _cut_at_size(order, lengths[order], size)
+    else:
+        planned = _whole_documents(order, lengths[order], size, buffer)
     return planned.select(_shuffled(len(planned), random))
 
 
@@ -281,19 +312,25 @@ def _shuffled(count: int, random: np.random.PCG64) -> NDArray[np.int64]:
     return np.argsort(random.random_raw(count), kind="stable")
 
 
-def _whole(order: NDArray[np.int64], lengths: NDArray[np.int32], size: int, buffer: int) -> Plan:
+def _whole_documents(
+    order: NDArray[np.int64], lengths: NDArray[np.int32], size: int, buffer: int
+) -> Plan:
     packs = _best_fit(lengths, size, buffer)
     by_pack = np.argsort(packs, kind="stable")
     borders = np.concatenate([[0], np.bincount(packs).cumsum()])
-    documents, starts = order[by_pack].astype(np.int32), np.zeros(len(order), dtype=np.int32)
-    return Plan(documents, starts, lengths[by_pack], borders, size)
+    starts = np.zeros(len(order), dtype=np.int32)
+    return Plan(order[by_pack].astype(np.int32), starts, lengths[by_pack], borders, size)
 
 
 def _best_fit(lengths: NDArray[np.int32], size: int, buffer: int) -> NDArray[np.int64]:
     """Return the pack of each document."""
-    count, smallest, packs = len(lengths), int(lengths.min()), 0
+    count = len(lengths)
+    smallest = int(lengths.min())
+    packs = 0
     chosen = np.empty(count, dtype=np.int64)
-    open_packs: list[int] = []  # room * count + pack, ascending
+    # Packs with room left, as room * count + pack in one number each: ascending, so that bisection
+    # finds the one with the least room that is enough
+    open_packs: list[int] = []
     for start in range(0, count, buffer):
         part = lengths[start : start + buffer]
         longest_first = np.argsort(-part, kind="stable")
@@ -303,7 +340,9 @@ def _best_fit(lengths: NDArray[np.int32], size: int, buffer: int) -> NDArray[np.
             if least < len(open_packs):
                 room, pack = divmod(open_packs.pop(least), count)
             else:
-                room, pack, packs = size, packs, packs + 1
+                room = size
+                pack = packs
+                packs += 1
             places.append(pack)
             if room - length >= smallest:
                 insort(open_packs, (room - length) * count + pack)
@@ -312,12 +351,12 @@ def _best_fit(lengths: NDArray[np.int32], size: int, buffer: int) -> NDArray[np.
     return chosen
 
 
-def _cut(order: NDArray[np.int64], lengths: NDArray[np.int32], size: int, _: int) -> Plan:
+def _cut_at_size(order: NDArray[np.int64], lengths: NDArray[np.int32], size: int) -> Plan:
     ends = lengths.cumsum(dtype=np.int64)
     starts = ends - lengths
     pieces = np.union1d(starts, np.arange(0, ends[-1], size))
-    found = np.searchsorted(ends, pieces, side="right")  # whose document each piece is
+    owners = np.searchsorted(ends, pieces, side="right")  # the document of each piece
     sizes = np.diff(np.concatenate([pieces, ends[-1:]])).astype(np.int32)
     borders = np.append(np.flatnonzero(pieces % size == 0), len(pieces))
-    documents, inside = order[found].astype(np.int32), (pieces - starts[found]).astype(np.int32)
-    return Plan(documents, inside, sizes, borders, size)
+    inside = (pieces - starts[owners]).astype(np.int32)
+    return Plan(order[owners].astype(np.int32), inside, sizes, borders, size)

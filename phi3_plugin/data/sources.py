@@ -1,28 +1,40 @@
 """Where rows come from: local files, or data sets of the hub, each with its own options."""
 
-import csv
-import gzip
 import json
-import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from glob import glob
 from hashlib import sha256
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Annotated, Any
 
 import jinja2
-from jinja2.ext import Extension
-from jinja2.lexer import Token, TokenStream
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phi3_plugin.data.formats import check_format, check_length, check_switch, check_text, kind
+from phi3_plugin.data.formats import FORMATS, ROLES, known_formats
+from phi3_plugin.data.rows import (
+    SUFFIXES_IN_WORDS,
+    Row,
+    file_rows,
+    make_row,
+    suffix_of,
+    without_added,
+)
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError
+from phi3_plugin.options import (
+    Advice,
+    AnyText,
+    Count,
+    Kind,
+    Positive,
+    Switch,
+    made,
+    mistakes,
+    option_problems,
+)
 
 TRAIN = "train"
 """The split that is read where none is chosen."""
@@ -33,15 +45,6 @@ UNSET = (
 )
 
 
-class Row(NamedTuple):
-    """One row and where it stands."""
-
-    where: str
-    """``file:line``, ``file[index]`` or ``name[index]``."""
-    value: dict[str, Any] | DataError
-    """The row, or why it cannot be read; :class:`Filtered` if it is not wanted."""
-
-
 class Filtered(DataError):
     """A row does not pass the filter."""
 
@@ -50,30 +53,52 @@ class FilterFailed(DataError):
     """It cannot be said whether a row passes a filter."""
 
 
+def _are_columns(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not all(isinstance(c, str) for c in value.values()):
+        return False
+    return {"user", "assistant"} <= {*value} <= {*ROLES}
+
+
+_FORMAT = Kind("the name of a format", lambda v: isinstance(v, str) and v in FORMATS)
+_COLUMNS = Kind(
+    "the name of one column for user, of one for assistant and of at most one for system, as in "
+    "{user: question, assistant: answer},",
+    _are_columns,
+    dict,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How rows are read: said for all sources, or in the dictionary of one."""
+
+    format: Annotated[Annotated[str, _FORMAT] | None, Advice(known_formats())] = None
+    """One of `phi3_plugin.data.formats.FORMATS`; by default recognized from the first rows."""
+    columns: Annotated[dict[str, str], _COLUMNS] | None = None
+    """Role to column name, for rows that no format fits."""
+    split: AnyText = TRAIN
+    """Which part of a hub data set, or of one that ``datasets`` saved; local files have none."""
+    subset: AnyText | None = None
+    """The configuration of a hub data set that has several."""
+    streaming: Switch = False
+    """Read a hub data set without downloading it first; local files always are read so."""
+    filter: AnyText | None = None
+    """Expression over a row's columns; rows for which it is not true are left out."""
+    max_samples: Count | None = None
+    """Take the first so many rows, of those that pass the filter."""
+
+
 @dataclass(frozen=True)
-class Source:
+class Source(SourceOptions):
     """One source of rows, checked. In a configuration ``name`` is called ``source``."""
 
     name: str
-    """A file of one of :data:`SUFFIXES`, a folder of them, a glob, or a name on the Hugging Face
-    hub. What exists locally is local."""
+    """A file of one of `SUFFIXES`, a folder of them, a glob, or a name on the Hugging Face hub.
+    What exists locally is local."""
     files: tuple[Path, ...] | None = None
     """The local files; None is the hub."""
     weight: float = 1.0
     """How often an epoch sees each sample, see :func:`phi3_plugin.data.order.repeats`."""
-    format: str | None = None
-    columns: Mapping[str, str] | None = None
-    """As :func:`phi3_plugin.data.formats.pick_format` takes them."""
-    split: str = TRAIN
-    """Which part of a hub data set, or of one that ``datasets`` saved; local files have none."""
-    subset: str | None = None
-    """The configuration of a hub data set that has several."""
-    streaming: bool = False
-    """Read a hub data set without downloading it first; local files always are read so."""
-    filter: str | None = None
-    """Expression over a row's columns; rows for which it is not true are left out."""
-    max_samples: int | None = None
-    """Take the first so many rows, of those that pass the filter."""
 
     def rows(self) -> Iterator[Row]:
         """Read the rows as a stream.
@@ -83,8 +108,10 @@ class Source:
                 or none passes the filter.
         """
         passes = None if self.filter is None else compile_filter(self.filter)
-        row, passed, taken = None, 0, 0
-        for row in self._hub_rows() if self.files is None else self._file_rows(self.files):
+        row = None
+        passed = 0
+        taken = 0
+        for row in self._all_rows():
             if passes is not None and isinstance(row.value, dict):
                 try:
                     if not passes(row.value):
@@ -122,13 +149,13 @@ class Source:
         """Return all that decides which rows are read, and how, as JSON values."""
         return {k: v for k, v in asdict(self).items() if k not in ("files", "weight")}
 
-    def _file_rows(self, files: Iterable[Path]) -> Iterator[Row]:
-        return chain.from_iterable(map(file_rows, files))
-
-    def _hub_rows(self) -> Iterator[Row]:
+    def _all_rows(self) -> Iterator[Row]:
+        if self.files is not None:
+            yield from chain.from_iterable(map(file_rows, self.files))
+            return
         try:
             for i, row in enumerate(self._hub):
-                yield Row(f"{self.name}[{i}]", _as_row(without_added(row)))
+                yield make_row(f"{self.name}[{i}]", without_added(row))
         except DataError:
             raise
         except Exception as error:  # Network, disk, …: each raises its own kind
@@ -151,12 +178,13 @@ class Source:
         )
 
 
-def read_sources(source: object, **common: Any) -> list[Source]:
+def read_sources(source: object, common: SourceOptions | None = None) -> list[Source]:
     """Check what ``dataset.source`` says, and find the local files.
 
     Args:
-        source: A name as in :class:`Source`, a dictionary of its fields, or a list of either.
-        common: Fields of :class:`Source` for all; a dictionary's own go before them.
+        source: A name as in `Source`; or a dictionary of ``source``, perhaps ``weight``, and of
+            `SourceOptions`; or a list of either.
+        common: Options of those that do not say otherwise.
 
     Raises:
         ConfigError: No source is given, or options have values that they cannot have: all are
@@ -164,30 +192,28 @@ def read_sources(source: object, **common: Any) -> list[Source]:
         MissingFileError: Sources are local paths and there is nothing.
         DataError: The notes of a saved data set are damaged.
     """
+    common = common or SourceOptions()
     listed = isinstance(source, Sequence) and not isinstance(source, str) and len(source) > 0
     entries: Sequence[Any] = source if listed else [source]  # type: ignore[assignment]
-    problems, described = _wrong_options("dataset", common), list[dict[str, Any]]()
+    problems = list[str]()
+    described = list[dict[str, Any]]()
     for i, entry in enumerate(entries):
         key = f"dataset.source[{i}]" if listed else "dataset.source"
         if isinstance(entry, Mapping):
+            described.append(dict(entry))
             problems += _wrong_name(f"{key}.source", entry.get("source"))
-            problems += _wrong_options(key, {k: entry[k] for k in entry if k != "source"})
-            own = dict(entry)
+            problems += _wrong_options(key, described[-1])
         else:
+            described.append({"source": entry})
             problems += _wrong_name(key, entry)
-            own = {"source": entry}
-        # One way to read the rows goes before the other
-        way = {"format": None, "columns": None} if own.keys() & {"format", "columns"} else {}
-        described.append({**common, **way, **own})
     if problems:
         raise ConfigError("\n".join(problems))
-    sources, wrong, missing = list[Source](), list[str](), list[str]()
-    for options in described:
-        name = str(options.pop("source"))
-        if options.get("columns") is not None:
-            options["columns"] = dict(options["columns"])
+    sources = list[Source]()
+    wrong = list[str]()
+    missing = list[str]()
+    for own in described:
         try:
-            sources.append(Source(name, local_files(name, options.get("split", TRAIN)), **options))
+            sources.append(_source(own, common))
         except MissingFileError as error:
             missing.append(f"dataset.source: {error}")
         except ConfigError as error:
@@ -199,54 +225,47 @@ def read_sources(source: object, **common: Any) -> list[Source]:
     return sources
 
 
+def _source(own: Mapping[str, Any], common: SourceOptions) -> Source:
+    checked = made(SourceOptions, own)
+    options = {}
+    for field in fields(SourceOptions):
+        options[field.name] = getattr(checked if field.name in own else common, field.name)
+    # One way to read the rows goes before the other
+    if own.keys() & {"format", "columns"}:
+        options |= {"format": checked.format, "columns": checked.columns}
+    name = str(own["source"])
+    files = local_files(name, options["split"])
+    return Source(name, files, own.get("weight", 1.0), **options)
+
+
 def _wrong_name(key: str, name: object) -> list[str]:
     if name and isinstance(name, str | Path):
         return []
     return [f"{key}: {name!r} must be a string. {UNSET}" if name else f"{key} is not set. {UNSET}"]
 
 
-def _wrong_options(key: str, options: Mapping[str, Any]) -> list[str]:
-    problems = []
+def _wrong_options(key: str, own: Mapping[str, Any]) -> list[str]:
+    others = ("source", "weight")
+    problems = option_problems(SourceOptions, own, "a source", section=f"{key}.", others=others)
+    if "weight" in own:
+        problems += mistakes(f"{key}.weight", own["weight"], Positive)
+    return [*problems, *source_conflicts(own, key)]
 
-    def check(problem: Callable[..., object], *values: Any) -> None:
+
+def source_conflicts(options: Mapping[str, Any], key: str = "dataset") -> Iterator[str]:
+    """Say what is wrong with options of a source beside the kinds of their values.
+
+    Args:
+        options: Some of `SourceOptions`, whatever their values.
+        key: Where they stand.
+    """
+    if options.get("format") is not None and options.get("columns") is not None:
+        yield f"{key}.format and {key}.columns are both set. Remove one of them."
+    if isinstance(options.get("filter"), str):
         try:
-            problem(*values)
+            compile_filter(options["filter"], f"{key}.filter")
         except ConfigError as error:
-            problems.append(str(error))
-
-    check(lambda: check_format(options.get("format"), options.get("columns"), key))
-    for name, value in options.items():
-        if name in CHECKS:
-            check(CHECKS[name], f"{key}.{name}", value)
-        elif name not in ("format", "columns"):
-            known = ", ".join(["source", "format", "columns", *CHECKS])
-            problems.append(f"{key}.{name} is unknown. Known keys: {known}.")
-    return problems
-
-
-def _check_weight(key: str, weight: object) -> None:
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 < weight < math.inf:  # type: ignore[operator]
-        raise ConfigError(
-            f"{key}: {weight!r} must be a number above 0: how often an epoch sees each sample."
-        )
-
-
-def _check_filter(key: str, value: object) -> None:
-    if value is not None:
-        check_text(key, value)
-        compile_filter(str(value), key)
-
-
-CHECKS: Mapping[str, Callable[[str, Any], None]] = {
-    "weight": _check_weight,
-    "split": check_text,
-    "subset": lambda key, value: None if value is None else check_text(key, value),
-    "streaming": check_switch,
-    "filter": _check_filter,
-    "max_samples": check_length,
-}
-"""Options of a source beside how its rows are read."""
+            yield str(error)
 
 
 # Filters of rows, which run out of reach of everything but the row
@@ -259,18 +278,16 @@ def compile_filter(
 
     Args:
         expression: Jinja, without braces; ``row`` is the whole row, for columns whose names are
-            no words or are ``row``.
+            no words, or are ``row`` or ``self``.
         key: Where it stands, for error messages.
 
     Returns:
-        Whether it is true of a row; raises :class:`FilterFailed` where it cannot be said.
+        Whether it is true of a row; raises `FilterFailed` where it cannot be said.
 
     Raises:
         ConfigError: It is no expression.
     """
-    environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, extensions=[_SelfIsAColumn]
-    )
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     environment.globals.clear()
     try:
         compiled = environment.compile_expression(expression, undefined_to_none=False)
@@ -289,30 +306,7 @@ def compile_filter(
     return passes
 
 
-class _SelfIsAColumn(Extension):
-    """Reads ``self`` as a column; by itself Jinja takes it for the template that is run."""
-
-    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
-        before = ""
-        for token in stream:
-            if token.type == "name" and token.value == "self" and before != "dot":
-                parts = (("name", "row"), ("dot", "."), ("name", "self"))
-                yield from (Token(token.lineno, *part) for part in parts)
-            else:
-                yield token
-            before = token.type
-
-
 # The local files that a source names
-
-SUFFIXES = (
-    *(".json", ".jsonl", ".csv"),
-    *(".json.gz", ".jsonl.gz", ".csv.gz"),
-    *(".arrow", ".parquet"),
-)
-"""How a file's name tells what it holds, in upper or lower case."""
-
-SUFFIXES_IN_WORDS = " or ".join([", ".join(SUFFIXES[:-1]), SUFFIXES[-1]])
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -321,12 +315,6 @@ SAVED_FILES = "state.json"
 
 SAVED_SPLITS = "dataset_dict.json"
 """Names the splits of a saved data set that has several, each a folder."""
-
-
-def suffix_of(name: str) -> str:
-    """Return which of :data:`SUFFIXES` a name ends in, in whatever case; empty if in none."""
-    lower = name.lower()
-    return next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), "")
 
 
 def local_files(source: str, split: str = TRAIN) -> tuple[Path, ...] | None:
@@ -436,299 +424,3 @@ def _damaged(note: Path, problem: str) -> DataError:
         f"dataset.source: {note} cannot be read as datasets writes it: {problem}. Save the data "
         "again, or name its files in dataset.source."
     )
-
-
-# The rows of one file
-
-
-def file_rows(file: Path) -> Iterator[Row]:
-    """Read the rows of a file; one that is broken by itself becomes an error in its place.
-
-    Little more than one row is held at a time, however long the file is; only the text of a JSON
-    list is held whole.
-
-    Raises:
-        DataError: The file cannot be read at all, or not from some place on.
-    """
-    suffix = suffix_of(file.name)
-    if not suffix:
-        raise DataError(f"dataset.source: {file} must end in {SUFFIXES_IN_WORDS}.")
-    if suffix in (".parquet", ".arrow"):
-        tables = _parquet_rows(file) if suffix == ".parquet" else _arrow_rows(file)
-        return _indexed(file, map(without_added, tables))
-    return _csv_rows(file) if suffix.startswith(".csv") else _json_rows(file)
-
-
-def _as_row(value: Any) -> dict[str, Any] | DataError:
-    if isinstance(value, dict | DataError):
-        return value
-    return DataError(f"the row is {kind(value)}, expected an object")
-
-
-def _indexed(file: Path, values: Iterable[Any]) -> Iterator[Row]:
-    return (Row(f"{file}[{i}]", _as_row(value)) for i, value in enumerate(values))
-
-
-@contextmanager
-def _opened(
-    file: Path, newline: str | None = None, encoding: str = "utf-8-sig"
-) -> Iterator[IO[str]]:
-    packed = suffix_of(file.name).endswith(".gz")
-    try:
-        with (gzip.open if packed else open)(
-            file, "rt", encoding=encoding, newline=newline
-        ) as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        if packed:
-            # Damage shows only at the end, and may have made the bytes that are no text
-            with _opened(file, encoding="latin-1") as stream:
-                while stream.read(CHARACTERS_AT_ONCE):
-                    pass
-        wrong = f"{error.reason}, byte 0x{error.object[error.start]:02x}"
-        raise DataError(
-            f"dataset.source: {file} is not UTF-8 text: {wrong}. Save it as UTF-8."
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"dataset.source: {file} is not a whole gzip file: {error}. Compress it again."
-        ) from error
-    except OSError as error:
-        raise DataError(f"dataset.source: {file} cannot be read: {error}.") from error
-
-
-# JSON: one value a line, or the elements of one list
-
-CHARACTERS_AT_ONCE = 1 << 16
-"""Characters of a JSON file."""
-
-EXPECTED_JSON = "Expected one list of objects, or one object a line."
-
-SPACE = re.compile(r"[ \t\n\r]*")
-
-
-def _json_rows(file: Path) -> Iterator[Row]:
-    # A list is told from lines by its bracket: many .json files are JSON lines
-    with _opened(file) as stream:
-        head = stream.read(CHARACTERS_AT_ONCE).lstrip()
-    listed = head.startswith("[")
-    if not listed and is_spread(head):
-        raise DataError(
-            f"dataset.source: {file}: an object is written over several lines. {EXPECTED_JSON}"
-        )
-    with _opened(file) as stream:
-        if not listed:
-            for line, value in lines(stream):
-                yield Row(f"{file}:{line}", _as_row(value))
-            return
-        text = stream.read()
-    try:
-        yield from _indexed(file, elements(text))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"dataset.source: {file} is broken JSON: {error.msg} (line {error.lineno}). "
-            f"{EXPECTED_JSON}"
-        ) from error
-
-
-def is_spread(text: str) -> bool:
-    """Whether the first value is written over several lines, as by a pretty-printer.
-
-    Args:
-        text: The beginning of a file, without space before it.
-    """
-    try:
-        _, end = SKIPPER.raw_decode(text)
-    except (ValueError, RecursionError):
-        return False
-    return "\n" in text[:end]
-
-
-def lines(stream: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """Return each line that is not blank: its number, and its value or why there is none."""
-    # The stream breaks lines at \n, \r\n and \r. str.splitlines would break at U+2028 and the
-    # like, which JSON may hold as they are
-    return ((n, _value(line)) for n, line in enumerate(stream, 1) if not line.isspace())
-
-
-def elements(text: str) -> Iterator[Any]:
-    """Return the elements of a list: each its value, or why there is none.
-
-    Raises:
-        json.JSONDecodeError: The list is broken.
-    """
-    at = _after_space(text, text.index("[") + 1)
-    more = not text.startswith("]", at)
-    while more:
-        try:
-            _, end = SKIPPER.raw_decode(text, at)
-        except RecursionError as error:
-            raise json.JSONDecodeError("nested too deeply", text, at) from error
-        # By itself, so that a key that is there twice is an error of this row and not of the file
-        yield _value(text[at:end])
-        at = _after_space(text, end)
-        more = text.startswith(",", at)
-        at = _after_space(text, at + 1) if more else at
-    if not text.startswith("]", at):
-        raise json.JSONDecodeError("Expecting ','", text, at)
-    if (at := _after_space(text, at + 1)) < len(text):
-        raise json.JSONDecodeError("Extra data after the list", text, at)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
-    return values
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-
-SKIPPER = json.JSONDecoder(parse_int=len)
-"""Finds where a value ends, also one that JSON allows and :data:`DECODER` does not."""
-
-
-def _value(text: str) -> Any:
-    try:
-        return DECODER.decode(text)
-    except ValueError as error:
-        return DataError(f"broken JSON: {error}")
-    except RecursionError:
-        return DataError("broken JSON: nested too deeply")
-
-
-def _after_space(text: str, at: int) -> int:
-    space = SPACE.match(text, at)
-    assert space is not None  # It matches the empty text too
-    return space.end()
-
-
-# Tables: CSV, Parquet and the Arrow files of ``datasets``
-
-ROWS_AT_ONCE = 256
-"""Rows of a table."""
-
-LONGEST_CELL = 2**31 - 1
-"""Characters that a cell may have; by itself Python allows less than a long conversation takes."""
-
-SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
-"""What some programs put between cells instead of commas, and how to call it."""
-
-LOOSE = frozenset({"tools", "tool_calls", "arguments"})
-"""Fields within which each row has keys of its own."""
-
-
-def _csv_rows(file: Path) -> Iterator[Row]:
-    """Return each row that is not blank, and the line it starts in."""
-    with _opened(file, newline="") as stream:
-        rows = _csv_cells(stream, file)
-        _, header = next(rows, (1, []))
-        _check_header(header, file)
-        if len(header) == 1 and (marks := [mark for mark in SEPARATORS if mark in header[0]]):
-            raise DataError(
-                f"dataset.source: {file}: cells must be separated by commas, not by "
-                f"{SEPARATORS[marks[0]]}. Write it again with commas."
-            )
-        for line, cells in rows:
-            row: dict[str, Any] | DataError = dict(zip(header, cells, strict=False))
-            if len(cells) != len(header):
-                row = DataError(f"the row has {len(cells)} cells, the header has {len(header)}")
-            yield Row(f"{file}:{line}", row)
-
-
-def _csv_cells(stream: IO[str], file: Path) -> Iterator[tuple[int, list[str]]]:
-    # Not pyarrow's reader: it guesses types, and the answer 007 would be learned as 7
-    reader, line = csv.reader(stream, strict=True), 1
-    while True:
-        rows = list[tuple[int, list[str]]]()
-        usual = csv.field_size_limit(LONGEST_CELL)  # Of the whole process, so not for longer
-        try:
-            for cells in islice(reader, ROWS_AT_ONCE):
-                rows.append((line, cells))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"dataset.source: {file}:{line} is broken CSV: {error}. Expected commas between "
-                'cells, and quotes around a cell that holds commas, quotes (as "") or line ends.'
-            ) from error
-        finally:
-            csv.field_size_limit(usual)
-        if not rows:
-            return
-        yield from ((line, cells) for line, cells in rows if cells)
-
-
-def _check_header(names: Sequence[str], file: Path) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(
-            f"dataset.source: {file}: the header names {', '.join(twice)} more than once. Rename "
-            "the columns."
-        )
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with _reading(file, "Parquet"):
-        # Heavy, and only these files need it
-        from pyarrow import parquet  # type: ignore[import-untyped]
-
-        with parquet.ParquetFile(file) as table:
-            _check_header(table.schema_arrow.names, file)
-            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
-                yield from batch.to_pylist()
-
-
-def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Read an Arrow file, in its file form or the stream form, which ``datasets`` writes."""
-    with _reading(file, "Arrow"):
-        import pyarrow
-
-        with file.open("rb") as opened:
-            is_file = opened.read(6) == b"ARROW1"
-        with pyarrow.memory_map(str(file)) as mapped:
-            reader = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(mapped)
-            _check_header(reader.schema.names, file)
-            count = reader.num_record_batches if is_file else 0
-            for batch in map(reader.get_batch, range(count)) if is_file else reader:
-                # What a damaged file says about its own lengths would be believed
-                batch.validate(full=True)
-                for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                    yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
-
-
-@contextmanager
-def _reading(file: Path, form: str) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except DataError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"dataset.source: {file} cannot be read as {form}: {error}. Write it again."
-        ) from error
-
-
-def without_added(row: Any) -> Any:
-    """Return a row without the nulls that Arrow puts into calls and descriptions of tools.
-
-    In a table the structs of all rows have the same keys: ``{"a": 1}`` becomes
-    ``{"a": 1, "b": None}`` where another row has a ``b``. Nulls that were there before cannot be
-    told from those.
-    """
-    if isinstance(row, list):
-        return [without_added(value) for value in row]
-    if not isinstance(row, dict):
-        return row
-    return {k: _filled(v) if k in LOOSE else without_added(v) for k, v in row.items()}
-
-
-def _filled(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_filled(element) for element in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: _filled(field) for key, field in value.items() if field is not None}

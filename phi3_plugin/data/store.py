@@ -15,13 +15,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import jinja2
@@ -31,86 +29,12 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torchtune.utils import log_rank_zero
 
+from phi3_plugin.data.findings import Findings
 from phi3_plugin.data.formats import Chat
 from phi3_plugin.data.tokenizer import TokenizedChats, Tokens
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
 
-# What was noticed about rows
-
 logger = logging.getLogger(__name__)
-
-BROKEN = "cannot be read"
-UNUSABLE = "cannot be used"
-FILTERED = "do not pass the filter"
-CUT_AWAY = "have nothing to train on within max_seq_len"
-TOO_LONG = "are longer than max_seq_len"
-DROPPED = (BROKEN, UNUSABLE, FILTERED, CUT_AWAY, TOO_LONG)
-"""Why a row gives no sample."""
-
-TRUNCATED = "are cut at max_seq_len"
-DROPPED_MESSAGE = "have a message that the chat template leaves out"
-NO_FINAL_ANSWER = "do not end with an assistant turn"
-BLANK_ANSWER = "have an answer that says nothing, and would be trained on"
-SPECIAL_IN_TEXT = "have special tokens written in a message"
-PASSED_OVER = "have weight or train fields that dataset.train_on passes over"
-NOTICED = (
-    *(TRUNCATED, DROPPED_MESSAGE, NO_FINAL_ANSWER),
-    *(BLANK_ANSWER, SPECIAL_IN_TEXT, PASSED_OVER),
-)
-"""What was noticed about rows that do."""
-
-PLACES_KEPT = 1000
-"""Places of one kind that are kept; all are counted."""
-
-
-class UnusedRow(NamedTuple):
-    """A row that gives no sample."""
-
-    kind: str
-    """One of :data:`DROPPED`."""
-    where: str
-    """The row's place, as in ``chats.jsonl:7``."""
-    reason: str = ""
-
-
-class Findings:
-    """Counts, and the first places of each kind with what there is to say about them."""
-
-    def __init__(self) -> None:
-        """Start with nothing."""
-        self.counts: Counter[str] = Counter()
-        self.places: dict[str, list[tuple[str, str]]] = {}
-
-    def add(self, kind: str, where: str, detail: str = "") -> None:
-        """Count one row.
-
-        Args:
-            kind: One of :data:`DROPPED` or :data:`NOTICED`.
-            where: The row's place, as in ``chats.jsonl:7``.
-            detail: What in particular, if there is more to say.
-        """
-        self.counts[kind] += 1
-        places = self.places.setdefault(kind, [])
-        if len(places) < PLACES_KEPT:
-            places.append((where, detail))
-
-    @property
-    def dropped(self) -> int:
-        """Rows that give no sample."""
-        return sum(self.counts[kind] for kind in DROPPED)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what :meth:`from_json` takes."""
-        return {"counts": dict(self.counts), "places": self.places}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Findings":
-        """Return findings that were written to a file."""
-        findings = cls()
-        findings.counts.update(content["counts"])
-        for kind, places in content["places"].items():
-            findings.places[kind] = [(where, detail) for where, detail in places]
-        return findings
 
 
 class ChatRow(NamedTuple):
@@ -141,11 +65,14 @@ class StoreWriter:
 
     def __init__(self, folder: Path) -> None:
         """Open the files."""
-        self.findings, self.rows = Findings(), 0
+        self.findings = Findings()
+        self.rows = 0
+        """Rows that were read."""
         self.lost = list[int]()
         """Tokens of each conversation that is too long to be kept."""
         self._folder = folder
-        self._samples, self._places = list[NDArray[Any]](), list[str]()
+        self._samples = list[NDArray[Any]]()
+        self._places = list[str]()
         self._tokens = (folder / "tokens.bin").open("wb")
         self._trained = (folder / "trained.bin").open("wb")
         self._digests = [hashlib.sha256() for _ in range(3)]
@@ -161,7 +88,8 @@ class StoreWriter:
             rows: N, where they come from.
         """
         samples = np.zeros(len(rows), SAMPLE)
-        samples["length"], samples["labelled"] = batch.lengths, batch.labelled
+        samples["length"] = batch.lengths
+        samples["labelled"] = batch.labelled
         samples["full"] = full
         samples["source"] = [row.source for row in rows]
         samples["row"] = [row.row for row in rows]
@@ -178,9 +106,7 @@ class StoreWriter:
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._tokens.close()
         self._trained.close()
         if kind is None:
@@ -240,7 +166,8 @@ class Store:
 
     def read(self, index: int) -> Tokens:
         """Read one sample."""
-        start, length = int(self._starts[index]), int(self.samples["length"][index])
+        start = int(self._starts[index])
+        length = int(self.samples["length"][index])
         # Not mapped: pages that were read once would count as memory of this process
         tokens, trained = self._files
         ids = np.frombuffer(os.pread(tokens, 4 * length, 4 * start), np.int32)
@@ -262,9 +189,8 @@ class Store:
     @cached_property
     def _files(self) -> tuple[int, int]:
         with self._present():
-            names = ("tokens.bin", "trained.bin")
-            tokens, trained = (os.open(self.folder / name, os.O_RDONLY) for name in names)
-            return tokens, trained
+            tokens = os.open(self.folder / "tokens.bin", os.O_RDONLY)
+            return tokens, os.open(self.folder / "trained.bin", os.O_RDONLY)
 
     @contextmanager
     def _present(self) -> Iterator[None]:
@@ -292,7 +218,7 @@ class Store:
 # another key. A folder is written beside its final name and renamed when it is whole: a killed run
 # leaves nothing that would be taken for data, and what it leaves goes when something is written.
 
-FOLDER = "PHI3_PLUGIN_CACHE"
+CACHE_VARIABLE = "PHI3_PLUGIN_CACHE"
 """Environment variable that names another folder."""
 
 KEPT_DAYS = 30
@@ -323,13 +249,15 @@ def cached(
     try:
         if settings is None or (folder := _writable(cache_dir)) is None:
             temporary = tempfile.TemporaryDirectory(prefix="phi3_plugin-")
-            store = _filled(Path(temporary.name), write)
+            with StoreWriter(Path(temporary.name)) as writer:
+                write(writer)
+            store = _reopened(Path(temporary.name))
             store.temporary = temporary
             return store
         with FileLock(folder / f"{key}.lock"):
             kept = Store.open(folder / key)
             if kept is None:
-                return _written(folder / key, write)
+                return _write_whole(folder / key, write)
             os.utime(folder / key)
             return kept
     except Phi3Error:
@@ -338,14 +266,14 @@ def cached(
         raise OutputError(
             f"The tokenized data cannot be written to {error.filename or folder}: "
             f"{error.strerror or error}. Make room, or name another folder with dataset.cache_dir "
-            f"or the environment variable {FOLDER}."
+            f"or the environment variable {CACHE_VARIABLE}."
         ) from error
 
 
 def default_folder() -> Path:
     """Return where stores are kept unless another folder is named."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(FOLDER) or Path(home) / "phi3_plugin")
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "phi3_plugin")
 
 
 def _writable(cache_dir: str | Path | None) -> Path | None:
@@ -362,38 +290,38 @@ def _writable(cache_dir: str | Path | None) -> Path | None:
     return folder
 
 
-def _filled(folder: Path, write: Callable[[StoreWriter], None], name: Path | None = None) -> Store:
-    """Write a store into an empty folder, which gets its name when it is whole."""
-    with StoreWriter(folder) as writer:
-        write(writer)
-    store = Store.open(folder if name is None else folder.rename(name))
-    if store is None:
-        raise DataError(
-            f"{name or folder} was changed while it was written. Run the command again."
-        )
-    return store
-
-
-def _written(folder: Path, write: Callable[[StoreWriter], None]) -> Store:
+def _write_whole(folder: Path, write: Callable[[StoreWriter], None]) -> Store:
+    """Write a store beside its folder, and give it that name when it is whole."""
     shutil.rmtree(folder, ignore_errors=True)  # broken, or it would have been opened
     _remove_unfinished(folder)
     _remove_old(folder.parent)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}-unfinished")
     unfinished.mkdir()
     try:
-        return _filled(unfinished, write, folder)
+        with StoreWriter(unfinished) as writer:
+            write(writer)
+        return _reopened(unfinished.rename(folder))
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _reopened(folder: Path) -> Store:
+    store = Store.open(folder)
+    if store is None:
+        raise DataError(f"{folder} was changed while it was written. Run the command again.")
+    return store
 
 
 def _remove_unfinished(mine: Path) -> None:
     """Remove what killed runs left: who holds the lock of a key is the only one that writes it."""
     for left in mine.parent.glob("*-unfinished"):
         key = left.name.partition(".")[0]
-        lock = FileLock(mine.with_name(f"{key}.lock"), timeout=0)
-        with suppress(OSError), nullcontext() if key == mine.name else lock:  # Timeout is OSError
+        if key == mine.name:  # this process holds the lock
             shutil.rmtree(left, ignore_errors=True)
+            continue
+        with suppress(OSError), FileLock(mine.with_name(f"{key}.lock"), timeout=0):
+            shutil.rmtree(left, ignore_errors=True)  # a lock that others hold raises an OSError
 
 
 def _remove_old(folder: Path) -> None:

@@ -35,14 +35,16 @@ from jinja2.utils import Namespace
 from phi3_plugin.data.formats import ROLES, Turn, Written, make_turn
 from phi3_plugin.errors import DataError, TokenizerError
 
-UNCLEAR = "turns cannot be told apart"
-
 TOKEN = re.compile(r"<\|[^<>|]*\|>")
 """What a special token of the family looks like."""
 
-USER, ASSISTANT = make_turn("user", " a <b> & {{ 1 }}\n"), make_turn("assistant", "\n'c' ", False)
+USER = make_turn("user", " a <b> & {{ 1 }}\n")
+ASSISTANT = make_turn("assistant", "\n'c' ", False)
 PROBES = (([USER], True), ([USER, ASSISTANT], False), ([USER, ASSISTANT] * 2, False))
 """Conversations that every chat template can be expected to render, and what is asked for."""
+
+UNCLEAR = "turns cannot be told apart"
+ADVICE = "Check that it is the template of this checkpoint's own revision."
 
 
 class Piece(NamedTuple):
@@ -55,7 +57,7 @@ class Piece(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A conversation as the template writes it."""
+    """A conversation as the template writes it, in pieces (`Written` is one text of the data)."""
 
     pieces: list[Piece]
     """Their texts, joined, are what the template renders."""
@@ -68,11 +70,15 @@ class Rendered(NamedTuple):
         """What the template renders."""
         return "".join([piece.text for piece in self.pieces])
 
-    def ended(self, token: str, *, trained: bool) -> "Rendered":
+    def ended(self, token: str) -> "Rendered":
         """Return it with the token at its end, if it does not end in it."""
         if self.text.rstrip().endswith(token):
             return self
-        return self._replace(pieces=[*self.pieces, Piece(token, trained)])
+        return self._replace(pieces=[*self.pieces, Piece(token, False)])
+
+    def trained_throughout(self) -> "Rendered":
+        """Return it with all of its text trained on."""
+        return self._replace(pieces=[piece._replace(trained=True) for piece in self.pieces])
 
 
 def token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -130,12 +136,51 @@ class ChatTemplate:
         return rendered
 
     def write(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
-        """Return the text of a conversation; see :func:`run_template`."""
-        names = self.special_tokens
-        ask = add_generation_prompt
-        return run_template(self.source, turns, add_generation_prompt=ask, special_tokens=names)
+        """Return the text of a conversation, as transformers renders it.
 
-    def split(self, written: Written) -> Written:
+        Its own environment is not used even where it is installed: it has ``range``, with which a
+        file from the hub can keep this process busy for ever.
+
+        Args:
+            turns: The messages.
+            add_generation_prompt: Whether the template is asked for an open assistant header.
+
+        Raises:
+            DataError: The template fails, or does not come to an end.
+
+        Source: transformers 5.23, utils/chat_template_utils.py.
+        """
+        limit = CHUNKS + CHUNKS_OF_A_MESSAGE * len(turns)
+        messages = [
+            {"role": turn.role, "content": turn.content}
+            if turn.tools is None
+            else {"role": turn.role, "content": turn.content, "tools": turn.tools}
+            for turn in turns
+        ]
+        try:
+            chunks = _compiled(self.source).generate(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+            written = list(islice(chunks, limit + 1))
+        except Exception as error:
+            raise DataError(f"the chat template failed: {error}") from error
+        if len(written) > limit:
+            raise DataError("the chat template failed: it writes without end")
+        return "".join(written)
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that decides what is written, as JSON values; the time where the template asks."""
+        now = [str(NOW)] if "strftime_now" in self.source else []
+        return [self.source, dict(self.special_tokens), *now]
+
+    # Texts that are written already
+
+    def find_answers(self, written: Written) -> Written:
         """Find what the assistant says in a text that was written by this template.
 
         Raises:
@@ -155,27 +200,31 @@ class ChatTemplate:
                 )
         return written._replace(said=tuple(answer.span(1) for answer in answers))
 
-    def follow(self, written: Written, trained: Sequence[tuple[int, int]]) -> Rendered:
+    def cut_up(self, written: Written, trained: Sequence[tuple[int, int]]) -> Rendered:
         """Cut a text that is written already into pieces.
 
         Args:
             written: The text.
             trained: [start, end) of what is trained on; the token that follows is too.
         """
-        text, pieces, at = written.text, list[Piece](), 0
+        text = written.text
+        pieces = list[Piece]()
+        at = 0
         for start, stop in trained:
-            end = self._end.match(text, stop)
+            end = self.ending.match(text, stop)
             pieces += [Piece(text[at:start], False), Piece(text[start:stop], True, said=True)]
             at = end.end() if end else stop
-            pieces += [Piece(text[stop:at], True)]
-        pieces += [Piece(text[at:], False)]
+            pieces.append(Piece(text[stop:at], True))
+        pieces.append(Piece(text[at:], False))
         return Rendered([piece for piece in pieces if piece.text])
+
+    # What the template shows of itself when it renders a question and an answer
 
     @cached_property
     def turn_end(self) -> str | None:
         """The added token after what the assistant says, if there is one."""
         last = self._example[-1]
-        end = self._end.match("" if last.said else last.text)
+        end = self.ending.match("" if last.said else last.text)
         return end[1] if end else None
 
     @cached_property
@@ -184,20 +233,27 @@ class ChatTemplate:
         return token_pattern(self.added)
 
     @cached_property
+    def ending(self) -> re.Pattern[str]:
+        """Matches the added token that comes next in a text, and the white space before it."""
+        return re.compile(rf"\s*({self.tokens.pattern})")
+
+    @cached_property
     def _example(self) -> list[Piece]:
         return self.render([USER, ASSISTANT]).pieces
 
     @cached_property
     def _header(self) -> str:
         """What the template writes before what the assistant says, and after what ends a turn."""
+        # The pieces end in: header, what the assistant says, and mostly what ends the turn
         before = self._example[-2 if self._example[-1].said else -3]
         return re.sub(rf"^\s*{re.escape(self.turn_end or '')}\s*", "", before.text)
 
     @cached_property
     def _answer(self) -> re.Pattern[str]:
-        header, end = self._header.rstrip(), re.escape(self.turn_end or "")
-        space, heads = re.escape(self._header[len(header) :]), self._heads.pattern
-        stop = rf"(?=\s*{end}|\s*(?:{heads})|\Z)"
+        header = self._header.rstrip()
+        space = re.escape(self._header[len(header) :])
+        end = re.escape(self.turn_end or "")
+        stop = rf"(?=\s*{end}|\s*(?:{self._heads.pattern})|\Z)"
         return re.compile(rf"{re.escape(header)}(?:{space})?(.*?){stop}", re.DOTALL)
 
     @cached_property
@@ -206,19 +262,16 @@ class ChatTemplate:
         roles = [token for token in self.added if any(role in token for role in ROLES)]
         return token_pattern([*roles, *self.tokens.findall(self._header)[:1]])
 
-    @cached_property
-    def _end(self) -> re.Pattern[str]:
-        return re.compile(rf"\s*({self.tokens.pattern})")
-
-
-ADVICE = "Check that it is the template of this checkpoint's own revision."
 
 # The layout of a shape of conversation
 
-LEAD, TAIL = "\u2003", "\u2002"
-"""White space around a mark: it is missing where the template trims."""
+LEAD = "\u2003"
+TAIL = "\u2002"
+"""White space before and after a mark: it is missing where the template trims. Two kinds, so that
+each shows by itself, and none that a template would look for."""
 
 MARK = re.compile(rf"({LEAD}?)Qz(\d+)zK({TAIL}?)")
+"""A mark, numbered, in letters that are no word in any template."""
 
 
 class Slot(NamedTuple):
@@ -234,11 +287,14 @@ class Slot(NamedTuple):
     tail: bool = True
     """Whether white space after the text is kept."""
 
+    def text_in(self, turns: Sequence[Turn]) -> str:
+        """Return the conversation's text for this place."""
+        turn = turns[self.turn]
+        return turn.content if self.field == "content" else turn.tools or ""
+
     def fill(self, turns: Sequence[Turn]) -> Piece:
         """Put the conversation's text in."""
-        turn = turns[self.turn]
-        text = turn.content if self.field == "content" else turn.tools or ""
-        return Piece(self.trim(text), self.trained, said=True)
+        return Piece(self.trim(self.text_in(turns)), self.trained, said=True)
 
     def trim(self, text: str) -> str:
         """Take the white space off that is not kept."""
@@ -265,23 +321,116 @@ def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def _outline(text: str) -> str:
-    return "x" if text and not text.isspace() else text[:1] and " "
+    if not text:
+        return ""
+    return " " if text.isspace() else "x"
 
 
 @lru_cache(maxsize=4096)
 def _layout(template: ChatTemplate, shape: tuple[Turn, ...], ask: bool) -> Layout:
     """Render a shape with marks for texts, and tell the marks from what the template writes."""
-    marked = _Marked(template, shape, ask)
+    marked = MarkedShape(template, shape, ask)
     dropped = tuple(marked.dropped())
-    parts, before, at = list[Piece | Slot](), None, 0
+    parts = list[Piece | Slot]()
+    before: Slot | None = None
+    at = 0
     for mark in MARK.finditer(marked.text):
         slot = marked.slot(mark)
         role = shape[slot.turn].role if slot.field == "content" else None
         parts += _template_pieces(template, marked.text[at : mark.start()], before, role)
         parts.append(slot)
-        before, at = slot, mark.end()
+        before = slot
+        at = mark.end()
     parts += _template_pieces(template, marked.text[at:], before, None)
     return Layout(parts, dropped)
+
+
+class MarkedShape:
+    r"""A shape of conversation whose texts are marks, and what the template makes of it.
+
+    The shape of a question and an answer, as the template in Phi-3-mini writes it, with ``[`` for
+    `LEAD` and ``]`` for `TAIL`::
+
+        <|user|>\n[Qz0zK]<|end|>\n<|assistant|>\n[Qz1zK]<|end|>\n<|endoftext|>
+
+    Mark 0 is the content of turn 0, mark 1 that of turn 1, and all else is the template's. One that
+    trims gives ``Qz0zK`` without the white space, and so the slot keeps none.
+
+    A blank text gets a mark too, unless the template does more with it than to write it: where
+    ``{% if message['content'] %}`` leaves an empty message out, a mark would bring it back. So each
+    blank text is tried, and stays blank if the template then writes something else than the marked
+    text with the blank filled in.
+    """
+
+    def __init__(self, template: ChatTemplate, shape: Sequence[Turn], ask: bool) -> None:
+        """Render the shape with marks, and once more for each blank text."""
+        self._template = template
+        self._shape = shape
+        self._ask = ask
+        self._slots = [
+            Slot(i, field, turn.trained)
+            for i, turn in enumerate(shape)
+            for field in ("content", "tools")
+            if getattr(turn, field) is not None
+        ]
+        self._texts = [f"{LEAD}Qz{n}zK{TAIL}" for n in range(len(self._slots))]
+        """What stands in each slot: a mark, or a blank text."""
+        self.text = self._render(self._texts)
+        """What the template makes of it."""
+        for n, slot in enumerate(self._slots):
+            blank = slot.text_in(shape)
+            if blank.strip():
+                continue
+            texts = self._with(n, blank)
+            rendered = self._render(texts)
+            if rendered != self._filled(n, blank):
+                self._texts = texts
+                self.text = rendered
+
+    def slot(self, mark: re.Match[str]) -> Slot:
+        """Return the slot of a mark, and which white space it keeps there."""
+        slot = self._slots[int(mark[2])]
+        return slot._replace(lead=bool(mark[1]), tail=bool(mark[3]))
+
+    def dropped(self) -> Iterator[str]:
+        """Yield what is left out, in words; of blank texts only those that are trained on.
+
+        Raises:
+            DataError: A text is repeated, or changed into another.
+        """
+        numbers = [int(mark[2]) for mark in MARK.finditer(self.text)]
+        for n, slot in enumerate(self._slots):
+            if numbers.count(n) == 1:
+                continue
+            tools = "the tools of " if slot.field == "tools" else ""
+            name = f"{tools}the {self._shape[slot.turn].role} message"
+            is_marked = MARK.search(self._texts[n])
+            if is_marked and self._render(self._with(n, "another text")) != self.text:
+                raise DataError(f"{UNCLEAR}: the chat template changes or repeats {name}")
+            if slot.trained or slot.text_in(self._shape).strip():
+                yield name
+
+    def _filled(self, n: int, text: str) -> str:
+        """Return what was rendered, with a text in place of mark n."""
+
+        def fill(mark: re.Match[str]) -> str:
+            return self.slot(mark).trim(text) if int(mark[2]) == n else mark[0]
+
+        return MARK.sub(fill, self.text)
+
+    def _with(self, n: int, text: str) -> list[str]:
+        """Return what stands in the slots, with a text in slot n."""
+        return [*self._texts[:n], text, *self._texts[n + 1 :]]
+
+    def _render(self, texts: Sequence[str]) -> str:
+        """Return what the template makes of the shape with these texts in the slots."""
+        turns = list(self._shape)
+        for slot, text in zip(self._slots, texts, strict=True):
+            turn = turns[slot.turn]
+            turns[slot.turn] = (
+                turn._replace(tools=text) if slot.field == "tools" else turn._replace(content=text)
+            )
+        return self._template.write(turns, add_generation_prompt=self._ask)
 
 
 def _template_pieces(
@@ -300,14 +449,15 @@ def _template_pieces(
         raise DataError(
             f"the chat template writes {', '.join(unknown)}, no added token of tokenizer.json"
         )
-    # A template that takes any role would let a misspelt one pass
+    # A template that takes any role would let a misspelt one pass. (`turn_end` renders an example,
+    # which comes here too, but has no such role.)
     if role is not None and role not in ROLES:
         ends = {*template.special_tokens.values(), template.turn_end}
         if not any(role in token for token in {*template.tokens.findall(text)} - ends):
             raise DataError(f"unknown role {role!r}: the chat template has no special token for it")
     if before is None or not before.trained:
         return [Piece(text, False)] if text else []
-    end = template._end.match(text)
+    end = template.ending.match(text)
     if end is None:
         raise TokenizerError(
             f"{template.file}: the chat template writes {text[:20]!r} after a message that is "
@@ -318,128 +468,14 @@ def _template_pieces(
     return [Piece(end[0], True), *([Piece(rest, False)] if rest else [])]
 
 
-class _Marked:
-    """A conversation whose texts are marks, and what the template makes of it.
-
-    A blank text stays blank where the template does more with it than to write it.
-    """
-
-    def __init__(self, template: ChatTemplate, shape: Sequence[Turn], ask: bool) -> None:
-        self._template, self._shape, self._ask = template, shape, ask
-        self._slots = [
-            Slot(i, field, turn.trained)
-            for i, turn in enumerate(shape)
-            for field in ("content", "tools")
-            if getattr(turn, field) is not None
-        ]
-        self._texts = [f"{LEAD}Qz{n}zK{TAIL}" for n in range(len(self._slots))]
-        self.text = self._rendered(self._texts)
-        for n in range(len(self._slots)):
-            blank = self._said(n)
-            text = self.text if blank.strip() else self._rendered(self._with(n, blank))
-            if not blank.strip() and text != self._filled(n, blank):
-                self._texts, self.text = self._with(n, blank), text
-
-    def slot(self, mark: re.Match[str]) -> Slot:
-        slot = self._slots[int(mark[2])]
-        return slot._replace(lead=bool(mark[1]), tail=bool(mark[3]))
-
-    def dropped(self) -> Iterator[str]:
-        """Yield what is left out, in words; of blank texts only those that are trained on.
-
-        Raises:
-            DataError: A text is repeated, or changed into another.
-        """
-        numbers = [int(mark[2]) for mark in MARK.finditer(self.text)]
-        for n, slot in enumerate(self._slots):
-            if numbers.count(n) == 1:
-                continue
-            tools = "the tools of " if slot.field == "tools" else ""
-            name = f"{tools}the {self._shape[slot.turn].role} message"
-            if (
-                MARK.search(self._texts[n])
-                and self._rendered(self._with(n, "another text")) != self.text
-            ):
-                raise DataError(f"{UNCLEAR}: the chat template changes or repeats {name}")
-            if slot.trained or self._said(n).strip():
-                yield name
-
-    def _said(self, n: int) -> str:
-        text: str = getattr(self._shape[self._slots[n].turn], self._slots[n].field)
-        return text
-
-    def _filled(self, n: int, text: str) -> str:
-        def fill(mark: re.Match[str]) -> str:
-            return self.slot(mark).trim(text) if int(mark[2]) == n else mark[0]
-
-        return MARK.sub(fill, self.text)
-
-    def _with(self, n: int, text: str) -> list[str]:
-        return [*self._texts[:n], text, *self._texts[n + 1 :]]
-
-    def _rendered(self, texts: Sequence[str]) -> str:
-        turns = list(self._shape)
-        for slot, text in zip(self._slots, texts, strict=True):
-            turn = turns[slot.turn]
-            turns[slot.turn] = (
-                turn._replace(tools=text) if slot.field == "tools" else turn._replace(content=text)
-            )
-        return self._template.write(turns, add_generation_prompt=self._ask)
-
-
 # Running a template, out of reach of everything but the conversation
 
 NOW = datetime.now()
 """What templates are told is the time: one for all conversations, since layouts are kept."""
 
-CHUNKS = 1000, 100
-"""A template may write this many pieces, and so many a message; published ones write a few."""
-
-
-def run_template(
-    source: str,
-    turns: Sequence[Turn],
-    *,
-    add_generation_prompt: bool,
-    special_tokens: Mapping[str, str],
-) -> str:
-    """Render a conversation as transformers does.
-
-    Its own environment is not used even where it is installed: it has ``range``, with which a file
-    from the hub can keep this process busy for ever.
-
-    Args:
-        source: The Jinja text.
-        turns: The messages.
-        add_generation_prompt: Whether the template is asked for an open assistant header.
-        special_tokens: ``bos_token``, ``eos_token``, … as the template sees them.
-
-    Raises:
-        DataError: The template fails, or does not come to an end.
-
-    Source: transformers 5.23, utils/chat_template_utils.py.
-    """
-    limit = CHUNKS[0] + CHUNKS[1] * len(turns)
-    messages = [
-        {"role": turn.role, "content": turn.content}
-        if turn.tools is None
-        else {"role": turn.role, "content": turn.content, "tools": turn.tools}
-        for turn in turns
-    ]
-    try:
-        chunks = _compiled(source).generate(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
-        written = list(islice(chunks, limit + 1))
-    except Exception as error:
-        raise DataError(f"the chat template failed: {error}") from error
-    if len(written) > limit:
-        raise DataError("the chat template failed: it writes without end")
-    return "".join(written)
+CHUNKS = 1000
+CHUNKS_OF_A_MESSAGE = 100
+"""A template may write so many pieces, and so many more a message; published ones write a few."""
 
 
 class _Generation(Extension):

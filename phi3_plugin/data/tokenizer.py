@@ -5,62 +5,70 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from torchtune.utils import log_rank_zero
 
-from phi3_plugin.config import checkpoint_folder
-from phi3_plugin.data.formats import Turn, check_choice, check_length, make_turn
-from phi3_plugin.data.template import NOW, ChatTemplate, Piece, Rendered, token_pattern
-from phi3_plugin.errors import ConfigError, DataError, MissingFileError, TokenizerError
+from phi3_plugin.data.formats import Turn, make_turn
+from phi3_plugin.data.template import Piece, Rendered, token_pattern
+from phi3_plugin.data.vocabulary import Vocabulary, read_vocabulary
+from phi3_plugin.errors import ConfigError, DataError, TokenizerError
+from phi3_plugin.options import Count, made, option_problems, takes
 
 logger = logging.getLogger(__name__)
 
 # Shapes: N conversations, S tokens of one, T of all
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """The options of :func:`phi3_tokenizer`."""
+
+    max_seq_len: Count | None = None
+    """Cut longer conversations off at this many tokens; None cuts nothing."""
+    pad: Literal["model", "unk"] = "model"
+    """``pad_id`` is the pad token that the files name ("model"; their end-of-text token where they
+    name none) or the unknown token ("unk", as in Microsoft's sample)."""
+    special_in_text: Literal["parse", "text"] = "parse"
+    """What a special token is that somebody wrote into a message. "parse": that token, as for
+    Hugging Face. "text": the characters it is written in, so that data cannot end a turn or speak
+    for another role; the ids of such messages differ from Hugging Face's, those of all others are
+    the same."""
+    dropped: Literal["error", "warn"] = "error"
+    """What a message is that the template leaves out, as many do with the system message. "error",
+    or "warn": go on without, and log how many there were. An empty message that is left out is
+    neither."""
+
+
+@takes(TokenizerOptions)
 def phi3_tokenizer(
-    path: str | Path | None,
-    max_seq_len: int | None = None,
-    *,
-    pad: str = "model",
-    special_in_text: str = "parse",
-    dropped: str = "error",
+    path: str | Path | None, max_seq_len: int | None = None, **options: Any
 ) -> "Phi3Tokenizer":
     """Build the tokenizer of a checkpoint.
 
     Args:
         path: The checkpoint folder (not a file in it).
-        max_seq_len: Cut longer conversations off at this many tokens; None cuts nothing.
-        pad: ``pad_id`` is the pad token that the files name ("model"; their end-of-text token
-            where they name none) or the unknown token ("unk", as in Microsoft's sample).
-        special_in_text: What a special token is that somebody wrote into a message. "parse":
-            that token, as for Hugging Face. "text": the characters it is written in, so that
-            data cannot end a turn or speak for another role; the ids of such messages differ
-            from Hugging Face's, those of all others are the same.
-        dropped: What a message is that the template leaves out, as many do with the system
-            message. "error", or "warn": go on without, and log how many there were. An empty
-            message that is left out is neither.
+        max_seq_len: As in `TokenizerOptions`.
+        **options: The others there.
 
     Raises:
         ConfigError: The path is not given, or an option has a value that it cannot have.
         MissingFileError: The folder or one of its files is not there.
         TokenizerError: A file is broken, or the chat template cannot be followed.
     """
-    return Phi3Tokenizer(
-        read_vocabulary(path),
-        max_seq_len,
-        pad=pad,
-        special_in_text=special_in_text,
-        dropped=dropped,
-    )
+    options["max_seq_len"] = max_seq_len
+    problems = option_problems(TokenizerOptions, options, "phi3_tokenizer", section="tokenizer.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Phi3Tokenizer(read_vocabulary(path), made(TokenizerOptions, options))
 
 
 class Tokens(NamedTuple):
@@ -76,27 +84,32 @@ class Tokens(NamedTuple):
         return Tokens(self.ids[:count], self.trained[:count])
 
 
-class TokenizedChats(NamedTuple):
-    """Tokenized conversations, one after the other."""
+@dataclass(frozen=True, eq=False)
+class TokenizedChats:
+    """Tokenized conversations, one after the other.
+
+    The first token of a conversation is never trained on, whatever was asked for: nothing comes
+    before it, from which it could be predicted.
+    """
 
     ids: NDArray[np.int32]
     """[T]"""
     trained: NDArray[np.bool_]
-    """[T]"""
+    """[T]; written to, so that it is false at each start."""
     lengths: NDArray[np.int64]
     """[N]"""
 
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """Where each conversation begins, [N]."""
-        starts: NDArray[np.int64] = np.cumsum(self.lengths) - self.lengths
-        return starts
+    def __post_init__(self) -> None:
+        """Leave the first tokens out of what is trained on."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        self.trained[starts[self.lengths > 0]] = False
 
     @property
     def labelled(self) -> NDArray[np.int64]:
         """Tokens of each conversation that are trained on, [N]."""
-        counts, ends = np.concatenate([[0], np.cumsum(self.trained)]), np.cumsum(self.lengths)
-        labelled: NDArray[np.int64] = counts[ends] - counts[ends - self.lengths]
+        before = np.concatenate([[0], np.cumsum(self.trained)])
+        ends = np.cumsum(self.lengths)
+        labelled: NDArray[np.int64] = before[ends] - before[ends - self.lengths]
         return labelled
 
     def select(self, kept: NDArray[np.bool_]) -> "TokenizedChats":
@@ -106,8 +119,8 @@ class TokenizedChats(NamedTuple):
 
     def split(self) -> list[Tokens]:
         """Return the conversations one by one."""
-        ends, lengths = np.cumsum(self.lengths).tolist(), self.lengths.tolist()
-        places = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        ends = np.cumsum(self.lengths)
+        places = [slice(*span) for span in zip(ends - self.lengths, ends, strict=True)]
         return [Tokens(self.ids[place], self.trained[place]) for place in places]
 
     @classmethod
@@ -134,39 +147,32 @@ class Phi3Tokenizer:
     after it, and text may get a prefix space or merge with what the template writes.
     """
 
-    def __init__(
-        self,
-        vocabulary: "Vocabulary",
-        max_seq_len: int | None = None,
-        *,
-        pad: str = "model",
-        special_in_text: str = "parse",
-        dropped: str = "error",
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, options: TokenizerOptions) -> None:
         """Wrap the files of a checkpoint; see :func:`phi3_tokenizer`."""
-        check_choice("tokenizer.pad", pad, ("model", "unk"))
-        check_choice("tokenizer.special_in_text", special_in_text, ("parse", "text"))
-        check_choice("tokenizer.dropped", dropped, ("error", "warn"))
-        check_length("tokenizer.max_seq_len", max_seq_len)
-        self.max_seq_len = max_seq_len
-        self.backend, self.template = vocabulary.backend, vocabulary.template
+        self.max_seq_len = options.max_seq_len
+        self.backend = vocabulary.backend
+        self.template = vocabulary.template
         self.stop_tokens = vocabulary.stop_tokens
-        self.special_in_text = special_in_text
-        self._may_drop = dropped == "warn"
-        self._disguise = Disguise(self.backend) if special_in_text == "text" else None
+        self.special_in_text = options.special_in_text
+        self._may_drop = options.dropped == "warn"
+        self._disguise = Disguise(self.backend) if options.special_in_text == "text" else None
         ids: dict[str, int] = self.backend.get_vocab()
         self.vocab_size = len(ids)
         added = self.backend.get_added_tokens_decoder().items()
         self.special_tokens = {token.content: i for i, token in added if token.special}
         named = {name: ids[text] for name, text in self.template.special_tokens.items()}
-        self.bos_id, self.unk_id = named.get("bos_token"), named.get("unk_token")
-        self.eos_id, self.eos_token = named["eos_token"], self.template.special_tokens["eos_token"]
-        if pad == "unk" and self.unk_id is None:
-            raise ConfigError(
-                "tokenizer.pad: 'unk' needs a token that tokenizer_config.json does not name. Use "
-                "'model'."
-            )
-        self.pad_id = named["unk_token"] if pad == "unk" else named.get("pad_token", self.eos_id)
+        self.bos_id = named.get("bos_token")
+        self.unk_id = named.get("unk_token")
+        self.eos_id = named["eos_token"]
+        self.eos_token = self.template.special_tokens["eos_token"]
+        self.pad_id = named.get("pad_token", self.eos_id)
+        if options.pad == "unk":
+            if self.unk_id is None:
+                raise ConfigError(
+                    "tokenizer.pad: 'unk' needs a token that tokenizer_config.json does not name. "
+                    "Use 'model'."
+                )
+            self.pad_id = self.unk_id
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Encode plain text; special tokens written in it become their ids, whatever messages do.
@@ -205,7 +211,13 @@ class Phi3Tokenizer:
         """Encode rendered conversations, each whole and as one text, on all cores.
 
         A token belongs to the piece it starts in: one that begins with the header's newline is the
-        template's, and one that ends what is said may swallow the newline after it.
+        template's, and one that ends what is said may swallow the newline after it. All texts are
+        looked at as one; here the second conversation begins after 39 characters::
+
+            pieces         <|user|>  Hi  <|end|><|assistant|>  Yo  <|end|>  <|user|>  A
+            trained on                                         ^^  ^^^^^^^
+            piece_ends     8         10  30                    32  39       47        48
+            token_starts   0         8   10     17             30  32       39        47
         """
         pieces = [chat.pieces for chat in chats]
         backend = self.backend
@@ -220,16 +232,14 @@ class Phi3Tokenizer:
         if self._disguise is not None:
             ids = self._disguise.true_ids(ids)
         spans = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
-        starts = np.fromiter(spans, np.int64, 2 * total)[::2]
-        # All texts, as if they stood one after the other
+        token_starts = np.fromiter(spans, np.int64, 2 * total)[::2]
+        # Each tokenizer counts from the start of its text
         sizes = np.fromiter(map(len, texts), np.int64, len(texts))
-        starts += np.repeat(np.cumsum(sizes) - sizes, lengths)
-        ends = np.cumsum([len(piece.text) for chat in pieces for piece in chat])
-        counts = np.array([piece.trained for chat in pieces for piece in chat], dtype=np.bool_)
-        batch = TokenizedChats(ids, counts[np.searchsorted(ends, starts, side="right")], lengths)
-        # Nothing comes before the first, from which it could be predicted
-        batch.trained[batch.starts[lengths > 0]] = False
-        return batch
+        token_starts += np.repeat(np.cumsum(sizes) - sizes, lengths)
+        piece_ends = np.cumsum([len(piece.text) for chat in pieces for piece in chat])
+        is_trained = np.array([piece.trained for chat in pieces for piece in chat], dtype=np.bool_)
+        piece_of_token = np.searchsorted(piece_ends, token_starts, side="right")
+        return TokenizedChats(ids, is_trained[piece_of_token], lengths)
 
     def tokenize_chats(
         self, chats: Iterable[Sequence[Turn]], *, add_generation_prompt: bool = False
@@ -245,10 +255,11 @@ class Phi3Tokenizer:
             DataError: A conversation is empty, or cannot be rendered.
             TokenizerError: The chat template cannot be followed.
         """
-        ask = add_generation_prompt
-        rendered = [self.render(chat, add_generation_prompt=ask) for chat in chats]
+        rendered = [
+            self.render(chat, add_generation_prompt=add_generation_prompt) for chat in chats
+        ]
         warn_of_dropped(Counter(name for chat in rendered for name in chat.dropped))
-        limit = None if ask else self.max_seq_len
+        limit = None if add_generation_prompt else self.max_seq_len
         return [chat.first(limit) for chat in self.encode_chats(rendered).split()]
 
     def tokenize_messages(
@@ -288,9 +299,7 @@ class Phi3Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides which tokens a conversation becomes."""
-        template = self.template
-        parts: list[Any] = [self.backend.to_str(), template.source, dict(template.special_tokens)]
-        parts += [str(NOW)] if "strftime_now" in template.source else []
+        parts: list[Any] = [self.backend.to_str(), *self.template.identity]
         parts += [self._may_drop, self.special_in_text]
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -344,160 +353,3 @@ class Disguise:
     def true_ids(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the ids in the original tokenizer, [S] to [S]."""
         return self._true_ids[ids]
-
-
-# The tokenizer files of a checkpoint folder; those we cannot follow exactly are refused
-
-TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-"""Special tokens that tokenizer_config.json gives a name."""
-
-TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
-
-
-class Vocabulary(NamedTuple):
-    """What the files of one checkpoint say about text and tokens."""
-
-    backend: Tokenizer
-    template: ChatTemplate
-    stop_tokens: list[int]
-
-
-def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
-    """Read tokenizer.json, tokenizer_config.json, the chat template and the stop ids.
-
-    Args:
-        checkpoint_dir: Folder in Hugging Face layout. generation_config.json is optional.
-
-    Raises:
-        ConfigError: The folder is not given.
-        MissingFileError: The folder or one of its files is not there.
-        TokenizerError: A file is broken, or of a generation that is not supported.
-    """
-    folder = checkpoint_folder(checkpoint_dir)
-    backend = _read_backend(_existing(folder / "tokenizer.json"))
-    settings = _read_json(folder / "tokenizer_config.json")
-    _check_size(backend, folder)
-    _check_agreement(backend, settings, folder)
-    # Older files write a special token as an object with its flags
-    listed = {name: settings.get(name) for name in TOKEN_NAMES}
-    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in listed.items()}
-    names = {name: text for name, text in texts.items() if isinstance(text, str)}
-    unknown = [f"{n}: {text!r}" for n, text in names.items() if backend.token_to_id(text) is None]
-    if unknown or "eos_token" not in names:
-        problem = f"{', '.join(unknown)} is not in tokenizer.json" if unknown else "no eos_token"
-        raise TokenizerError(
-            f"{folder / 'tokenizer_config.json'}: {problem}. Use the two files of one revision."
-        )
-    # A named token is an added one for Hugging Face, whatever tokenizer.json says
-    backend.add_special_tokens(sorted(set(names.values()) - _added(backend).keys()))
-    template = ChatTemplate(*_read_template(folder, settings), names, frozenset(_added(backend)))
-    template.check()
-    ends = (names["eos_token"], template.turn_end)
-    return Vocabulary(backend, template, _read_stop_tokens(backend, ends, folder))
-
-
-def _read_backend(file: Path) -> Tokenizer:
-    try:
-        backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises nothing narrower
-        raise TokenizerError(
-            f"{file} cannot be read: {error}. Download it again from the model's page."
-        ) from error
-    # A file may carry the settings of whoever saved it; Hugging Face resets them as well.
-    backend.no_truncation()
-    backend.no_padding()
-    # It adds no token to a chat, and may move the borders of tokens past the spaces in them
-    backend.post_processor = None
-    return backend
-
-
-def _added(backend: Tokenizer) -> dict[str, AddedToken]:
-    return {token.content: token for token in backend.get_added_tokens_decoder().values()}
-
-
-def _existing(file: Path) -> Path:
-    if file.is_file():
-        return file
-    hint = ""
-    if file.name == "tokenizer.json" and (file.parent / "tokenizer.model").is_file():
-        hint = " (only tokenizer.model, which does not say how special tokens treat whitespace)"
-    raise MissingFileError(
-        f"{file.parent} has no {file.name}{hint}. Download the checkpoint's tokenizer.json, "
-        "tokenizer_config.json and config.json into this folder."
-    )
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return _existing(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{file} is not UTF-8 text: {error}. Download it again.") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{file} is not valid JSON: {error}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file} must hold a JSON object, not {type(content).__name__}.")
-    return content
-
-
-def _read_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
-    beside, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if beside.is_file():
-        return _read_text(beside), str(beside)
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    if not isinstance(template, str):
-        raise TokenizerError(
-            f"{config} has no chat_template and there is no {beside.name} beside it. Base models "
-            "have none; use an instruct checkpoint, or download its tokenizer_config.json again."
-        )
-    return template, str(config)
-
-
-def _check_size(backend: Tokenizer, folder: Path) -> None:
-    rows = _read_json(folder / "config.json").get("vocab_size")
-    tokens = max(backend.get_vocab().values()) + 1
-    if not isinstance(rows, int) or tokens > rows:
-        raise TokenizerError(
-            f"{folder / 'tokenizer.json'} has {tokens} tokens, more than vocab_size: {rows} in "
-            "config.json, so some have no embedding. Use the two files of one checkpoint."
-        )
-
-
-def _check_agreement(backend: Tokenizer, settings: Mapping[str, Any], folder: Path) -> None:
-    """Where the two files differ, Hugging Face silently follows tokenizer_config.json."""
-    tokens, differing = _added(backend), list[str]()
-    for entry in (settings.get("added_tokens_decoder") or {}).values():
-        content = entry.get("content") if isinstance(entry, Mapping) else None
-        if not isinstance(content, str):
-            raise TokenizerError(
-                f"{folder}/tokenizer_config.json: an entry of added_tokens_decoder has no content. "
-                "Download the file again."
-            )
-        token = tokens.get(content)
-        if token is None or any(
-            entry.get(f, getattr(token, f)) != getattr(token, f) for f in TOKEN_FLAGS
-        ):
-            differing.append(content)
-    if differing:
-        raise TokenizerError(
-            f"{folder}: tokenizer.json and tokenizer_config.json disagree about "
-            f"{', '.join(differing)}. Use the two files of one revision."
-        )
-
-
-def _read_stop_tokens(backend: Tokenizer, ends: Sequence[str | None], folder: Path) -> list[int]:
-    file, ids = folder / "generation_config.json", backend.get_vocab()
-    listed = _read_json(file).get("eos_token_id") if file.is_file() else None
-    if listed is None:
-        return [ids[text] for text in dict.fromkeys(ends) if text is not None]
-    stops = listed if isinstance(listed, list) else [listed]
-    known = set(ids.values())
-    if not stops or not all(type(i) is int and i in known for i in stops):
-        raise TokenizerError(f"{file}: eos_token_id: {listed!r} must be ids of the tokenizer.")
-    return stops

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from phi3_plugin.data.store import DROPPED, NOTICED, Findings
+from phi3_plugin.data.findings import DROPPED, NOTICED, Findings
 from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, advice, source_name
 from phi3_plugin.pages import count, harmless, percent, render, write_files
 

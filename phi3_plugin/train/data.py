@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 
-from phi3_plugin.data.collate import without_padding
 from phi3_plugin.data.order import Collate, Order, hold_out
+from phi3_plugin.data.packing import without_padding
 from phi3_plugin.settings import Settings
 
 

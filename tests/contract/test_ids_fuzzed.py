@@ -7,7 +7,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.store import DROPPED
+from phi3_plugin.data.findings import DROPPED
 from phi3_plugin.errors import ConfigError, DataError
 from tests.contract.test_rows_fuzzed import JSON, QUICK, ROWS, rows
 from tests.variants import MEDIUM, write_checkpoint

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from phi3_plugin.data.formats import FORMATS, Turn, Written, pick_format
 from phi3_plugin.data.order import group_of
-from phi3_plugin.data.sources import SUFFIXES, Row, file_rows
+from phi3_plugin.data.rows import SUFFIXES, Row, file_rows
 from phi3_plugin.errors import DataError
 from tests.assets import assets_dir
 

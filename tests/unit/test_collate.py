@@ -11,8 +11,8 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import attention_utils
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data.collate import StockPacks, concatenate, pad_left, pad_right, without_padding
-from phi3_plugin.data.packing import Packs
+from phi3_plugin.data.collate import concatenate, pad_left, pad_right
+from phi3_plugin.data.packing import Packs, StockPacks, without_padding
 
 SAMPLES = [
     {"tokens": [5, 6, 7], "labels": [-100, 6, 7]},

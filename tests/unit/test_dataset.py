@@ -21,9 +21,8 @@ from transformers import AutoTokenizer
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.data import store as module
-from phi3_plugin.data.dataset import Preparation, conversations
-from phi3_plugin.data.formats import make_turn
-from phi3_plugin.data.store import (
+from phi3_plugin.data.dataset import messages_of_rows
+from phi3_plugin.data.findings import (
     BLANK_ANSWER,
     BROKEN,
     CUT_AWAY,
@@ -35,6 +34,8 @@ from phi3_plugin.data.store import (
     TRUNCATED,
     UNUSABLE,
 )
+from phi3_plugin.data.formats import make_turn
+from phi3_plugin.data.preparation import Preparation
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from tests.chosen import some
@@ -150,29 +151,38 @@ def test_every_option_comes_from_a_config(from_yaml, tokenizer):
     assert pickle.loads(pickle.dumps(alone))[1] == alone[1]  # for loader workers
 
 
+LAYOUTS = ("x", "''", "'{}{}'", "3", "['{}']")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ("source: null", r"dataset\.source is not set"),
-        ("format: 3", r"dataset\.format: 3 is unknown"),
-        ("format: [messages]", r"dataset\.format: \['messages'\] is unknown"),
-        ("columns: [q, a]", r"dataset\.columns: \['q', 'a'\] must name one column for user"),
-        ("columns: {user: q, assistant: 3}", r"dataset\.columns: .* must name one column"),
-        ("split: null", r"dataset\.split: None must be text"),
+        ("format: 3", r"dataset\.format: 3 must be the name of a format"),
+        ("format: [messages]", r"dataset\.format: \['messages'\] must be the name of a format"),
+        (
+            "columns: [q, a]",
+            r"dataset\.columns: \['q', 'a'\] must be the name of one column for user",
+        ),
+        (
+            "columns: {user: q, assistant: 3}",
+            r"dataset\.columns: .* must be the name of one column",
+        ),
+        ("split: null", r"dataset\.split: null must be text"),
         ("subset: 2024", r"dataset\.subset: 2024 must be text"),
         ("streaming: 1", r"dataset\.streaming: 1 must be True or False"),
         ("packed: 'no'", r"dataset\.packed: 'no' must be True or False"),
-        ("packed: null", r"dataset\.packed: None must be True or False"),
+        ("packed: null", r"dataset\.packed: null must be True or False"),
         ("split_documents: True", r"dataset\.split_documents: True needs dataset\.packed"),
         ("add_eos: 1", r"dataset\.add_eos: 1 must be True or False"),
-        ("train_on: [last]", r"dataset\.train_on: \['last'\] must be one of: assistant, last"),
-        ("train_on: user", r"dataset\.train_on: 'user' must be one of"),
-        ("truncate: end", r"dataset\.truncate: 'end' must be one of: right, left, drop"),
-        ("bad_rows: skip", r"dataset\.bad_rows: 'skip' must be one of: error, drop"),
-        ("system_prompt: [a]", r"dataset\.system_prompt: the system content is list"),
-        ("system_prompt: 3", r"dataset\.system_prompt: the system content is int"),
-        ("tool_calls: x", r"dataset\.tool_calls: 'x' must be a text with one {}"),
-        ("held_out: 1", r"dataset\.held_out: 1 must be a number from 0"),
+        ("train_on: [last]", r"dataset\.train_on: \['last'\] must be assistant or last"),
+        ("train_on: user", r"dataset\.train_on: 'user' must be assistant or"),
+        ("truncate: end", r"dataset\.truncate: 'end' must be right or left or drop"),
+        ("bad_rows: skip", r"dataset\.bad_rows: 'skip' must be error or drop"),
+        ("system_prompt: [a]", r"dataset\.system_prompt: .* must be text"),
+        ("system_prompt: 3", r"dataset\.system_prompt: 3 must be text"),
+        *((f"tool_calls: {v}", r"dataset\.tool_calls: .* a text with one {}") for v in LAYOUTS),
+        ("held_out: 1", r"dataset\.held_out: 1 must be at least 0"),
         ("part: held_out", r"dataset\.part: held_out needs dataset\.held_out"),
         ("seed: -1", r"dataset\.seed: -1 must be a whole number from 0"),
         ("cache_dir: 3", r"dataset\.cache_dir: 3 must be a folder"),
@@ -354,7 +364,7 @@ def test_what_messages_ask_for(make, tokenizer, train_on, expected):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(dataset.places(0).rpartition("/")[0])
         write_chats(Path("chats.json"), [MIXED, [USER], []])
-        ((where, messages),) = conversations(tokenizer, options)
+        ((where, messages),) = messages_of_rows(tokenizer, options)
     assert where == "chats.json[0]"
     trained = [m["content"] + "<|end|>" for m in messages if m["trained"]]
     assert " ".join(trained) == expected
@@ -718,12 +728,12 @@ def test_a_file_that_changes_while_it_is_read(read, pairs, stores, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from phi3_plugin.data import chat_dataset, dataset, phi3_tokenizer
-write = dataset.StoreWriter.{method}
+from phi3_plugin.data import chat_dataset, phi3_tokenizer, store
+write = store.StoreWriter.{method}
 def die(self, *args):
     write(self, *args)
     os.kill(os.getpid(), signal.SIGKILL)
-dataset.StoreWriter.{method} = die
+store.StoreWriter.{method} = die
 chat_dataset(phi3_tokenizer(sys.argv[1]), sys.argv[2], cache_dir=sys.argv[3])
 """
 
@@ -742,12 +752,12 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_data(read, folder, pairs,
 
 TOGETHER = """
 import sys
-from phi3_plugin.data import chat_dataset, dataset, phi3_tokenizer
-write = dataset.Preparation.write
+from phi3_plugin.data import chat_dataset, phi3_tokenizer, preparation
+write = preparation.Preparation.write
 def told(*args):
     print("wrote")
     write(*args)
-dataset.Preparation.write = told
+preparation.Preparation.write = told
 print(sum(chat_dataset(phi3_tokenizer(sys.argv[1]), sys.argv[2], cache_dir=sys.argv[3]).lengths))
 """
 
@@ -793,7 +803,7 @@ def test_a_named_folder_that_cannot_be_written_to(read, tmp_path):
 
 def test_without_a_home_nothing_is_kept(read, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
-    monkeypatch.setenv(module.FOLDER, str(tmp_path / "file"))
+    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "file"))
     dataset = read(cache_dir=None)
     assert len(list(dataset)) == 8
     assert "tokenized data is not kept" in caplog.text
@@ -805,8 +815,8 @@ def test_without_a_home_nothing_is_kept(read, tmp_path, monkeypatch, caplog):
 
 
 def test_the_default_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv(module.FOLDER, str(tmp_path))
+    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path))
     assert module.default_folder() == tmp_path
-    monkeypatch.delenv(module.FOLDER)
+    monkeypatch.delenv(module.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert module.default_folder() == tmp_path / "phi3_plugin"

@@ -12,10 +12,10 @@ from hypothesis import strategies as draw
 from phi3_plugin import settings as strict
 from phi3_plugin.compare import as_trained, compare_with_hf, difference
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
-from phi3_plugin.data import dataset as f
-from phi3_plugin.data.collate import StockPacks, pad_right
-from phi3_plugin.data.dataset import conversations
-from phi3_plugin.data.packing import Packs
+from phi3_plugin.data import findings as f
+from phi3_plugin.data.collate import pad_right
+from phi3_plugin.data.dataset import messages_of_rows
+from phi3_plugin.data.packing import Packs, StockPacks
 from phi3_plugin.errors import DataError
 from phi3_plugin.inspect import (
     GROUPED,
@@ -569,7 +569,7 @@ def test_the_messages_that_samples_were_made_of(tokenizer, tmp_path):
     ]
     file = tmp_path / "chats.jsonl"
     file.write_text("\n".join([*map(json.dumps, rows), "{broken"]))
-    ((where, messages),) = conversations(tokenizer, {"source": str(file), "system_prompt": "s"})
+    ((where, messages),) = messages_of_rows(tokenizer, {"source": str(file), "system_prompt": "s"})
     assert where == f"{file}:1"
     assert [(m["role"], m["content"], m["trained"]) for m in messages] == [
         ("system", "s", False),

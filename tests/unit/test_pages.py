@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from torch import nn
 
-from phi3_plugin.data.store import BROKEN, UNUSABLE
+from phi3_plugin.data.findings import BROKEN, UNUSABLE
 from phi3_plugin.errors import OutputError
 from phi3_plugin.inspect import Cut, Unit, advice
 from phi3_plugin.pages import count, harmless, percent, write_files

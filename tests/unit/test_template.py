@@ -6,7 +6,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from phi3_plugin.data.formats import Turn, make_turn
-from phi3_plugin.data.template import ChatTemplate, Piece, run_template, token_pattern
+from phi3_plugin.data.template import ChatTemplate, Piece, token_pattern
 from phi3_plugin.errors import DataError, TokenizerError
 from tests.variants import APRIL, MINI, MINI_TOKENS, MINI_TOOLS, PHI4_MINI, PHI35, TRIMMING
 
@@ -245,8 +245,8 @@ def test_text_is_that_of_transformers(source, ask):
     messages[0]["tools"] = "[f]"
     options = {"add_generation_prompt": ask, "bos_token": "<s>"}
     expected = render_jinja_template([messages], chat_template=source, **options)[0]
-    names = {"bos_token": "<s>"}
-    found = run_template(source, chat, add_generation_prompt=ask, special_tokens=names)
+    template = ChatTemplate(source, "folder/tokenizer_config.json", {"bos_token": "<s>"}, ADDED)
+    found = template.write(chat, add_generation_prompt=ask)
     assert [found] == ([expected] if isinstance(expected, str) else expected)
 
 

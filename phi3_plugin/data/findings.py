@@ -1,0 +1,123 @@
+"""What was noticed about the rows of a data set, and what a user is told of it."""
+
+import logging
+from collections import Counter
+from typing import Any, NamedTuple
+
+from torchtune.utils import log_rank_zero
+
+from phi3_plugin.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# Kinds of findings, in words that follow "3 rows …"
+
+BROKEN = "cannot be read"
+UNUSABLE = "cannot be used"
+FILTERED = "do not pass the filter"
+CUT_AWAY = "have nothing to train on within max_seq_len"
+TOO_LONG = "are longer than max_seq_len"
+DROPPED = (BROKEN, UNUSABLE, FILTERED, CUT_AWAY, TOO_LONG)
+"""Why a row gives no sample."""
+
+TRUNCATED = "are cut at max_seq_len"
+DROPPED_MESSAGE = "have a message that the chat template leaves out"
+NO_FINAL_ANSWER = "do not end with an assistant turn"
+BLANK_ANSWER = "have an answer that says nothing, and would be trained on"
+SPECIAL_IN_TEXT = "have special tokens written in a message"
+PASSED_OVER = "have weight or train fields that dataset.train_on passes over"
+NOTICED = (
+    *(TRUNCATED, DROPPED_MESSAGE, NO_FINAL_ANSWER),
+    *(BLANK_ANSWER, SPECIAL_IN_TEXT, PASSED_OVER),
+)
+"""What was noticed about rows that do."""
+
+LOGGED = (BROKEN, UNUSABLE, CUT_AWAY, TOO_LONG, TRUNCATED, DROPPED_MESSAGE, PASSED_OVER)
+"""What is logged; `phi3-tune inspect-data` shows all."""
+
+PLACES_KEPT = 1000
+"""Places of one kind that are kept; all are counted."""
+
+ROWS_LISTED = 10
+"""How many broken rows an error lists."""
+
+
+class UnusedRow(NamedTuple):
+    """A row that gives no sample."""
+
+    kind: str
+    """One of `DROPPED`."""
+    where: str
+    """The row's place, as in ``chats.jsonl:7``."""
+    reason: str = ""
+
+
+class Findings:
+    """Counts, and the first places of each kind with what there is to say about them."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[tuple[str, str]]] = {}
+
+    def add(self, kind: str, where: str, detail: str = "") -> None:
+        """Count one row.
+
+        Args:
+            kind: One of `DROPPED` or `NOTICED`.
+            where: The row's place, as in ``chats.jsonl:7``.
+            detail: What in particular, if there is more to say.
+        """
+        self.counts[kind] += 1
+        places = self.places.setdefault(kind, [])
+        if len(places) < PLACES_KEPT:
+            places.append((where, detail))
+
+    @property
+    def dropped(self) -> int:
+        """Rows that give no sample."""
+        return sum(self.counts[kind] for kind in DROPPED)
+
+    def refuse_bad_rows(self, rows: int) -> None:
+        """Raise a DataError that lists rows that cannot be used, if there are any.
+
+        Args:
+            rows: How many were read.
+        """
+        bad = self.counts[BROKEN] + self.counts[UNUSABLE]
+        if not bad:
+            return
+        found = [*self.places.get(BROKEN, []), *self.places.get(UNUSABLE, [])]
+        listed = [f"{where}: {reason}" for where, reason in found[:ROWS_LISTED]]
+        if bad > ROWS_LISTED:
+            listed.append(f"and {bad - ROWS_LISTED} more")
+        raise DataError(
+            f"dataset.source: {bad} of {rows} rows cannot be used. Correct or remove them, or go "
+            "on without them with dataset.bad_rows=drop:\n  " + "\n  ".join(listed)
+        )
+
+    def log(self, rows: int) -> None:
+        """Log a line for each kind that a user should know of.
+
+        Args:
+            rows: How many were read.
+        """
+        for kind in LOGGED:
+            if self.counts[kind]:
+                where, detail = self.places[kind][0]
+                first = f"{where}: {detail}" if detail else where
+                message = f"{self.counts[kind]} of {rows} rows {kind}. The first: {first}"
+                log_rank_zero(logger, message, logging.WARNING)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`from_json` takes."""
+        return {"counts": dict(self.counts), "places": self.places}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Findings":
+        """Return findings that were written to a file."""
+        findings = cls()
+        findings.counts.update(content["counts"])
+        for kind, places in content["places"].items():
+            findings.places[kind] = [(where, detail) for where, detail in places]
+        return findings

@@ -1,0 +1,428 @@
+"""From rows to tokens: which rows are used, what of them is trained on, and what is cut off.
+
+    source --rows--> format --Chat--> template --Rendered--> tokenizer --Tokens--> store
+
+A row gives one sample, or is counted with the reason why not. Rows are read and rendered here and
+encoded on all cores beside it; only a few batches are held at once, so memory does not grow with
+the data.
+"""
+
+import gc
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import chain
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from phi3_plugin.data.findings import (
+    BLANK_ANSWER,
+    BROKEN,
+    CUT_AWAY,
+    DROPPED_MESSAGE,
+    FILTERED,
+    NO_FINAL_ANSWER,
+    PASSED_OVER,
+    SPECIAL_IN_TEXT,
+    TOO_LONG,
+    TRUNCATED,
+    UNUSABLE,
+    Findings,
+    UnusedRow,
+)
+from phi3_plugin.data.formats import Chat, Format, Turn, Written, make_turn, pick_format
+from phi3_plugin.data.order import group_of
+from phi3_plugin.data.rows import Row
+from phi3_plugin.data.sources import Filtered, FilterFailed, Source
+from phi3_plugin.data.store import ChatRow, StoreWriter
+from phi3_plugin.data.template import Rendered
+from phi3_plugin.data.tokenizer import Phi3Tokenizer, TokenizedChats, Tokens
+from phi3_plugin.errors import DataError
+from phi3_plugin.options import AnyText, Kind, Switch
+
+ROWS_OF_FORMAT = 10
+"""How many readable rows tell the format."""
+
+CONVERSATIONS_AT_ONCE = 1024
+CHARACTERS_AT_ONCE = 1_000_000
+"""Whichever comes first is encoded at once: enough for all cores, little to hold."""
+
+WAITING = 2
+"""Batches that are being encoded while the next is rendered."""
+
+_CALLS = Kind(
+    "a text with one {}, where the calls are written, as in <|tool_call|>{}<|/tool_call|>,",
+    lambda value: isinstance(value, str) and value.count("{}") == 1,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How a row becomes a sample; a data set is tokenized again if one of them changes."""
+
+    tool_calls: Annotated[str, _CALLS] | None = None
+    """How a message's ``tool_calls`` are written: a text with one ``{}`` for them."""
+    system_prompt: AnyText | None = None
+    """Put in front of every conversation that has no system message; one that has any keeps its
+    own. An empty text is an empty system message, which the template may leave out; None adds
+    none."""
+    train_on: Literal["assistant", "last", "marked", "all"] = "assistant"
+    """"assistant": what the assistant says and the token that ends it, unless the message has a
+    weight of 0 or ``train: false``. "last": the last such turn only. "marked": the messages with a
+    weight of 1 or ``train: true``. "all": every token but the first, user text, roles and whatever
+    the template ends with among them; conversations need no assistant turn then."""
+    truncate: Literal["right", "left", "drop"] = "right"
+    """What becomes of conversations longer than ``tokenizer.max_seq_len``. "right": the end is cut
+    off. "left": the oldest exchanges go, whole, and the system prompt stays; where the last
+    exchange alone is still too long, its question loses its start, and where the answer is, its end
+    is cut off. "drop": the conversation goes."""
+    add_eos: Switch = False
+    """Put the end-of-text token at the end of conversations whose template does not. It is trained
+    on as the template's own is: only with ``train_on: all``."""
+    group_by: AnyText | None = None
+    """A column; rows with the same value stay together when data is held out. By default rows do
+    whose conversations start alike."""
+
+
+RenderedRow = tuple[ChatRow, Rendered]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How the rows of some sources become samples."""
+
+    tokenizer: Phi3Tokenizer
+    sources: Sequence[Source]
+    options: SampleOptions
+
+    @cached_property
+    def settings(self) -> dict[str, Any] | None:
+        """All that decides what is in the store, as JSON values; None if that cannot be known."""
+        content = [source.fingerprint() for source in self.sources]
+        if None in content:
+            return None
+        names = [field.name for field in fields(SampleOptions)]
+        return {
+            "content": content,
+            "sources": [[*map(str, s.files or ()), s.settings()] for s in self.sources],
+            "tokenizer": [self.tokenizer.fingerprint, self.tokenizer.max_seq_len],
+            "options": {name: getattr(self.options, name) for name in names},
+        }
+
+    def write(self, writer: StoreWriter) -> None:
+        """Tokenize all rows into a store.
+
+        Raises:
+            DataError: A source cannot be read to its end, or was changed meanwhile.
+        """
+        settings = self.settings  # of the files as they are before they are read
+        waiting = deque[tuple[list[RenderedRow], Future[TokenizedChats]]]()
+        gc.freeze()  # Or each collection would walk over all that was imported
+        with ThreadPoolExecutor(WAITING) as pool:
+            try:
+                for rows in self._rendered(writer):
+                    texts = [rendered for _, rendered in rows]
+                    waiting.append((rows, pool.submit(self.tokenizer.encode_chats, texts)))
+                    if len(waiting) > WAITING:
+                        self._append(*waiting.popleft(), writer)
+                while waiting:
+                    self._append(*waiting.popleft(), writer)
+            finally:
+                for _, future in waiting:
+                    future.cancel()
+                gc.unfreeze()
+        if settings and settings["content"] != [s.fingerprint() for s in self.sources]:
+            raise DataError(
+                "dataset.source: files were changed while they were read. Run the command again."
+            )
+
+    def _rendered(self, writer: StoreWriter) -> Iterator[list[RenderedRow]]:
+        """Yield batches of rendered rows; the writer is told of all rows, and of unused ones why.
+
+        What was noticed about the others is told too.
+        """
+        batch = list[RenderedRow]()
+        size = 0
+        rows = tqdm(
+            self.conversations(), desc="Tokenizing", unit=" rows", disable=None, leave=False
+        )
+        for row in rows:
+            writer.rows += 1
+            if isinstance(row, UnusedRow):
+                writer.findings.add(*row)
+                continue
+            try:
+                rendered = self.render(row.chat)
+            except DataError as error:
+                writer.findings.add(UNUSABLE, row.where, str(error))
+                continue
+            self._notice(row, rendered, writer.findings)
+            batch.append((row, rendered))
+            size += len(rendered.text)
+            if len(batch) == CONVERSATIONS_AT_ONCE or size > CHARACTERS_AT_ONCE:
+                yield batch
+                batch = []
+                size = 0
+        if batch:
+            yield batch
+
+    def _notice(self, row: ChatRow, rendered: Rendered, findings: Findings) -> None:
+        if rendered.dropped:
+            findings.add(DROPPED_MESSAGE, row.where, ", ".join(rendered.dropped))
+        if not isinstance(row.chat, Written) and row.chat[-1].role != "assistant":
+            findings.add(NO_FINAL_ANSWER, row.where, f"the last turn is {row.chat[-1].role}'s")
+        if any(turn.trained and not turn.content.strip() for turn in rendered.turns):
+            findings.add(BLANK_ANSWER, row.where)
+        if self._passes_over(row.chat):
+            findings.add(PASSED_OVER, row.where)
+        # Calls of tools are written with special tokens
+        if self.tokenizer.special_in_text == "parse" and self.options.tool_calls is None:
+            tokens = self.tokenizer.template.tokens
+            if any(piece.said and tokens.search(piece.text) for piece in rendered.pieces):
+                findings.add(SPECIAL_IN_TEXT, row.where)
+
+    def _append(
+        self, rows: Sequence[RenderedRow], encoding: Future[TokenizedChats], writer: StoreWriter
+    ) -> None:
+        """Write encoded conversations, each cut to its length, if anything of it is trained on."""
+        chats = encoding.result()
+        full = chats.lengths
+        limit = self.tokenizer.max_seq_len
+        if limit is not None and (full > limit).any():
+            whole = zip(rows, chats.split(), strict=True)
+            chats = TokenizedChats.join(
+                [self._shorten(rendered, tokens, limit) for (_, rendered), tokens in whole]
+            )
+        kept = chats.labelled > 0
+        for n in np.flatnonzero((full > chats.lengths) | ~kept).tolist():
+            kind = TRUNCATED if kept[n] else CUT_AWAY
+            if not kept[n]:
+                writer.lost.append(int(full[n]))
+                if self.options.truncate == "drop" and limit is not None and full[n] > limit:
+                    kind = TOO_LONG
+            writer.findings.add(kind, rows[n][0].where, f"{full[n]} tokens")
+        kept_rows = [row for (row, _), keep in zip(rows, kept, strict=True) if keep]
+        writer.append(chats.select(kept), full[kept], kept_rows)
+
+    # Which rows are conversations
+
+    def conversations(self) -> Iterator[ChatRow | UnusedRow]:
+        """Read all sources; a row that is no conversation comes as why it is none."""
+        for number, source in enumerate(self.sources):
+            rows = _numbered(source.rows())
+            first = list[tuple[int, Row]]()
+            for index, row in rows:
+                if isinstance(row.value, DataError):
+                    yield _unused(row.where, row.value)
+                    continue
+                first.append((index, row))
+                if len(first) == ROWS_OF_FORMAT:
+                    break
+            if not first:
+                continue
+            readable = [row.value for _, row in first if isinstance(row.value, dict)]
+            format = _format(readable, source, self.options.tool_calls)
+            for index, row in chain(first, rows):
+                if isinstance(row.value, DataError):
+                    yield _unused(row.where, row.value)
+                else:
+                    yield self._conversation(number, index, row.where, row.value, format)
+
+    def _conversation(
+        self, source: int, index: int, where: str, row: dict[str, Any], format: Format
+    ) -> ChatRow | UnusedRow:
+        try:
+            chat = format.read(row)
+            if isinstance(chat, Written):
+                with suppress(DataError):  # where it matters, it is said when it is rendered
+                    chat = self.tokenizer.template.find_answers(chat)
+            group = group_of(row, chat, self.options.group_by)
+        except DataError as error:
+            return UnusedRow(UNUSABLE, where, str(error))
+        return ChatRow(where, source, index, group, chat)
+
+    # What is trained on
+
+    def render(self, chat: Chat) -> Rendered:
+        """Write a conversation as the template does, and mark what is trained on.
+
+        Raises:
+            DataError: There is nothing to train on, or the conversation cannot be rendered.
+        """
+        if isinstance(chat, Written):
+            return self._render_text(chat)
+        return self._render_turns(self.marked(chat))
+
+    def marked(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """Mark the turns that are trained on, and add the system message.
+
+        Raises:
+            DataError: There is nothing to train on.
+        """
+        train_on = self.options.train_on
+        if train_on == "marked":
+            chosen = [turn.wanted is True for turn in turns]
+        elif train_on == "last":
+            last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+            chosen = [i == last for i in range(len(turns))]
+        else:
+            chosen = [turn.role == "assistant" and turn.wanted is not False for turn in turns]
+        if train_on != "all" and not any(chosen):
+            raise DataError(_nothing_to_train_on(train_on, turns))
+        turns = [
+            turn if turn.trained is trained else turn._replace(trained=trained)
+            for turn, trained in zip(turns, chosen, strict=True)
+        ]
+        if self._system is None or any(turn.role == "system" for turn in turns):
+            return turns
+        return [self._system, *turns]
+
+    @cached_property
+    def _system(self) -> Turn | None:
+        prompt = self.options.system_prompt
+        return None if prompt is None else make_turn("system", prompt)
+
+    def _passes_over(self, chat: Chat) -> bool:
+        """Whether a message asks for something that is not done."""
+        if isinstance(chat, Written) or self.options.train_on == "marked":
+            return False
+        if self.options.train_on == "assistant":
+            return any(turn.wanted and turn.role != "assistant" for turn in chat)
+        return any(turn.wanted is not None for turn in chat)
+
+    def _render_turns(self, turns: Sequence[Turn]) -> Rendered:
+        rendered = self.tokenizer.render(turns)
+        if self.options.add_eos:
+            rendered = rendered.ended(self.tokenizer.eos_token)
+        return rendered.trained_throughout() if self.options.train_on == "all" else rendered
+
+    def _render_text(self, chat: Written) -> Rendered:
+        template = self.tokenizer.template
+        eos = self.tokenizer.eos_token
+        train_on = self.options.train_on
+        if self._system is not None:
+            raise DataError(
+                "dataset.system_prompt cannot be put in front of a text that is written already"
+            )
+        if self.options.add_eos and not chat.text.rstrip().endswith(eos):
+            chat = chat._replace(text=chat.text + eos)
+        if train_on == "all":
+            return template.cut_up(chat, ()).trained_throughout()
+        if train_on == "marked":
+            raise DataError("a text has no messages that could ask to be trained on")
+        said = chat.said if chat.said is not None else template.find_answers(chat).said or ()
+        if not said:
+            raise DataError(_nothing_to_train_on(train_on, ()))
+        return template.cut_up(chat, said[-1:] if train_on == "last" else said)
+
+    # What becomes of conversations that are too long
+
+    def _shorten(self, chat: Rendered, tokens: Tokens, limit: int) -> Tokens:
+        """Return what is left of a conversation; nothing of one that goes."""
+        if len(tokens.ids) <= limit:
+            return tokens
+        if self.options.truncate == "right":
+            return tokens.first(limit)
+        if self.options.truncate == "drop":
+            return tokens.first(0)
+        if not chat.turns:
+            return _end_of_text(tokens, limit)
+        try:
+            return self._without_oldest(chat.turns, limit)
+        except DataError:  # The template fails on what is left; nothing of it is trained
+            return tokens.first(0)
+
+    def _without_oldest(self, turns: Sequence[Turn], limit: int) -> Tokens:
+        """Shorten a conversation from its start; its turns carry what is trained on."""
+        system = [turn for turn in turns[:1] if turn.role == "system"]
+        starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > len(system)]
+        later = [[*system, *turns[start:]] for start in starts]
+        fitting = self._first_fit(len(later), later.__getitem__, limit)
+        if fitting is not None:
+            return fitting
+        last = later[-1] if later else list(turns)
+        asking = [i for i, turn in enumerate(last) if turn.role == "user" and not turn.trained]
+        if asking:
+            at = asking[0]
+            question = last[at]
+
+            def without_start(n: int) -> Sequence[Turn]:
+                shorter = question._replace(content=question.content[n + 1 :])
+                return [*last[:at], shorter, *last[at + 1 :]]
+
+            fitting = self._first_fit(len(question.content), without_start, limit)
+        return self._encode(last).first(limit) if fitting is None else fitting
+
+    def _first_fit(
+        self, count: int, candidate: Callable[[int], Sequence[Turn]], limit: int
+    ) -> Tokens | None:
+        """Return the first that is short enough, of conversations that get shorter.
+
+        By bisection, so that a hundred exchanges are rendered and encoded seven times.
+        """
+        tokens = dict[int, Tokens]()
+
+        def fits(index: int) -> bool:
+            tokens[index] = self._encode(candidate(index))
+            return len(tokens[index].ids) <= limit
+
+        at = bisect_left(range(count), True, key=fits)
+        return tokens[at] if at < count else None
+
+    def _encode(self, turns: Sequence[Turn]) -> Tokens:
+        return self.tokenizer.encode_chats([self._render_turns(turns)]).split()[0]
+
+
+def _numbered(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
+    """Number rows; those that a filter leaves out do not count."""
+    index = 0
+    for row in rows:
+        yield index, row
+        index += not isinstance(row.value, Filtered)
+
+
+def _unused(where: str, problem: DataError) -> UnusedRow:
+    if isinstance(problem, Filtered):
+        return UnusedRow(FILTERED, where)
+    kind = UNUSABLE if isinstance(problem, FilterFailed) else BROKEN
+    return UnusedRow(kind, where, str(problem))
+
+
+def _format(first: Sequence[dict[str, Any]], source: Source, tool_calls: str | None) -> Format:
+    """Return how the rows of a source are read, judged by the first, at least one."""
+    try:
+        return pick_format(source.format, source.columns, first, tool_calls=tool_calls)
+    except DataError as error:
+        # That of most rows, so that the others are bad rows
+        usual = dict[str, list[Format]]()
+        for row in first:
+            with suppress(DataError):
+                format = pick_format(None, None, [row], tool_calls=tool_calls)
+                usual.setdefault(str(format), []).append(format)
+        if not usual:
+            raise DataError(f"dataset.source: {source.name}: {error}") from error
+        return max(usual.values(), key=len)[0]
+
+
+def _nothing_to_train_on(train_on: str, turns: Sequence[Turn]) -> str:
+    if train_on == "marked":
+        return "no message has a weight of 1 or train: true, so nothing to train on"
+    if any(turn.role == "assistant" for turn in turns):
+        return "every assistant turn has a weight of 0 or train: false, so nothing to train on"
+    return "there is no assistant turn, so nothing to train on"
+
+
+def _end_of_text(tokens: Tokens, limit: int) -> Tokens:
+    """Keep the end of a text, but do not train the rest of an answer whose start is cut off."""
+    ids = tokens.ids[-limit:]
+    trained = tokens.trained[-limit:].copy()
+    if not tokens.trained[1:].all():  # or there are no answers: all of it is trained on
+        untrained = np.flatnonzero(~trained)
+        trained[: untrained[0] if len(untrained) else limit] = False
+    return Tokens(ids, trained)

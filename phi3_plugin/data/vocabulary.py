@@ -1,0 +1,171 @@
+"""The tokenizer files of a checkpoint folder; those we cannot follow exactly are refused."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer
+
+from phi3_plugin.config import GENERATION, checkpoint_folder, read_json_object
+from phi3_plugin.data.template import ChatTemplate
+from phi3_plugin.errors import MissingFileError, TokenizerError
+
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""Special tokens that tokenizer_config.json gives a name."""
+
+TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+"""How an added token treats the text beside it; both tokenizer files say so of each."""
+
+
+class Vocabulary(NamedTuple):
+    """What the files of one checkpoint say about text and tokens."""
+
+    backend: Tokenizer
+    template: ChatTemplate
+    stop_tokens: list[int]
+
+
+def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
+    """Read tokenizer.json, tokenizer_config.json, the chat template and the stop ids.
+
+    Args:
+        checkpoint_dir: Folder in Hugging Face layout. generation_config.json is optional.
+
+    Raises:
+        ConfigError: The folder is not given.
+        MissingFileError: The folder or one of its files is not there.
+        TokenizerError: A file is broken, or of a generation that is not supported.
+    """
+    folder = checkpoint_folder(checkpoint_dir)
+    backend = _read_backend(_existing(folder / "tokenizer.json"))
+    settings = _read_json(folder / "tokenizer_config.json")
+    _check_size(backend, folder)
+    _check_agreement(backend, settings, folder)
+    names = _token_names(backend, settings, folder)
+    # A named token is an added one for Hugging Face, whatever tokenizer.json says
+    backend.add_special_tokens(sorted(set(names.values()) - _added(backend).keys()))
+    template = ChatTemplate(*_read_template(folder, settings), names, frozenset(_added(backend)))
+    template.check()
+    ends = (names["eos_token"], template.turn_end)
+    return Vocabulary(backend, template, _read_stop_tokens(backend, ends, folder))
+
+
+def _read_backend(file: Path) -> Tokenizer:
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises nothing narrower
+        raise TokenizerError(
+            f"{file} cannot be read: {error}. Download it again from the model's page."
+        ) from error
+    # A file may carry the settings of whoever saved it; Hugging Face resets them as well.
+    backend.no_truncation()
+    backend.no_padding()
+    # It adds no token to a chat, and may move the borders of tokens past the spaces in them
+    backend.post_processor = None
+    return backend
+
+
+def _added(backend: Tokenizer) -> dict[str, AddedToken]:
+    return {token.content: token for token in backend.get_added_tokens_decoder().values()}
+
+
+def _existing(file: Path) -> Path:
+    if file.is_file():
+        return file
+    hint = ""
+    if file.name == "tokenizer.json" and (file.parent / "tokenizer.model").is_file():
+        hint = " (only tokenizer.model, which does not say how special tokens treat whitespace)"
+    raise MissingFileError(
+        f"{file.parent} has no {file.name}{hint}. Download the checkpoint's tokenizer.json, "
+        "tokenizer_config.json and config.json into this folder."
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return read_json_object(_existing(file), TokenizerError)
+
+
+def _token_names(backend: Tokenizer, settings: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Return the texts of the special tokens that have a name."""
+    names = {}
+    for name in TOKEN_NAMES:
+        token = settings.get(name)
+        # Older files write a special token as an object with its flags
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            names[name] = text
+    unknown = [f"{n}: {text!r}" for n, text in names.items() if backend.token_to_id(text) is None]
+    if unknown or "eos_token" not in names:
+        problem = f"{', '.join(unknown)} is not in tokenizer.json" if unknown else "no eos_token"
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: {problem}. Use the two files of one revision."
+        )
+    return names
+
+
+def _read_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the Jinja text of the chat template, and the file it stands in."""
+    beside = folder / "chat_template.jinja"
+    config = folder / "tokenizer_config.json"
+    if beside.is_file():
+        try:
+            return beside.read_text(encoding="utf-8"), str(beside)
+        except UnicodeDecodeError as error:
+            raise TokenizerError(
+                f"{beside} is not UTF-8 text: {error}. Download it again."
+            ) from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if not isinstance(template, str):
+        raise TokenizerError(
+            f"{config} has no chat_template and there is no {beside.name} beside it. Base models "
+            "have none; use an instruct checkpoint, or download its tokenizer_config.json again."
+        )
+    return template, str(config)
+
+
+def _check_size(backend: Tokenizer, folder: Path) -> None:
+    rows = _read_json(folder / "config.json").get("vocab_size")
+    tokens = max(backend.get_vocab().values()) + 1
+    if not isinstance(rows, int) or tokens > rows:
+        raise TokenizerError(
+            f"{folder / 'tokenizer.json'} has {tokens} tokens, more than vocab_size: {rows} in "
+            "config.json, so some have no embedding. Use the two files of one checkpoint."
+        )
+
+
+def _check_agreement(backend: Tokenizer, settings: Mapping[str, Any], folder: Path) -> None:
+    """Where the two files differ, Hugging Face silently follows tokenizer_config.json."""
+    tokens = _added(backend)
+    differing = list[str]()
+    for entry in (settings.get("added_tokens_decoder") or {}).values():
+        content = entry.get("content") if isinstance(entry, Mapping) else None
+        if not isinstance(content, str):
+            raise TokenizerError(
+                f"{folder}/tokenizer_config.json: an entry of added_tokens_decoder has no content. "
+                "Download the file again."
+            )
+        token = tokens.get(content)
+        if token is None or any(
+            entry.get(f, getattr(token, f)) != getattr(token, f) for f in TOKEN_FLAGS
+        ):
+            differing.append(content)
+    if differing:
+        raise TokenizerError(
+            f"{folder}: tokenizer.json and tokenizer_config.json disagree about "
+            f"{', '.join(differing)}. Use the two files of one revision."
+        )
+
+
+def _read_stop_tokens(backend: Tokenizer, ends: Sequence[str | None], folder: Path) -> list[int]:
+    file = folder / GENERATION
+    ids = backend.get_vocab()
+    listed = _read_json(file).get("eos_token_id") if file.is_file() else None
+    if listed is None:
+        return [ids[text] for text in dict.fromkeys(ends) if text is not None]
+    stops = listed if isinstance(listed, list) else [listed]
+    known = set(ids.values())
+    if not stops or not all(type(i) is int and i in known for i in stops):
+        raise TokenizerError(f"{file}: eos_token_id: {listed!r} must be ids of the tokenizer.")
+    return stops

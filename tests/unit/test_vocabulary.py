@@ -1,0 +1,126 @@
+"""Tokenizer files: stop ids, and folders that are broken or foreign."""
+
+import json
+
+import pytest
+
+from phi3_plugin.data import phi3_tokenizer
+from phi3_plugin.errors import ConfigError, MissingFileError, TokenizerError
+from tests.variants import DECODER, MINI, PHI35, edit_json
+
+
+def test_stop_tokens(folder):
+    ids = phi3_tokenizer(folder).special_tokens
+    expected = [ids["<|endoftext|>"], ids["<|end|>"]]
+    assert phi3_tokenizer(folder).stop_tokens == expected
+    for listed, stops in (([4, 5], [4, 5]), (6, [6])):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        assert phi3_tokenizer(folder).stop_tokens == stops
+
+
+@pytest.mark.parametrize("ids", [[], [99999], [-1], [3, None], ["<|end|>"]])
+def test_stop_ids_that_are_none(folder, ids):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(TokenizerError, match=r"generation_config\.json: eos_token_id: .* must be"):
+        phi3_tokenizer(folder)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ConfigError, match="checkpoint_dir is not set"):
+        phi3_tokenizer(None)
+    with pytest.raises(MissingFileError, match="nowhere is not a folder"):
+        phi3_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_files_that_are_missing_or_broken(folder, name):
+    (folder / name).write_text("{")
+    with pytest.raises(TokenizerError, match=rf"{name} (cannot be read|is not valid JSON)"):
+        phi3_tokenizer(folder)
+    (folder / name).unlink()
+    with pytest.raises(MissingFileError, match=rf"checkpoint has no {name}\. Download"):
+        phi3_tokenizer(folder)
+
+
+def test_only_sentencepiece_file(folder):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(MissingFileError, match=r"no tokenizer\.json \(only tokenizer\.model"):
+        phi3_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_not_text(folder, name):
+    (folder / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(TokenizerError, match=rf"{name} is not (UTF-8 text|valid JSON)"):
+        phi3_tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 10**5])
+def test_json_of_another_type(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(
+        TokenizerError, match=r"config\.json (must hold a JSON object|is not valid)"
+    ):
+        phi3_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"chat_template": None}, r"no chat_template and there is no chat_template\.jinja"),
+        (
+            {"chat_template": MINI.replace("['content']", "['content'] | upper")},
+            r"tokenizer_config\.json: turns cannot be told apart",
+        ),
+        ({"pad_token": "<pad>"}, r"pad_token: '<pad>' is not in tokenizer\.json"),
+        ({"eos_token": None}, "no eos_token"),
+        ({DECODER: {"3": {}}}, "an entry of added_tokens_decoder has no content"),
+    ],
+)
+def test_settings_that_cannot_be_followed(folder, changes, says):
+    edit_json(folder / "tokenizer_config.json", **changes)
+    with pytest.raises(TokenizerError, match=says):
+        phi3_tokenizer(folder)
+
+
+def test_a_token_that_the_template_writes_is_missing(folder):
+    for file, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", DECODER)):
+        tokens = json.loads((folder / file).read_text())[key]
+        for token in tokens.values() if isinstance(tokens, dict) else tokens:
+            token["content"] = token["content"].replace("<|user|>", "<|human|>")
+        edit_json(folder / file, **{key: tokens})
+    with pytest.raises(TokenizerError, match=r"template writes <\|user\|>, no added token of tok"):
+        phi3_tokenizer(folder)
+
+
+def test_files_that_disagree_about_a_token(folder):
+    file = folder / "tokenizer_config.json"
+    listed = json.loads(file.read_text())[DECODER]
+    for token in listed.values():
+        token["rstrip"] = False
+    edit_json(file, **{DECODER: listed})
+    with pytest.raises(TokenizerError, match=r"disagree about .*<\|assistant\|>"):
+        phi3_tokenizer(folder)
+
+
+def test_more_tokens_than_embeddings(folder):
+    size = phi3_tokenizer(folder).vocab_size
+    edit_json(folder / "config.json", vocab_size=300)
+    with pytest.raises(TokenizerError, match=f"has {size} tokens, more than vocab_size: 300"):
+        phi3_tokenizer(folder)
+
+
+def test_which_template_is_read(folder):
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": MINI}]
+    edit_json(folder / "tokenizer_config.json", chat_template=several)
+    assert phi3_tokenizer(folder).template.source == MINI
+    (folder / "chat_template.jinja").write_text(PHI35)
+    assert phi3_tokenizer(folder).template.source == PHI35
+
+
+def test_saved_truncation_and_padding_are_reset(folder):
+    edit_json(
+        folder / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+    )
+    assert len(phi3_tokenizer(folder).encode("the other")) > 2
