@@ -111,6 +111,7 @@ class Finetune:
             self.s.output_dir,
             self.s.save_total_limit,
             self.on_saved,
+            passed_over=self.last.passed_over,
             background=self.s.save_in_background,
         )
 

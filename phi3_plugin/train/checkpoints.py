@@ -3,14 +3,15 @@
 output_dir/
   step_000120/  best/  final/     each a PEFT adapter (or a model), and
     resume/state.pt               trained tensors, optimizer, schedule, random numbers, …
-    resume/hashes.json            of every file, written last
+    resume/hashes.json            of what a resume reads, written last
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +39,8 @@ class LastCheckpoint(NamedTuple):
 
     folder: Path | None
     """The newest whole checkpoint; None starts anew."""
-    skipped: list[str]
-    """Newer ones that are not whole, and why."""
+    passed_over: dict[Path, str]
+    """Newer ones that are not whole, and why; they stay as they are."""
 
 
 def step_name(step: int) -> str:
@@ -67,7 +68,9 @@ def save(
         export(partial)
         (partial / "resume").mkdir()
         write_state(partial / STATE, {**state, "step": step})
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        # Of an adapter the state has all; the files that serve are the user's, to edit the card of.
+        weights = [] if "adapter" in state else sorted(partial.glob("*.safetensors*"))
+        files = [partial / STATE, *weights]
         hashes = {file.relative_to(partial).as_posix(): _hash(file) for file in files}
         text = json.dumps({"step": step, "files": hashes}, indent=1)
         (partial / HASHES).write_text(text, encoding="utf-8")
@@ -121,7 +124,7 @@ def find(output_dir: Path, resume: str) -> LastCheckpoint:
     restore(output_dir)
     if resume == "never":
         _refuse_other_run(output_dir)
-        return LastCheckpoint(None, [])
+        return LastCheckpoint(None, {})
     if resume != "auto":
         folder = Path(resume)
         if not folder.is_dir():
@@ -131,14 +134,14 @@ def find(output_dir: Path, resume: str) -> LastCheckpoint:
         if problem := problem_of(folder):
             raise CheckpointError(f"resume: {folder} cannot be resumed from: {problem}.")
         _refuse_newer(output_dir, folder)
-        return LastCheckpoint(folder, [])
-    skipped: list[str] = []
+        return LastCheckpoint(folder, {})
+    passed_over: dict[Path, str] = {}
     for folder in _newest_first(output_dir):
         problem = problem_of(folder)
         if problem is None:
-            return LastCheckpoint(folder, skipped)
-        skipped.append(f"{folder}: {problem}")
-    return LastCheckpoint(None, skipped)
+            return LastCheckpoint(folder, passed_over)
+        passed_over[folder] = problem
+    return LastCheckpoint(None, passed_over)
 
 
 def _newest_first(output_dir: Path) -> list[Path]:
@@ -175,16 +178,18 @@ def _refuse_newer(output_dir: Path, folder: Path) -> None:
         )
 
 
-def prune(output_dir: Path, limit: int | None) -> None:
+def prune(output_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> None:
     """Remove the oldest step folders beyond the limit; best and final do not count.
 
     Args:
         output_dir: Folder of the run.
         limit: How many to keep; None keeps all.
+        keep: Folders that are neither counted nor removed.
     """
     if limit is None:
         return
-    steps = sorted((p for p in output_dir.glob("step_*") if _STEP.fullmatch(p.name)), key=_step_of)
+    folders = [p for p in output_dir.glob("step_*") if _STEP.fullmatch(p.name) and p not in keep]
+    steps = sorted(folders, key=_step_of)
     for folder in steps[: max(0, len(steps) - limit)]:
         # Renamed first: a kill in between must not leave half a folder under its name.
         shutil.rmtree(folder.rename(folder.with_name(f"{PARTIAL}{folder.name}")))
@@ -199,6 +204,7 @@ class Saver:
         limit: int | None,
         saved: Callable[[str, int], None],
         *,
+        passed_over: Iterable[Path] = (),
         background: bool,
     ) -> None:
         """Start nothing yet.
@@ -207,11 +213,14 @@ class Saver:
             output_dir: Folder of the run.
             limit: Step folders to keep; None keeps all.
             saved: Told name and step of each checkpoint that is whole, in the caller's thread.
+            passed_over: Checkpoints that the run did not go on from. They may hold what somebody
+                wants back, so one whose name is needed is given another.
             background: Return from :meth:`save` while the folder is being written.
         """
         self._output_dir = output_dir
         self._limit = limit
         self._saved = saved
+        self._passed_over = set(passed_over)
         self._pool = ThreadPoolExecutor(1) if background else None
         self._writing: tuple[Future[None], str, int] | None = None
 
@@ -248,5 +257,15 @@ class Saver:
             self._saved(name, step)
 
     def _write(self, name: str, step: int, export: Exporter, state: dict[str, Any]) -> None:
-        save(self._output_dir / name, step, export, state, replace=True)
-        prune(self._output_dir, self._limit)
+        folder = self._output_dir / name
+        if folder in self._passed_over:
+            _set_aside(folder)
+            self._passed_over.remove(folder)
+        save(folder, step, export, state, replace=True)
+        prune(self._output_dir, self._limit, self._passed_over)
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename ``final`` to ``final.passed-over``, or ``final.passed-over-2`` and so on."""
+    names = (f"{folder.name}.passed-over{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+    folder.rename(next(p for p in map(folder.with_name, names) if not p.exists()))

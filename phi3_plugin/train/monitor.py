@@ -57,8 +57,8 @@ class Monitor:
         """Note where the run goes on, after so many steps."""
         if not self.is_main:
             return
-        for reason in last.skipped:
-            self._progress.print(f"resume: skipped {reason}")
+        for folder, problem in last.passed_over.items():
+            self._progress.print(f"resume: skipped {folder}: {problem}")
         if last.folder:
             self._history.log(step, event=RESUMED, folder=last.folder.name)
             self._progress.print(f"resume: going on from {last.folder}, step {step}")

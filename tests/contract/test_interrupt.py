@@ -160,7 +160,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, c
     assert last.startswith("phi3_plugin: OutputError: disk/out/step_000008 could not be written:")
     assert "No space left on device" in last
     assert "Traceback" not in done.stderr
-    assert run.find(small_disk / "out", "auto") == (small_disk / "out" / "step_000004", [])
+    assert run.find(small_disk / "out", "auto") == (small_disk / "out" / "step_000004", {})
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     done = own_run(*settings, "resume=auto", cwd=cwd)
     assert done.returncode == 0, done.stderr

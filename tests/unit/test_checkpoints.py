@@ -10,7 +10,12 @@ import torch
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
 from phi3_plugin.train import checkpoints as run
 
-STATE = {"optimizer": {"w": torch.arange(4.0)}, "best": float("inf"), "scheduler": None}
+STATE = {
+    "adapter": {},
+    "optimizer": {"w": torch.arange(4.0)},
+    "best": float("inf"),
+    "scheduler": None,
+}
 
 
 class Kill(BaseException):
@@ -44,12 +49,12 @@ def test_state_comes_back_with_its_step(tmp_path):
     assert folder.name == "step_000007"
     assert state["step"] == 7
     assert torch.equal(state["optimizer"]["w"], STATE["optimizer"]["w"])
-    assert run.find(tmp_path / "out", "auto") == (folder, [])
+    assert run.find(tmp_path / "out", "auto") == (folder, {})
 
 
 def test_auto_starts_anew_where_there_is_nothing(tmp_path):
-    assert run.find(tmp_path / "none", "auto") == (None, [])
-    assert run.find(tmp_path / "none", "never") == (None, [])
+    assert run.find(tmp_path / "none", "auto") == (None, {})
+    assert run.find(tmp_path / "none", "never") == (None, {})
 
 
 def test_auto_takes_the_most_steps_whatever_the_folder_is_called(two):
@@ -66,8 +71,10 @@ def test_auto_takes_the_most_steps_whatever_the_folder_is_called(two):
 
 
 def changed(folder):
-    file = folder / "adapter_model.safetensors"
-    file.write_text("Weights")  # as long as before
+    file = folder / "resume" / "state.pt"
+    data = bytearray(file.read_bytes())
+    data[-30] ^= 1  # as long as before
+    file.write_bytes(data)
 
 
 def truncated(folder):
@@ -76,7 +83,7 @@ def truncated(folder):
 
 
 def missing(folder):
-    (folder / "README.md").unlink()
+    (folder / "resume" / "state.pt").unlink()
 
 
 def unhashed(folder):
@@ -93,9 +100,9 @@ def emptied(folder):
 
 
 DAMAGES = {
-    changed: "adapter_model.safetensors has changed since it was written",
+    changed: "resume/state.pt has changed since it was written",
     truncated: "resume/state.pt has changed since it was written",
-    missing: "README.md is missing",
+    missing: "resume/state.pt is missing",
     unhashed: "resume/hashes.json is missing or damaged",
     half_hashed: "resume/hashes.json is missing or damaged",
     emptied: "resume/hashes.json does not name resume/state.pt",
@@ -108,7 +115,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_skipped_by_auto_and_refused_by_name(damage, reason, two):
     newest = two / "step_000002"
     damage(newest)
-    assert run.find(two, "auto") == (two / "step_000001", [f"{newest}: {reason}"])
+    assert run.find(two, "auto") == (two / "step_000001", {newest: reason})
     with pytest.raises(CheckpointError, match=f"resume: .*step_000002 cannot be .*: {reason}"):
         run.find(two, str(newest))
 
@@ -118,10 +125,44 @@ def test_all_damaged_starts_anew_and_says_why(two):
         missing(folder)
     found = run.find(two, "auto")
     assert found.folder is None
-    assert [Path(reason.split(":")[0]).name for reason in found.skipped] == [
-        "step_000002",
-        "step_000001",
-    ]
+    assert [folder.name for folder in found.passed_over] == ["step_000002", "step_000001"]
+
+
+def test_what_no_resume_reads_may_be_edited(two):
+    newest = two / "step_000002"
+    (newest / "README.md").write_text("card, and a line of mine")
+    (newest / "adapter_model.safetensors").unlink()
+    assert run.find(two, "auto") == (newest, {})
+
+
+def test_the_weights_of_a_whole_model_are_read_by_a_resume(tmp_path):
+    state = {key: value for key, value in STATE.items() if key != "adapter"}
+
+    def export(folder):
+        (folder / "model.safetensors").write_text("weights")
+
+    run.save(tmp_path / "final", 1, export, state, replace=True)
+    (tmp_path / "final" / "model.safetensors").write_text("Weights")
+    assert run.find(tmp_path, "auto").folder is None
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_was_passed_over_is_neither_replaced_nor_removed(background, two):
+    save(two, run.FINAL, 2)
+    for name in ("step_000001", "step_000002", run.FINAL):
+        missing(two / name)
+    last = run.find(two, "auto")
+    assert last.folder is None
+    saver = run.Saver(
+        two, 1, lambda name, step: None, passed_over=last.passed_over, background=background
+    )
+    for step, name in enumerate(["step_000001", "step_000003", "step_000004", run.FINAL], 1):
+        saver.save(name, step, lambda folder: write(folder, "new"), STATE)
+    saver.wait()
+    kept = ["step_000001.passed-over", "step_000002", "final.passed-over"]
+    assert [weights(two / name) for name in kept] == ["weights"] * 3
+    names = {path.name for path in two.iterdir()}
+    assert names == {*kept, "step_000004", run.FINAL}
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
@@ -147,10 +188,10 @@ def test_an_older_checkpoint_is_not_gone_on_from_beside_newer_ones(two, tmp_path
     older, newer = two / "step_000001", two / "step_000002"
     with pytest.raises(OutputError, match=r"resume: .*step_000001 is older than step_000002"):
         run.find(two, str(older))
-    assert run.find(two, str(newer)) == (newer, [])
-    assert run.find(tmp_path / "elsewhere", str(older)) == (older, [])
+    assert run.find(two, str(newer)) == (newer, {})
+    assert run.find(tmp_path / "elsewhere", str(older)) == (older, {})
     newer.rename(tmp_path / "moved away")
-    assert run.find(two, str(older)) == (older, [])
+    assert run.find(two, str(older)) == (older, {})
 
 
 def test_another_runs_checkpoint_is_not_gone_on_from_among_ones_own(two, tmp_path):
@@ -190,7 +231,7 @@ def test_a_replacement_that_was_killed_is_put_back_and_swept(two):
     (two / ".partial-final").mkdir()
     with pytest.raises(OutputError, match=r"holds the checkpoints of another run \(final, "):
         run.find(two, "never")
-    assert run.find(two, "auto") == (two / "final", [])
+    assert run.find(two, "auto") == (two / "final", {})
     assert weights(two / "final") == "old"
     save(two, run.FINAL, 4, "new")
     assert sorted(p.name for p in two.iterdir()) == ["final", "step_000001", "step_000002"]
@@ -215,10 +256,10 @@ def test_a_state_that_would_run_code_is_refused(two):
     assert not (two / "sprung").exists()
 
 
-def test_hashes_name_every_file_but_themselves(two):
+def test_hashes_name_what_a_resume_reads(two):
     hashes = json.loads((two / "step_000002" / "resume" / "hashes.json").read_text())
     assert hashes["step"] == 2
-    assert sorted(hashes["files"]) == ["README.md", "adapter_model.safetensors", "resume/state.pt"]
+    assert list(hashes["files"]) == ["resume/state.pt"]
 
 
 # The saver

@@ -173,8 +173,8 @@ def test_nothing_to_resume_from(base, tmp_path):
 
 def test_a_changed_file_is_noticed(base, tmp_path):
     folder = saved(base, tmp_path / "out", trained_model(base), intermediate=True)
-    (folder / "README.md").write_text("changed")
-    with pytest.raises(CheckpointError, match=r"epoch_0 cannot be .*: README\.md has changed"):
+    (folder / "resume" / "state.pt").write_bytes(b"changed")
+    with pytest.raises(CheckpointError, match=r"epoch_0 cannot be .*: resume/state\.pt has"):
         Phi3Checkpointer(base, tmp_path / "out", should_load_recipe_state=True).load_checkpoint()
 
 
