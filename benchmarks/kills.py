@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 from phi3_plugin.recipes import phi3_demo as task
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
+from safetensors.torch import load_file
 
-from phi3_plugin.checkpoint.peft import load_adapter
+from phi3_plugin.checkpoint.peft import WEIGHTS
 from phi3_plugin.train import checkpoints as run
 from phi3_plugin.train.monitor import MEASURED, History
 
@@ -171,7 +172,7 @@ def last_step(out: Path) -> int:
 
 def compare(one: Path, other: Path) -> dict[str, bool]:
     """Say what of two runs is the same to the last bit."""
-    adapters = [load_adapter(folder / run.FINAL) for folder in (one, other)]
+    adapters = [load_file(folder / run.FINAL / WEIGHTS) for folder in (one, other)]
     states = [run.load_state(folder / run.FINAL) for folder in (one, other)]
     for state in states:
         del state["settings"]  # they differ in `resume`

@@ -410,7 +410,7 @@ def _adapter(peft: Mapping[str, Any], targets: str, is_nf4: bool, out: Translati
             model["apply_lora_to_embedding"] = True
     for key in ("rank_pattern", "alpha_pattern"):
         if given.get(key):
-            model[key] = _pattern(key, given[key], out)
+            model[key] = _our_names(key, given[key], out)
     if whole := given.get("modules_to_save"):
         model["modules_to_save"] = [(path(name) or (0, name))[1] for name in whole]
     if (numbers := given.get("layers_to_transform")) not in (None, []):
@@ -512,7 +512,7 @@ def modules(given: Any, targets: str, out: Translation) -> list[str]:
     return kept
 
 
-def _pattern(key: str, given: Mapping[str, Any], out: Translation) -> dict[str, Any]:
+def _our_names(key: str, given: Mapping[str, Any], out: Translation) -> dict[str, Any]:
     """Return a ``rank_pattern`` or ``alpha_pattern`` with our names.
 
     Of the names that fit a layer, the first counts in PEFT; here the layer's own.

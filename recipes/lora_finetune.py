@@ -29,6 +29,7 @@ from phi3_plugin.checkpoint.peft import export_adapter, export_model
 from phi3_plugin.data.order import shares
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.generate import answers_in_training
+from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import proof_of_run
 from phi3_plugin.train import checkpoints
@@ -74,6 +75,8 @@ class Finetune:
         self.s = settings.read(cfg)
         check_output(self.s.output_dir, self.s.checkpoint_dir)
         self.world = World(self.s.device, self.s.fsdp_replicas)
+        # A job that was queued again may start before the first one has died.
+        self.lock = FolderLock(self.s.output_dir, "output_dir") if self.world.is_main else None
         last = checkpoints.find(self.s.output_dir, self.s.resume)
         self.last = self.world.same("output_dir", last)
         self.stop = Stop(
@@ -305,6 +308,8 @@ class Finetune:
             self.report(folder)
         self.monitor.close()
         self.world.close()
+        if self.lock:
+            self.lock.release()
         if not self.world.is_main:
             return
         if interrupted:

@@ -49,6 +49,7 @@ from phi3_plugin.evaluate import (
 from phi3_plugin.generate import Generator
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.load import empty_model, load_model
+from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import EvaluateOptions
 from phi3_plugin.pages import for_stdout, harmless, versions, write_files
@@ -71,6 +72,7 @@ def measure(cfg: DictConfig) -> None:
     check_models(s, o)
     scorer = Scorer() if o.answers else None
     world = World(s.device, int(os.environ.get("WORLD_SIZE", 1)))
+    lock = FolderLock(s.output_dir, "output_dir") if world.is_main else None
     tokenizer = instantiate(s.tokenizer)
     positions = read_config(s.checkpoint_dir).max_position_embeddings if o.answers else None
     data = evaluation_data(s, tokenizer, o.max_samples, positions)
@@ -104,6 +106,8 @@ def measure(cfg: DictConfig) -> None:
         text = terminal_report(evaluation, numbers, str(s.output_dir / PAGE))
         print(for_stdout(harmless(text)), end="")
     world.close()
+    if lock:
+        lock.release()
 
 
 def check_models(s: Settings, o: EvaluateOptions) -> None:
@@ -151,8 +155,7 @@ def models(s: Settings, o: EvaluateOptions) -> Iterator[tuple[str, nn.Module]]:
             serve(whole)
             yield ADAPTER, whole
         return
-    how |= {"check_base": o.check_base, "sharing": base}
-    adapted = load_model(s.checkpoint_dir, o.adapter, **how)
+    adapted = load_model(s.checkpoint_dir, o.adapter, sharing=base, check_base=o.check_base, **how)
     serve(base, adapted)
     yield BASE, base
     del base

@@ -1,12 +1,14 @@
 """Adapters of every kind on tiny models, and what PEFT and a merged model compute with them."""
 
 import torch
+from safetensors.torch import load_file
 from torchtune.models.phi3 import lora_phi3 as torchtune_lora_phi3
 from transformers import Phi3ForCausalLM
 
 from phi3_plugin.checkpoint.adapter import MAGNITUDE, A, Adapter, B, original
 from phi3_plugin.checkpoint.base import (
     SAVED_WEIGHTS,
+    from_peft,
     fused_name,
     load_base_weights,
     module_sizes,
@@ -14,7 +16,7 @@ from phi3_plugin.checkpoint.base import (
     split_weights,
     to_hf,
 )
-from phi3_plugin.checkpoint.peft import check_same, load_adapter, load_origin
+from phi3_plugin.checkpoint.peft import WEIGHTS, check_same, load_origin
 from phi3_plugin.config import read_config
 from tests.oracles import (
     MEDIUM_4K,
@@ -138,6 +140,11 @@ def split_model(base, attention, mlp=False, output=False, alpha=12, rank=4, **ke
 
 def adapter_of(model):
     return {n: v for n, v in model.state_dict().items() if "lora" in n or "magnitude" in n}
+
+
+def load_adapter(folder):
+    """Read the tensors of an adapter folder under our names."""
+    return {from_peft(name): value for name, value in load_file(folder / WEIGHTS).items()}
 
 
 def load_trained(folder, checkpoint_dir, model=None):

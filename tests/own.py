@@ -16,13 +16,13 @@ from phi3_plugin.recipes.lora_finetune import Finetune
 from torch import Tensor
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.checkpoint.peft import export_model, load_adapter
+from phi3_plugin.checkpoint.peft import export_model
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_with_peft
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.monitor import MEASURED, History
-from tests.adapters import load_trained
+from tests.adapters import load_adapter, load_trained
 from tests.stock import TUNE, _run
 
 CONFIG = Path(__file__).parents[1] / "configs" / "phi3_mini_lora.yaml"

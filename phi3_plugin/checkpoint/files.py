@@ -1,5 +1,6 @@
 """Files that are whole or not there, and tensors read from files that a stranger wrote."""
 
+import fcntl
 import io
 import json
 import os
@@ -47,9 +48,13 @@ def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     if final.exists() and not replace:
         raise OutputError(f"{final} exists and would be overwritten. Move it or choose another.")
     partial = final.with_name(f"{PARTIAL}{final.name}")
+    if _is_being_written(partial):
+        raise OutputError(f"{final} is being written by another process. Wait until it has ended.")
+    handle = None
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        handle = _lock(partial)
         yield partial
         for path in (*partial.rglob("*"), partial):
             _sync(path)
@@ -62,7 +67,38 @@ def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             f"{final} could not be written: {error}. Earlier checkpoints are untouched."
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if handle is not None:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _lock(folder: Path) -> int:
+    """Mark a folder as being written until the file that is returned is closed, or we die.
+
+    Raises:
+        BlockingIOError: Another process writes it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass  # some network file systems lock no folders
+    return handle
+
+
+def _is_being_written(folder: Path) -> bool:
+    try:
+        os.close(_lock(folder))
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # it is not there
+    return False
 
 
 def restore(parent: Path) -> None:
@@ -81,14 +117,14 @@ def restore(parent: Path) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed runs left half-written.
+    """Remove what killed runs left half-written; what others are writing stays.
 
     Args:
-        parent: Where :func:`whole_folder` wrote; nothing may be writing there now.
+        parent: Where :func:`whole_folder` wrote.
     """
     restore(parent)
     for folder in parent.glob(f"{PARTIAL}*"):
-        if folder.is_dir():
+        if folder.is_dir() and not _is_being_written(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 

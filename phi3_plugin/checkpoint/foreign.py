@@ -49,6 +49,9 @@ from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 FILES = (WEIGHTS, "adapter_model.pt", "adapter_model.bin")
 """What is looked for in a folder, the first that is there."""
 
+Writer = Callable[[Adapter], FileContent]
+"""Gives what a file of the same kind would hold for an adapter."""
+
 # Shapes: R rank
 
 
@@ -94,13 +97,14 @@ def read_adapter(
     content = _content(tensors, config, file)
     _check_copies(content.copies, config, base, file)
     if content.program == "loralib":
-        adapter = _of_loralib(content, file, metadata, alpha, enable_lora, config)
+        found, note, write = _of_loralib(content, file, metadata, alpha, enable_lora, config)
     elif enable_lora is not None:
         raise AdapterError(
             f"enable_lora: is for files of loralib, but {file} is {content.program}'s."
         )
     else:
-        adapter = _of_peft(content, file, metadata, alpha, config)
+        found, note, write = _of_peft(content, file, metadata, alpha, config)
+    adapter = _as_written(found, note, config, write)
     if wrong := [m for m, r in adapter.ranks.items() if rank not in (None, r)]:
         raise AdapterError(f"rank: {rank}, but {wrong[0]} of {file} has {adapter.ranks[wrong[0]]}.")
     return adapter
@@ -126,13 +130,15 @@ def _of_peft(
     metadata: Mapping[str, str],
     alpha: float | None,
     config: Phi3Config,
-) -> Adapter:
-    """Return the adapter of a file of PEFT's or torchtune's."""
+) -> tuple[Adapter, object, Writer]:
+    """Return what a file of PEFT's or torchtune's holds, its note, and how it is written."""
+    write = partial(split_content, config=config)
     _check_tensors(content.tensors, content.saved, config, file)
     adapter = Adapter(content.tensors, {}, content.saved)
     beside = file.with_name(CONFIG)
     if not beside.is_file():
-        return replace(adapter, scales=_scales(adapter.ranks, _known_alpha(alpha, file), {}))
+        scales = _scales(adapter.ranks, _known_alpha(alpha, file), {})
+        return replace(adapter, scales=scales), None, write
     peft = read_peft_config(beside)
     if alpha is not None and alpha != peft.keys["lora_alpha"]:
         said = peft.keys["lora_alpha"]
@@ -146,8 +152,7 @@ def _of_peft(
         origin=Origin(rslora=True) if peft.keys.get("use_rslora") else Origin(),
     )
     if content.program == "torchtune":
-        note = peft.keys.get(ORIGIN)
-        return _as_written(adapter, note, config, partial(split_content, config=config))
+        return adapter, peft.keys.get(ORIGIN), write
 
     def row_norms(module: str) -> Tensor:
         """Rows of parts without an adapter have the base's norms, which only the file knows."""
@@ -155,7 +160,7 @@ def _of_peft(
 
     note = parsed_object(metadata.get(ORIGIN, "{}"))
     make = pattern_content if note.get("patterns") else uniform_content
-    return _as_written(adapter, note, config, partial(make, config=config, row_norms=row_norms))
+    return adapter, note, partial(make, config=config, row_norms=row_norms)
 
 
 def _check_config(adapter: Adapter, peft: PeftConfig, program: str) -> None:
@@ -182,7 +187,8 @@ def _of_loralib(
     alpha: float | None,
     enable_lora: EnableLora | None,
     config: Phi3Config,
-) -> Adapter:
+) -> tuple[Adapter, object, Writer]:
+    """Return what a file of loralib's holds, its note, and how it is written."""
     beside = file.with_suffix(".json")
     about = parsed_object(metadata.get(ORIGIN, "{}"))
     if not about and file.suffix == ".pt" and beside.is_file():
@@ -192,8 +198,7 @@ def _of_loralib(
     tensors, divisors = ungrouped(content.tensors, enabled, config)
     _check_tensors(tensors, content.saved, config, file)
     adapter = Adapter(tensors, _scales(divisors, said, aliases(config)))
-    if alpha is not None or enable_lora is not None:
-        return adapter
+    as_said = alpha is None and enable_lora is None
 
     def write(original: Adapter) -> FileContent:
         merged_linear = bool(about.get("merged_linear"))
@@ -202,7 +207,7 @@ def _of_loralib(
         alphas = {module: written.alphas[fused_name(module)] for module in ranks}
         return FileContent(again, ranks, alphas, written.note)
 
-    return _as_written(adapter, about.get(ORIGIN), config, write)
+    return adapter, about.get(ORIGIN) if as_said else None, write
 
 
 def _known_alpha(alpha: Any, file: Path) -> Any:
@@ -410,9 +415,7 @@ def _check_copies(
 # Whether a file is still what its note says, so that its original can be given back
 
 
-def _as_written(
-    found: Adapter, note: object, config: Phi3Config, write: Callable[[Adapter], FileContent]
-) -> Adapter:
+def _as_written(found: Adapter, note: object, config: Phi3Config, write: Writer) -> Adapter:
     """Return the adapter that a file was made of, or what it holds if it was changed since.
 
     A note is believed only if writing the adapter that it describes would give the very tensors
@@ -422,7 +425,7 @@ def _as_written(
         found: What the file holds, checked.
         note: What it says of its original, if anything.
         config: Sizes of the model.
-        write: Gives what a file of its kind would hold for an adapter.
+        write: Of a file of its kind.
     """
     if not isinstance(note, dict):
         return found

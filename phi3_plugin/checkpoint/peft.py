@@ -4,8 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ from phi3_plugin.checkpoint.base import (
     SAVED_WEIGHTS,
     A,
     B,
-    from_peft,
     fused_name,
     hf_name,
     known_hash,
@@ -148,8 +146,8 @@ def adapter_config(
         base: Repository id or folder of the base model.
         layers: How many the model has.
     """
-    rank, rank_pattern = _pattern(content.ranks)
-    alpha, alpha_pattern = _pattern(content.alphas)
+    rank, rank_pattern = _usual_and_others(content.ranks)
+    alpha, alpha_pattern = _usual_and_others(content.alphas)
     saved = sorted(_short(hf_name(name.removesuffix(".weight"))) for name in adapter.saved)
     return {
         "peft_type": "LORA",
@@ -191,7 +189,7 @@ def target_modules(modules: Iterable[str], layers: int) -> list[str]:
 Number = TypeVar("Number", int, float)
 
 
-def _pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+def _usual_and_others(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
     """Return the value that most modules have, and those of the others by name.
 
     PEFT takes a name in a pattern for a regular expression that the end of a module's name matches.
@@ -268,18 +266,7 @@ def markdown_table(title: str, rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# Reading back what we wrote
-
-
-def load_adapter(folder: Path) -> dict[str, Tensor]:
-    """Read the adapter tensors of a folder under our names.
-
-    Raises:
-        CheckpointError: A tensor is not part of a Phi-3 adapter, or the file is damaged.
-        MissingFileError: There is no adapter in the folder.
-    """
-    with _opened(folder) as file:
-        return {from_peft(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+# What a folder says of its adapter, and what is refused before one is saved or gone on with
 
 
 def load_origin(folder: Path) -> dict[str, Any]:
@@ -289,8 +276,14 @@ def load_origin(folder: Path) -> dict[str, Any]:
         CheckpointError: The file is damaged.
         MissingFileError: There is no adapter in the folder.
     """
-    with _opened(folder) as file:
-        return parsed_object((file.metadata() or {}).get(ORIGIN, "{}"))
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise MissingFileError(f"{folder} has no {WEIGHTS}: it is not an adapter folder.")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return parsed_object((tensors.metadata() or {}).get(ORIGIN, "{}"))
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged or cut short: {error}. Copy it again.") from error
 
 
 def parsed_object(text: str) -> dict[str, Any]:
@@ -300,20 +293,6 @@ def parsed_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return keys if isinstance(keys, dict) else {}
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    if not (folder / WEIGHTS).is_file():
-        raise MissingFileError(f"{folder} has no {WEIGHTS}: it is not an adapter folder.")
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} is damaged or cut short: {error}. Copy it again, or move {folder} "
-            "away to go on from the checkpoint before it."
-        ) from error
 
 
 def check_same(folder: Path, saved: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:

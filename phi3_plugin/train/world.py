@@ -4,7 +4,12 @@ The only user of ``torch.distributed`` in training. With one process each method
 so a recipe reads the same for a laptop and for a cluster.
 """
 
+import ctypes
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -20,6 +25,9 @@ from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.models.nf4 import rows_of
 
 _T = TypeVar("_T")
+
+PR_SET_PDEATHSIG = 1
+"""From Linux's <sys/prctl.h>."""
 
 
 class World:
@@ -48,6 +56,7 @@ class World:
         """Processes that share one copy of the model."""
         self.mesh: DeviceMesh | None = None
         if self.size > 1:
+            end_with_launcher()
             # Object gathering and barriers on the CPU, gradients on the GPU.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend)
@@ -211,6 +220,30 @@ class World:
         """Leave the group."""
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def end_with_launcher() -> None:
+    """Ask this process to stop, as SIGTERM does, when the launcher that started it has died.
+
+    Workers of torchrun have a session of their own, so that nothing else would tell them: they
+    would train on, and write among what a restarted run writes. On Linux the kernel sends the
+    signal; elsewhere a thread looks whether the parent is still the same.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return  # started by something else, which need not outlive us
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it died before that
+            os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def pick_device(name: str | None, local_rank: int) -> torch.device:

@@ -182,7 +182,7 @@ def test_words_become_options_in_any_order(chosen):
     assert (o.prompts, o.prompt) == ("-", ())
     module, o = chosen("chat", "--base", "b", "--adapter", "a", "--top-k", "5", "--seed", "0")
     assert module == "phi3_plugin.chat" and (o.adapter, o.top_k) == (Path("a"), 5)
-    assert o.sampling == options.Sampling(top_k=5, max_new_tokens=1024)
+    assert (o.top_k, o.max_new_tokens, o.temperature) == (5, 1024, 0)
 
 
 def test_verbs_of_adapters_have_options_of_their_own(chosen):

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torchtune.data import Message
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError, Phi3Error
 from phi3_plugin.generate import NOT_FINITE, answers_in_training
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_base_with_hf, load_with_peft
 from phi3_plugin.settings import read
+from tests.adapters import load_adapter
 from tests.chosen import some
 from tests.oracles import hf_model
 from tests.own import (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.proof import load_with_peft
+from tests.adapters import load_adapter
 from tests.own import TINY, tiny_inputs
 from tests.stock import tune_run
 

@@ -11,10 +11,11 @@ import torch
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.checkpoint.merge import merge_into
-from phi3_plugin.checkpoint.peft import export_adapter, export_model, load_adapter
+from phi3_plugin.checkpoint.peft import export_adapter, export_model
 from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_base_with_hf, load_with_peft
+from tests.adapters import load_adapter
 from tests.family import VARIANTS, published, sizes
 from tests.oracles import hf_model, save_checkpoint
 

@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from phi3_plugin.recipes import lora_finetune
 
 from benchmarks import kills
+from phi3_plugin.lock import FolderLock
 from phi3_plugin.train import checkpoints as run
 from tests.own import RUN, assert_same_end, lines, own_run, same, state, train
 from tests.stock import TUNE
@@ -128,6 +130,25 @@ def test_two_processes_whose_launcher_gets_a_signal_end_in_the_same_bits_too(
     done = own_run(*settings, "resume=auto", cwd=cwd, processes=2)
     assert done.returncode == 0, done.stderr
     assert_same_end(cwd / "out", whole_of_two)
+
+
+def test_workers_end_with_a_launcher_that_is_killed(cwd):
+    command = [TUNE, "run", "--nproc_per_node", "2", "phi3_lora_finetune", "--config"]
+    command += ["phi3_mini_lora", *RUN, *RARELY, *OF_TWO, "epochs=200"]
+    launcher = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while launcher.poll() is None and kills.last_step(cwd / "out") < 2:
+        time.sleep(0.01)
+    workers = [
+        int(stat.parent.name)
+        for stat in Path("/proc").glob("[0-9]*/stat")
+        if stat.read_text().rpartition(")")[2].split()[1] == str(launcher.pid)
+    ]
+    assert len(workers) == 2
+    launcher.kill()
+    said, _ = launcher.communicate(timeout=60)  # ends when the last worker has closed the pipe
+    # They saved what they had, as for any SIGTERM, and nobody holds the folder any more.
+    assert b"Repeat the command with resume=auto to go on." in said
+    FolderLock(cwd / "out", "output_dir").release()
 
 
 @pytest.mark.exhaustive

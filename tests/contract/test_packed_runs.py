@@ -6,7 +6,7 @@ where two stopped.
 
 import pytest
 
-from phi3_plugin.checkpoint.peft import load_adapter
+from tests.adapters import load_adapter
 from tests.chosen import some
 from tests.own import (
     TINY,

@@ -13,11 +13,11 @@ from torchtune._recipe_registry import get_all_recipes
 from transformers import get_cosine_schedule_with_warmup
 
 from phi3_plugin.checkpoint.base import load_base_weights, to_hf, to_peft
-from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.data.collate import pad_right
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_base_with_hf
 from phi3_plugin.train import start as lora_finetune_start
+from tests.adapters import load_adapter
 from tests.chosen import some
 from tests.own import (
     CONFIG,

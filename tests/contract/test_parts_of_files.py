@@ -9,12 +9,12 @@ from torchtune.modules.peft import get_adapter_params
 from phi3_plugin.checkpoint import Phi3Checkpointer
 from phi3_plugin.checkpoint.base import INNER, base_hash, load_base_weights
 from phi3_plugin.checkpoint.base import TORCHTUNE_LAYERS as PARTS
-from phi3_plugin.checkpoint.peft import check_same, load_adapter, load_origin
+from phi3_plugin.checkpoint.peft import check_same, load_origin
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models import lora_settings as names
 from phi3_plugin.proof import load_with_peft
-from tests.adapters import load_trained
+from tests.adapters import load_adapter, load_trained
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 STATE = {"optimizer": {}, "seed": 7, "epochs_run": 1, "total_epochs": 3}

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_with_peft
+from tests.adapters import load_adapter
 from tests.chosen import some
 from tests.stock import gsm8k, tiny_checkpoint, tune_run
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint.adapter import A, B
+from phi3_plugin.checkpoint.base import hf_name
 from phi3_plugin.checkpoint.files import read_tensors
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.loralib import write_loralib
@@ -22,7 +23,7 @@ from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import parse_config, read_config
 from phi3_plugin.errors import AdapterError
 from tests.adapters import PARTS, adapter, base_folder, load_trained, merged_logits, same
-from tests.contract.test_foreign import FUSED, trained_by_peft
+from tests.contract.test_foreign import FUSED, peft_names, trained_by_peft
 from tests.oracles import MINI_4K, TINY_MHA
 
 CONFIG = parse_config({**MINI_4K, **TINY_MHA})
@@ -410,3 +411,18 @@ def test_a_note_that_no_header_holds_is_left_out(gqa, made, tmp_path, monkeypatc
     assert again.keys() == made.tensors.keys()
     for name, value in made.tensors.items():
         torch.testing.assert_close(again[name], value, rtol=2e-7, atol=0)
+
+
+def test_a_note_of_parts_that_the_file_has_as_parts_is_left_aside(gqa, tmp_path):
+    """Norms of the rows in between are nowhere in such a file."""
+    config = read_config(gqa)
+    made = adapter(config, PARTS, dora=True)
+    tensors = peft_names(made)
+    for module in made.ranks:
+        name = f"base_model.model.{hf_name(module)}.lora_magnitude_vector"
+        tensors[name] = made.tensors[f"{module}.magnitude"]
+    keys = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "use_dora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(keys))
+    note = json.dumps({"modules": {module: [4, 3.0] for module in made.ranks}})
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"phi3_plugin": note})
+    assert same(read_adapter(tmp_path, config=config), made)

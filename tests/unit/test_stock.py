@@ -9,12 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint import Phi3Checkpointer
-from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_with_peft
 from phi3_plugin.train import DiskLogger
+from tests.adapters import load_adapter
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
 STATE = {"optimizer": {"state": {}}, "seed": 7, "epochs_run": 1, "total_epochs": 3}

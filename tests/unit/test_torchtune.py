@@ -5,11 +5,10 @@ import itertools
 import pytest
 import torch
 
-from phi3_plugin.checkpoint.peft import load_adapter
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.proof import load_with_peft
 from phi3_plugin.train.stock import Phi3Checkpointer
-from tests.adapters import adapter_of, split_model
+from tests.adapters import adapter_of, load_adapter, split_model
 from tests.chosen import some
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 

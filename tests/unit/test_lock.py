@@ -1,0 +1,116 @@
+"""One process at a time in a folder."""
+
+import subprocess
+import sys
+
+import pytest
+from phi3_plugin.recipes.lora_finetune import Finetune
+
+from phi3_plugin.checkpoint.files import sweep, whole_folder
+from phi3_plugin.errors import OutputError
+from phi3_plugin.lock import HOLDER, FolderLock
+from tests.own import TINY, merged
+
+HOLD = """
+import sys
+from pathlib import Path
+from phi3_plugin.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]), "output_dir")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+WRITE = """
+import sys
+from pathlib import Path
+from phi3_plugin.recipes.lora_finetune import Finetune
+
+from phi3_plugin.checkpoint.files import whole_folder
+with whole_folder(Path(sys.argv[1])) as partial:
+    (partial / "file").write_text("half")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other():
+    """Start another process, and return it once it says that it is there."""
+    started = []
+
+    def start(program, path):
+        command = [sys.executable, "-c", program, str(path)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, **pipes))
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_process_is_refused_by_the_name_of_the_first(tmp_path, other):
+    first = other(HOLD, tmp_path)
+    with pytest.raises(OutputError, match=rf"output_dir: .*process {first.pid} on host"):
+        FolderLock(tmp_path, "output_dir")
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path, other):
+    first = other(HOLD, tmp_path)
+    first.kill()
+    first.wait()
+    assert (tmp_path / HOLDER).exists()  # it had no time to remove it
+    FolderLock(tmp_path, "output_dir").release()
+
+
+def test_a_process_may_take_its_own_folder_again_and_leaves_nothing(tmp_path):
+    first, second = FolderLock(tmp_path, "a"), FolderLock(tmp_path, "b")
+    first.release()
+    assert (tmp_path / HOLDER).exists()
+    second.release()
+    assert not (tmp_path / HOLDER).exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x", "host": 1, "since": 2}'])
+def test_a_damaged_note_of_the_holder_is_said_to_tell_nothing(tmp_path, other, text):
+    other(HOLD, tmp_path)
+    (tmp_path / HOLDER).write_text(text)
+    with pytest.raises(OutputError, match=HOLDER):
+        FolderLock(tmp_path, "output_dir")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"output_dir: .*file"):
+        FolderLock(tmp_path / "file" / "run", "output_dir")
+
+
+def test_what_another_process_is_writing_is_neither_swept_nor_replaced(tmp_path, other):
+    writer = other(WRITE, tmp_path / "merged")
+    sweep(tmp_path)
+    refused = pytest.raises(OutputError, match="being written by another process")
+    with refused, whole_folder(tmp_path / "merged"):
+        pass
+    writer.communicate(input="")
+    assert (tmp_path / "merged" / "file").read_text() == "half"
+
+
+def test_what_a_killed_process_was_writing_is_swept(tmp_path, other):
+    writer = other(WRITE, tmp_path / "merged")
+    writer.kill()
+    writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [".partial-merged"]
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_in_a_folder_ends_before_it_reads_data(cwd, other):
+    first = other(HOLD, cwd / "out")
+    with pytest.raises(OutputError, match=f"output_dir: .*process {first.pid}"):
+        Finetune(merged(*TINY, "output_dir=out", cwd=cwd))
+
+
+def test_a_run_that_has_ended_lets_the_folder_go(whole):
+    assert not (whole / HOLDER).exists()
