@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phi3_plugin.checkpoint.base import open_weights
 from phi3_plugin.checkpoint.check import listed
-from phi3_plugin.checkpoint.peft import load_origin
+from phi3_plugin.checkpoint.peft import load_note
 from phi3_plugin.errors import AdapterError, Phi3Error
 from phi3_plugin.load import load_model
 from phi3_plugin.models.phi3 import PRECISIONS
@@ -71,7 +71,7 @@ def proof_of_run(folder: Path, checkpoint_dir: Path) -> ProofResult:
         folder: Of the adapter.
         checkpoint_dir: Of its base.
     """
-    if load_origin(folder).get("lora_init") == "loftq":
+    if load_note(folder).get("lora_init") == "loftq":
         reason = "the adapter belongs to the NF4 base it was trained over."
         return ProofResult(UNPROVEN, reason)
     # bf16 becomes fp32, beside pages of the files

@@ -25,7 +25,7 @@ from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf import write_gguf
 from phi3_plugin.checkpoint.loralib import write_loralib
 from phi3_plugin.checkpoint.merge import merge_into
-from phi3_plugin.checkpoint.peft import export_adapter, load_origin
+from phi3_plugin.checkpoint.peft import export_adapter, load_note
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError
@@ -51,7 +51,7 @@ def check(o: CheckOptions) -> int:
     failed = any(v.status != LOADS for v in judged if v.runtime in (o.runtime or ["PEFT"]))
     result, other = None, None
     if base:
-        if hashes := other_base(str(load_origin(folder).get("base_hash", "")), base):
+        if hashes := other_base(str(load_note(folder).get("base_hash", "")), base):
             other = f"Another base: the adapter was made for weights with the hash {hashes}."
         result = ProofResult(UNPROVEN, "PEFT does not load the adapter as it is.")
         if judged[0].status == LOADS:

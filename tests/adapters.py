@@ -16,7 +16,7 @@ from phi3_plugin.checkpoint.base import (
     split_weights,
     to_hf,
 )
-from phi3_plugin.checkpoint.peft import WEIGHTS, check_same, load_origin
+from phi3_plugin.checkpoint.peft import WEIGHTS, check_same, load_note
 from phi3_plugin.config import read_config
 from tests.oracles import (
     MEDIUM_4K,
@@ -156,7 +156,7 @@ def load_trained(folder, checkpoint_dir, model=None):
         model: The adapter of the model that it is for, if that is known by now.
 
     """
-    adapter, origin = load_adapter(folder), load_origin(folder)
+    adapter, origin = load_adapter(folder), load_note(folder)
     if "modules" in origin:
         tensors, _ = original(adapter, origin, read_config(checkpoint_dir))
         adapter = {**tensors, **{n: v for n, v in adapter.items() if n in SAVED_WEIGHTS}}

@@ -35,7 +35,7 @@ from phi3_plugin.checkpoint.base import (
 )
 from phi3_plugin.checkpoint.files import quoted, read_tensors
 from phi3_plugin.checkpoint.loralib import EnableLora, loralib_content, ungrouped
-from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, WEIGHTS, parsed_object
+from phi3_plugin.checkpoint.peft import CONFIG, NOTE, WEIGHTS, parsed_object
 from phi3_plugin.checkpoint.peft_config import (
     PeftConfig,
     is_alpha,
@@ -152,13 +152,13 @@ def _of_peft(
         origin=Origin(rslora=True) if peft.keys.get("use_rslora") else Origin(),
     )
     if content.program == "torchtune":
-        return adapter, peft.keys.get(ORIGIN), write
+        return adapter, peft.keys.get(NOTE), write
 
     def row_norms(module: str) -> Tensor:
         """Rows of parts without an adapter have the base's norms, which only the file knows."""
         return adapter.tensors[module + MAGNITUDE].clone()
 
-    note = parsed_object(metadata.get(ORIGIN, "{}"))
+    note = parsed_object(metadata.get(NOTE, "{}"))
     make = pattern_content if note.get("patterns") else uniform_content
     return adapter, note, partial(make, config=config, row_norms=row_norms)
 
@@ -190,7 +190,7 @@ def _of_loralib(
 ) -> tuple[Adapter, object, Writer]:
     """Return what a file of loralib's holds, its note, and how it is written."""
     beside = file.with_suffix(".json")
-    about = parsed_object(metadata.get(ORIGIN, "{}"))
+    about = parsed_object(metadata.get(NOTE, "{}"))
     if not about and file.suffix == ".pt" and beside.is_file():
         about = read_json_object(beside, AdapterError)
     said = _known_alpha(about.get("alpha") if alpha is None else alpha, file)
@@ -207,7 +207,7 @@ def _of_loralib(
         alphas = {module: written.alphas[fused_name(module)] for module in ranks}
         return FileContent(again, ranks, alphas, written.note)
 
-    return adapter, about.get(ORIGIN) if as_said else None, write
+    return adapter, about.get(NOTE) if as_said else None, write
 
 
 def _known_alpha(alpha: Any, file: Path) -> Any:

@@ -33,7 +33,7 @@ from phi3_plugin.checkpoint.adapter import (
 )
 from phi3_plugin.checkpoint.base import A, B, fused_name, hf_name, layer_of, part_rows
 from phi3_plugin.checkpoint.files import quoted, save_tensors, whole_files, write_state
-from phi3_plugin.checkpoint.peft import ORIGIN
+from phi3_plugin.checkpoint.peft import NOTE
 from phi3_plugin.config import Phi3Config
 from phi3_plugin.errors import AdapterError
 
@@ -74,11 +74,11 @@ def write_loralib(file: Path, adapter: Adapter, config: Phi3Config, *, merged_li
         "alpha": alpha,
         "enable_lora": enabled,
         "merged_linear": merged_linear,
-        ORIGIN: content.note,
+        NOTE: content.note,
     }
     if file.suffix == ".safetensors":
         with whole_files(file) as (partial,):
-            save_tensors(partial, tensors, {ORIGIN: json.dumps(about)})
+            save_tensors(partial, tensors, {NOTE: json.dumps(about)})
         return
     with whole_files(file.with_suffix(".json"), file) as (beside, partial):
         beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

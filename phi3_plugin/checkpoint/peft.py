@@ -38,8 +38,8 @@ from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-ORIGIN = "phi3_plugin"
-"""Key in the weights file's metadata: what the adapter was before it was made uniform."""
+NOTE = "phi3_plugin"
+"""Key under which a file has its `Note`: in the metadata of the weights or beside them."""
 
 # The folder that serves: adapter, tokenizer, model card
 
@@ -86,7 +86,7 @@ def export_adapter(
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     tensors = {to_peft(n): v for n, v in {**content.tensors, **adapter.saved}.items()}
-    save_tensors(folder / WEIGHTS, tensors, {ORIGIN: json.dumps(content.note)})
+    save_tensors(folder / WEIGHTS, tensors, {NOTE: json.dumps(content.note)})
     copy_tokenizer(checkpoint_dir, folder)
     if any(fused_name(module) != module for module in adapter.ranks):
         ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
@@ -269,7 +269,7 @@ def markdown_table(title: str, rows: Mapping[str, Any]) -> str:
 # What a folder says of its adapter, and what is refused before one is saved or gone on with
 
 
-def load_origin(folder: Path) -> dict[str, Any]:
+def load_note(folder: Path) -> dict[str, Any]:
     """Read what :func:`export_adapter` noted of the adapter; empty for other people's files.
 
     Raises:
@@ -281,7 +281,7 @@ def load_origin(folder: Path) -> dict[str, Any]:
         raise MissingFileError(f"{folder} has no {WEIGHTS}: it is not an adapter folder.")
     try:
         with safe_open(file, framework="pt") as tensors:
-            return parsed_object((tensors.metadata() or {}).get(ORIGIN, "{}"))
+            return parsed_object((tensors.metadata() or {}).get(NOTE, "{}"))
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged or cut short: {error}. Copy it again.") from error
 

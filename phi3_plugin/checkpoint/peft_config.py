@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_plugin.checkpoint.files import quoted
-from phi3_plugin.checkpoint.peft import ORIGIN
+from phi3_plugin.checkpoint.peft import NOTE
 from phi3_plugin.config import read_json_object
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.options import Kind, is_number, is_whole
@@ -56,7 +56,7 @@ a base that was changed."""
 
 READ_KEYS = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern"),
-    *("alpha_pattern", "base_model_name_or_path", "init_lora_weights", ORIGIN),
+    *("alpha_pattern", "base_model_name_or_path", "init_lora_weights", NOTE),
 }
 
 IRRELEVANT_KEYS = {

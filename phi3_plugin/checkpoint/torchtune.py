@@ -14,7 +14,7 @@ from phi3_plugin.checkpoint.adapter import (
 )
 from phi3_plugin.checkpoint.base import TOK_EMBEDDINGS, A, fused_name, torchtune_name
 from phi3_plugin.checkpoint.files import whole_files, write_state
-from phi3_plugin.checkpoint.peft import CONFIG, ORIGIN, targets_of
+from phi3_plugin.checkpoint.peft import CONFIG, NOTE, targets_of
 from phi3_plugin.config import Phi3Config
 from phi3_plugin.errors import AdapterError
 
@@ -48,7 +48,7 @@ def write_torchtune(file: Path, adapter: Adapter, config: Phi3Config) -> None:
         "use_dora": adapter.is_dora,
         "lora_dropout": adapter.dropout,
         "base_model_name_or_path": adapter.base,
-        ORIGIN: content.note,
+        NOTE: content.note,
     }
     with whole_files(file.with_name(CONFIG), file) as (config_file, weights_file):
         config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,8 @@ from torchtune.modules.peft import get_adapter_params
 from phi3_plugin.checkpoint import Phi3Checkpointer
 from phi3_plugin.checkpoint.base import INNER, base_hash, load_base_weights
 from phi3_plugin.checkpoint.base import TORCHTUNE_LAYERS as PARTS
-from phi3_plugin.checkpoint.peft import check_same, load_origin
+from phi3_plugin.checkpoint.peft import check_same
+from phi3_plugin.checkpoint.peft import load_note as load_origin
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models import lora_phi3
 from phi3_plugin.models import lora_settings as names

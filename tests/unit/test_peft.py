@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from phi3_plugin.checkpoint.peft import WEIGHTS, load_origin
+from phi3_plugin.checkpoint.peft import WEIGHTS, load_note
 from phi3_plugin.checkpoint.peft_config import read_peft_config
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
@@ -16,17 +16,17 @@ NAME = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
 
 def test_a_damaged_file_is_one_clear_error(tmp_path):
     with pytest.raises(MissingFileError, match="it is not an adapter folder"):
-        load_origin(tmp_path)
+        load_note(tmp_path)
     save_file({NAME: torch.ones(4, 8)}, tmp_path / WEIGHTS)
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-3])
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS} is damaged or cut short: .* Copy it"):
-        load_origin(tmp_path)
+        load_note(tmp_path)
 
 
 @pytest.mark.parametrize("note", ["{", "[]", "[" * 100_000, "3"])
 def test_a_note_of_others_is_none(tmp_path, note):
     save_file({NAME: torch.ones(4, 8)}, tmp_path / WEIGHTS, metadata={"phi3_plugin": note})
-    assert load_origin(tmp_path) == {}
+    assert load_note(tmp_path) == {}
 
 
 GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 12}
