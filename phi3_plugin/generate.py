@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchtune.data import Message
 
+from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import CheckpointError, DataError
 from phi3_plugin.options import Sampling
 
@@ -64,20 +65,10 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
 # The text of an answer while it grows.
 
 
-class Decoder(Protocol):
-    """The part of a tokenizer that is needed."""
-
-    special_tokens: dict[str, int]
-    stop_tokens: list[int]
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Turn ids back into text."""
-
-
 class GrowingText:
     """The text of the tokens so far: shown in whole characters, and ended by a stop text."""
 
-    def __init__(self, tokenizer: Decoder, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Phi3Tokenizer, stops: Sequence[str] = ()) -> None:
         """Start empty.
 
         Args:
@@ -178,7 +169,7 @@ class Generator:
     """Answers prompts with one model."""
 
     def __init__(
-        self, model: Any, tokenizer: Decoder, sampling: Sampling, *, batch_size: int = 8
+        self, model: Any, tokenizer: Phi3Tokenizer, sampling: Sampling, *, batch_size: int = 8
     ) -> None:
         """Take what answers, and how.
 

@@ -1,6 +1,9 @@
-"""Numbers of a made-up data set, for what shows them."""
+"""Numbers of a made-up data set, for what shows them, and what reads the pages that do."""
 
+import base64
+import re
 from dataclasses import replace
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -61,3 +64,46 @@ def sample(*units: tuple[str, bool], where: str = "chats.jsonl:1", lost: int = 0
         Unit(text, (n,), trained, text.startswith("<|")) for n, (text, trained) in enumerate(units)
     ]
     return Shown(where, listed, sum(unit.trained for unit in listed), lost)
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and visible text of a page, all of whose tags are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in ("img", "meta", "source", "wbr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join("".join(self.text).split())
+
+    @property
+    def charts(self):
+        return [value for tag, name, value in self.attributes if (tag, name) == ("img", "alt")]
+
+
+def check_fetches_nothing(page):
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    for _, name, value in page.attributes:
+        if name in ("src", "href", "srcset"):
+            assert value.startswith("data:image/svg+xml;base64,")
+            svg = base64.b64decode(value.partition(",")[2]).decode()
+            assert "<image" not in svg and not re.search(r'href="(?!#)', svg)
+    policy = next(value for _, name, value in page.attributes if value and "default-src" in value)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -1,10 +1,8 @@
 """The pages, and an inspection in a terminal: safe, whole, and saying what they should."""
 
-import base64
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,48 +14,11 @@ from phi3_plugin.inspect import Cut, Unit, advice
 from phi3_plugin.pages import count, harmless, percent, write_files
 from phi3_plugin.pages import inspection as shown
 from phi3_plugin.pages.report import running_mean, series, write_report
-from tests.inspected import findings, numbers, sample
+from tests.inspected import Page, check_fetches_nothing, findings, numbers, sample
 
 MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}{% if %}"
 EVIL = f"{MARKUP}\x1b[2J\u202e\ud800"
 SPELLED = f"{MARKUP}\\x1b[2J\\u202e\\ud800"
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and visible text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.text = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attrs]
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1] != "style":
-            self.text.append(data)
-
-    @property
-    def words(self):
-        return " ".join("".join(self.text).split())
-
-    @property
-    def charts(self):
-        return [value for tag, name, value in self.attributes if (tag, name) == ("img", "alt")]
-
-
-def check_fetches_nothing(page):
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    for _, name, value in page.attributes:
-        if name in ("src", "href", "srcset"):
-            assert value.startswith("data:image/svg+xml;base64,")
-            svg = base64.b64decode(value.partition(",")[2]).decode()
-            assert "<image" not in svg and not re.search(r'href="(?!#)', svg)
-    policy = next(value for _, name, value in page.attributes if value and "default-src" in value)
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @pytest.mark.parametrize(
