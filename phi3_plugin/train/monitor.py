@@ -298,17 +298,16 @@ class Progress:
                 smoothing=0.1,
             )
 
-    def update(self, step: int, *, loss: float, lr: float, tokens_per_second: float | None) -> None:
+    def update(self, step: int, *, loss: float, lr: float, tokens_per_second: float) -> None:
         """Show that ``step`` steps are made.
 
         Args:
             step: Steps made, those before a resume included.
             loss: Of this step.
             lr: Learning rate of this step.
-            tokens_per_second: None where it is not known.
+            tokens_per_second: Of this step.
         """
-        speed = [] if tokens_per_second is None else [f"{tokens_per_second:,.0f} tok/s"]
-        numbers = "  ".join([f"loss {loss:.4f}", f"lr {lr:.2e}", *speed])
+        numbers = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tok/s"
         if self._bar is not None:
             self._bar.set_description_str(numbers, refresh=False)
             self._bar.update(step - self._bar.n)

@@ -312,7 +312,7 @@ def test_the_bar_fits_its_terminal(columns):
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
 def test_odd_numbers(stream):
     with closing(Progress(2, stream=stream, clock=Clock())) as progress:
-        progress.update(1, loss=math.nan, lr=0.0, tokens_per_second=None)
+        progress.update(1, loss=math.nan, lr=0.0, tokens_per_second=math.inf)
         progress.update(2, loss=math.inf, lr=0.0, tokens_per_second=0.0)
         progress.validation(2, loss=math.nan, perplexity=math.inf)
     assert "loss nan" in stream.getvalue()
