@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from phi3_plugin import hook, options
 from phi3_plugin.errors import Phi3Error
 from phi3_plugin.options import Flags
+from phi3_plugin.terminal import show_error
 
 
 class Verb(NamedTuple):
@@ -105,7 +106,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
     except Phi3Error as error:
         if os.environ.get("PHI3_PLUGIN_TRACEBACK") == "1":
             raise
-        print(f"phi3_plugin: {type(error).__name__}: {error}", file=sys.stderr)
+        show_error(error)
         return 1
 
 

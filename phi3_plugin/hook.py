@@ -205,9 +205,10 @@ def _show_errors_as_a_line() -> None:
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         from phi3_plugin.errors import Phi3Error
+        from phi3_plugin.terminal import show_error
 
         if isinstance(error, Phi3Error) and os.environ.get("PHI3_PLUGIN_TRACEBACK") != "1":
-            print(f"phi3_plugin: {kind.__name__}: {error}", file=sys.stderr)
+            show_error(error)
         else:
             stock(kind, error, trace)
 

@@ -8,8 +8,10 @@ torchtune's, which it calls in the end.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,10 +35,15 @@ def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection
     ours = {spelling for name, file in recipes.items() for spelling in _spellings(name, file)}
 
     def _get_config(self: Any, config_str: str, specific_recipe: Any) -> Any:
-        if os.path.isfile(config_str):
-            return None  # "not registered": `tune run` then reads config_str as a path
-        config = stock_config(self, config_str, specific_recipe)
         stem, suffix = os.path.splitext(config_str)
+        is_path = suffix in (".yaml", ".yml") or os.path.basename(config_str) != config_str
+        if is_path and os.path.isfile(config_str):
+            if stem in configs:
+                text = f"--config: {os.path.abspath(config_str)}, not the shipped {stem}."
+                print(f"phi3_plugin: {text}", file=sys.stderr)
+            return None  # "not registered": `tune run` then reads config_str as a path
+        # A bare name is a shipped config, whatever lies in the current folder: a YAML is a program.
+        config = stock_config(self, config_str, specific_recipe)
         if config is None and suffix == ".yaml" and stem in configs:
             return stock_config(self, stem, specific_recipe)
         return config
@@ -72,6 +79,7 @@ def signals_for_workers() -> Iterator[None]:
     still what a second signal does, and a signal before there are workers. A worker that is not
     yet listening dies of the signal it is passed; then torchrun ends as for any failed worker.
     A worker that ends with 130, for nothing is to be saved, is no failure: the command does too.
+    A worker that failed has said why; torchrun's account of it is shown if it was killed instead.
     """
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -84,16 +92,23 @@ def signals_for_workers() -> Iterator[None]:
         stock(workers)
         _listen(workers, asked)
 
+    log = logging.getLogger(PContext.__module__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # which worker is sent which signal, and who failed first
     PContext.start = start  # type: ignore[assignment, method-assign]
     try:
         yield
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if not asked or STOPPED not in codes:  # torchrun ends the others when the first has ended
+        if asked and STOPPED in codes:  # torchrun ends the others when the first has ended
+            raise SystemExit(STOPPED) from None
+        _, first = error.get_first_failure()
+        if first.exitcode < 0:  # the number of a signal
             raise
-        raise SystemExit(STOPPED) from None
+        raise SystemExit(first.exitcode) from None
     finally:
         PContext.start = stock  # type: ignore[method-assign]
+        log.setLevel(level)
 
 
 def _listen(workers: Any, asked: list[signal.Signals]) -> None:

@@ -52,9 +52,10 @@ from phi3_plugin.load import empty_model, load_model
 from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import EvaluateOptions
-from phi3_plugin.pages import for_stdout, harmless, versions, write_files
+from phi3_plugin.pages import versions, write_files
 from phi3_plugin.pages.evaluation import page_of_evaluation
 from phi3_plugin.settings import Settings, read_beside
+from phi3_plugin.terminal import for_stdout, harmless
 from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.plan import give_memory_back
 from phi3_plugin.train.step import ready

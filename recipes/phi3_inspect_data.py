@@ -28,9 +28,9 @@ from phi3_plugin.inspect import (
     unpacked,
 )
 from phi3_plugin.options import InspectOptions
-from phi3_plugin.pages import for_stdout
 from phi3_plugin.pages.inspection import Terminal, write_page
 from phi3_plugin.settings import read_beside
+from phi3_plugin.terminal import for_stdout
 from phi3_plugin.train.data import load_data
 
 WIDEST = 100

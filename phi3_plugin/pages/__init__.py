@@ -8,8 +8,6 @@ import json
 import os
 import platform
 import re
-import sys
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -20,9 +18,7 @@ from jinja2 import FileSystemLoader
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phi3_plugin.errors import OutputError
-
-INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
-"""Unicode categories of what shows nothing, looks like a space, or changes how others show."""
+from phi3_plugin.terminal import harmless
 
 
 def render(template: str, **values: Any) -> str:
@@ -42,23 +38,6 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def harmless(text: str) -> str:
-    r"""Spell out, as ``\x1b`` or ``\u202e``, what could drive a terminal or hide in a page.
-
-    Plain spaces, line ends and tabs stay, and so do letters of every script and emoji.
-    """
-    return "".join(map(_visible, text))
-
-
-def _visible(char: str) -> str:
-    if char in " \n\t" or unicodedata.category(char) not in INVISIBLE:
-        return char
-    number = ord(char)
-    if number < 0x100:
-        return f"\\x{number:02x}"
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-
-
 def percent(share: float) -> str:
     """Write a share; what is not nothing, or not all, does not look like it."""
     if share <= 0 or share >= 1:
@@ -73,12 +52,6 @@ def percent(share: float) -> str:
 def count(number: int, one: str) -> str:
     """Write how many there are of something."""
     return f"{number:,} {one if number == 1 else one + 's'}"
-
-
-def for_stdout(text: str) -> str:
-    """Return a text that the terminal's encoding can hold."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
 
 
 SECRET = re.compile(

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from phi3_plugin.data.findings import DROPPED, NOTICED, Findings
 from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, advice, source_name
-from phi3_plugin.pages import count, harmless, percent, render, write_files
+from phi3_plugin.pages import count, percent, render, write_files
+from phi3_plugin.terminal import harmless
 
 # The numbers in words
 

@@ -140,12 +140,26 @@ def test_run_takes_the_name_with_and_without_yaml(get_config, file, tmp_path, mo
     assert get_config("folder/" + file.name, None) is None
 
 
-@pytest.mark.parametrize("name", ["phi3_mini_lora.yaml", "phi3_mini_lora", "generation"])
-def test_run_takes_a_local_file_first(get_config, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["phi3_mini_lora.yaml", "./phi3_mini_lora"])
+def test_run_takes_a_local_file_first_that_is_named_as_one(
+    get_config, name, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    assert get_config(name, None) is not None
     (tmp_path / name).write_text("seed: 0\n")
     assert get_config(name, None) is None  # not a registered config, so `tune run` reads the path
+    said = capsys.readouterr().err
+    if name.endswith(".yaml"):  # also the name of a shipped one
+        assert f"{tmp_path / name}, not the shipped phi3_mini_lora." in said
+
+
+@pytest.mark.parametrize("name", ["phi3_mini_lora", "generation"])
+def test_a_bare_name_is_a_registered_config_whatever_lies_around(
+    get_config, name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    registered = get_config(name, None)
+    (tmp_path / name).write_text("seed: 0\n")
+    assert get_config(name, None) == registered
 
 
 def test_run_takes_the_config_where_a_folder_has_its_name(get_config, tmp_path, monkeypatch):

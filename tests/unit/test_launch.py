@@ -147,20 +147,32 @@ def test_torchrun_is_unchanged_afterwards(start):
         signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("codes", [(130, 130), (-signal.SIGTERM, 130), (1, 130), (1, -2)])
-@pytest.mark.parametrize("asked", [True, False])
-def test_workers_that_were_stopped_and_said_so_are_no_failure(start, codes, asked):
+@pytest.mark.parametrize(
+    ("codes", "asked", "end"),
+    [
+        ((130, 130), True, 130),
+        ((-signal.SIGTERM, 130), True, 130),
+        ((1, 130), True, 130),
+        ((1, 1), False, 1),
+        ((3, -signal.SIGTERM), False, 3),  # the others are ended by torchrun
+        ((-signal.SIGKILL, 1), False, None),
+        ((-signal.SIGTERM, -signal.SIGTERM), True, None),
+    ],
+)
+def test_what_workers_have_said_is_not_said_again(start, codes, asked, end):
     failures = {
         rank: ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file="none")
         for rank, code in enumerate(codes)
     }
-    kind = SystemExit if asked and 130 in codes else ChildFailedError
+    for rank, failure in failures.items():
+        failure.timestamp = rank  # when it was seen; the first one is the cause
+    kind = ChildFailedError if end is None else SystemExit
     with pytest.raises(kind) as ended, signals_for_workers():
         start(DEAF)
         if asked:
             signal.raise_signal(signal.SIGINT)
         raise ChildFailedError("recipe", failures)
-    assert kind is ChildFailedError or ended.value.code == 130
+    assert end is None or ended.value.code == end
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 from phi3_plugin.data.findings import BROKEN, UNUSABLE
 from phi3_plugin.errors import OutputError
 from phi3_plugin.inspect import Cut, Unit, advice
-from phi3_plugin.pages import count, harmless, percent, write_files
+from phi3_plugin.pages import count, percent, write_files
 from phi3_plugin.pages import inspection as shown
 from phi3_plugin.pages.report import running_mean, series, write_report
 from tests.inspected import Page, check_fetches_nothing, findings, numbers, sample
@@ -19,19 +19,6 @@ from tests.inspected import Page, check_fetches_nothing, findings, numbers, samp
 MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}{% if %}"
 EVIL = f"{MARKUP}\x1b[2J\u202e\ud800"
 SPELLED = f"{MARKUP}\\x1b[2J\\u202e\\ud800"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("naïve 你好 😀 a\nb\tc", "naïve 你好 😀 a\nb\tc"),
-        ("\x1b[31m\r\x07\x9b", "\\x1b[31m\\x0d\\x07\\x9b"),
-        ("\u202e\u2066\u200b\ufeff\u2028\xa0", "\\u202e\\u2066\\u200b\\ufeff\\u2028\\xa0"),
-        ("\ud800\U000e0041", "\\ud800\\U000e0041"),
-    ],
-)
-def test_harmless(text, expected):
-    assert harmless(text) == expected
 
 
 def test_shares_do_not_look_like_nothing_or_all():

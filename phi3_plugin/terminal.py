@@ -1,0 +1,57 @@
+"""The one door to the terminal: what strangers wrote is shown, and does nothing there.
+
+A file's name, a column, a template's message or a model's answer may hold characters that clear a
+screen, hide text or set a title. Only the standard library, since errors pass here too.
+"""
+
+import os
+import sys
+import time
+import unicodedata
+
+INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
+"""Unicode categories of what shows nothing, looks like a space, or changes how others show."""
+
+LINES, CHARACTERS = 40, 4000
+"""Of an error: about a screen. ``PHI3_PLUGIN_TRACEBACK=1`` shows all of it."""
+
+AFTER_THE_FIRST = 10.0
+"""Seconds by which other processes of a run wait with their error: the first one has to end."""
+
+
+def harmless(text: str) -> str:
+    r"""Spell out, as ``\x1b`` or ``\u202e``, what could drive a terminal or hide in a page.
+
+    Plain spaces, line ends and tabs stay, and so do letters of every script and emoji.
+    """
+    return "".join(map(_visible, text))
+
+
+def _visible(char: str) -> str:
+    if char in " \n\t" or unicodedata.category(char) not in INVISIBLE:
+        return char
+    number = ord(char)
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def for_stdout(text: str) -> str:
+    """Return a text that the terminal's encoding can hold."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def show_error(error: BaseException) -> None:
+    """Print an error of ours in one line, or as few as it has, to stderr.
+
+    Of several processes that find the same mistake the first one says so: the launcher ends the
+    others while they wait. What only another one has met is said by that one.
+    """
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(AFTER_THE_FIRST)
+    text = harmless(f"phi3_plugin: {type(error).__name__}: {error}")
+    shown = "\n".join(text.split("\n")[:LINES])[:CHARACTERS]
+    if len(shown) < len(text):
+        shown += f" … and {len(text) - len(shown):,} characters more (PHI3_PLUGIN_TRACEBACK=1)"
+    print(shown, file=sys.stderr, flush=True)

@@ -1,0 +1,45 @@
+"""What reaches a terminal."""
+
+import time
+
+import pytest
+
+from phi3_plugin import terminal
+from phi3_plugin.errors import DataError
+from phi3_plugin.terminal import harmless, show_error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("naïve 你好 😀 a\nb\tc", "naïve 你好 😀 a\nb\tc"),
+        ("\x1b[31m\r\x07\x9b", "\\x1b[31m\\x0d\\x07\\x9b"),
+        ("\u202e\u2066\u200b\ufeff\u2028\xa0", "\\u202e\\u2066\\u200b\\ufeff\\u2028\\xa0"),
+        ("\ud800\U000e0041", "\\ud800\\U000e0041"),
+    ],
+)
+def test_harmless(text, expected):
+    assert harmless(text) == expected
+
+
+def test_an_error_is_shown_and_does_nothing(capsys):
+    show_error(DataError("column '\x1b[2J\x1b[31mX\x07'"))
+    assert capsys.readouterr().err == "phi3_plugin: DataError: column '\\x1b[2J\\x1b[31mX\\x07'\n"
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, "x\n" * 100])
+def test_a_long_error_is_cut_at_a_screen_and_says_so(text, capsys):
+    show_error(DataError(text))
+    shown = capsys.readouterr().err
+    assert len(shown) < 4_200 and shown.count("\n") <= 41
+    assert "characters more (PHI3_PLUGIN_TRACEBACK=1)" in shown
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", False), ("3", True)])
+def test_the_first_process_speaks_first(rank, waits, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    show_error(DataError("here alone"))
+    assert slept == [terminal.AFTER_THE_FIRST] * waits
+    assert "here alone" in capsys.readouterr().err
