@@ -239,7 +239,7 @@ def test_messages_are_asked_without_the_reference(here):
     ],
 )
 def test_bad_rows_are_listed_before_a_model_is_loaded(here, monkeypatch, rows, message):
-    monkeypatch.delattr(phi3_generate, "load")
+    monkeypatch.delattr(phi3_generate, "load_model")
     write("prompts.jsonl", rows)
     with pytest.raises(DataError, match=message):
         run(of_file())
