@@ -11,9 +11,10 @@ The template in the checkpoint is the only truth. Those of the Phi-3 family diff
 So nothing about them is written here. A rendered text does not tell where a message starts, and so
 the template renders every shape of conversation (who speaks, which texts are blank) once with marks
 in place of the texts. What stands between the marks is the template's own: the layout of all
-conversations of this shape. Each is rendered for itself too, and must be its layout with the texts
-filled in. Training on a message counts what it says and the added token that follows, by which the
-model learns to stop.
+conversations of this shape. That is proven by the template's syntax where it only writes the texts;
+where it may look into them, each conversation is rendered for itself too, and must be its layout
+with the texts filled in. Training on a message counts what it says and the added token that
+follows, by which the model learns to stop.
 """
 
 import json
@@ -131,6 +132,8 @@ class ChatTemplate:
         layout = _layout(self, shape_of(turns), add_generation_prompt)
         pieces = [part.fill(turns) if isinstance(part, Slot) else part for part in layout.parts]
         rendered = Rendered(pieces, turns, layout.dropped)
+        if layout.holds:
+            return rendered
         if rendered.text != self.write(turns, add_generation_prompt=add_generation_prompt):
             raise DataError(f"{UNCLEAR}: the chat template changes what the messages say")
         return rendered
@@ -217,6 +220,11 @@ class ChatTemplate:
             pieces.append(Piece(text[stop:at], True))
         pieces.append(Piece(text[at:], False))
         return Rendered([piece for piece in pieces if piece.text])
+
+    @cached_property
+    def only_writes(self) -> bool:
+        """Whether the template does nothing with texts but to write them, see `WritesOnly`."""
+        return WritesOnly().allows(_environment().parse(self.source))
 
     # What the template shows of itself when it renders a question and an answer
 
@@ -308,6 +316,9 @@ class Layout(NamedTuple):
     parts: list[Piece | Slot]
     dropped: tuple[str, ...]
     """What the template leaves out, in words."""
+    holds: bool
+    """Whether it is known to be the layout of all of them: the template only writes texts, and none
+    of these is blank, which it may ask."""
 
 
 def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
@@ -342,7 +353,8 @@ def _layout(template: ChatTemplate, shape: tuple[Turn, ...], ask: bool) -> Layou
         before = slot
         at = mark.end()
     parts += _template_pieces(template, marked.text[at:], before, None)
-    return Layout(parts, dropped)
+    texts = {text for turn in shape for text in (turn.content, turn.tools) if text is not None}
+    return Layout(parts, dropped, texts == {"x"} and template.only_writes)
 
 
 class MarkedShape:
@@ -468,6 +480,110 @@ def _template_pieces(
     return [Piece(end[0], True), *([Piece(rest, False)] if rest else [])]
 
 
+# What the syntax of a template proves
+
+
+class WritesOnly:
+    """Looks for what a template does with texts beside writing them.
+
+    Allowed is what cannot tell one text from another, if neither is blank: to write it, whole or
+    trimmed, with ``+`` and ``~`` beside others, and to ask whether it is there::
+
+        {{ '<|user|>' + message['content'] + '<|end|>' }}    {% if message['content'] %}
+
+    Messages are reached through ``messages``, by an index or a loop, and of a message the role may
+    be used for anything: it is a part of the shape. All that is not known here is not allowed, as
+    ``message['content'] | length``, a variable or a macro that is given a text, or a whole message.
+    """
+
+    def __init__(self) -> None:
+        """Know of no loop yet."""
+        self._loops = set[str]()
+        """Variables that stand for a message."""
+
+    def allows(self, node: nodes.Node) -> bool:
+        """Whether a statement, with all in it, only writes texts."""
+        match node:
+            case nodes.Output():
+                return all(map(self._is_written, node.nodes))
+            case nodes.If():
+                inner = [*node.body, *node.elif_, *node.else_]
+                return self._is_asked(node.test) and all(map(self.allows, inner))
+            case nodes.For():
+                if self._is_list(node.iter) and isinstance(node.target, nodes.Name):
+                    self._loops.add(node.target.name)
+                elif not self._is_textless(node.iter):
+                    return False
+                if node.test is not None and not self._is_asked(node.test):
+                    return False
+                return all(map(self.allows, [*node.body, *node.else_]))
+            case nodes.Assign():
+                return self._is_textless(node.node)
+            case nodes.Template() | nodes.Scope():
+                return all(map(self.allows, node.body))
+        return isinstance(node, nodes.Continue | nodes.Break)
+
+    def _is_written(self, node: nodes.Node) -> bool:
+        match node:
+            case nodes.Add():
+                return self._is_written(node.left) and self._is_written(node.right)
+            case nodes.Concat():
+                return all(map(self._is_written, node.nodes))
+        return self._is_text(node) or self._is_textless(node)
+
+    def _is_asked(self, node: nodes.Node) -> bool:
+        match node:
+            case nodes.And() | nodes.Or():
+                return self._is_asked(node.left) and self._is_asked(node.right)
+            case nodes.Not():
+                return self._is_asked(node.node)
+            case nodes.Test(name="none" | "defined"):
+                return self._is_text(node.node) or self._is_textless(node.node)
+        return self._is_text(node) or self._is_textless(node)
+
+    def _is_text(self, node: nodes.Node) -> bool:
+        """Whether it is what a message says, perhaps trimmed, or its tools."""
+        match node:
+            case nodes.Filter(name="trim", args=[], kwargs=[], dyn_args=None, dyn_kwargs=None):
+                return node.node is not None and self._is_text(node.node)
+        return self._field(node) in ("content", "tools")
+
+    def _is_textless(self, node: nodes.Node) -> bool:
+        """Whether a value depends on the shape of the conversation alone."""
+        if (field := self._field(node)) is not None:
+            return field == "role"
+        match node:
+            case nodes.Name():
+                return node.name not in {"messages", "loop", *self._loops}
+            case nodes.Getattr(node=nodes.Name(name="loop")):
+                return node.attr in ("first", "last", "index", "index0", "length")
+            case nodes.Compare(expr=nodes.Const(), ops=[nodes.Operand(op="in" | "notin") as right]):
+                if self._is_message(right.expr):
+                    return True
+        return all(map(self._is_textless, node.iter_child_nodes()))
+
+    def _is_list(self, node: nodes.Node) -> bool:
+        match node:
+            case nodes.Getitem(arg=nodes.Slice()):
+                return self._is_list(node.node) and self._is_textless(node.arg)
+        return isinstance(node, nodes.Name) and node.name == "messages"
+
+    def _is_message(self, node: nodes.Node) -> bool:
+        match node:
+            case nodes.Getitem(arg=nodes.Const() | nodes.Neg()):
+                return self._is_list(node.node)
+        return isinstance(node, nodes.Name) and node.name in self._loops
+
+    def _field(self, node: nodes.Node) -> str | None:
+        """Return which field of a message it is; None if it is none."""
+        match node:
+            case nodes.Getitem(arg=nodes.Const() as key) if self._is_message(node.node):
+                return str(key.value)
+            case nodes.Getattr() if self._is_message(node.node):
+                return str(node.attr)
+        return None
+
+
 # Running a template, out of reach of everything but the conversation
 
 NOW = datetime.now()
@@ -491,6 +607,11 @@ class _Generation(Extension):
 
 @lru_cache
 def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@lru_cache
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -500,7 +621,7 @@ def _compiled(source: str) -> jinja2.Template:
     environment.globals.update(
         namespace=Namespace, raise_exception=_raise_exception, strftime_now=NOW.strftime
     )
-    return environment.from_string(source)
+    return environment
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

@@ -257,3 +257,37 @@ def test_the_leftmost_and_longest_token_is_found():
     ]
     assert token_pattern(["a", "ab", "b+"]).findall("xabb+") == ["ab", "b+"]
     assert token_pattern([]).findall("a") == []
+
+
+# Templates whose syntax proves that they only write texts
+
+
+@pytest.mark.parametrize("source", [MINI, APRIL, PHI35, PHI4_MINI, FOR + "{{ m.content | trim }}"])
+def test_templates_that_only_write(source):
+    ends = "{% endfor %}" if source.startswith(FOR) else ""
+    assert ChatTemplate(source + ends, "file", NAMES, ADDED).only_writes
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        *("{{ m }}", "{{ m.content | length }}", "{{ m.content[0] }}", "{{ m.content * 2 }}"),
+        *("{{ m.get('content') }}", "{{ m[m.role] }}", "{% set x = m.content %}{{ x }}"),
+        *("{% if m.content in 'abc' %}y{% endif %}", "{{ (m.content ~ 'a') | upper }}"),
+        *("{{ 'a' if m.content > 'b' }}", "{{ loop.previtem.content | length }}", "{{ messages }}"),
+        *("{{ loop.changed(m.content) }}", "{% with x = m %}{{ x.content }}{% endwith %}"),
+        *("{% filter upper %}{{ m.content }}{% endfilter %}", "{{ m.content | trim('x') }}"),
+        *("{% set x %}{{ m.content }}{% endset %}{{ x | length }}", "{{ m.values() | list }}"),
+        "{% macro f(x) %}{{ x | length }}{% endmacro %}{{ f(m.content) }}",
+        "{% for n in messages if n.content < 'b' %}{{ n.role }}{% endfor %}",
+        "{% for n in messages[m.content | length :] %}{{ n.role }}{% endfor %}",
+    ],
+)
+def test_templates_that_may_look_into_texts(looks):
+    source = FOR + looks + "{% endfor %}"
+    assert not ChatTemplate(source, "file", NAMES, ADDED).only_writes
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_none_of_those_that_look_is_taken_for_one_that_writes(name):
+    assert not ChatTemplate(TELLING[name], "file", NAMES, ADDED).only_writes
