@@ -4,9 +4,11 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from typing_extensions import Self
 
 from phi3_plugin.errors import OutputError
 
@@ -33,7 +35,9 @@ class FolderLock:
         Raises:
             OutputError: Another process has it, or it cannot be written.
         """
+        self._folder = folder
         self._holder = folder / HOLDER
+        self._is_new = not folder.exists()
         file = folder.resolve() / LOCK
         self._lock = FileLock(file, timeout=0, is_singleton=True, thread_local=False)
         try:
@@ -53,10 +57,22 @@ class FolderLock:
             ) from error
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Let others have the folder, and leave no trace of the lock."""
         if self._lock.lock_counter == 1:
             self._holder.unlink(missing_ok=True)
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            if self._is_new:
+                with suppress(OSError):  # there is something in it
+                    self._folder.rmdir()
         self._lock.release()
+
+    def __enter__(self) -> Self:
+        """Return it."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let others have the folder, however the block ended."""
+        self.release()
 
 
 def _this_process() -> dict[str, str | int]:

@@ -11,6 +11,7 @@ evaluation.html. With several processes each has a whole model and takes a part 
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ from phi3_plugin.train.world import World
 
 
 def measure(cfg: DictConfig) -> None:
-    """Measure base and adapter, and write what was found."""
+    """Check what was asked for, and evaluate."""
     # What several processes cannot train on they can evaluate
     s, o = read_beside(cfg, EvaluateOptions, processes=1)
     # What can be checked is checked before anything slow happens
@@ -73,7 +74,13 @@ def measure(cfg: DictConfig) -> None:
     check_models(s, o)
     scorer = Scorer() if o.answers else None
     world = World(s.device, int(os.environ.get("WORLD_SIZE", 1)))
-    lock = FolderLock(s.output_dir, "output_dir") if world.is_main else None
+    with FolderLock(s.output_dir, "output_dir") if world.is_main else nullcontext():
+        evaluate(s, o, scorer, world)
+    world.close()
+
+
+def evaluate(s: Settings, o: EvaluateOptions, scorer: Scorer | None, world: World) -> None:
+    """Measure base and adapter on the same samples, and write what was found."""
     tokenizer = instantiate(s.tokenizer)
     positions = read_config(s.checkpoint_dir).max_position_embeddings if o.answers else None
     data = evaluation_data(s, tokenizer, o.max_samples, positions)
@@ -106,9 +113,6 @@ def measure(cfg: DictConfig) -> None:
         write_files(s.output_dir, files, "Run the command again with another output_dir.")
         text = terminal_report(evaluation, numbers, str(s.output_dir / PAGE))
         print(for_stdout(harmless(text)), end="")
-    world.close()
-    if lock:
-        lock.release()
 
 
 def check_models(s: Settings, o: EvaluateOptions) -> None:

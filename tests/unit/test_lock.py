@@ -70,7 +70,16 @@ def test_a_process_may_take_its_own_folder_again_and_leaves_nothing(tmp_path):
     first.release()
     assert (tmp_path / HOLDER).exists()
     second.release()
-    assert not (tmp_path / HOLDER).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path):
+    with pytest.raises(KeyError), FolderLock(tmp_path / "new" / "eval", "output_dir"):
+        raise KeyError
+    with FolderLock(tmp_path / "old", "output_dir"):
+        (tmp_path / "old" / "file").touch()
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["file"]
+    assert not (tmp_path / "new" / "eval").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x", "host": 1, "since": 2}'])
