@@ -21,14 +21,14 @@ demo: setup
 demo-distributed: setup
 	$(BIN)/python -m phi3_plugin.recipes.phi3_demo --processes 2
 
-# Two tests at a time, one thread each: most of them wait for a process of their own.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files at a time, in the order of tests/conftest.py, and one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m "not exhaustive"
 
 test-all: setup
-	$(PYTEST)
+	PHI3_COLD=1 $(PYTEST)
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,15 +1,22 @@
-"""What every test shares: fresh processes, no network, and a count of the checks on assets."""
+"""What every test shares: fresh processes, no network, and a count of the checks on assets.
+
+Imports nothing at the top that brings torch: the process that shares the tests out needs none.
+"""
 
 import os
-import subprocess
-import sys
+from collections import Counter
+from functools import partial
 
 import pytest
 
-from phi3_plugin.data import phi3_tokenizer
+from tests import warm
 from tests.assets import assets_dir
-from tests.own import tiny_inputs, train
 from tests.variants import BUILT, FROM_ASSETS, write_checkpoint
+
+
+def pytest_configure():
+    if warm.STARTED not in os.environ:  # else in a worker
+        os.environ[warm.STARTED] = str(warm.start())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,30 +29,22 @@ def cache_folder(tmp_path_factory):
 def fresh_python(tmp_path):
     """Run code in a new interpreter, in an empty folder, and return what it printed."""
 
-    def run(code: str, **environment: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    return partial(warm.run_python, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """A tiny checkpoint and 40 chats, made once; nobody may write to them."""
+    from tests.own import tiny_inputs
+
     return tiny_inputs(tmp_path_factory.mktemp("inputs"), 40)
 
 
 @pytest.fixture(scope="session")
 def whole(inputs):
     """The folder of a run of three epochs of three steps that nothing disturbed."""
+    from tests.own import train
+
     recipe = train(inputs)
     assert (recipe.data.order.steps_per_epoch, recipe.data.total_steps) == (3, 9)
     return inputs / "out"
@@ -67,6 +66,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def tokenizer(folder):
+    from phi3_plugin.data import phi3_tokenizer
+
     return phi3_tokenizer(folder)
 
 
@@ -85,8 +86,9 @@ def supported(request, tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    # The longest file first, so that no process ends with it while the others wait
-    items.sort(key=lambda item: item.path.name != "test_docs.py")
+    # The files with most slow tests first, so that none of them ends while the other worker waits
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if assets_dir() is None:
         skip = pytest.mark.skip(reason="no ../shared/assets beside the repository, see PHI3_ASSETS")
         for item in items:

@@ -22,8 +22,8 @@ from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_with_peft
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.monitor import MEASURED, History
+from tests import warm
 from tests.adapters import load_adapter, load_trained
-from tests.stock import TUNE, _run
 
 CONFIG = Path(__file__).parents[1] / "configs" / "phi3_mini_lora.yaml"
 TINY = (
@@ -71,7 +71,7 @@ def own_run(*settings: str, cwd: Path, processes: int = 1) -> subprocess.Complet
     """Run ``tune run phi3_lora_finetune`` with the given rest of the command."""
     many = ("--nproc_per_node", str(processes)) if processes > 1 else ()
     config = () if "--config" in settings else ("--config", "phi3_mini_lora")
-    return _run(TUNE, "run", *many, "phi3_lora_finetune", *config, *settings, cwd=cwd)
+    return warm.run("tune", "run", *many, "phi3_lora_finetune", *config, *settings, cwd=cwd)
 
 
 @contextmanager

@@ -1,16 +1,18 @@
 """Runs torchtune's own recipes from the command line, as a user does."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
 from tests.assets import assets_dir
 from tests.oracles import MINI_4K, hf_model, save_checkpoint
 
 TUNE = Path(sys.executable).with_name("tune")
+"""The real one, where its start is part of what is proven."""
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -40,24 +42,11 @@ def gsm8k(file: Path, rows: int) -> Path:
 
 def tune_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run ``tune run lora_finetune_single_device`` with the given rest of the command."""
-    return _run(TUNE, "run", "lora_finetune_single_device", *arguments, cwd=cwd)
+    return warm.run("tune", "run", "lora_finetune_single_device", *arguments, cwd=cwd)
 
 
 def torchrun_stock(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run torchtune's distributed recipe in two processes on the CPU."""
     driver = Path(__file__).with_name("stock_distributed.py")
     launch = ("--standalone", "--nproc_per_node", "2", driver)
-    return _run(TUNE.with_name("torchrun"), *launch, *arguments, cwd=cwd)
-
-
-def _run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
-    # One thread a process: two processes with two threads each fight over two cores.
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+    return warm.run("torchrun", *launch, *arguments, cwd=cwd)

@@ -8,18 +8,16 @@ no instructions for bf16, which is then many times slower, training is in fp32.
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
 from tests.assets import assets_dir
-from tests.stock import TUNE, tiny_checkpoint
+from tests.stock import tiny_checkpoint
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
@@ -65,8 +63,9 @@ def place(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("reader")
     tiny_checkpoint(cwd / "Phi-3-mini-4k", hidden_size=256, intermediate_size=512)
     with_longrope(shutil.copytree(cwd / "Phi-3-mini-4k", cwd / "Phi-3.5-mini"))
-    lines = (assets_dir() / "data" / "gsm8k_train.jsonl").read_text("utf-8").splitlines()[:40]
-    pairs = [(row["question"], row["answer"]) for row in map(json.loads, lines)]
+    lines = (assets_dir() / "data" / "gsm8k_train.jsonl").read_text("utf-8").splitlines()
+    shortest = map(json.loads, sorted(lines, key=len)[:40])
+    pairs = [(row["question"], row["answer"]) for row in shortest]
     with (cwd / "my_chats.jsonl").open("w", encoding="utf-8") as file:
         for question, answer in pairs:
             turns = (("user", question), ("assistant", answer))
@@ -91,36 +90,30 @@ def with_longrope(folder):
 
 
 def shell(code, cwd):
-    environment = {
-        **os.environ,
-        "PATH": f"{TUNE.parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = warm.run("bash", "-euo", "pipefail", "-c", code, cwd=cwd)
     assert done.returncode == 0, f"{code}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
 
 
+def often(page):
+    return page.stem in OFTEN
+
+
 def marks(page):
-    return () if page.stem in OFTEN else pytest.mark.exhaustive
+    return () if often(page) else pytest.mark.exhaustive
 
 
-COMMANDS = [
-    pytest.param(code, id=f"{page.stem}-{i}", marks=marks(page))
-    for page in PAGES
-    for i, code in enumerate(blocks(page, "bash"))
-    if not code.startswith(NOT_RUN) and not (page == PAGES[0] and "tune run" in code)
-]
+def commands():
+    """Return each block of commands once, under the first page that has it."""
+    found = {}
+    for page in (*filter(often, PAGES), *PAGES):
+        for i, code in enumerate(blocks(page, "bash")):
+            training = page == PAGES[0] and "tune download" in code  # that of the fixture
+            if not code.startswith(NOT_RUN) and not training and code not in found:
+                found[code] = pytest.param(code, id=f"{page.stem}-{i}", marks=marks(page))
+    return list(found.values())
 
 
-@pytest.mark.parametrize("code", COMMANDS)
+@pytest.mark.parametrize("code", commands())
 def test_commands_run(code, place):
     shell(as_run_here(code), place)
 
@@ -145,7 +138,7 @@ def test_every_run_left_an_adapter(place):
 )
 def test_python_code_runs(page, place):
     code = "\n".join(blocks(page, "python"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+    done = warm.run("python", "-c", code, cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

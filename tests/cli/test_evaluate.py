@@ -12,8 +12,8 @@ from phi3_plugin.evaluate import EVALUATION_FILES, Scorer
 from phi3_plugin.generate import Generator
 from phi3_plugin.load import load
 from phi3_plugin.options import Sampling
+from tests import warm
 from tests.own import CONFIG, TINY, finished, full_config, merged
-from tests.stock import TUNE, _run
 
 SHORT = "generation.max_new_tokens=12"
 
@@ -182,7 +182,7 @@ def test_two_processes_find_the_same(evaluate, cwd, trained):
     settings = (*TINY, SHORT, f"adapter={trained / 'final'}", "max_samples=7", "batch_size=2")
     command = ("run", "--nproc_per_node", "2", "phi3_evaluate", "--config", CONFIG, *settings)
     whole = f"dataset.source={cwd / 'rows.jsonl'}"
-    done = _run(TUNE, *command, whole, "output_dir=two", cwd=cwd)
+    done = warm.run("tune", *command, whole, "output_dir=two", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("All of it: two/evaluation.html") == 1
     _, _, samples = evaluate("max_samples=7", "batch_size=2")

@@ -14,9 +14,9 @@ from phi3_plugin.recipes import phi3_demo_checkpoint, phi3_generate
 from safetensors.torch import save_file
 
 from phi3_plugin.errors import AdapterError, ConfigError, DataError, MissingFileError, OutputError
+from tests import warm
 from tests.answers import keys, without_system
 from tests.commands import generate as run
-from tests.stock import TUNE, _run
 
 ROWS = [{"prompt": f"Add: {words}", "id": n} for n, words in enumerate(["one", "two", "one two"])]
 
@@ -132,11 +132,11 @@ def test_a_folder_that_is_no_checkpoint_is_told(here):
 @pytest.mark.exhaustive
 def test_the_recipe_does_the_same(here):
     words = [f"{key}={value}" for key, value in of_file(temprature=1).items()]
-    command = (TUNE, "run", "phi3_generate", "--config", "phi3_generate")
-    done = _run(*command, *words, cwd=here)
+    command = ("tune", "run", "phi3_generate", "--config", "phi3_generate")
+    done = warm.run(*command, *words, cwd=here)
     assert done.returncode == 1
     assert "phi3_generate has no such key. Did you mean 'temperature'?" in done.stderr
-    done = _run(*command, *words[:-1], cwd=here)
+    done = warm.run(*command, *words[:-1], cwd=here)
     assert done.returncode == 0, done.stderr
     recipe = read("out.jsonl")
     run(of_file(overwrite=True))

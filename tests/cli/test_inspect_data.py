@@ -10,8 +10,8 @@ from phi3_plugin.recipes import phi3_inspect_data as recipe
 from phi3_plugin import settings as strict
 from phi3_plugin.errors import ConfigError, DataError
 from phi3_plugin.train.data import load_data
+from tests import warm
 from tests.own import CONFIG, TINY, chat, merged, tiny_inputs
-from tests.stock import TUNE, _run
 
 RUNS = [f for f in sorted(CONFIG.parent.glob("*.yaml")) if "dataset" in OmegaConf.load(f)]
 
@@ -53,7 +53,7 @@ def test_from_the_command_line(folder, tmp_path):
     (output / "final").mkdir(parents=True)  # that of an earlier run does not matter
     settings = (*TINY, f"output_dir={output}", "dtype=bf16", "device=cuda")
     command = ("run", "phi3_inspect_data", "--config", "phi3_mini_lora", *settings)
-    done = _run(TUNE, *command, cwd=folder)
+    done = warm.run("tune", *command, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Training data: rows.jsonl")
     assert done.stdout.splitlines()[-1] == f"All of it: {output / 'data.html'}"

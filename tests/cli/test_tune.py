@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.chosen import some
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -200,8 +201,8 @@ def test_a_slash_path_to_a_recipe_becomes_its_module(tune, monkeypatch, torchrun
     ids=["one", "torchrun"],
 )
 def test_a_slash_path_runs_our_recipe_from_any_folder(tmp_path, torchrun):
-    run = [BIN / "tune", "run", *torchrun, BY_PATH, "--config", "phi3_mini_lora", "dtype=int4"]
-    done = command(*run, cwd=tmp_path)
+    run = ["tune", "run", *torchrun, BY_PATH, "--config", "phi3_mini_lora", "dtype=int4"]
+    done = warm.run(*run, cwd=tmp_path)
     assert done.returncode == 1
     assert "phi3_plugin: ConfigError: " in done.stderr and "dtype: 'int4'" in done.stderr
 
@@ -221,9 +222,10 @@ def test_run_reaches_the_recipe_and_shows_our_error_as_one_line(file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_traceback_is_shown_on_request(tmp_path):
-    run = [BIN / "tune", "run", RECIPE, "--config", "phi3_mini_lora", "checkpoint_dir=absent"]
-    done = command(*run, "output_dir=out", cwd=tmp_path, PHI3_PLUGIN_TRACEBACK="1")
+def test_a_traceback_is_shown_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHI3_PLUGIN_TRACEBACK", "1")
+    run = ["tune", "run", RECIPE, "--config", "phi3_mini_lora", "checkpoint_dir=absent"]
+    done = warm.run(*run, "output_dir=out", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "MissingFileError: " in done.stderr
 
@@ -231,7 +233,7 @@ def test_a_traceback_is_shown_on_request(tmp_path):
 @pytest.mark.slow
 def test_errors_that_are_not_ours_keep_their_traceback(tmp_path):
     (tmp_path / "mine.yaml").write_text("seed: 0\n")
-    done = command(BIN / "tune", "run", RECIPE, "--config", "mine.yaml", cwd=tmp_path)
+    done = warm.run("tune", "run", RECIPE, "--config", "mine.yaml", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "phi3_plugin: " not in done.stderr
 
@@ -241,8 +243,8 @@ def test_an_edited_copy_wins_over_the_registered_config(tmp_path):
     text = CONFIGS[NAMES.index("phi3_mini_lora")].read_text()
     edited = text.replace("checkpoint_dir: null", "checkpoint_dir: edited", 1)
     (tmp_path / "phi3_mini_lora.yaml").write_text(edited)
-    run = [BIN / "tune", "run", RECIPE, "--config", "phi3_mini_lora.yaml", "output_dir=out"]
-    done = command(*run, cwd=tmp_path)
+    run = ["tune", "run", RECIPE, "--config", "phi3_mini_lora.yaml", "output_dir=out"]
+    done = warm.run(*run, cwd=tmp_path)
     assert done.returncode == 1 and "edited" in done.stderr.splitlines()[-1], done.stderr
 
 

@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from tests.warm import run_python
+
 # What a process can see of torch and torchao, torchtune aside.
 SNAPSHOT = """
 import json, sys
@@ -57,9 +59,15 @@ from phi3_plugin import hook as autoload
 """
 
 
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    """What a process sees with the plugin."""
+    return run_python(SNAPSHOT, tmp_path_factory.mktemp("with"))
+
+
 @pytest.mark.parametrize("switch", ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_a_process_without_torchtune_sees_no_difference(fresh_python, switch):
-    with_plugin = json.loads(fresh_python(SNAPSHOT))
+def test_a_process_without_torchtune_sees_no_difference(fresh_python, snapshot, switch):
+    with_plugin = json.loads(snapshot)
     without = json.loads(fresh_python(SNAPSHOT, **{switch: "0"}))
     ours = {"phi3_plugin", "phi3_plugin.hook"}
     assert ours <= set(with_plugin["modules"])

@@ -5,8 +5,6 @@ import logging
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -38,6 +36,7 @@ from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.preparation import Preparation
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
+from tests import warm
 from tests.chosen import some
 from tests.variants import BUILT, MEDIUM, edit_json, phi4_mini, write_checkpoint
 
@@ -741,8 +740,8 @@ chat_dataset(phi3_tokenizer(sys.argv[1]), sys.argv[2], cache_dir=sys.argv[3])
 @pytest.mark.parametrize("method", some(["append", "_finish"], quick={"append"}))
 def test_a_killed_run_leaves_nothing_that_is_taken_for_data(read, folder, pairs, stores, method):
     code = KILLED.format(method=method)
-    command = [sys.executable, "-c", code, folder, pairs, stores.folder]
-    assert subprocess.run(command).returncode == -9
+    words = "-c", code, folder, pairs, stores.folder
+    assert warm.run("python", *words, cwd=folder).returncode == -9
     assert [name.endswith("-unfinished") for name in stores()] == [True]
     # What it left goes with the next store, of whatever it is
     write_lines(pairs, PAIRS[1:] if method == "append" else PAIRS)
@@ -763,8 +762,8 @@ print(sum(chat_dataset(phi3_tokenizer(sys.argv[1]), sys.argv[2], cache_dir=sys.a
 
 
 def test_of_several_processes_one_writes(folder, pairs, stores):
-    command = [sys.executable, "-c", TOGETHER, folder, pairs, stores.folder]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    words = "-c", TOGETHER, folder, pairs, stores.folder
+    runs = [warm.begin("python", *words, cwd=folder) for _ in range(2)]
     printed = [run.communicate()[0].split() for run in runs]
     assert sorted(words[0] == "wrote" for words in printed) == [False, True]
     assert len({words[-1] for words in printed}) == 1

@@ -4,10 +4,10 @@ import os
 import re
 import socket
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.models.nf4 import rows_of
@@ -16,8 +16,11 @@ from phi3_plugin.train.model import prepare
 from phi3_plugin.train.optimizer import load_optimizer_state, optimizer_state
 from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World
+from tests import warm
 from tests.chosen import some
 from tests.tiny import new_model, rows, tiny_batch, tiny_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def made():
@@ -165,7 +168,14 @@ def test_many_processes_hold_and_train_the_weights_of_one(size, replicas):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(one_of_many, (port, size, replicas), nprocs=size)
+    code = "from tests.unit.test_world import one_of_many as one; one({}, {}, {}, {})"
+    processes = [
+        warm.begin("python", "-c", code.format(rank, port, size, replicas), cwd=ROOT)
+        for rank in range(size)
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
 
 
 def one_of_many(rank, port, size, replicas):
