@@ -11,7 +11,8 @@ from tests.twins import base_of, train_by_hand, twin
 from tests.twins import ours as adapted
 
 FAMILIES = {"mini": (MINI_4K, TINY_MHA), "gqa": (MEDIUM_4K, TINY_GQA)}
-COUNT = 200
+COUNT = 64
+"""Prompts that end so far before a threshold are answered across it."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -34,9 +35,9 @@ def test_in_a_batch_and_refilled(both):
     assert ours(both[1], prompts, COUNT, batch_size=2) == expected
 
 
-@pytest.mark.parametrize("length", some([1900, 2046, 2047, 2048, 2300], {1900, 2047}))
+@pytest.mark.parametrize("length", some([2000, 2046, 2047, 2048, 2300], {2000, 2047}))
 def test_across_the_window(both, length):
-    prompts = prompts_of(length, length - 100)
+    prompts = prompts_of(length, length - 20)
     expected = theirs(both[0], prompts, COUNT)
     assert ours(both[1], prompts, COUNT) == expected
     assert ours(both[1], prompts[:1], COUNT) == expected[:1]
@@ -54,14 +55,14 @@ def long(request, tmp_path_factory):
     return model, served(folder)
 
 
-@pytest.mark.parametrize("length", some([3950, 4095, 4096, 4097], {4096}))
+@pytest.mark.parametrize("length", some([4050, 4095, 4096, 4097], {4096}))
 def test_across_the_switch_of_factors(long, length):
     prompts = prompts_of(length)
     assert ours(long[1], prompts, COUNT) == theirs(long[0], prompts, COUNT)
 
 
 def test_across_the_switch_in_a_batch(long):
-    prompts = prompts_of(4000, 4000)
+    prompts = prompts_of(4060, 4060)
     expected = theirs(long[0], prompts, COUNT)
     assert ours(long[1], prompts, COUNT) == expected
     # Beside a short one, each is answered as it is alone
@@ -80,7 +81,7 @@ def test_with_an_adapter(family, dora, tmp_path):
     model = adapted(folder, **keys)
     train_by_hand(model)
     peft = twin(base, model, **keys)
-    prompts = prompts_of(17, 5, 2000)
+    prompts = prompts_of(17, 5, 2020)
     expected = theirs(peft, prompts, COUNT)
     assert expected != theirs(base, prompts, COUNT)
     assert ours(model, prompts, COUNT) == expected  # as training asks
