@@ -32,7 +32,7 @@ def small_model(variant):
 
 
 SECOND = ("mini-128k", "medium-4k")
-"""Like 3.5-mini but for its numbers, and what test_logits.py compares on both sides of the window."""
+"""Like 3.5-mini but for its numbers, and in test_logits.py on both sides of the window."""
 LONG_QUICK = ("3.5-mini", "phi-4-mini", "medium-128k")
 
 
