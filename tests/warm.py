@@ -60,6 +60,9 @@ ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 STARTED = "PHI3_PROGRAMS"
 """The variable that names the folder of the programs; all processes of the tests share a server."""
 
+_servers: list[subprocess.Popen] = []
+"""Held, so that what they say while they import has a pipe to go to."""
+
 CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
@@ -95,15 +98,16 @@ def start() -> Path:
         (folder / name).write_text(text, "utf-8")
         (folder / name).chmod(0o755)
     reading, _writing = os.pipe()  # closed, and so at its end, when this process has ended
-    with (folder / "log").open("w") as log:  # what libraries say while they are imported
-        subprocess.Popen(
-            [sys.executable, __file__, str(listening.fileno()), str(reading), str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
-            pass_fds=(listening.fileno(), reading),
-        )
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(listening.fileno()), str(reading), str(folder)],
+        stdin=subprocess.DEVNULL,
+        # A command's streams may be pipes, where those of Python must not be made to seek
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
+        pass_fds=(listening.fileno(), reading),
+    )
+    _servers.append(process)
     listening.close()
     os.close(reading)
     return folder

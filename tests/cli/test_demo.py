@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import warnings
 from hashlib import sha256
 
@@ -19,13 +21,13 @@ from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models import phi3
 from phi3_plugin.proof import load_base_with_hf
-from tests import warm
 from tests.assets import assets_dir
 
 
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path):
-    done = warm.run("python", "-m", "phi3_plugin.recipes.phi3_demo", cwd=tmp_path, timeout=600)
+    command = [sys.executable, "-m", "phi3_plugin.recipes.phi3_demo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     ran = "tune run phi3_lora_finetune", "step 366/366", "tune run phi3_evaluate"
