@@ -12,6 +12,8 @@ proven with real programs, in test_hook.py, test_tune.py, test_cli.py and test_i
 cannot be forked.
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -21,8 +23,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 MAINS = {
     "tune": "torchtune._cli.tune",
@@ -74,7 +78,8 @@ socket.send_fds(server, [len(command).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(command)
 code = int.from_bytes(server.recv(8), "big", signed=True)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
@@ -172,6 +177,7 @@ def serve(listening: socket.socket, parent: int, folder: Path) -> None:
         if not imported:
             for module in IMPORTED:
                 import_module(module)
+            gc.freeze()  # no collection of a child's then copies what is shared
             imported = True
         if os.fork() == 0:
             listening.close()
@@ -248,7 +254,26 @@ def execute() -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def end() -> NoReturn:
+    """Execute and end as an interpreter does, but without taking apart what is shared."""
+    code: object = 0
+    try:
+        execute()
+    except SystemExit as stopped:
+        code = stopped.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).parent))
     serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3]))
-    execute()
+    end()
