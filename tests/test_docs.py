@@ -1,9 +1,10 @@
 """Every command and every piece of code in the documentation, run as it stands.
 
-A tiny checkpoint has the name that the pages give it. Four things differ from a reader's
+A tiny checkpoint has the name that the pages give it. Five things differ from a reader's
 machine: downloads are only parsed, the distributed recipe runs under the test driver that swaps
-NCCL for gloo, torchtune's full-size split model is replaced by a tiny one, and where the CPU has
-no instructions for bf16, which is then many times slower, training is in fp32.
+NCCL for gloo, torchtune's full-size split model is replaced by a tiny one, answers end after 16
+tokens, and where the CPU has no instructions for bf16, which is then many times slower, training
+is in fp32.
 """
 
 import csv
@@ -53,6 +54,8 @@ def as_run_here(code):
         code = re.sub(
             r"(--config [\w/.-]*phi[34]_(?!adapter|generate)[\w.-]+)", r"\1 dtype=fp32", code
         )
+    code = code.replace("phi3-tune generate ", "phi3-tune generate --max-new-tokens 16 ")
+    code = code.replace("--config phi3_generate ", "--config phi3_generate max_new_tokens=16 ")
     lines = [line for line in code.splitlines() if not line.startswith("tune download")]
     return "\n".join(lines)
 
