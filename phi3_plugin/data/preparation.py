@@ -177,14 +177,14 @@ class Preparation:
             findings.add(DROPPED_MESSAGE, row.where, ", ".join(rendered.dropped))
         if not isinstance(row.chat, Written) and row.chat[-1].role != "assistant":
             findings.add(NO_FINAL_ANSWER, row.where, f"the last turn is {row.chat[-1].role}'s")
-        if any([turn.trained and not turn.content.strip() for turn in rendered.turns]):
+        if any(turn.trained and not turn.content.strip() for turn in rendered.turns):
             findings.add(BLANK_ANSWER, row.where)
         if self._passes_over(row.chat):
             findings.add(PASSED_OVER, row.where)
         # Calls of tools are written with special tokens
         if self.tokenizer.special_in_text == "parse" and self.options.tool_calls is None:
             tokens = self.tokenizer.template.tokens
-            if any([piece.said and tokens.search(piece.text) for piece in rendered.pieces]):
+            if any(piece.said and tokens.search(piece.text) for piece in rendered.pieces):
                 findings.add(SPECIAL_IN_TEXT, row.where)
 
     def _append(

@@ -3,8 +3,9 @@
 import json
 import logging
 import secrets
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torchtune.utils import log_rank_zero
 
 from phi3_plugin.data.formats import Turn, make_turn
@@ -211,13 +212,11 @@ class Phi3Tokenizer:
         """Encode rendered conversations, each whole and as one text, on all cores.
 
         A token belongs to the piece it starts in: one that begins with the header's newline is the
-        template's, and one that ends what is said may swallow the newline after it. All texts are
-        looked at as one; here the second conversation begins after 39 characters::
+        template's, and one that ends what is said may swallow the newline after it::
 
-            pieces         <|user|>  Hi  <|end|><|assistant|>  Yo  <|end|>  <|user|>  A
-            trained on                                         ^^  ^^^^^^^
-            piece_ends     8         10  30                    32  39       47        48
-            token_starts   0         8   10     17             30  32       39        47
+            pieces         <|user|>  Hi  <|end|><|assistant|>  Yo  <|end|>
+            trained on                                         ^^  ^^^^^^^  characters 30 to 39
+            token starts   0         8   10     17             30  32       tokens 4 and 5
         """
         pieces = [chat.pieces for chat in chats]
         backend = self.backend
@@ -231,15 +230,13 @@ class Phi3Tokenizer:
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, total)
         if self._disguise is not None:
             ids = self._disguise.true_ids(ids)
-        spans = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
-        token_starts = np.fromiter(spans, np.int64, 2 * total)[::2]
-        # Each tokenizer counts from the start of its text
-        sizes = np.fromiter(map(len, texts), np.int64, len(texts))
-        token_starts += np.repeat(np.cumsum(sizes) - sizes, lengths)
-        piece_ends = np.cumsum([len(piece.text) for chat in pieces for piece in chat])
-        is_trained = np.array([piece.trained for chat in pieces for piece in chat], dtype=np.bool_)
-        piece_of_token = np.searchsorted(piece_ends, token_starts, side="right")
-        return TokenizedChats(ids, is_trained[piece_of_token], lengths)
+        trained = np.zeros(total, np.bool_)
+        starts = (np.cumsum(lengths) - lengths).tolist()
+        for start, chat, encoding in zip(starts, pieces, encodings, strict=True):
+            for first, end in _trained_spans(chat):
+                here = slice(_tokens_before(encoding, first), _tokens_before(encoding, end))
+                trained[start + here.start : start + here.stop] = True
+        return TokenizedChats(ids, trained, lengths)
 
     def tokenize_chats(
         self, chats: Iterable[Sequence[Turn]], *, add_generation_prompt: bool = False
@@ -302,6 +299,30 @@ class Phi3Tokenizer:
         parts: list[Any] = [self.backend.to_str(), *self.template.identity]
         parts += [self._may_drop, self.special_in_text]
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _trained_spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    """Yield [start, end) of the characters that are trained on."""
+    at = 0
+    for piece in pieces:
+        end = at + len(piece.text)
+        if piece.trained:
+            yield at, end
+        at = end
+
+
+def _tokens_before(encoding: Encoding, character: int) -> int:
+    """Return how many tokens start before a character.
+
+    By bisection: to ask for the place of every token takes longer than much of the encoding.
+    """
+
+    def start(token: int) -> int:
+        span = encoding.token_to_chars(token)
+        assert span is not None  # All tokens are of this text
+        return span[0]
+
+    return bisect_left(range(len(encoding)), character, key=start)
 
 
 def warn_of_dropped(counts: Mapping[str, int]) -> None:
