@@ -122,10 +122,19 @@ JSON_BYTES = 64_000_000
 """More than any tokenizer has; what is read becomes an object of many times its size."""
 
 
+JSON_DEPTH = 100
+"""Objects and lists within each other at most; published files have six."""
+
+JSON_DIGITS = 1000
+"""Of a whole number at most. "No limit" is written with 31 in published tokenizer_config.json."""
+
+
 def read_json_object(
     file: Path, error: type[Phi3Error] = ConfigError, *, unique: bool = False
 ) -> dict[str, Any]:
     """Read the JSON object of a file that a stranger may have written.
+
+    Every JSON file of a checkpoint, an adapter or a run is read here.
 
     Args:
         file: Must be there.
@@ -135,16 +144,54 @@ def read_json_object(
     Raises:
         Phi3Error: It holds something else, or is too large or too deep to be read.
     """
-    if (size := file.stat().st_size) > JSON_BYTES:
-        raise error(f"{file} has {size} bytes: that is no configuration.")
     try:
-        hook = unique_keys if unique else None
-        keys = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=hook)
-    except (ValueError, RecursionError) as problem:
+        if (size := file.stat().st_size) > JSON_BYTES:
+            raise error(f"{file} has {size} bytes: that is no configuration.")
+        keys = strict_json(file.read_text(encoding="utf-8"), unique=unique)
+    except OSError as problem:
+        raise error(f"{file} cannot be read: {problem.strerror or problem}.") from problem
+    except ValueError as problem:
+        if isinstance(problem, Phi3Error):
+            raise
         raise error(f"{file} is not valid JSON: {problem}. Download or copy it again.") from problem
     if not isinstance(keys, dict):
         raise error(f"{file} must hold a JSON object, not {type(keys).__name__}.")
     return keys
+
+
+def strict_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """Parse JSON that a stranger wrote; what comes back can be printed, compared and walked.
+
+    Raises:
+        ValueError: It is none, as are NaN and Infinity, or is nested deeper than `JSON_DEPTH`, has
+            a number of more than `JSON_DIGITS` or, where they must be unique, a key twice.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=unique_keys if unique else None,
+            parse_int=_whole_number,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(JSON_DEPTH):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {JSON_DEPTH} deep")
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > JSON_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -389,7 +436,7 @@ def stop_tokens(checkpoint_dir: Path) -> dict[str, int]:
             **{token["content"]: int(number) for number, token in decoder.items()},
             **{token["content"]: int(token["id"]) for token in listed},
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{checkpoint_dir}: its files list added tokens in an unknown way: {error!r}. Download "
             "tokenizer.json, tokenizer_config.json and added_tokens.json again."

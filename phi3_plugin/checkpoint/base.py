@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from phi3_plugin.checkpoint.files import StoredTensor, save_tensors, stored_tensors
-from phi3_plugin.config import Phi3Config, checkpoint_folder, read_config
+from phi3_plugin.checkpoint.files import StoredTensor, quoted, save_tensors, stored_tensors
+from phi3_plugin.config import Phi3Config, checkpoint_folder, read_config, read_json_object
 from phi3_plugin.errors import (
     AdapterError,
     CheckpointError,
@@ -324,13 +324,15 @@ def _weight_map(folder: Path) -> dict[str, str]:
             else "Download the checkpoint's *.safetensors files."
         )
         raise MissingFileError(f"{folder} has neither {INDEX} nor {SINGLE}. {hint}")
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        named = set(weight_map.values())
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not a shard index: {error!r}. Download it.") from error
-    if paths := [name for name in named if not isinstance(name, str) or Path(name).name != name]:
-        raise CheckpointError(f"{index} names files outside its folder: {paths}.")
+    weight_map = read_json_object(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(type(n) is str for n in weight_map.values()):
+        raise CheckpointError(
+            f"{index} is not a shard index: weight_map must be an object of tensors' names and "
+            "files. Download it again."
+        )
+    named = set(weight_map.values())
+    if paths := [quoted(name) for name in named if Path(name).name != name]:
+        raise CheckpointError(f"{index} names files outside its folder: {', '.join(paths[:3])}.")
     present = {path.name for path in folder.glob("*.safetensors")}
     if missing := sorted(named - present):
         raise MissingFileError(

@@ -2,7 +2,6 @@
 
 import fcntl
 import io
-import json
 import os
 import pickletools
 import shutil
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phi3_plugin.config import unique_keys
+from phi3_plugin.config import strict_json
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
 
 # Write a folder so that it is either whole or not there.
@@ -358,8 +357,8 @@ def _from_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         text = data.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = strict_json(text, unique=True)
+    except ValueError as error:
         raise AdapterError(f"{file}: its header is broken: {error}. Copy it again.") from error
     if not isinstance(header, dict) or not all(isinstance(h, dict) for h in header.values()):
         raise AdapterError(f"{file}: its header is no table of tensors. Copy it again.")

@@ -33,8 +33,8 @@ from phi3_plugin.checkpoint.base import (
     write_weights,
 )
 from phi3_plugin.checkpoint.files import save_tensors
-from phi3_plugin.config import read_config
-from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
+from phi3_plugin.config import read_config, read_json_object, strict_json
+from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError, MissingFileError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -114,9 +114,10 @@ def base_name(checkpoint_dir: Path) -> str:
     """
     file = checkpoint_dir / "original_repo_id.json"
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["repo_id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return str(checkpoint_dir.resolve())
+        name = read_json_object(file).get("repo_id")
+    except ConfigError:
+        name = None
+    return name if isinstance(name, str) and name else str(checkpoint_dir.resolve())
 
 
 def copy_tokenizer(checkpoint_dir: Path, folder: Path) -> None:
@@ -289,8 +290,8 @@ def load_note(folder: Path) -> dict[str, Any]:
 def parsed_object(text: str) -> dict[str, Any]:
     """Return the object in a stranger's JSON; empty if it is none."""
     try:
-        keys = json.loads(text)
-    except (ValueError, RecursionError):
+        keys = strict_json(text)
+    except ValueError:
         return {}
     return keys if isinstance(keys, dict) else {}
 

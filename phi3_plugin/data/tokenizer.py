@@ -20,7 +20,7 @@ from torchtune.utils import log_rank_zero
 
 from phi3_plugin.data.formats import Turn, make_turn
 from phi3_plugin.data.template import Piece, Rendered, token_pattern
-from phi3_plugin.data.vocabulary import Vocabulary, read_vocabulary
+from phi3_plugin.data.vocabulary import Vocabulary, naming, read_vocabulary
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
 from phi3_plugin.options import Count, made, option_problems, takes
 
@@ -152,6 +152,7 @@ class Phi3Tokenizer:
         """Wrap the files of a checkpoint; see :func:`phi3_tokenizer`."""
         self.max_seq_len = options.max_seq_len
         self.backend = vocabulary.backend
+        self._file = vocabulary.file
         self.template = vocabulary.template
         self.stop_tokens = vocabulary.stop_tokens
         self.special_in_text = options.special_in_text
@@ -181,7 +182,8 @@ class Phi3Tokenizer:
         Raises:
             TokenizerError: A beginning-of-text token is asked for and the files name none.
         """
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        with naming(self._file):
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         if add_bos:
             if self.bos_id is None:
                 raise TokenizerError("add_bos: tokenizer_config.json names no bos_token.")
@@ -190,7 +192,8 @@ class Phi3Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Turn ids back into text."""
-        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        with naming(self._file):
+            return str(self.backend.decode([*token_ids], skip_special_tokens=skip_special_tokens))
 
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Rendered:
         """Write a conversation as the chat template does.
@@ -224,7 +227,8 @@ class Phi3Tokenizer:
             backend = self._disguise.backend
             pieces = [list(map(self._disguise.hide, chat)) for chat in pieces]
         texts = ["".join([piece.text for piece in chat]) for chat in pieces]
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        with naming(self._file):
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         total = int(lengths.sum())
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, total)

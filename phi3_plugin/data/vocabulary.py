@@ -1,6 +1,7 @@
 """The tokenizer files of a checkpoint folder; those we cannot follow exactly are refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from phi3_plugin.errors import MissingFileError, TokenizerError
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 """Special tokens that tokenizer_config.json gives a name."""
 
+PROBE = "A text, 1 + 1 = 2.\n"
+"""Encoded once: some files are read well and fail at the first text."""
+
 TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 """How an added token treats the text beside it; both tokenizer files say so of each."""
 
@@ -20,6 +24,8 @@ TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 class Vocabulary(NamedTuple):
     """What the files of one checkpoint say about text and tokens."""
 
+    file: Path
+    """tokenizer.json"""
     backend: Tokenizer
     template: ChatTemplate
     stop_tokens: list[int]
@@ -47,22 +53,41 @@ def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
     template = ChatTemplate(*_read_template(folder, settings), names, frozenset(_added(backend)))
     template.check()
     ends = (names["eos_token"], template.turn_end)
-    return Vocabulary(backend, template, _read_stop_tokens(backend, ends, folder))
+    file = folder / "tokenizer.json"
+    return Vocabulary(file, backend, template, _read_stop_tokens(backend, ends, folder))
 
 
 def _read_backend(file: Path) -> Tokenizer:
-    try:
+    with naming(file):
         backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises nothing narrower
-        raise TokenizerError(
-            f"{file} cannot be read: {error}. Download it again from the model's page."
-        ) from error
     # A file may carry the settings of whoever saved it; Hugging Face resets them as well.
     backend.no_truncation()
     backend.no_padding()
     # It adds no token to a chat, and may move the borders of tokens past the spaces in them
     backend.post_processor = None
+    with naming(file):
+        backend.encode(PROBE, add_special_tokens=False)
     return backend
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name the file in what `tokenizers` raises, also where its Rust code panics.
+
+    A panic is no `Exception` in Python: nothing else would catch it.
+
+    Raises:
+        TokenizerError: It raised something.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise TokenizerError(
+            f"{file} cannot be used: {reason}. Download it again from the model's page."
+        ) from error
 
 
 def _added(backend: Tokenizer) -> dict[str, AddedToken]:
@@ -116,7 +141,9 @@ def _read_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]
             ) from error
     template = settings.get("chat_template")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+        template = named[-1] if named else None
     if not isinstance(template, str):
         raise TokenizerError(
             f"{config} has no chat_template and there is no {beside.name} beside it. Base models "
@@ -127,8 +154,10 @@ def _read_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]
 
 def _check_size(backend: Tokenizer, folder: Path) -> None:
     rows = _read_json(folder / "config.json").get("vocab_size")
-    tokens = max(backend.get_vocab().values()) + 1
-    if not isinstance(rows, int) or tokens > rows:
+    tokens = max(backend.get_vocab().values(), default=-1) + 1
+    if not tokens:
+        raise TokenizerError(f"{folder / 'tokenizer.json'} has no tokens. Download it again.")
+    if type(rows) is not int or tokens > rows:
         raise TokenizerError(
             f"{folder / 'tokenizer.json'} has {tokens} tokens, more than vocab_size: {rows} in "
             "config.json, so some have no embedding. Use the two files of one checkpoint."
@@ -139,7 +168,13 @@ def _check_agreement(backend: Tokenizer, settings: Mapping[str, Any], folder: Pa
     """Where the two files differ, Hugging Face silently follows tokenizer_config.json."""
     tokens = _added(backend)
     differing = list[str]()
-    for entry in (settings.get("added_tokens_decoder") or {}).values():
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise TokenizerError(
+            f"{folder}/tokenizer_config.json: added_tokens_decoder must be an object of ids and "
+            "tokens. Download the file again."
+        )
+    for entry in decoder.values():
         content = entry.get("content") if isinstance(entry, Mapping) else None
         if not isinstance(content, str):
             raise TokenizerError(

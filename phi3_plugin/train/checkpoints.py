@@ -24,6 +24,7 @@ from phi3_plugin.checkpoint.files import (
     whole_folder,
     write_state,
 )
+from phi3_plugin.config import read_json_object
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
 
 BEST, FINAL = "best", "final"
@@ -88,8 +89,10 @@ def load_state(folder: Path) -> dict[str, Any]:
 def problem_of(folder: Path) -> str | None:
     """Say why a folder is not a whole checkpoint, or return None if it is one."""
     try:
-        files = dict(json.loads((folder / HASHES).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        files = read_json_object(folder / HASHES, CheckpointError).get("files")
+    except CheckpointError:
+        files = None
+    if not isinstance(files, dict):
         return f"{HASHES} is missing or damaged"
     if STATE not in files:
         return f"{HASHES} does not name {STATE}"
@@ -153,9 +156,10 @@ def _step_of(folder: Path) -> int:
     if match := _STEP.fullmatch(folder.name):
         return int(match.group(1))
     try:
-        return int(json.loads((folder / HASHES).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        step = read_json_object(folder / HASHES, CheckpointError).get("step")
+    except CheckpointError:
         return -1
+    return step if isinstance(step, int) else -1
 
 
 def _refuse_other_run(output_dir: Path) -> None:

@@ -266,3 +266,65 @@ def test_stops_that_are_no_numbers_are_refused(tmp_path, stop):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
     with pytest.raises(ConfigError, match=r"eos_token_id: .* must be a whole number"):
         generation_config(tmp_path)
+
+
+HOSTILE = [
+    "[" * 10_000,
+    "[" * 10_000 + "]" * 10_000,
+    f'{{"a": {"[" * 200 + "]" * 200}}}',
+    f'{{"hidden_size": {"9" * 5000}}}',
+    f'{{"hidden_size": {"9" * 1001}}}',
+    '{"rms_norm_eps": NaN}',
+    '{"rms_norm_eps": -Infinity}',
+    "3",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=[text[:20] for text in HOSTILE])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "added_tokens.json"])
+def test_hostile_json_is_one_error_that_names_the_file(tmp_path, name, text):
+    (tmp_path / "config.json").write_text(json.dumps(MINI_4K))
+    (tmp_path / name).write_text(text)
+    read = read_config if name == "config.json" else generation_config
+    with pytest.raises(ConfigError, match=rf"{name} (is not valid JSON|must hold)") as error:
+        read(tmp_path)
+    assert len(str(error.value)) < 300
+
+
+def test_a_file_that_may_not_be_read_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(MINI_4K))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read: Permission denied"):
+        read_config(tmp_path)
+
+
+def test_published_numbers_without_limit_are_read(tmp_path):
+    limit = 1000000000000000019884624838656
+    (tmp_path / "config.json").write_text(json.dumps(MINI_4K))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+    assert generation_config(tmp_path)["eos_token_id"] == [32000]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": {"a": 1e999}},
+        {"added_tokens.json": {"a": [1]}},
+        {"tokenizer.json": {"added_tokens": {"a": 1}}},
+        {"tokenizer.json": {"added_tokens": [1]}},
+        {"tokenizer.json": {"added_tokens": [{"content": [], "id": 1}]}},
+        {"tokenizer_config.json": {"added_tokens_decoder": [1]}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "a"}}}},
+    ],
+)
+def test_tokens_listed_in_an_unknown_way(tmp_path, files):
+    (tmp_path / "config.json").write_text(json.dumps(MINI_4K))
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content).replace("Infinity", "1e999"))
+    with pytest.raises(ConfigError, match="list added tokens in an unknown way"):
+        generation_config(tmp_path)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from phi3_plugin.data import phi3_tokenizer
+from phi3_plugin.data.formats import make_turn
 from phi3_plugin.errors import ConfigError, MissingFileError, TokenizerError
 from tests.variants import DECODER, MINI, PHI35, edit_json
 
@@ -35,7 +36,7 @@ def test_no_folder(tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
 def test_files_that_are_missing_or_broken(folder, name):
     (folder / name).write_text("{")
-    with pytest.raises(TokenizerError, match=rf"{name} (cannot be read|is not valid JSON)"):
+    with pytest.raises(TokenizerError, match=rf"{name} (cannot be used|is not valid JSON)"):
         phi3_tokenizer(folder)
     (folder / name).unlink()
     with pytest.raises(MissingFileError, match=rf"checkpoint has no {name}\. Download"):
@@ -124,3 +125,62 @@ def test_saved_truncation_and_padding_are_reset(folder):
         truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
     )
     assert len(phi3_tokenizer(folder).encode("the other")) > 2
+
+
+NESTED = "[" * 10_000 + "]" * 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", '
+         '"vocab": {}, "merges": []}}'),
+        ("tokenizer.json", NESTED),
+        ("tokenizer_config.json", f'{{"a": {NESTED}}}'),
+        ("tokenizer_config.json", f'{{"model_max_length": {"9" * 5000}}}'),
+        ("tokenizer_config.json", '{"eos_token": "<|endoftext|>", "added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", '{"eos_token": "b", "added_tokens_decoder": {"1": 2}}'),
+        ("tokenizer_config.json", '{"eos_token": "<|endoftext|>", "chat_template": [1]}'),
+        ("tokenizer_config.json", '{"eos_token": "b", "chat_template": [{"name": []}]}'),
+        ("tokenizer_config.json", '{"eos_token": ["<|endoftext|>"]}'),
+        ("tokenizer_config.json", '{"eos_token": {"content": {}}}'),
+        ("generation_config.json", f'{{"eos_token_id": {NESTED}}}'),
+        ("generation_config.json", '{"eos_token_id": NaN}'),
+        ("generation_config.json", '{"eos_token_id": {"a": 1}}'),
+        ("config.json", '{"vocab_size": true}'),
+        ("config.json", f'{{"vocab_size": {"9" * 4000}}}'),
+    ],
+)  # fmt: skip
+def test_hostile_json_is_one_error_that_names_the_file(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(TokenizerError, match=name):
+        phi3_tokenizer(folder)
+
+
+def test_a_file_that_makes_the_tokenizers_library_panic_is_one_error(folder):
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": ""}
+    edit_json(folder / "tokenizer.json", normalizer=charsmap)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be used: .*charsmap"):
+        phi3_tokenizer(folder)
+
+
+def test_a_text_that_makes_the_tokenizers_library_panic_is_one_error(folder):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    split["pattern"] = {"Regex": "(a+)+$"}
+    edit_json(folder / "tokenizer.json", pre_tokenizer=split)
+    tokenizer = phi3_tokenizer(folder)
+    assert tokenizer.encode("a")
+    for encode in (tokenizer.encode, lambda text: tokenizer.tokenize_chats([chat(text)])):
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be used: .*retry-limit"):
+            encode("a" * 40 + "!")
+
+
+def test_padding_of_a_file_takes_no_memory(folder):
+    strategy = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    edit_json(folder / "tokenizer.json", padding=strategy | pad)
+    assert phi3_tokenizer(folder).encode("a")
+
+
+def chat(text):
+    return [make_turn("user", text), make_turn("assistant", "b")]
