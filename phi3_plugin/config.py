@@ -163,15 +163,15 @@ def strict_json(text: str | bytes, *, unique: bool = False) -> Any:
     """Parse JSON that a stranger wrote; what comes back can be printed, compared and walked.
 
     Raises:
-        ValueError: It is none, as are NaN and Infinity, or is nested deeper than `JSON_DEPTH`, has
-            a number of more than `JSON_DIGITS` or, where they must be unique, a key twice.
+        ValueError: It is none, is nested deeper than `JSON_DEPTH`, has a number of more than
+            `JSON_DIGITS` or, where they must be unique, a key twice. NaN is left to those who know
+            the key.
     """
     try:
         value = json.loads(
             text,
             object_pairs_hook=unique_keys if unique else None,
             parse_int=_whole_number,
-            parse_constant=_refuse_constant,
         )
     except RecursionError:
         raise ValueError("it is nested too deep") from None
@@ -188,10 +188,6 @@ def _whole_number(digits: str) -> int:
     if len(digits) > JSON_DIGITS:
         raise ValueError(f"a number has {len(digits)} digits")
     return int(digits)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

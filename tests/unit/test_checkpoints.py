@@ -96,7 +96,7 @@ def half_hashed(folder):
 
 
 def emptied(folder):
-    (folder / "resume" / "hashes.json").write_text('{"step": 2, "files": []}')
+    (folder / "resume" / "hashes.json").write_text('{"step": 2, "files": {}}')
 
 
 DAMAGES = {
