@@ -40,13 +40,17 @@ def gsm8k(file: Path, rows: int) -> Path:
     return file
 
 
-def tune_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run ``tune run lora_finetune_single_device`` with the given rest of the command."""
-    return warm.run("tune", "run", "lora_finetune_single_device", *arguments, cwd=cwd)
+def tune_run(
+    *arguments: str, cwd: Path, recipe: str = "lora_finetune_single_device"
+) -> subprocess.CompletedProcess:
+    """Run ``tune run`` with a recipe for one process and the given rest of the command."""
+    return warm.run("tune", "run", recipe, *arguments, cwd=cwd)
 
 
-def torchrun_stock(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run torchtune's distributed recipe in two processes on the CPU."""
+def torchrun_stock(
+    *arguments: str, cwd: Path, recipe: str = "lora_finetune_distributed"
+) -> subprocess.CompletedProcess:
+    """Run one of torchtune's distributed recipes in two processes on the CPU."""
     driver = Path(__file__).with_name("stock_distributed.py")
-    launch = ("--standalone", "--nproc_per_node", "2", driver)
+    launch = ("--standalone", "--nproc_per_node", "2", driver, recipe)
     return warm.run("torchrun", *launch, *arguments, cwd=cwd)

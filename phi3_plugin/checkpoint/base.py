@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -236,6 +236,36 @@ def split_weights(weights: Mapping[str, Tensor], config: Phi3Config) -> dict[str
         for part, rows in part_rows(module, config).items():
             out[torchtune_name(f"{part}.{parameter}")] = value[rows]
     return out
+
+
+def join_weights(weights: Mapping[str, Tensor], config: Phi3Config) -> dict[str, Tensor]:
+    """Fuse the weights of torchtune's own Phi-3; the inverse of :func:`split_weights`.
+
+    Raises:
+        CheckpointError: Some are missing, or there are others; all are listed.
+    """
+    parts = dict[str, list[str]]()
+    for name in map(to_ours, expected_shapes(config)):
+        module, _, parameter = name.rpartition(".")
+        parts[name] = [torchtune_name(f"{p}.{parameter}") for p in part_rows(module, config)]
+    refuse_other_names(weights, {part for names in parts.values() for part in names})
+    return {name: torch.cat([weights[part] for part in names]) for name, names in parts.items()}
+
+
+def refuse_other_names(weights: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuse weights that are not those of the model in config.json.
+
+    Raises:
+        CheckpointError: Some are missing, or there are others; all are listed.
+    """
+    names, wanted = set(weights), set(expected)
+    problems = [f"missing: {name}" for name in sorted(wanted - names)]
+    problems += [f"unexpected: {name}" for name in sorted(names - wanted)]
+    if problems:
+        raise CheckpointError(
+            "The model's weights are not those that config.json describes:\n  "
+            + "\n  ".join(problems)
+        )
 
 
 # Reading a checkpoint folder

@@ -1,4 +1,4 @@
-"""What torchtune's own LoRA recipes are given: a checkpointer, and a logger that waits.
+"""What torchtune's own recipes are given: a checkpointer, and a logger that waits.
 
 The checkpointer's folders are those of :mod:`phi3_plugin.train.checkpoints`, one an epoch.
 """
@@ -6,31 +6,53 @@ The checkpointer's folders are those of :mod:`phi3_plugin.train.checkpoints`, on
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
+from torch import Tensor
+from torchtune.training import FormattedCheckpointFiles
 from torchtune.training.metric_logging import DiskLogger as TorchtuneDiskLogger
 
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.base import known_hash, load_base_weights, split_weights
+from phi3_plugin.checkpoint.base import (
+    expected_shapes,
+    join_weights,
+    known_hash,
+    load_base_weights,
+    open_weights,
+    refuse_other_names,
+    split_weights,
+    to_ours,
+)
 from phi3_plugin.checkpoint.files import check_output, whole_folder
-from phi3_plugin.checkpoint.peft import check_trained, export_adapter, targets_of
+from phi3_plugin.checkpoint.peft import (
+    WEIGHTS,
+    check_trained,
+    export_adapter,
+    export_model,
+    targets_of,
+)
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import CheckpointError, ConfigError, MissingFileError, OutputError
-from phi3_plugin.train.checkpoints import STATE, load_state, problem_of, save
+from phi3_plugin.train.checkpoints import STATE, Exporter, load_state, problem_of, save
 
 log = logging.getLogger(__name__)
 
 _EPOCH = re.compile(r"epoch_(\d+)")
+_RESUMED = set[Path]()
+"""Folders of the run that this process goes on with: a recipe's checkpointer of a reference model
+may be given the same one, though it writes nothing and is told that nothing is resumed."""
 
 
 class Phi3Checkpointer:
-    """Reads a Phi-3 checkpoint folder and writes one PEFT adapter folder an epoch.
+    """Reads a Phi-3 checkpoint folder and writes one folder an epoch that serves as it stands.
 
-    ``output_dir/epoch_N`` holds the adapter, the tokenizer with config.json, a model card and,
-    until the last epoch, the recipe's state. A folder is written aside and renamed, so it is
-    whole or absent.
+    ``output_dir/epoch_N`` holds a PEFT adapter with a model card or, of a recipe that trains all
+    weights, a Hugging Face checkpoint; beside it the tokenizer with config.json and, until the
+    last epoch, the recipe's state. A folder is written aside and renamed, so it is whole or absent.
     """
 
     def __init__(
@@ -45,6 +67,11 @@ class Phi3Checkpointer:
         save_adapter_weights_only: bool = True,
         should_load_recipe_state: bool = False,
         model_type: str = "PHI3_MINI",
+        checkpoint_files: Sequence[str] | Mapping[str, str] | None = None,
+        recipe_checkpoint: str | Path | None = None,
+        adapter_checkpoint: str | Path | None = None,
+        resume_from_checkpoint: bool = False,
+        safe_serialization: bool = True,
     ) -> None:
         """Check both folders; nothing is read or written yet.
 
@@ -61,6 +88,13 @@ class Phi3Checkpointer:
             save_adapter_weights_only: The recipe's setting of that name, which must be True.
             should_load_recipe_state: True when the recipe resumes.
             model_type: Read by torchtune's recipes only.
+            checkpoint_files: As torchtune's checkpointers take it. The index of the folder says
+                it already, so that others than it names are refused.
+            recipe_checkpoint: The state in the newest epoch's folder, which a resume finds by
+                itself; another one is refused.
+            adapter_checkpoint: The adapter in that folder, likewise.
+            resume_from_checkpoint: torchtune's older name of ``should_load_recipe_state``.
+            safe_serialization: Must be True: pickles are not written.
 
         Raises:
             ConfigError: A key is not set or cannot be honoured.
@@ -72,6 +106,11 @@ class Phi3Checkpointer:
                 "save_adapter_weights_only: False is not supported: on a CPU torchtune's recipes "
                 "then merge the adapter into the weights that are still being trained. Set it "
                 "to True and merge the saved adapter with `phi3-tune adapter merge`."
+            )
+        if not safe_serialization:
+            raise ConfigError(
+                "checkpointer.safe_serialization: False is not supported: it would write pickles. "
+                "Set it to True."
             )
         if layout not in ("fused", "split"):
             raise ConfigError(f"checkpointer.layout: {layout!r} must be 'fused' or 'split'.")
@@ -88,9 +127,15 @@ class Phi3Checkpointer:
         self._targets = lora_attn_modules
         self._dropout = lora_dropout
         self._card = {str(key): value for key, value in (card or {}).items()}
-        self._resume = should_load_recipe_state
+        self._files = checkpoint_files
+        self._resume = should_load_recipe_state or resume_from_checkpoint
         epochs = self._epochs()
-        if epochs and not should_load_recipe_state:
+        state, adapter = (epochs[-1] / name if epochs else None for name in (STATE, WEIGHTS))
+        self._refuse_other_file("recipe_checkpoint", recipe_checkpoint, state)
+        self._refuse_other_file("adapter_checkpoint", adapter_checkpoint, adapter)
+        if self._resume:
+            _RESUMED.add(self._output_dir.resolve())
+        elif epochs and self._output_dir.resolve() not in _RESUMED:
             raise OutputError(
                 f"output_dir: {output_dir} holds the checkpoints of another run "
                 f"({', '.join(path.name for path in epochs)}). Choose another folder, or continue "
@@ -98,15 +143,20 @@ class Phi3Checkpointer:
             )
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Return the base weights under ``model`` and, when resuming, adapter and recipe state.
+        """Return the base weights under ``model`` and, when resuming, what was trained and state.
+
+        What was trained is under ``adapter`` or, where all weights were, in place of the base's.
 
         Raises:
             CheckpointError: The weights or the saved state are damaged or do not fit.
+            ConfigError: ``checkpoint_files`` names others than the folder has.
             MissingFileError: Files are missing.
         """
         # The cheap part first: a run that cannot resume should say so before 8 GB are read.
         state = self._load_state() if self._resume else {}
-        weights = load_base_weights(self._checkpoint_dir)
+        self._refuse_other_shards()
+        is_whole = self._resume and "adapter" not in state
+        weights = load_base_weights(self._epochs()[-1] if is_whole else self._checkpoint_dir)
         known_hash(self._checkpoint_dir)  # for what is saved, so that no save has to read it
         if self._layout == "split":
             weights = split_weights(weights, read_config(self._checkpoint_dir))
@@ -122,15 +172,41 @@ class Phi3Checkpointer:
         """Write ``epoch_N``, called by the recipe with what it gathered.
 
         Args:
-            state_dict: ``adapter`` and ``adapter_config``, and recipe state in between epochs.
+            state_dict: ``adapter`` and ``adapter_config``, or all weights under ``model``; and
+                recipe state in between epochs.
             epoch: N, from 0.
             intermediate_checkpoint: Whether more epochs follow, so that state is worth keeping.
-            adapter_only: What the recipe was told; merged weights are never written.
+            adapter_only: What a recipe with adapters was told; merged weights are never written.
 
         Raises:
             AdapterError: The adapter is untrained or not finite.
+            CheckpointError: The weights are not those of config.json, or not finite.
             OutputError: The folder cannot be written.
         """
+        is_adapter = "adapter" in state_dict
+        if is_adapter:
+            write = self._adapter_writer(state_dict, epoch)
+        else:
+            weights = self._checked_weights(state_dict["model"])
+            write = partial(export_model, weights=weights, checkpoint_dir=self._checkpoint_dir)
+        folder = self._output_dir / f"epoch_{epoch}"
+        if intermediate_checkpoint:
+            unsaved = ("adapter_config", "model")
+            state = {key: value for key, value in state_dict.items() if key not in unsaved}
+            state["layout"] = self._layout
+            save(folder, epoch + 1, write, state, replace=False)
+        else:
+            with whole_folder(folder) as unfinished:
+                write(unfinished)
+        log.info("Saved a %s to %s", "PEFT adapter" if is_adapter else "whole model", folder)
+        if is_adapter and not adapter_only:
+            raise ConfigError(
+                f"save_adapter_weights_only: False is not supported; the adapter is in {folder}, "
+                "the merged weights were not written. Set it to True."
+            )
+
+    def _adapter_writer(self, state_dict: Mapping[str, Any], epoch: int) -> Exporter:
+        """Return what writes a recipe's adapter into a folder, if it is worth keeping."""
         check_trained(state_dict["adapter"])
         settings = state_dict["adapter_config"]
         adapter = Adapter.of(
@@ -140,24 +216,51 @@ class Phi3Checkpointer:
             origin={"layout": self._layout},
         )
         card = {**self._card, "epochs trained": epoch + 1}
+        return partial(
+            export_adapter, adapter=adapter, checkpoint_dir=self._checkpoint_dir, card=card
+        )
 
-        def write(folder: Path) -> None:
-            export_adapter(folder, adapter, checkpoint_dir=self._checkpoint_dir, card=card)
+    def _checked_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a recipe's weights fused and on the CPU, if they are a Phi-3's and finite."""
+        config = read_config(self._checkpoint_dir)
+        whole = {name: weight.detach().cpu() for name, weight in weights.items()}
+        if self._layout == "split":
+            whole = join_weights(whole, config)
+        refuse_other_names(whole, map(to_ours, expected_shapes(config)))
+        if broken := [name for name, weight in whole.items() if not torch.isfinite(weight).all()]:
+            raise CheckpointError(
+                f"{len(broken)} of {len(whole)} weights hold NaN or infinite numbers, first "
+                f"{broken[0]}. Nothing was saved. Lower the learning rate or set clip_grad_norm."
+            )
+        return whole
 
-        folder = self._output_dir / f"epoch_{epoch}"
-        if intermediate_checkpoint:
-            unsaved = ("adapter_config", "model")
-            state = {key: value for key, value in state_dict.items() if key not in unsaved}
-            state["layout"] = self._layout
-            save(folder, epoch + 1, write, state, replace=False)
-        else:
-            with whole_folder(folder) as partial:
-                write(partial)
-        log.info("Saved a PEFT adapter to %s", folder)
-        if not adapter_only:
+    def _refuse_other_file(self, key: str, named: str | Path | None, newest: Path | None) -> None:
+        """Refuse to resume from a file that is not the newest epoch's."""
+        if named is None:
+            return
+        # torchtune takes a name within output_dir as well as a path.
+        paths = [path.resolve() for path in (Path(named), self._output_dir / named)]
+        if newest is None or newest.resolve() not in paths:
             raise ConfigError(
-                f"save_adapter_weights_only: False is not supported; the adapter is in {folder}, "
-                "the merged weights were not written. Set it to True."
+                f"checkpointer.{key}: {named}, but a resume goes on from the newest epoch of "
+                f"{self._output_dir}: {newest or 'there is none'}. Set it to null, and move "
+                "newer epochs away to go on from an older one."
+            )
+
+    def _refuse_other_shards(self) -> None:
+        """Refuse ``checkpoint_files`` that are not those of the checkpoint folder."""
+        if self._files is None:
+            return
+        stored = open_weights(self._checkpoint_dir).values()
+        shards = sorted({tensor.file.name for tensor in stored})
+        named = list(self._files)
+        if isinstance(self._files, Mapping):
+            pattern = FormattedCheckpointFiles.from_dict(dict(self._files))
+            named = pattern.build_checkpoint_filenames()
+        if sorted(named) != shards:
+            raise ConfigError(
+                f"checkpointer.checkpoint_files: {named}, but the weights of "
+                f"{self._checkpoint_dir} are in {shards}. Name those, or leave the key out."
             )
 
     def _epochs(self) -> list[Path]:
@@ -179,7 +282,7 @@ class Phi3Checkpointer:
         if not (folder / STATE).exists():
             raise CheckpointError(
                 f"resume_from_checkpoint: {folder} is the last epoch of a finished run; "
-                "torchtune's recipe keeps no optimizer state there. Its adapter is ready to use. "
+                "torchtune's recipe keeps no optimizer state there. It is ready to use. "
                 "To train longer, start a new run with more epochs, or move this folder away to "
                 "go on from the epoch before it."
             )
@@ -196,7 +299,7 @@ class Phi3Checkpointer:
             )
         # The head and torchtune's MLP have switches of their own.
         others = ("output", "w1", "w2", "w3")
-        targets = [t for t in targets_of(state["adapter"]) if t not in others]
+        targets = [t for t in targets_of(state.get("adapter", ())) if t not in others]
         if self._targets is not None and targets != sorted(set(self._targets)):
             raise CheckpointError(
                 f"lora_attn_modules: {list(self._targets)}, but {folder} was saved from a model "

@@ -7,10 +7,19 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Phi3ForCausalLM
 
 from phi3_plugin.checkpoint import Phi3Checkpointer
-from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError, OutputError
-from phi3_plugin.models import lora_phi3
+from phi3_plugin.checkpoint.base import load_base_weights, split_weights
+from phi3_plugin.config import read_config
+from phi3_plugin.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    MissingFileError,
+    OutputError,
+)
+from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_with_peft
 from phi3_plugin.train import DiskLogger
@@ -27,8 +36,6 @@ def base(tmp_path_factory):
 
 
 def trained_model(base, targets=TARGETS, dtype=torch.float32):
-    from phi3_plugin.checkpoint.base import load_base_weights
-
     model = lora_phi3(
         base,
         list(targets),
@@ -241,6 +248,115 @@ def test_a_folder_left_by_a_killed_run_does_not_count(base, tmp_path):
     (tmp_path / ".partial-epoch_0" / "adapter_model.safetensors").write_bytes(b"half")
     folder = saved(base, tmp_path, trained_model(base))
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+# All weights, as full fine-tuning, full DPO and QAT give them
+
+
+def whole_model(base):
+    """Return a model that was trained a little, so that it is not the base."""
+    model = phi3(base)
+    model.load_state_dict(load_base_weights(base))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model.eval()
+
+
+def saved_whole(base, out, weights, intermediate=False, **keys):
+    state = {"model": weights, **(STATE if intermediate else {})}
+    Phi3Checkpointer(base, out, **keys).save_checkpoint(state, 0, intermediate)
+    return out / "epoch_0"
+
+
+@pytest.mark.parametrize(
+    ("published", "sizes"), [(MINI_4K, TINY_MHA), (MEDIUM_4K, TINY_GQA)], ids=["mini", "medium"]
+)
+@pytest.mark.parametrize("layout", ["fused", "split"])
+def test_transformers_computes_what_was_trained(published, sizes, layout, tmp_path):
+    base = save_checkpoint(hf_model(published, **sizes), published, tmp_path / "base", **sizes)
+    model = whole_model(base)
+    weights = model.state_dict()
+    if layout == "split":
+        weights = split_weights(weights, read_config(base))
+    folder = saved_whole(base, tmp_path / "out", weights, layout=layout)
+    theirs, report = Phi3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values())
+    batch = torch.randint(0, 150, (2, 17))
+    with torch.no_grad():
+        ours = model(batch)
+        torch.testing.assert_close(ours, theirs(input_ids=batch).logits, rtol=0, atol=1e-5)
+
+
+def test_resume_gives_back_the_trained_weights(base, tmp_path):
+    weights = whole_model(base).state_dict()
+    saved_whole(base, tmp_path, weights, intermediate=True)
+    resumed = Phi3Checkpointer(base, tmp_path, should_load_recipe_state=True)
+    loaded = resumed.load_checkpoint()
+    assert {key: loaded[key] for key in STATE} == STATE
+    assert loaded.keys() == {"model", *STATE}
+    assert all(torch.equal(loaded["model"][name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w["norm.scale"].fill_(float("inf")), r"1 of \d+ weights hold NaN.*norm\.scale"),
+        (lambda w: w.pop("output.weight"), "missing: output.weight"),
+        (lambda w: w.update(score=torch.ones(2)), "unexpected: score"),
+    ],
+)
+def test_weights_that_are_no_phi3_are_not_saved(base, spoil, message, tmp_path):
+    weights = {name: value.clone() for name, value in whole_model(base).state_dict().items()}
+    spoil(weights)
+    with pytest.raises(CheckpointError, match=message):
+        saved_whole(base, tmp_path / "out", weights)
+    assert not (tmp_path / "out").exists()
+
+
+# The keys of torchtune's own checkpointers
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [f"model-0000{i}-of-00003.safetensors" for i in (2, 1, 3)],
+        {"filename_format": "model-{}-of-{}.safetensors", "max_filename": "00003"},
+    ],
+)
+def test_a_stock_yaml_needs_another_component_alone(base, files, tmp_path):
+    keys = {"checkpoint_files": files, "recipe_checkpoint": None, "adapter_checkpoint": None}
+    loaded = Phi3Checkpointer(base, tmp_path, **keys, safe_serialization=True).load_checkpoint()
+    assert loaded.keys() == {"model"}
+
+
+def test_files_of_another_checkpoint_are_refused_before_they_are_read(base, tmp_path):
+    checkpointer = Phi3Checkpointer(base, tmp_path, checkpoint_files=["model.bin"])
+    with pytest.raises(ConfigError, match=r"checkpoint_files: \['model\.bin'\], but"):
+        checkpointer.load_checkpoint()
+    with pytest.raises(ConfigError, match="safe_serialization: False"):
+        Phi3Checkpointer(base, tmp_path, safe_serialization=False)
+
+
+def test_a_resume_takes_the_newest_state_and_refuses_another(base, tmp_path):
+    saved_whole(base, tmp_path, whole_model(base).state_dict(), intermediate=True)
+    for name in ("epoch_0/resume/state.pt", tmp_path / "epoch_0" / "resume" / "state.pt"):
+        keys = {"recipe_checkpoint": name, "resume_from_checkpoint": True}
+        assert Phi3Checkpointer(base, tmp_path, **keys).load_checkpoint()["seed"] == 7
+    for key in ("recipe_checkpoint", "adapter_checkpoint"):
+        with pytest.raises(ConfigError, match=rf"checkpointer\.{key}: other\.pt, but a resume"):
+            Phi3Checkpointer(base, tmp_path, **{key: "other.pt"}, should_load_recipe_state=True)
+
+
+def test_the_reference_of_a_resumed_run_may_name_its_folder(base, tmp_path):
+    saved_whole(base, tmp_path, whole_model(base).state_dict(), intermediate=True)
+    Phi3Checkpointer(base, tmp_path, should_load_recipe_state=True)
+    reference = Phi3Checkpointer(base, tmp_path, should_load_recipe_state=False)
+    assert torch.equal(
+        reference.load_checkpoint()["model"]["norm.scale"], load_base_weights(base)["norm.scale"]
+    )
 
 
 # The logger
