@@ -68,7 +68,7 @@ def main() -> None:
     args = arguments().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = phi3_tokenizer(args.tokenizer, max_seq_len=args.packed)
-    names = "preset", "layers", "adapter_dtype", "recompute", "quantize", "liger"
+    names = "preset", "layers", "dtype", "adapter_dtype", "recompute", "quantize", "liger"
     where: dict[str, Any] = {"folder": args.tokenizer, "device": device, "pad": tokenizer.pad_id}
     where |= {name: getattr(args, name) for name in names}
     setup = Setup(**where, compiled=args.compile, size=args.packed)
@@ -143,6 +143,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--case", action="append", choices=CASES, help="only this one")
     parser.add_argument("--recompute", action="store_true", help="activations, in every layer")
     parser.add_argument("--quantize", action="store_true", help="the base is in NF4")
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="fp32 where bf16 has no instructions",
+    )
     parser.add_argument("--adapter-dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--liger", action="store_true", help="PEFT computes with Liger's kernels")

@@ -24,7 +24,7 @@ from phi3_plugin.config import parse_config
 from phi3_plugin.data.collate import IGNORED, concatenate
 from phi3_plugin.models.lora_settings import LoRASettings
 from phi3_plugin.models.nf4 import is_nf4, rows_of
-from phi3_plugin.models.phi3 import adapted
+from phi3_plugin.models.phi3 import PRECISIONS, adapted
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.step import train_step
@@ -64,6 +64,8 @@ class Setup:
     folder: Path
     """Of the tokenizer."""
     device: torch.device
+    dtype: str
+    """Of the base weights and of what is computed."""
     adapter_dtype: str
     recompute: bool
     quantize: bool
@@ -82,11 +84,12 @@ class Setup:
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
-        """Random weights by Hugging Face's names, bf16."""
+        """Random weights by Hugging Face's names."""
         torch.manual_seed(0)
         shapes = expected_shapes(parse_config(self.keys))
+        dtype = PRECISIONS[self.dtype]
         with self.device:
-            empty = {n: torch.empty(shape, dtype=torch.bfloat16) for n, shape in shapes.items()}
+            empty = {n: torch.empty(shape, dtype=dtype) for n, shape in shapes.items()}
         norm = "norm.weight"
         return {n: t.fill_(1) if n.endswith(norm) else t.normal_(std=STD) for n, t in empty.items()}
 
@@ -117,7 +120,7 @@ def ours(setup: Setup) -> Case:
         "compiled": setup.compiled,
     }
     make = partial(adapted, config, settings)
-    model = world.build(lambda: prepare(make(), **choices), torch.bfloat16)
+    model = world.build(lambda: prepare(make(), **choices), PRECISIONS[setup.dtype])
     fill(model, lambda name: setup.adapter.get(name), lambda name: setup.base[to_hf(name)])
     optimizer = adamw(model.train().parameters())
 
@@ -164,7 +167,7 @@ def torchtune(setup: Setup, packed: bool = False) -> Case:
     from torchtune.modules.loss import CEWithChunkedOutputLoss
 
     keys, loss_of = setup.keys, CEWithChunkedOutputLoss()
-    with training.set_default_dtype(torch.bfloat16), setup.device:
+    with training.set_default_dtype(PRECISIONS[setup.dtype]), setup.device:
         model = stock_model(setup)
     heads = keys["num_attention_heads"]
     base = phi3_hf_to_tune(setup.base, heads, heads, keys["hidden_size"])

@@ -36,6 +36,7 @@ from training_limit import HEAD, Roofline, Work, layer_shapes, least, machine, w
 
 import phi3_plugin.models  # noqa: F401  or loading would be charged for the import
 from phi3_plugin.data.collate import concatenate
+from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.step import train_step
 
@@ -72,6 +73,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=2048, help="of the pack")
     parser.add_argument("--document", type=int, default=DOCUMENT, help="tokens of each in it")
     parser.add_argument("--layers", type=int, default=32, help="of a checkpoint that is made")
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="fp32 where bf16 has no instructions",
+    )
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--linear", action="store_true", help="cost by tokens and documents")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the last pack")
@@ -108,7 +115,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         raise SystemExit(f"{name}: {result.problem}")
     found = {"loaded": loaded - before, "peak": highest - before, "loss": result.loss}
     keys = json.loads((args.folder / "config.json").read_text())
-    limit = fewest_seconds(keys, work_of(batch), args.recompute)
+    limit = fewest_seconds(keys, work_of(batch), args)
     return {**found, "load": middle - start, "step": end - middle, "limit": limit}
 
 
@@ -117,6 +124,7 @@ def new_recipe(name: str, args: argparse.Namespace, out: str) -> Any:
     cfg = OmegaConf.load(CONFIGS / CASES[name])
     cfg.checkpoint_dir, cfg.output_dir = str(args.folder), out
     cfg.enable_activation_checkpointing, cfg.device = args.recompute, "cpu"
+    cfg.dtype = args.dtype
     cfg.model.lora_dropout = 0.0
     cfg.dataset.source = "none.jsonl"  # a recipe wants a name; nothing is read
     return Finetune(cfg)
@@ -139,20 +147,21 @@ def documents(tokens: int, size: int) -> Samples:
     return [{"tokens": t, "labels": own} for t, own in zip(rows, labels, strict=True)]
 
 
-def fewest_seconds(keys: dict[str, Any], work: Work, recompute: bool) -> float:
+def fewest_seconds(keys: dict[str, Any], work: Work, args: argparse.Namespace) -> float:
     """Return how long a step takes at the rate of the matrix products."""
     shapes = {**layer_shapes(keys), HEAD: (keys["vocab_size"], keys["hidden_size"])}
-    weights = {n: torch.empty(s, dtype=torch.bfloat16).normal_() for n, s in shapes.items()}
+    weights = {n: torch.empty(s, dtype=PRECISIONS[args.dtype]).normal_() for n, s in shapes.items()}
     roofline = Roofline(keys, weights, work)
     roofline.measure(3)
-    return least(keys, work, recompute) / roofline.rate
+    return least(keys, work, args.recompute) / roofline.rate
 
 
 def linear(args: argparse.Namespace) -> None:
     """Print what a token costs in longer packs, and in more documents."""
     device = torch.device("cpu")
     switches = {"recompute": args.recompute, "quantize": False, "compiled": False, "liger": False}
-    setup = Setup("small", None, Path(), device, "fp32", **switches, pad=0, size=None)
+    dtypes = args.dtype, "fp32"  # of the base, of the adapter
+    setup = Setup("small", None, Path(), device, *dtypes, **switches, pad=0, size=None)
     case = ours(setup)
     case.step(documents(2 * DOCUMENT, DOCUMENT))
     lengths = [2048 << n for n in range(5) if 2048 << n <= args.longest]

@@ -10,6 +10,7 @@ from torchtune.data import padded_collate_sft
 from training_cases import ALPHA, RANK, Case, Samples, Setup, Skipped, adamw, pack
 
 from phi3_plugin.checkpoint.base import to_peft
+from phi3_plugin.models.phi3 import PRECISIONS
 
 
 # Shapes: B batch, S sequence
@@ -71,7 +72,7 @@ def transformers_model(setup: Setup) -> Any:
     if setup.liger:
         use_liger()
     keys = {key: value for key, value in setup.keys.items() if key != "model_type"}
-    how: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    how: dict[str, Any] = {"dtype": PRECISIONS[setup.dtype], "attn_implementation": "sdpa"}
     with setup.device:
         model = AutoModelForCausalLM.from_config(Phi3Config(**keys, use_cache=False), **how)
     model.load_state_dict(setup.base, assign=True)
@@ -117,7 +118,7 @@ def trl(setup: Setup) -> Case:
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise Skipped(f"trl: {error}") from error
-    if setup.quantize or setup.compiled:
+    if setup.quantize or setup.compiled or setup.dtype != "bf16":
         raise Skipped("trl is compared in bf16 and not compiled")
     model = peft_model(setup)
     config = SFTConfig(
