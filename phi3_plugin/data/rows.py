@@ -8,6 +8,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -169,8 +170,7 @@ def elements(text: str) -> Iterator[Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {twice!r} is there twice")
     return values
 
@@ -253,11 +253,11 @@ def _csv_cells(stream: IO[str], file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _check_header(names: Sequence[str], file: Path) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
+        named = ", ".join(twice[:5]) + (f" and {len(twice) - 5} others" if len(twice) > 5 else "")
         raise DataError(
-            f"dataset.source: {file}: the header names {', '.join(twice)} more than once. Rename "
-            "the columns."
+            f"dataset.source: {file}: the header names {named} more than once. Rename the columns."
         )
 
 

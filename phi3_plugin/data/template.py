@@ -17,23 +17,17 @@ with the texts filled in. Training on a message counts what it says and the adde
 follows, by which the model learns to stop.
 """
 
-import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property, lru_cache
-from itertools import islice
 from typing import Any, NamedTuple
 
-import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from phi3_plugin.data.formats import ROLES, Turn, Written, make_turn
+from phi3_plugin.data.rendering import NOW, RenderingError, environment, is_cheap, render
 from phi3_plugin.errors import DataError, TokenizerError
 
 TOKEN = re.compile(r"<\|[^<>|]*\|>")
@@ -141,39 +135,30 @@ class ChatTemplate:
     def write(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
         """Return the text of a conversation, as transformers renders it.
 
-        Its own environment is not used even where it is installed: it has ``range``, with which a
-        file from the hub can keep this process busy for ever.
-
         Args:
             turns: The messages.
             add_generation_prompt: Whether the template is asked for an open assistant header.
 
         Raises:
             DataError: The template fails, or does not come to an end.
-
-        Source: transformers 5.23, utils/chat_template_utils.py.
         """
-        limit = CHUNKS + CHUNKS_OF_A_MESSAGE * len(turns)
         messages = [
             {"role": turn.role, "content": turn.content}
             if turn.tools is None
             else {"role": turn.role, "content": turn.content, "tools": turn.tools}
             for turn in turns
         ]
+        variables = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+        }
         try:
-            chunks = _compiled(self.source).generate(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-            written = list(islice(chunks, limit + 1))
-        except Exception as error:
+            return render(self.source, variables)
+        except RenderingError as error:
             raise DataError(f"the chat template failed: {error}") from error
-        if len(written) > limit:
-            raise DataError("the chat template failed: it writes without end")
-        return "".join(written)
 
     @property
     def identity(self) -> list[Any]:
@@ -224,7 +209,8 @@ class ChatTemplate:
     @cached_property
     def only_writes(self) -> bool:
         """Whether the template does nothing with texts but to write them, see `WritesOnly`."""
-        return WritesOnly().allows(_environment().parse(self.source))
+        # All published templates are cheap, and no syntax of those that are is deep
+        return is_cheap(self.source) and WritesOnly().allows(environment().parse(self.source))
 
     # What the template shows of itself when it renders a question and an answer
 
@@ -410,9 +396,9 @@ class MarkedShape:
         Raises:
             DataError: A text is repeated, or changed into another.
         """
-        numbers = [int(mark[2]) for mark in MARK.finditer(self.text)]
+        marks = Counter(int(mark[2]) for mark in MARK.finditer(self.text))
         for n, slot in enumerate(self._slots):
-            if numbers.count(n) == 1:
+            if marks[n] == 1:
                 continue
             tools = "the tools of " if slot.field == "tools" else ""
             name = f"{tools}the {self._shape[slot.turn].role} message"
@@ -582,51 +568,3 @@ class WritesOnly:
             case nodes.Getattr() if self._is_message(node.node):
                 return str(node.attr)
         return None
-
-
-# Running a template, out of reach of everything but the conversation
-
-NOW = datetime.now()
-"""What templates are told is the time: one for all conversations, since layouts are kept."""
-
-CHUNKS = 1000
-CHUNKS_OF_A_MESSAGE = 100
-"""A template may write so many pieces, and so many more a message; published ones write a few."""
-
-
-class _Generation(Extension):
-    """``{% generation %}``, by which a template says what the assistant wrote: adds no text."""
-
-    tags = {"generation"}  # noqa: RUF012  (how Jinja asks for it)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        next(parser.stream)
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body)
-
-
-@lru_cache
-def _compiled(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
-@lru_cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    # Most of Jinja's own globals are left out, so that a hostile file finds less to reach
-    environment.globals.clear()
-    environment.globals.update(
-        namespace=Namespace, raise_exception=_raise_exception, strftime_now=NOW.strftime
-    )
-    return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import time
 import tracemalloc
 
 import pyarrow as pa
@@ -346,3 +347,28 @@ def test_other_nulls_stay(tmp_path):
     assert without_added({"tools": [None, {"a": [None], "b": None}]}) == {
         "tools": [None, {"a": [None]}]
     }
+
+
+MANY = 40_000
+
+
+def test_a_key_that_is_there_twice_among_many_is_found_at_once(tmp_path):
+    keys = ",".join(f'"k{i}": 1' for i in (*range(MANY), MANY - 1))
+    (tmp_path / "a.jsonl").write_text(f'{{"a": 1}}\n{{{keys}}}\n')
+    start = time.process_time()
+    _, row = read(tmp_path / "a.jsonl")
+    assert f"the key 'k{MANY - 1}' is there twice" in str(row.value)
+    assert time.process_time() - start < 5  # half a minute where each is compared with each
+
+
+def test_a_header_of_many_columns_is_read_at_once_and_its_error_is_short(tmp_path):
+    names = [f"c{i}" for i in range(MANY)]
+    start = time.process_time()
+    (tmp_path / "a.csv").write_text(",".join(names) + "\n" + ",".join("1" * MANY) + "\n")
+    (row,) = read(tmp_path / "a.csv")
+    assert len(row.value) == MANY
+    (tmp_path / "b.csv").write_text(",".join(names + names) + "\n")
+    with pytest.raises(DataError, match=r"names c0, .* and 39995 others more than once") as error:
+        read(tmp_path / "b.csv")
+    assert len(str(error.value)) < 300
+    assert time.process_time() - start < 5
