@@ -81,6 +81,7 @@ class Finetune:
         self.last = self.world.same("output_dir", last)
         self.stop = Stop(
             self.world,
+            self.s.output_dir,
             patience=self.s.early_stop_patience,
             max_nonfinite=self.s.max_nonfinite_steps,
         )
@@ -304,6 +305,7 @@ class Finetune:
         name = checkpoints.step_name(state.step) if interrupted else checkpoints.FINAL
         folder = self.save(name)
         self.saver.wait()
+        self.stop.saved()
         if self.s.report:
             self.report(folder)
         self.monitor.close()

@@ -1,32 +1,57 @@
 """When a run ends before its last step."""
 
+import itertools
+import os
 import signal
+import threading
+import time
+from pathlib import Path
 
 import torch
 
 from phi3_plugin.errors import DataError
+from phi3_plugin.launch import STOPPED
+from phi3_plugin.train import checkpoints
 from phi3_plugin.train.world import World
 
 NO_IMPROVEMENT = "no improvement"
+SOON = 0.7
+"""Seconds in which Python acts on a signal by itself, unless a library's call holds it up."""
 
 
 class Stop:
-    """Why the run is to stop after the step it is at; all processes agree."""
+    """Why the run is to stop after the step it is at; all processes agree.
 
-    def __init__(self, world: World, *, patience: int | None, max_nonfinite: int) -> None:
+    Until the first step, and once the result is saved, there is nothing to save: a signal ends the
+    process at once, and says so. In between it waits for the step, and says so too; a second
+    SIGINT does not wait.
+    """
+
+    def __init__(
+        self, world: World, output_dir: Path, *, patience: int | None, max_nonfinite: int
+    ) -> None:
         """Listen to SIGTERM and SIGINT.
 
         Args:
             world: All processes.
+            output_dir: Folder of the run.
             patience: Validations without an improvement that end the run; None never ends it.
             max_nonfinite: Steps in a row without a finite loss or gradient that end it.
         """
-        self._world, self._patience, self._max_nonfinite = world, patience, max_nonfinite
+        self._world, self._output_dir = world, output_dir
+        self._patience, self._max_nonfinite = patience, max_nonfinite
         self._nonfinite = 0
         self._signal: str | None = None
+        self._is_training = False
+        self._handled = 0  # signals, by the handler
         self.reason: str | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        # Python's handlers wait for a call into a library to return. This pipe does not.
+        heard, wakes = os.pipe()
+        os.set_blocking(wakes, False)
+        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
 
     @property
     def interrupted(self) -> bool:
@@ -46,7 +71,12 @@ class Stop:
         asked = torch.tensor(int(self._signal is not None), device=self._world.device)
         if self._world.sum(asked).item():
             self.reason = self.reason or self._signal or "another process was asked to stop"
+        self._is_training = True
         return self.reason is not None
+
+    def saved(self) -> None:
+        """Let a signal end the process at once again: nothing more is to be saved."""
+        self._is_training = False
 
     def after_step(self, problem: str | None, samples: list[int]) -> None:
         """Refuse to go on if the run has lost its way.
@@ -60,11 +90,49 @@ class Stop:
         """
         self._nonfinite = self._nonfinite + 1 if problem else 0
         if self._nonfinite >= self._max_nonfinite:
+            last = checkpoints.find(self._output_dir, "auto").folder
             raise DataError(
                 f"{self._nonfinite} steps in a row left the weights alone: {problem}. The last "
-                f"saw samples {samples}. Lower the learning rate, or look at these samples. The "
-                "last checkpoint is whole."
+                f"saw samples {samples}. Lower the learning rate, or look at these samples. "
+                + (f"The last checkpoint is {last}." if last else "No checkpoint was saved.")
             )
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._signal = signal.Signals(number).name
+        self._handled += 1
+        if self._is_training and not (self._signal and number == signal.SIGINT):
+            self._wait_for_the_step(number)
+            return
+        self._say_end(number)
+        if self._world.size > 1:
+            os._exit(STOPPED)  # an orderly end would wait for the other processes
+        raise SystemExit(STOPPED)
+
+    def _listen(self, heard: int) -> None:
+        """Act where the handler above cannot, within a call into a library."""
+        for count in itertools.count(1):
+            number = os.read(heard, 1)[0]
+            time.sleep(SOON)
+            if self._handled >= count:
+                continue
+            if self._is_training:
+                self._wait_for_the_step(number)
+            else:
+                self._say_end(number)
+                os._exit(STOPPED)
+
+    def _wait_for_the_step(self, number: int) -> None:
+        if self._signal is None:
+            self._signal = signal.Signals(number).name
+            text = "the run saves and ends after this step. Ctrl-C ends it at once."
+            self._say(f"{self._signal}: {text}")
+
+    def _say_end(self, number: int) -> None:
+        self._say(
+            f"{signal.Signals(number).name}: stopped at once. No step was saved for it, and the "
+            "checkpoints are as they were."
+        )
+
+    def _say(self, text: str) -> None:
+        # print() fails if the signal came within another one
+        if self._world.is_main:
+            os.write(2, f"\nphi3_plugin: {text}\n".encode())

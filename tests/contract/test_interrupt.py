@@ -12,6 +12,7 @@ import pytest
 from phi3_plugin.recipes import lora_finetune
 
 from benchmarks import kills
+from phi3_plugin.launch import STOPPED
 from phi3_plugin.lock import FolderLock
 from phi3_plugin.train import checkpoints as run
 from tests.own import RUN, assert_same_end, lines, own_run, same, state, train
@@ -73,13 +74,18 @@ def test_a_signal_ends_the_run_after_its_step(
     assert_same_end(cwd / "out", whole)
 
 
-def test_a_signal_before_the_first_step_leaves_a_start_to_go_on_from(whole, cwd, monkeypatch):
+def test_a_signal_before_the_first_step_leaves_nothing_and_the_run_starts_anew(
+    whole, cwd, monkeypatch
+):
     stock = lora_finetune.Finetune.setup_model
     send = at_call(1, stock, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with monkeypatch.context() as patch:
         patch.setattr(lora_finetune.Finetune, "setup_model", send)
-        assert train(cwd, *RARELY).state.step == 0
-    assert train(cwd, *RARELY, "resume=auto").last.folder.name == "step_000000"
+        with pytest.raises(SystemExit) as end:
+            train(cwd, *RARELY)
+    assert end.value.code == STOPPED
+    assert [path for path in (cwd / "out").iterdir() if not path.name.startswith(".lock")] == []
+    assert train(cwd, *RARELY, "resume=auto").last.folder is None
     assert_same_end(cwd / "out", whole)
 
 

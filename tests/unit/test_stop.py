@@ -1,31 +1,89 @@
 """When a run ends before its last step."""
 
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from phi3_plugin.errors import DataError
+from phi3_plugin.launch import STOPPED
+from phi3_plugin.train import checkpoints
 from phi3_plugin.train.stop import NO_IMPROVEMENT, Stop
 from phi3_plugin.train.world import World
 
 
 @pytest.fixture
-def stop():
+def stop(tmp_path):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield Stop(World("cpu"), patience=2, max_nonfinite=3)
+    yield Stop(World("cpu"), tmp_path, patience=2, max_nonfinite=3)
     for number, handler in before.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 def test_a_run_goes_on_unless_there_is_a_reason(stop):
     assert (stop.now(), stop.reason, stop.interrupted) == (False, None, False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_acted_on_when_the_run_asks(number, stop):
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+@BOTH
+def test_a_signal_in_a_step_is_acted_on_when_the_run_asks(number, stop, capfd):
+    assert not stop.now()
     signal.raise_signal(number)
     assert stop.reason is None
+    assert f"{number.name}: the run saves and ends after this step" in capfd.readouterr().err
     assert (stop.now(), stop.reason, stop.interrupted) == (True, number.name, True)
+
+
+@BOTH
+def test_before_the_first_step_and_after_the_result_is_saved_it_ends_at_once(number, stop, capfd):
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            signal.raise_signal(number)
+        assert end.value.code == STOPPED
+        assert f"{number.name}: stopped at once" in capfd.readouterr().err
+        stop.now()
+        stop.saved()
+
+
+def test_whoever_repeats_ctrl_c_does_not_wait_for_the_step(stop):
+    stop.now()
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)  # schedulers repeat it
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGINT)
+
+
+IN_A_LIBRARY = """
+from pathlib import Path
+import torch
+from phi3_plugin.train.stop import Stop
+from phi3_plugin.train.world import World
+Stop(World("cpu"), Path("out"), patience=None, max_nonfinite=3)
+print("ready", flush=True)
+torch.linalg.svd(torch.ones(6000, 6000))  # for a minute
+"""
+
+
+def test_a_call_into_a_library_does_not_hold_it_up(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_LIBRARY],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.5)
+    before = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - before < 5  # within a second, but the machine may be busy
+    assert process.returncode == STOPPED
+    assert b"SIGINT: stopped at once" in said
 
 
 def test_patience_ends_a_run_that_was_not_interrupted(stop):
@@ -35,12 +93,15 @@ def test_patience_ends_a_run_that_was_not_interrupted(stop):
     assert (stop.now(), stop.reason, stop.interrupted) == (True, NO_IMPROVEMENT, False)
 
 
-def test_only_steps_in_a_row_that_moved_nothing_end_it(stop):
+def test_only_steps_in_a_row_that_moved_nothing_end_it(stop, tmp_path):
     for problem in ("NaN", "NaN", None, "NaN", "NaN"):
         stop.after_step(problem, [1, 2])
     with pytest.raises(DataError) as error:
         stop.after_step("no token has a label", [7, 3])
     assert str(error.value) == (
         "3 steps in a row left the weights alone: no token has a label. The last saw samples "
-        "[7, 3]. Lower the learning rate, or look at these samples. The last checkpoint is whole."
+        "[7, 3]. Lower the learning rate, or look at these samples. No checkpoint was saved."
     )
+    checkpoints.save(tmp_path / "step_000002", 2, lambda folder: None, {}, replace=False)
+    with pytest.raises(DataError, match=rf"The last checkpoint is {tmp_path}/step_000002\."):
+        stop.after_step("NaN", [7, 3])
