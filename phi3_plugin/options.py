@@ -8,6 +8,7 @@ mistake at once, under the key as it was typed. The standard library alone: `--h
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from enum import Enum
 from functools import partial
 from inspect import Parameter, Signature, signature
 from math import inf
@@ -61,6 +62,26 @@ class Flags(NamedTuple):
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     """Of a flag that may be repeated."""
+
+
+class OnResume(Enum):
+    """Marks a key of a run: what becomes of another value when the run goes on with it."""
+
+    HONOURED = "honoured"
+    """The new value holds from there on, and the run's record says so."""
+    FREE = "free"
+    """Nothing that is trained depends on it."""
+    CONTENT = "content"
+    """What it stands for is compared instead: base weights, samples and their order, tensors."""
+    REFUSED = "refused"
+    """The run would become another one."""
+
+
+class PartsOnResume(NamedTuple):
+    """Marks a section for a component of others; any part that is not named is as the section."""
+
+    honoured: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
 
 
 def is_number(value: Any, least: float = -inf, most: float = inf) -> bool:

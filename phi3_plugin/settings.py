@@ -29,6 +29,8 @@ from phi3_plugin.options import (
     Dtype,
     Folder,
     Kind,
+    OnResume,
+    PartsOnResume,
     Positive,
     Section,
     Seed,
@@ -92,42 +94,56 @@ class Handed(NamedTuple):
 class Settings:
     """One training run, with the keys as its YAML spells them.
 
-    An annotation says all that there is to check of a key by itself.
+    An annotation says all that there is to check of a key by itself, and by an `OnResume` whether
+    a run may go on with another value.
     """
 
-    checkpoint_dir: Folder
-    output_dir: Folder
-    model: Annotated[Component, Handed()]
-    tokenizer: Annotated[Component, Handed()]
+    checkpoint_dir: Annotated[Folder, OnResume.CONTENT]
+    output_dir: Annotated[Folder, OnResume.FREE]
+    model: Annotated[Component, Handed(), OnResume.CONTENT]
+    tokenizer: Annotated[Component, Handed(), OnResume.CONTENT]
     dataset: Annotated[
-        Component, Handed(1), Advice("For several files, let dataset.source be a folder or a glob.")
+        Component,
+        Handed(1),
+        Advice("For several files, let dataset.source be a folder or a glob."),
+        OnResume.CONTENT,
     ]
-    dataset_val: Annotated[Component | None, Handed(1)] = None
-    val_fraction: Share = 0.0
+    dataset_val: Annotated[Component | None, Handed(1), OnResume.CONTENT] = None
+    val_fraction: Annotated[Share, OnResume.CONTENT] = 0.0
     """Share of the training set that is split off for validation, chosen by the seed."""
-    batch_size: Count
+    batch_size: Annotated[Count, OnResume.CONTENT]
     """Samples that one device sees at once."""
-    gradient_accumulation_steps: Count = 1
-    collate_fn: Annotated[AnyText, Handed(1, "padding_idx")] = (
+    gradient_accumulation_steps: Annotated[Count, OnResume.CONTENT] = 1
+    collate_fn: Annotated[AnyText, Handed(1, "padding_idx"), OnResume.HONOURED] = (
         "phi3_plugin.data.collate.concatenate"
     )
-    shuffle: Switch = True
-    group_by_length: Switch = False
+    shuffle: Annotated[Switch, OnResume.CONTENT] = True
+    group_by_length: Annotated[Switch, OnResume.CONTENT] = False
     """Steps of samples of similar length: less padding, where collate_fn pads."""
-    seed: Seed = 0
+    seed: Annotated[Seed, OnResume.CONTENT] = 0
     """null is 0."""
 
-    init_adapter: Folder | None = None
+    init_adapter: Annotated[Folder | None, OnResume.REFUSED] = None
     """An adapter, anyone's, to train on from; the model's keys must be those that it fits."""
-    epochs: Count = 1
-    max_steps: Count | None = None
+    epochs: Annotated[Count, OnResume.HONOURED] = 1
+    max_steps: Annotated[Count | None, OnResume.HONOURED] = None
     """Optimizer steps of the whole run, if that is less than its epochs."""
-    optimizer: Annotated[Component, Handed(1)]
-    lr_scheduler: Annotated[Component | None, Handed(1, "num_training_steps")] = None
-    lora_plus_ratio: Positive | None = None
+    optimizer: Annotated[
+        Component,
+        Handed(1),
+        OnResume.REFUSED,  # what else there is, momentum or amsgrad, decides what is kept
+        PartsOnResume(
+            honoured=("lr", "weight_decay", "betas", "eps", "dampening", "nesterov", "alpha"),
+            free=("fused", "foreach", "capturable", "differentiable"),
+        ),
+    ]
+    lr_scheduler: Annotated[
+        Component | None, Handed(1, "num_training_steps"), OnResume.HONOURED
+    ] = None
+    lora_plus_ratio: Annotated[Positive | None, OnResume.HONOURED] = None
     """The learning rate of the B matrices, as a multiple of that of the A matrices."""
-    clip_grad_norm: Positive | None = None
-    max_nonfinite_steps: Count = 3
+    clip_grad_norm: Annotated[Positive | None, OnResume.HONOURED] = None
+    max_nonfinite_steps: Annotated[Count, OnResume.FREE] = 3
     """Steps in a row without a finite gradient, after which the run stops."""
 
     dtype: Annotated[
@@ -136,59 +152,57 @@ class Settings:
             "Where a card has no bf16, use dtype=fp32 over an NF4 base, "
             "model=phi3_plugin.models.qlora_phi3: the gradients of fp16 underflow."
         ),
+        OnResume.REFUSED,
     ]
-    adapter_dtype: Dtype | None = None
+    adapter_dtype: Annotated[Dtype | None, OnResume.REFUSED] = None
     """null is dtype; adapters in fp32 over a base in bf16 keep updates that bf16 rounds away."""
     device: Annotated[
-        Literal["cpu", "cuda"] | None, Advice("Choose a card with CUDA_VISIBLE_DEVICES.")
+        Literal["cpu", "cuda"] | None,
+        Advice("Choose a card with CUDA_VISIBLE_DEVICES."),
+        OnResume.FREE,
     ] = None
     """null is what the machine has."""
-    compile: Switch = False
-    enable_activation_checkpointing: Switch | Count = False
+    compile: Annotated[Switch, OnResume.FREE] = False
+    enable_activation_checkpointing: Annotated[Switch | Count, OnResume.FREE] = False
     """A number n recomputes every n-th layer only."""
-    memory_budget: Memory | None = None
+    memory_budget: Annotated[Memory | None, OnResume.FREE] = None
     """Recompute as few layers as the memory of one device allows, instead of naming them; bytes."""
-    enable_activation_offloading: Switch = False
+    enable_activation_offloading: Annotated[Switch, OnResume.FREE] = False
     """Keep what recomputed layers need in the CPU's memory; on a GPU."""
-    fsdp_cpu_offload: Switch = False
-    fsdp_reshard_after_forward: Switch = True
-    fsdp_replicas: Count = 1
+    fsdp_cpu_offload: Annotated[Switch, OnResume.FREE] = False
+    fsdp_reshard_after_forward: Annotated[Switch, OnResume.FREE] = True
+    fsdp_replicas: Annotated[Count, OnResume.FREE] = 1
     """Whole copies of the model; the processes of a copy share it. As many copies as processes
     is the fastest where a model fits one device: only gradients travel then."""
 
-    save_every_n_steps: Count | None = None
-    save_every_epoch: Switch = True
-    save_total_limit: Count | None = None
+    save_every_n_steps: Annotated[Count | None, OnResume.FREE] = None
+    save_every_epoch: Annotated[Switch, OnResume.FREE] = True
+    save_total_limit: Annotated[Count | None, OnResume.FREE] = None
     """Checkpoints kept; the oldest go first."""
-    save_in_background: Switch = False
+    save_in_background: Annotated[Switch, OnResume.FREE] = False
     """Train on while a checkpoint is written; takes a copy of it in the CPU's memory."""
-    resume: Resume = "never"
+    resume: Annotated[Resume, OnResume.FREE] = "never"
     """auto goes on from the newest checkpoint of output_dir if there is one."""
-    checkpointer: Section | None = None
+    checkpointer: Annotated[Section | None, OnResume.FREE] = None
     """For torchtune's recipes, whose other keys must not ask for more; this one reads `card`."""
-    run_val_every_n_steps: Count | None = None
-    early_stop_patience: Count | None = None
+    run_val_every_n_steps: Annotated[Count | None, OnResume.HONOURED] = None
+    early_stop_patience: Annotated[Count | None, OnResume.HONOURED] = None
     """Validations without an improvement, after which the run stops."""
-    keep_best: Switch = True
+    keep_best: Annotated[Switch, OnResume.FREE] = True
     """Save a checkpoint at each new lowest validation loss, as output_dir/best."""
 
-    metric_logger: Annotated[Component | None, Handed()] = None
-    log_every_n_steps: Count = 1
-    sample_prompts: Texts = field(default_factory=list)
+    metric_logger: Annotated[Component | None, Handed(), OnResume.FREE] = None
+    log_every_n_steps: Annotated[Count, OnResume.FREE] = 1
+    sample_prompts: Annotated[Texts, OnResume.HONOURED] = field(default_factory=list)
     """Questions answered before and after training and at each validation, for the report."""
-    sample_max_new_tokens: Count = 64
+    sample_max_new_tokens: Annotated[Count, OnResume.FREE] = 64
     """Tokens of such an answer, at most."""
-    plan: Switch | Count = False
+    plan: Annotated[Switch | Count, OnResume.FREE] = False
     """Print what the run would take, for so many devices, and do nothing."""
-    report: Switch = True
-    prove: Switch = True
+    report: Annotated[Switch, OnResume.FREE] = True
+    prove: Annotated[Switch, OnResume.FREE] = True
     """Compare the final adapter's logits in PEFT with ours, if PEFT is installed and memory is
     there."""
-
-    @property
-    def card(self) -> dict[str, Any]:
-        """Rows of the model card's table that the YAML gives, as ``checkpointer.card``."""
-        return {**(self.checkpointer or {}).get("card", {})}
 
 
 HINTS = get_type_hints(Settings, include_extras=True)
@@ -335,9 +349,9 @@ def _checkpointer(given: Mapping[str, Any]) -> Iterator[str]:
     section = given.get("checkpointer")
     if not isinstance(section, Mapping):
         return
-    if (component := section.get("_component_", CHECKPOINTER)) != CHECKPOINTER:
+    if (name := section.get("_component_", CHECKPOINTER)) != CHECKPOINTER:
         yield (
-            f"checkpointer._component_: {spelled(component)} is not supported: this recipe writes "
+            f"checkpointer._component_: {spelled(name)} is not supported: this recipe writes "
             f"PEFT folders. Use {CHECKPOINTER}, or remove the section."
         )
         return
@@ -351,7 +365,7 @@ def _checkpointer(given: Mapping[str, Any]) -> Iterator[str]:
         # Wrong at the top is reported there, once
         "save_adapter_weights_only": given.get("save_adapter_weights_only", True),
     }
-    known = ["_component_", *signature(_imported(CHECKPOINTER)).parameters]
+    known = ["_component_", *signature(component(CHECKPOINTER)).parameters]
     for key, value in section.items():
         if key not in known:
             yield unknown_key(f"checkpointer.{key}", value, CHECKPOINTER, known)
@@ -381,15 +395,15 @@ def component_problems(key: str, section: Any) -> Iterator[str]:
         return
     dotpath = section["_component_"]
     try:
-        component = _imported(dotpath)
+        factory = component(dotpath)
     except Exception as error:  # importing a module of the user's can raise anything
         yield f"{where}: {spelled(dotpath)} cannot be imported. {_reason(dotpath, error)}"
         return
-    if not callable(component):
+    if not callable(factory):
         yield f"{where}: {spelled(dotpath)} cannot be called. Name a function or a class."
         return
     try:
-        parameters = signature(component).parameters
+        parameters = signature(factory).parameters
     except ValueError:  # written in C, so nothing is known of its arguments
         return
     count, by_name = handed[0]
@@ -420,7 +434,8 @@ def component_problems(key: str, section: Any) -> Iterator[str]:
         yield from options.mistakes("optimizer.lr", section["lr"], Positive)
 
 
-def _imported(dotpath: str) -> Any:
+def component(dotpath: str) -> Any:
+    """Import what a dotted path names, also from the current folder."""
     if os.getcwd() not in sys.path:  # as torchtune does when it creates the component
         sys.path.append(os.getcwd())
     return _get_component_from_path(dotpath)
@@ -429,7 +444,7 @@ def _imported(dotpath: str) -> Any:
 def _reason(dotpath: str, error: Exception) -> str:
     parent, _, name = dotpath.rpartition(".")
     try:
-        meant = closest(name, dir(_imported(parent)))
+        meant = closest(name, dir(component(parent)))
     except Exception:  # the parent is no better
         meant = None
     return f"Did you mean {meant!r}?" if meant else f"{error.__cause__ or error!r}."

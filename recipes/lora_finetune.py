@@ -8,7 +8,6 @@ happens. The loop is `Finetune.train`. What differs between one process and many
 `phi3_plugin.train.world`; what one step does is in `phi3_plugin.train.step`.
 """
 
-import copy
 import math
 import sys
 from collections.abc import Callable
@@ -18,20 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import config
 
 from phi3_plugin import settings
+from phi3_plugin.checkpoint.base import known_hash
 from phi3_plugin.checkpoint.check import served_by
 from phi3_plugin.checkpoint.files import check_output
 from phi3_plugin.checkpoint.peft import export_adapter, export_model
-from phi3_plugin.data.order import shares
+from phi3_plugin.data.order import held_out, shares
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.generate import answers_in_training
 from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import proof_of_run
+from phi3_plugin.redaction import redacted
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.data import instantiate, load_data
 from phi3_plugin.train.losses import sft
@@ -42,8 +43,21 @@ from phi3_plugin.train.optimizer import (
     load_optimizer_state,
     optimizer_state,
     parameter_groups,
+    replay,
 )
 from phi3_plugin.train.plan import give_memory_back, print_plan, recomputed_for
+from phi3_plugin.train.resume import (
+    ENDS,
+    Change,
+    changes_of,
+    check_base,
+    check_changes,
+    check_unfinished,
+    moved,
+    noted,
+    record,
+    told,
+)
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
 from phi3_plugin.train.step import train_step, validate
 from phi3_plugin.train.stop import Stop
@@ -62,8 +76,10 @@ class TrainState:
     """Validations since then."""
     validated: int = 0
     """Step of the last validation."""
-    answers_before: list[str] = field(default_factory=list)
+    answers_before: dict[str, str] = field(default_factory=dict)
     """To the sample questions, before the first step."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that changed when the run went on, see `phi3_plugin.train.resume.noted`."""
 
 
 class Finetune:
@@ -88,20 +104,28 @@ class Finetune:
         self.loss = sft
         self.state = TrainState()
         self.answers: list[str] = []  # to the sample questions, at the last validation
+        self.settings = record(cfg)
+        self.differences: list[Change] = []  # from those of the checkpoint to go on from
+        self.finished = False
 
     def setup(self) -> None:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
-        self.setup_data()
         saved: dict[str, Any] | None = None
         if self.last.folder:
             saved = checkpoints.load_state(self.last.folder)
-            self.check_order(saved["data"])
+            self.compare(self.last.folder, saved)
+        if not self.finished or moved(self.differences):
+            self.setup_data()
+            if saved:
+                self.check_data(saved)
+        if self.finished:
+            return
         self.setup_model(saved)
         self.setup_optimizer()
         if saved:
             self.load_state_dict(saved)
         else:
-            self.state.answers_before = self.answer()
+            self.state.answers_before = dict(zip(self.s.sample_prompts, self.answer(), strict=True))
             torch.manual_seed(self.s.seed + self.world.rank)
         self.monitor = Monitor(
             self.world.is_main,
@@ -110,7 +134,7 @@ class Finetune:
             total=self.data.total_steps,
             start=self.state.step,
         )
-        self.monitor.resumed(self.state.step, self.last)
+        self.monitor.resumed(self.state.step, self.last, noted(self.differences, self.state.step))
         self.saver = checkpoints.Saver(
             self.s.output_dir,
             self.s.save_total_limit,
@@ -118,6 +142,25 @@ class Finetune:
             passed_over=self.last.passed_over,
             background=self.s.save_in_background,
         )
+
+    def compare(self, folder: Path, saved: dict[str, Any]) -> None:
+        """Find out which settings differ from a checkpoint's; refuse what cannot be honoured."""
+        check_base(folder, saved["base_hash"], self.s.checkpoint_dir)
+        self.state = TrainState(**saved["train"])
+        self.differences = changes_of(saved["settings"], self.settings)
+        extended = any(change.key in ENDS for change in self.differences)
+        if folder.name == checkpoints.FINAL and not extended:
+            self.check_finished(folder)
+        check_changes(folder, self.differences)
+        self.state.changes += noted(self.differences, self.state.step)
+
+    def check_finished(self, folder: Path) -> None:
+        """Refuse to repeat a finished run with other settings; with its own nothing is left to do.
+
+        Except for the report, if the run was killed before it was written.
+        """
+        check_unfinished(folder, self.state.step, self.differences)
+        self.finished = not self.s.report or (self.s.output_dir / "report.html").exists()
 
     def setup_data(self) -> None:
         """Tokenize, split and order the samples."""
@@ -162,9 +205,13 @@ class Finetune:
         self.scheduler = instantiate(
             self.s.lr_scheduler, self.optimizer, num_training_steps=self.data.total_steps
         )
+        if self.scheduler:
+            replay(self.scheduler, self.state.step)
 
     def train(self) -> None:
         """Make steps until they are made or there is a reason to stop."""
+        if self.finished:
+            return
         state, order = self.state, self.data.order
         while state.step < self.data.total_steps and not self.stop.now():
             samples = order.indices(state.step)
@@ -244,7 +291,8 @@ class Finetune:
         adapter = trained_adapter(
             self.model, trained, self.pissa_start, may_be_identity=may_be_identity
         )
-        card = {**self.s.card, "steps": self.state.step}
+        section = redacted(self.cfg).get("checkpointer") or {}
+        card = {**section.get("card", {}), "steps": self.state.step, **told(self.state.changes)}
         if self.state.best < math.inf:
             card["validation loss"] = f"{self.state.best:.4f}"
         if adapter.origin.get("lora_init") == "loftq":
@@ -266,18 +314,20 @@ class Finetune:
         """
         state = {
             "optimizer": optimizer_state(self.world, self.model, self.optimizer),
-            "scheduler": copy.deepcopy(self.scheduler.state_dict()) if self.scheduler else None,
             "random": self.world.gather(self.world.random_state()),
             "train": asdict(self.state),
             "data": self.data.order.identity,
-            "settings": OmegaConf.to_container(self.cfg, resolve=True),
+            "held_out": held_out(self.data.order_val),
+            "base_hash": known_hash(self.s.checkpoint_dir),
+            "settings": self.settings,
         }
         if self.is_lora:
             state["adapter"] = adapter_state(self.model, trained, self.pissa_start)
         return state
 
-    def check_order(self, identity: dict[str, Any]) -> None:
+    def check_data(self, saved: dict[str, Any]) -> None:
         """Refuse to go on with samples that earlier steps have seen, or in another order."""
+        identity, step, total = saved["data"], self.state.step, self.data.total_steps
         if identity != self.data.order.identity:
             raise CheckpointError(
                 f"resume: the order of the data would change from {identity} to "
@@ -285,18 +335,30 @@ class Finetune:
                 "another number of processes change gradient_accumulation_steps or batch_size "
                 "instead."
             )
+        if saved["held_out"] != held_out(self.data.order_val):
+            raise CheckpointError(
+                f"resume: the validation data would change from {saved['held_out']} to "
+                f"{held_out(self.data.order_val)}, and losses could not be compared. Use the "
+                "dataset_val or val_fraction the run was started with."
+            )
+        if step == total and self.last.folder and self.last.folder.name == checkpoints.FINAL:
+            self.check_finished(self.last.folder)
+        if step > total:
+            raise CheckpointError(
+                f"resume: {self.last.folder} has made {step} steps, and the run is to have "
+                f"{total}. Raise max_steps or epochs, or resume from an earlier checkpoint."
+            )
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on where a checkpoint ended; the trained tensors are in the model by now."""
         load_optimizer_state(self.world, self.model, self.optimizer, saved["optimizer"])
-        if self.scheduler:
-            self.scheduler.load_state_dict(saved["scheduler"])
-        self.state = TrainState(**saved["train"])
         self.stop.after_validation(self.state.stale)
         self.world.set_random_state(saved["random"], self.s.seed + self.state.step)
 
     def finish(self) -> None:
         """Save once more: the result, or a step that an interrupted run goes on from."""
+        if self.finished:
+            return self.say_finished()
         state = self.state
         is_finished = state.step == self.data.total_steps
         interrupted = self.stop.interrupted and not is_finished
@@ -321,6 +383,18 @@ class Finetune:
         if self.s.prove and self.is_lora:
             print(proof_of_run(folder, self.s.checkpoint_dir))
 
+    def say_finished(self) -> None:
+        """Say that there is nothing to do; no file changes."""
+        self.world.close()
+        if self.lock:
+            self.lock.release()
+        if self.world.is_main:
+            print(
+                f"{self.s.output_dir} holds this run, finished after {self.state.step} steps: "
+                f"{self.last.folder}. Nothing was trained or written. Raise max_steps or epochs to "
+                "train on, or set another output_dir for another run."
+            )
+
     def report(self, folder: Path) -> None:
         """Write the page that tells what the run did; every process answers the questions."""
         is_answered = self.answers and self.state.validated == self.state.step
@@ -332,10 +406,14 @@ class Finetune:
         page = write_report(
             self.s.output_dir,
             model=self.model,
-            config=self.cfg,
+            settings=redacted(self.cfg),
+            changes=told(self.state.changes),
             adapter=folder,
             ending=self.stop.reason,
-            answers=list(zip(self.s.sample_prompts, self.state.answers_before, after, strict=True)),
+            answers=[
+                (prompt, self.state.answers_before.get(prompt, ""), answer)
+                for prompt, answer in zip(self.s.sample_prompts, after, strict=True)
+            ],
         )
         self.monitor.say(f"Wrote {page}.")
 

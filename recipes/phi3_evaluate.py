@@ -55,6 +55,7 @@ from phi3_plugin.models.cache import serve
 from phi3_plugin.options import EvaluateOptions
 from phi3_plugin.pages import versions, write_files
 from phi3_plugin.pages.evaluation import page_of_evaluation
+from phi3_plugin.redaction import redacted
 from phi3_plugin.settings import Settings, read_beside
 from phi3_plugin.terminal import for_stdout, harmless
 from phi3_plugin.train.data import instantiate
@@ -102,7 +103,7 @@ def evaluate(s: Settings, o: EvaluateOptions, scorer: Scorer | None, world: Worl
         del model  # or it would be there beside the next ones
 
     if world.is_main:
-        facts = facts_of(s, o, data, scorer, world)
+        facts = facts_of(s, o, data, scorer, world, redacted(cfg))
         evaluation = Evaluation(data.samples, outcomes, facts)
         numbers = results(evaluation, measures(scorer), seed=s.seed)
         files = {
@@ -209,16 +210,21 @@ def progress_bar(what: str, total: int, world: World) -> Any:
 
 
 def facts_of(
-    s: Settings, o: EvaluateOptions, data: EvaluationData, scorer: Scorer | None, world: World
+    s: Settings,
+    o: EvaluateOptions,
+    data: EvaluationData,
+    scorer: Scorer | None,
+    world: World,
+    shown: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what decided the numbers."""
+    """Return what decided the numbers; of the data and the tokenizer what may be shown."""
     facts: dict[str, Any] = {
         "evaluated": data.source,
         "checkpoint_dir": str(s.checkpoint_dir),
         "adapter": None if o.adapter is None else str(o.adapter),
         "base": "NF4" if is_quantized(s.model) else s.dtype,
-        "data": s.dataset_val or s.dataset,
-        "tokenizer": s.tokenizer,
+        "data": shown["dataset_val" if s.dataset_val else "dataset"],
+        "tokenizer": shown["tokenizer"],
         "device": world.device.type,
     }
     if scorer:

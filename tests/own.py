@@ -206,7 +206,6 @@ def assert_same_end(out: Path, expected: Path) -> None:
     """Check weights, training state and metrics of two runs, to the last bit."""
     names = ("final", "best") if (expected / "best").exists() else ("final",)
     for name in names:
-        # Not the files: safetensors writes its metadata in an order that changes.
         assert same(*(load_adapter(folder / name) for folder in (out, expected)))
         assert same(*(state(folder / name) for folder in (out, expected)))
     assert lines(out) == lines(expected)

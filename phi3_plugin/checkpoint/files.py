@@ -215,7 +215,20 @@ def save_tensors(
     mode = file.stat().st_mode
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})
+    _sort_metadata(file)
     file.chmod(mode)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Give a file's metadata one order; safetensors writes it in another each time."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # spaces may follow
+            stream.seek(8)
+            stream.write(text.ljust(length))
 
 
 # Tensors that stay in a safetensors file until they are needed

@@ -186,6 +186,12 @@ def shares(order: Order, rank: int, collate: Collate) -> Iterator[dict[str, Tens
         yield from order.batches(step, rank, collate)
 
 
+def held_out(order: Order | None) -> dict[str, int | bool | str] | None:
+    """Return what tells validation data from others, however many processes share them."""
+    names = ("samples", "content")
+    return None if order is None else {name: order.identity[name] for name in names}
+
+
 def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
     """Split a data set into what is trained on and what is held out for validation.
 

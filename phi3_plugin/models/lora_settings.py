@@ -26,6 +26,7 @@ from phi3_plugin.models.lora import (
 from phi3_plugin.options import (
     Advice,
     Kind,
+    OnResume,
     Positive,
     Share,
     Switch,
@@ -116,7 +117,7 @@ class LoRASettings:
     """Inner width of every adapter."""
     lora_alpha: Annotated[Width, Advice("PEFT declares it an integer.")] = 16
     """The adapters are scaled by lora_alpha / lora_rank."""
-    lora_dropout: Share = 0.0
+    lora_dropout: Annotated[Share, OnResume.HONOURED] = 0.0
     """Dropout on the adapters' input."""
     use_dora: Switch = False
     """Train the magnitude of each row as well."""

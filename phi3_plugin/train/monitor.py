@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torchtune import config
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from phi3_plugin.errors import CheckpointError, OutputError
+from phi3_plugin.options import spelled
+from phi3_plugin.redaction import as_config, redacted
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.checkpoints import LastCheckpoint
+from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.step import StepResult
 
-RESUMED, SKIPPED = "resumed", "skipped"
-"""Events of the metrics file that a report counts."""
+RESUMED, SKIPPED, CHANGED = "resumed", "skipped", "changed"
+"""Events of the metrics file that a report reads."""
 
 MEASURED = frozenset({"tokens_per_second", "seconds", "peak_memory_gib"})
 """Fields that depend on the machine and the hour; all others repeat if the run is repeated."""
@@ -50,11 +52,19 @@ class Monitor:
         self._started = time.perf_counter()
         self._logger: Any = None
         if settings.metric_logger:
-            self._logger = config.instantiate(OmegaConf.create(settings.metric_logger))
-            self._logger.log_config(cfg)
+            self._logger = instantiate(settings.metric_logger)
+            self._logger.log_config(as_config(redacted(cfg)))
 
-    def resumed(self, step: int, last: LastCheckpoint) -> None:
-        """Note where the run goes on, after so many steps."""
+    def resumed(
+        self, step: int, last: LastCheckpoint, changes: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Note where the run goes on, after so many steps, and which settings hold from there on.
+
+        Args:
+            step: Steps made.
+            last: What it goes on from.
+            changes: With ``key``, ``before`` and ``after`` each.
+        """
         if not self.is_main:
             return
         for folder, problem in last.passed_over.items():
@@ -62,6 +72,11 @@ class Monitor:
         if last.folder:
             self._history.log(step, event=RESUMED, folder=last.folder.name)
             self._progress.print(f"resume: going on from {last.folder}, step {step}")
+        for change in changes:
+            key, before, after = change["key"], change["before"], change["after"]
+            self._history.log(step, event=CHANGED, key=key, before=before, after=after)
+            values = f"{spelled(after)}, was {spelled(before)}"
+            self._progress.print(f"resume: from step {step + 1} on {key} is {values}")
 
     def step(self, step: int, epoch: int, result: StepResult, rate: float) -> None:
         """Note one optimizer step.

@@ -1,6 +1,7 @@
 """Parameter groups, learning-rate schedules, and what a checkpoint keeps of an optimizer."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.train.world import World
@@ -109,6 +110,17 @@ def constant_with_warmup(step: int, steps: int) -> float:
     return 1.0
 
 
+def replay(schedule: LRScheduler, steps: int) -> None:
+    """Bring a new schedule, and the rates that it sets, to where so many steps leave them.
+
+    So a run goes on in the same bits, and one whose settings changed at the rate that they give.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects steps of the optimizer in between
+        for _ in range(steps):
+            schedule.step()
+
+
 # The state by parameter name, whole, whatever the number of processes. 8-bit optimizers keep
 # tensors that are made of others: codes, scales and a table. Those are shared out, gathered and
 # copied part by part here, since they know few of torch's functions.
@@ -118,11 +130,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")
 
 
 def optimizer_state(world: World, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return a copy of the optimizer's whole state by parameter name, for the main process."""
+    """Return a copy of what the optimizer keeps by parameter name, whole, for the main process."""
     if not optimizer.state:  # torch would make a step to have something to return
-        return {"rates": [float(group["lr"]) for group in optimizer.param_groups]}
-    state = get_optimizer_state_dict(model, optimizer)
-    return {"kind": _kind(optimizer), **_copied(state, world)}
+        return {"kind": _kind(optimizer), "state": {}}
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    return {"kind": _kind(optimizer), "state": _copied(state, world)}
 
 
 def load_optimizer_state(
@@ -133,15 +145,12 @@ def load_optimizer_state(
     Raises:
         CheckpointError: It is that of another kind of optimizer, or of another model.
     """
-    if "rates" in state:
-        for group, rate in zip(optimizer.param_groups, state["rates"], strict=True):
-            # torchao's optimizers keep the rate as a tensor.
-            group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
-        return
     _check_state(optimizer, dict(model.named_parameters()), state)
-    shards = get_optimizer_state_dict(model, optimizer)["state"]
-    mine = {**state, "state": _filled(shards, state["state"], world)}
-    set_optimizer_state_dict(model, optimizer, mine)
+    if state["state"]:
+        # Rates, betas and the like stay as they are: the settings and the schedule have set them
+        fresh = get_optimizer_state_dict(model, optimizer)
+        mine = {**fresh, "state": _filled(fresh["state"], state["state"], world)}
+        set_optimizer_state_dict(model, optimizer, mine)
 
 
 def _copied(value: Any, world: World) -> Any:

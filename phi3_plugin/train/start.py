@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from phi3_plugin.checkpoint.adapter import Adapter, Origin
-from phi3_plugin.checkpoint.base import MAGNITUDE, A, B, known_hash, open_weights
+from phi3_plugin.checkpoint.base import MAGNITUDE, A, B, known_hash, open_weights, other_base
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import check_same, check_trained
 from phi3_plugin.config import read_config
@@ -214,10 +214,17 @@ def fitting_tensors(path: Path, checkpoint_dir: Path, model: nn.Module) -> dict[
         model: Knows what is trained.
 
     Raises:
-        AdapterError: The model's keys are others; those that would fit are listed.
+        AdapterError: It was made for other base weights, or the model's keys are others; those
+            that would fit are listed.
     """
     config = read_config(checkpoint_dir)
     adapter = read_adapter(path, config=config, base=checkpoint_dir)
+    if hashes := other_base(adapter.base_hash, checkpoint_dir):
+        raise AdapterError(
+            f"init_adapter: {path} was made for other weights than those of {checkpoint_dir}: for "
+            f"some with the hash {hashes}. It names {adapter.base or 'no base'}: give that as "
+            "checkpoint_dir, or merge the adapter into it and train on from what that writes."
+        )
     ours = keys_of_model(model)
     theirs = keys_of(
         adapter.ranks,

@@ -220,3 +220,17 @@ def test_others_may_read_what_we_write(tmp_path):
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "about": "x"}
+
+
+def test_equal_tensors_become_equal_bytes(tmp_path):
+    """safetensors alone writes its metadata in an order that changes."""
+    metadata = {f"{letter} é\"\n": letter for letter in "phi3_plugin notes"}
+    values = {"b": torch.ones(2, 3), "a": torch.arange(5, dtype=torch.bfloat16)}
+    written = set()
+    for n in range(8):
+        save_tensors(tmp_path / f"{n}.safetensors", values, metadata)
+        written.add((tmp_path / f"{n}.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in values.items())

@@ -11,6 +11,7 @@ from phi3_plugin.train.optimizer import (
     load_optimizer_state,
     optimizer_state,
     parameter_groups,
+    replay,
 )
 from phi3_plugin.train.world import World
 from tests.tiny import tiny_model
@@ -176,18 +177,50 @@ def test_a_saved_state_is_a_copy_that_a_new_optimizer_goes_on_with():
         assert (moments["exp_avg"] == 0.1).all()
 
 
-def test_an_optimizer_that_made_no_step_keeps_its_rates():
+def test_an_optimizer_that_made_no_step_has_nothing_to_keep():
     """torch would make a step to have something to save."""
     world, model = World("cpu"), tiny_model()
     one, other = (torch.optim.AdamW(model.parameters(), lr=rate) for rate in (0.25, 0.5))
     before = model.output.weight.clone()
     saved = optimizer_state(world, model, one)
     load_optimizer_state(world, model, other, saved)
-    assert other.param_groups[0]["lr"] == 0.25
     assert torch.equal(model.output.weight, before)
-    other.param_groups[0]["lr"] = torch.tensor(0.5)  # as torchao's have it
-    load_optimizer_state(world, model, other, saved)
-    assert torch.equal(other.param_groups[0]["lr"], torch.tensor(0.25))
+    assert not other.state
+
+
+def test_rates_and_betas_are_those_of_the_settings_and_not_of_the_state():
+    world = World("cpu")
+    model, optimizer = stepped()
+    again = prepare(tiny_model(lora_rank=3))
+    slow_and_fast = parameter_groups(again, 0.25, 8)  # two groups, where there was one
+    fresh = torch.optim.AdamW(slow_and_fast, lr=0.25, betas=(0.5, 0.6), weight_decay=0.7)
+    load_optimizer_state(world, again, fresh, optimizer_state(world, model, optimizer))
+    assert [group["lr"] for group in fresh.param_groups] == [0.25, 2.0]
+    assert {group["betas"] for group in fresh.param_groups} == {(0.5, 0.6)}
+    assert {group["weight_decay"] for group in fresh.param_groups} == {0.7}
+    assert all((fresh.state[p]["exp_avg"] == 0.1).all() for p in fresh.state)
+
+
+@pytest.mark.parametrize("kind", ["LambdaLR", "CosineAnnealingLR", "OneCycleLR"])
+def test_a_replayed_schedule_is_where_its_steps_left_it_to_the_last_bit(kind):
+    def schedule():
+        optimizer = optimizer_of(torch.nn.Parameter(torch.ones(2)))
+        if kind == "LambdaLR":
+            return optimizer, cosine_with_warmup(optimizer, 9, warmup_ratio=0.3)
+        name = getattr(torch.optim.lr_scheduler, kind)
+        return optimizer, name(optimizer, *((0.5, 9) if kind == "OneCycleLR" else (9,)))
+
+    optimizer, stepped_schedule = schedule()
+    for _ in range(5):
+        optimizer.step()
+        stepped_schedule.step()
+    again, replayed = schedule()
+    replay(replayed, 5)
+    for _ in range(3):
+        pairs = zip(optimizer.param_groups, again.param_groups, strict=True)
+        assert all(one["lr"] == other["lr"] for one, other in pairs)
+        stepped_schedule.step()
+        replayed.step()
 
 
 @pytest.mark.parametrize(

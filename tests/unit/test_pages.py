@@ -5,7 +5,6 @@ import math
 import re
 
 import pytest
-from omegaconf import OmegaConf
 from torch import nn
 
 from phi3_plugin.data.findings import BROKEN, UNUSABLE
@@ -14,6 +13,8 @@ from phi3_plugin.inspect import Cut, Unit, advice
 from phi3_plugin.pages import count, percent, write_files
 from phi3_plugin.pages import inspection as shown
 from phi3_plugin.pages.report import running_mean, series, write_report
+from phi3_plugin.redaction import redacted
+from phi3_plugin.train.resume import told
 from tests.inspected import Page, check_fetches_nothing, findings, numbers, sample
 
 MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}{% if %}"
@@ -238,7 +239,8 @@ def run_report(folder, lines, *, config=CONFIG, **changes):
     layers = [nn.ModuleDict({"attn": Adapted()}) for _ in range(2)]
     facts = {
         "model": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
-        "config": OmegaConf.create(config),
+        "settings": redacted(config),
+        "changes": {},
         "adapter": folder / "final",
         "ending": None,
         "answers": [("2 < 3?", "No.", "Yes.\nIndeed.")],
@@ -275,14 +277,21 @@ def history(steps, validations=True):
 def test_what_a_reader_of_a_report_finds(tmp_path):
     lines = [*history(100), {"event": "skipped", "step": 5}, {"event": "skipped", "step": 9}]
     lines += [{"event": "resumed", "step": 40}, {"step": 60, "answers": ["Perhaps."]}]
-    page = read_report(tmp_path, lines)
+    changes = told(
+        [
+            {"step": 40, "key": "optimizer.lr", "before": 2e-4, "after": 1e-5},
+            {"step": 40, "key": "lr_scheduler", "before": None, "after": "linear"},
+        ]
+    )
+    page = read_report(tmp_path, lines, changes=changes)
     for expected in (
         "It made all its steps.",
         str(tmp_path / "final"),
         "dataset.source train.jsonl",
         "dataset.packed true",
         "dataset.splits a, b",
-        "optimizer.lr 0.0002",
+        "optimizer.lr 0.0002; from step 41 on 1e-05",
+        "lr_scheduler null; from step 41 on 'linear'",
         "optimizer.betas 0.9, 0.95",
         "optimizer.fused null",
         "steps.1.at 2",
@@ -333,7 +342,7 @@ def test_no_text_of_a_run_becomes_markup(tmp_path):
     evil = f"{EVIL}$\\frac{{$"
     lines = [*history(20), {"event": evil, "step": 3}, {"step": 4, "loss": evil, "epoch": evil}]
     answers = [(evil, evil, evil)]
-    config = {"key": evil, evil.replace(".", ""): [evil]}
+    config = {"word": evil, evil.replace(".", ""): [evil]}
     page = read_report(tmp_path, lines, ending=evil, answers=answers, config=config)
     assert not {"b", "i", "u"} & set(page.tags) and page.tags.count("img") == len(page.charts)
     assert page.words.count(SPELLED) >= 7

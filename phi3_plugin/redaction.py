@@ -1,0 +1,82 @@
+"""What may be passed on of a configuration: without secrets, and without the environment's values.
+
+A run's saved state, its report, the model card and the loggers show settings; all ask here.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
+
+from phi3_plugin.options import resolved
+
+HIDDEN = "(not shown)"
+"""Stands for a secret."""
+
+_SECRET = re.compile(
+    r"key|token|secret|passw|credential|(^|[^a-z])auth(?!ors?([^a-z]|$))", re.IGNORECASE
+)
+_NO_SECRETS = ("tokenizer", "sample_max_new_tokens", "max_new_tokens", "skip_special_tokens")
+_FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^{}]*\}")
+
+
+def redacted(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration in plain Python, resolved but for what is nobody else's business.
+
+    ``${oc.env:NAME}`` stands as it is, wherever its value would. Values of keys that look secret,
+    such as ``api_key`` or ``auth``, are `HIDDEN`, whatever their type.
+
+    Args:
+        cfg: YAML and command line merged.
+    """
+    with _environment_as_spelled():
+        return {key: _hidden(value, key) for key, value in resolved(cfg).items()}
+
+
+def as_config(values: Mapping[str, Any]) -> DictConfig:
+    """Return plain values as a configuration that means just them: ``${`` in a text is text."""
+    return OmegaConf.create({key: _escaped(value) for key, value in values.items()})
+
+
+def _hidden(value: Any, key: str, within: bool = False) -> Any:
+    secret = within or (key not in _NO_SECRETS and _SECRET.search(key) is not None)
+    if isinstance(value, Mapping):
+        return {name: _hidden(item, str(name), secret) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(item, key, secret) for item in value]
+    is_spelled = isinstance(value, str) and _FROM_ENVIRONMENT.fullmatch(value)
+    return HIDDEN if secret and value is not None and not is_spelled else value
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+
+
+@contextmanager
+def _environment_as_spelled() -> Iterator[None]:
+    """Let ``${oc.env:NAME}`` be its own value, also where another key refers to one that has it."""
+
+    def spelled(name: str, default: Any = None) -> str:
+        return f"${{oc.env:{name}}}"
+
+    _register(spelled)
+    try:
+        yield
+    finally:
+        _register(oc.env)
+
+
+def _register(resolver: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # OmegaConf 2.4 names the function as 2.0 did
+        OmegaConf.register_new_resolver("oc.env", resolver, replace=True)
