@@ -76,12 +76,26 @@ def measure(cfg: DictConfig) -> None:
     scorer = Scorer() if o.answers else None
     world = World(s.device, int(os.environ.get("WORLD_SIZE", 1)))
     with FolderLock(s.output_dir, "output_dir") if world.is_main else nullcontext():
-        evaluate(s, o, scorer, world)
+        evaluate(s, o, scorer, world, redacted(cfg))
     world.close()
 
 
-def evaluate(s: Settings, o: EvaluateOptions, scorer: Scorer | None, world: World) -> None:
-    """Measure base and adapter on the same samples, and write what was found."""
+def evaluate(
+    s: Settings,
+    o: EvaluateOptions,
+    scorer: Scorer | None,
+    world: World,
+    shown: Mapping[str, Any],
+) -> None:
+    """Measure base and adapter on the same samples, and write what was found.
+
+    Args:
+        s: Of a run.
+        o: Of this recipe.
+        scorer: Compares answers with the references; None: there are no answers.
+        world: All processes.
+        shown: The configuration, redacted.
+    """
     tokenizer = instantiate(s.tokenizer)
     positions = read_config(s.checkpoint_dir).max_position_embeddings if o.answers else None
     data = evaluation_data(s, tokenizer, o.max_samples, positions)
@@ -103,7 +117,7 @@ def evaluate(s: Settings, o: EvaluateOptions, scorer: Scorer | None, world: Worl
         del model  # or it would be there beside the next ones
 
     if world.is_main:
-        facts = facts_of(s, o, data, scorer, world, redacted(cfg))
+        facts = facts_of(s, o, data, scorer, world, shown)
         evaluation = Evaluation(data.samples, outcomes, facts)
         numbers = results(evaluation, measures(scorer), seed=s.seed)
         files = {

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import pickletools
 import shutil

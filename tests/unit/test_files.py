@@ -224,7 +224,7 @@ def test_others_may_read_what_we_write(tmp_path):
 
 def test_equal_tensors_become_equal_bytes(tmp_path):
     """safetensors alone writes its metadata in an order that changes."""
-    metadata = {f"{letter} é\"\n": letter for letter in "phi3_plugin notes"}
+    metadata = {f'{letter} é"\n': letter for letter in "phi3_plugin notes"}
     values = {"b": torch.ones(2, 3), "a": torch.arange(5, dtype=torch.bfloat16)}
     written = set()
     for n in range(8):

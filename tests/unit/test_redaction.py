@@ -34,8 +34,10 @@ def test_nothing_of_the_environment_is_in_it(monkeypatch):
 
 @pytest.mark.parametrize(
     "key",
-    "api_key wandb_key KEY hf_token client_secret password db_passwd auth authorization "
-    "basic_auth credentials".split(),
+    [
+        *("api_key", "wandb_key", "KEY", "hf_token", "client_secret", "password", "db_passwd"),
+        *("auth", "authorization", "basic_auth", "credentials"),
+    ],
 )
 def test_secrets_of_every_type_are_hidden(key):
     for value in ("hunter2", 123456, ["hunter2", 7], {"user": "me", "value": "hunter2"}):
