@@ -79,9 +79,11 @@ def difference(ours: Marked, theirs: Marked) -> str:
 def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Marked:
     """Return what ``transformers`` makes of a conversation: ids, and which of them are trained on.
 
-    It has no mask for templates such as Phi-3's, so that is worked out from its own texts: rendered
-    once more with another text in its place, a conversation differs only where the message speaks.
-    What stands there counts with the added token that follows.
+    What counts is its ``return_assistant_tokens_mask``, where the template has ``{% generation %}``
+    (but for a header's added token that only takes white space of the answer to itself). It has no
+    mask for templates such as Phi-3's, so that is worked out from its own texts: rendered once more
+    with another text in its place, a conversation differs only where the message speaks. What
+    stands there counts with the added token that follows.
 
     Args:
         tokenizer: As transformers loads it.
@@ -92,15 +94,36 @@ def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Marked:
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
     ends = re.compile(rf"\s*({'|'.join(map(re.escape, added))})")
-    spans = list[tuple[int, int]]()
+    blocks = _generated(tokenizer, plain)
+    spans = set[tuple[int, int]]()
     for i in (i for i, message in enumerate(messages) if message.get("trained")):
         for first, last in _spoken(tokenizer, plain, i, text):
             end = ends.match(text, last)
-            spans.append((first, end.end() if end else last))
-    starts = [start for start, _ in tokens["offset_mapping"]]
-    trained = [any(first <= start < last for first, last in spans) for start in starts]
-    ids = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
-    return list(ids), trained
+            around = [block for block in blocks if block[0] <= first and last <= block[1]]
+            spans.update(around or [(first, end.end() if end else last)])
+    ids = list(tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False))
+    is_added = set(tokenizer.added_tokens_decoder)
+    trained = [
+        any(
+            start < last and first < end and (first <= start or token not in is_added)
+            for first, last in spans
+        )
+        for token, (start, end) in zip(ids, tokens["offset_mapping"], strict=False)
+    ]
+    return ids, trained
+
+
+def _generated(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Return [start, end) of what the template puts in ``{% generation %}``, in the text."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template(
+        [[dict(message) for message in messages]],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return list(rendered[1][0])
 
 
 def _spoken(

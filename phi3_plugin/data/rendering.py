@@ -101,6 +101,10 @@ def _compiled(source: str) -> jinja2.Template:
     return environment().from_string(source)
 
 
+BOUNDS = ("text_before_generation", "text_after_generation")
+"""Variables that are written around a ``{% generation %}``; nothing where they are not given."""
+
+
 class _Generation(Extension):
     """``{% generation %}``, by which a template says what the assistant wrote: adds no text."""
 
@@ -109,7 +113,8 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         next(parser.stream)
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body)
+        before, after = (nodes.Output([nodes.Name(name, "load")]) for name in BOUNDS)
+        return nodes.Scope([before, *body, after])
 
 
 @lru_cache

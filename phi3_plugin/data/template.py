@@ -14,7 +14,8 @@ in place of the texts. What stands between the marks is the template's own: the 
 conversations of this shape. That is proven by the template's syntax where it only writes the texts;
 where it may look into them, each conversation is rendered for itself too, and must be its layout
 with the texts filled in. Training on a message counts what it says and the added token that
-follows, by which the model learns to stop.
+follows, by which the model learns to stop; or all that the template puts in ``{% generation %}``
+around it, no more and no less.
 """
 
 import re
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 from jinja2 import nodes
 
 from phi3_plugin.data.formats import ROLES, Turn, Written, make_turn
-from phi3_plugin.data.rendering import NOW, RenderingError, environment, is_cheap, render
+from phi3_plugin.data.rendering import BOUNDS, NOW, RenderingError, environment, is_cheap, render
 from phi3_plugin.errors import DataError, TokenizerError
 
 TOKEN = re.compile(r"<\|[^<>|]*\|>")
@@ -132,12 +133,15 @@ class ChatTemplate:
             raise DataError(f"{UNCLEAR}: the chat template changes what the messages say")
         return rendered
 
-    def write(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
+    def write(
+        self, turns: Sequence[Turn], *, add_generation_prompt: bool, bounds: bool = False
+    ) -> str:
         """Return the text of a conversation, as transformers renders it.
 
         Args:
             turns: The messages.
             add_generation_prompt: Whether the template is asked for an open assistant header.
+            bounds: Write `OPEN` and `CLOSE` around what stands in ``{% generation %}``.
 
         Raises:
             DataError: The template fails, or does not come to an end.
@@ -153,6 +157,7 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
+            **(dict(zip(BOUNDS, (OPEN, CLOSE), strict=True)) if bounds else {}),
             **self.special_tokens,
         }
         try:
@@ -267,6 +272,12 @@ each shows by itself, and none that a template would look for."""
 MARK = re.compile(rf"({LEAD}?)Qz(\d+)zK({TAIL}?)")
 """A mark, numbered, in letters that are no word in any template."""
 
+OPEN = "QzOzK"
+CLOSE = "QzCzK"
+"""Around each ``{% generation %}``, by which a template says what the assistant generates."""
+
+BOUND = re.compile(f"{OPEN}|{CLOSE}|{MARK.pattern}")
+
 
 class Slot(NamedTuple):
     """A place for a text of the conversation."""
@@ -330,17 +341,41 @@ def _layout(template: ChatTemplate, shape: tuple[Turn, ...], ask: bool) -> Layou
     dropped = tuple(marked.dropped())
     parts = list[Piece | Slot]()
     before: Slot | None = None
+    blocks = list[int]()  # where in the parts each open {% generation %} begins
     at = 0
-    for mark in MARK.finditer(marked.text):
+    for mark in BOUND.finditer(marked.text):
+        between = marked.text[at : mark.start()]
+        at = mark.end()
+        if mark[0] in (OPEN, CLOSE):
+            parts += _template_pieces(template, between, before, None)
+            before = None if between else before
+            if mark[0] == OPEN:
+                blocks.append(len(parts))
+                continue
+            start = blocks.pop()
+            trained = any(isinstance(part, Slot) and part.trained for part in parts[start:])
+            parts[start:] = [part._replace(trained=trained) for part in parts[start:]]
+            continue
         slot = marked.slot(mark)
         role = shape[slot.turn].role if slot.field == "content" else None
-        parts += _template_pieces(template, marked.text[at : mark.start()], before, role)
+        parts += _template_pieces(template, between, before, role)
         parts.append(slot)
-        before = slot
-        at = mark.end()
+        before = None if blocks else slot
     parts += _template_pieces(template, marked.text[at:], before, None)
     texts = {text for turn in shape for text in (turn.content, turn.tools) if text is not None}
-    return Layout(parts, dropped, texts == {"x"} and template.only_writes)
+    return Layout(_joined(parts), dropped, texts == {"x"} and template.only_writes)
+
+
+def _joined(parts: Iterable[Piece | Slot]) -> list[Piece | Slot]:
+    """Put texts of the template together that stand side by side and are trained alike."""
+    joined = list[Piece | Slot]()
+    for part in parts:
+        last = joined[-1] if joined else None
+        if isinstance(part, Piece) and isinstance(last, Piece) and part.trained is last.trained:
+            joined[-1] = last._replace(text=last.text + part.text)
+        else:
+            joined.append(part)
+    return joined
 
 
 class MarkedShape:
@@ -428,7 +463,7 @@ class MarkedShape:
             turns[slot.turn] = (
                 turn._replace(tools=text) if slot.field == "tools" else turn._replace(content=text)
             )
-        return self._template.write(turns, add_generation_prompt=self._ask)
+        return self._template.write(turns, add_generation_prompt=self._ask, bounds=True)
 
 
 def _template_pieces(

@@ -3,13 +3,14 @@
 import json
 import logging
 import secrets
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -214,12 +215,16 @@ class Phi3Tokenizer:
     def encode_chats(self, chats: Sequence[Rendered]) -> TokenizedChats:
         """Encode rendered conversations, each whole and as one text, on all cores.
 
-        A token belongs to the piece it starts in: one that begins with the header's newline is the
-        template's, and one that ends what is said may swallow the newline after it::
+        A token is trained on if any of its text is: one that ends what is said may swallow the
+        newline after it, and after a header that ends in a space the first word of the answer
+        begins with that space::
 
-            pieces         <|user|>  Hi  <|end|><|assistant|>  Yo  <|end|>
-            trained on                                         ^^  ^^^^^^^  characters 30 to 39
-            token starts   0         8   10     17             30  32       tokens 4 and 5
+            pieces         USER:  Hi  ASSISTANT:␣  Yo  <|end|>
+            trained on                             ^^  ^^^^^^^  characters 19 to 28
+            tokens         USER:  Hi  ASSISTANT:  ␣Yo  <|end|>  tokens 3 and 4
+
+        An added token is the exception: the white space of an answer that the header's
+        ``<|assistant|>`` takes to itself does not make it a part of the answer.
         """
         pieces = [chat.pieces for chat in chats]
         backend = self.backend
@@ -235,11 +240,14 @@ class Phi3Tokenizer:
         if self._disguise is not None:
             ids = self._disguise.true_ids(ids)
         trained = np.zeros(total, np.bool_)
+        added = backend.get_added_tokens_decoder().keys()
         starts = (np.cumsum(lengths) - lengths).tolist()
-        for start, chat, encoding in zip(starts, pieces, encodings, strict=True):
-            for first, end in _trained_spans(chat):
-                here = slice(_tokens_before(encoding, first), _tokens_before(encoding, end))
-                trained[start + here.start : start + here.stop] = True
+        for at, chat, encoding in zip(starts, pieces, encodings, strict=True):
+            for start, end in _trained_spans(chat):
+                first, last = _tokens_of(encoding, start, end)
+                if first < last and _chars(encoding, first)[0] < start:
+                    first += encoding.ids[first] in added
+                trained[at + first : at + last] = True
         return TokenizedChats(ids, trained, lengths)
 
     def tokenize_chats(
@@ -308,25 +316,29 @@ class Phi3Tokenizer:
 def _trained_spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
     """Yield [start, end) of the characters that are trained on."""
     at = 0
-    for piece in pieces:
-        end = at + len(piece.text)
-        if piece.trained:
+    for trained, run in groupby(pieces, key=attrgetter("trained")):
+        end = at + sum(len(piece.text) for piece in run)
+        if trained and at < end:
             yield at, end
         at = end
 
 
-def _tokens_before(encoding: Encoding, character: int) -> int:
-    """Return how many tokens start before a character.
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """Return [start, end) of the characters of a token."""
+    span = encoding.token_to_chars(token)
+    assert span is not None  # All tokens are of this text
+    return span
+
+
+def _tokens_of(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
+    """Return [first, last) of the tokens that hold any of the characters from start to end.
 
     By bisection: to ask for the place of every token takes longer than much of the encoding.
     """
-
-    def start(token: int) -> int:
-        span = encoding.token_to_chars(token)
-        assert span is not None  # All tokens are of this text
-        return span[0]
-
-    return bisect_left(range(len(encoding)), character, key=start)
+    tokens = range(len(encoding))
+    first = bisect_right(tokens, start, key=lambda token: _chars(encoding, token)[1])
+    last = bisect_left(tokens, end, first, key=lambda token: _chars(encoding, token)[0])
+    return first, last
 
 
 def warn_of_dropped(counts: Mapping[str, int]) -> None:

@@ -291,3 +291,29 @@ def test_templates_that_may_look_into_texts(looks):
 @pytest.mark.parametrize("name", TELLING)
 def test_none_of_those_that_look_is_taken_for_one_that_writes(name):
     assert not ChatTemplate(TELLING[name], "file", NAMES, ADDED).only_writes
+
+
+# Templates that say by {% generation %} what the assistant generates
+
+BLOCK = "{% generation %}{{ m.content + '<|end|>\n' }}{% endgeneration %}"
+GENERATION = FOR + "{% if m.role == 'assistant' %}" + BLOCK + "{% else %}{{ m.content }}{% endif %}"
+
+
+def test_all_of_a_generation_block_is_trained_with_its_message():
+    source = GENERATION + "{% endfor %}<|endoftext|>"
+    chat = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d", False))
+    assert fit(source).render(chat).pieces == [
+        Piece("a", False, said=True),
+        Piece("b", True, said=True),
+        Piece("<|end|>\n", True),
+        Piece("c", False, said=True),
+        Piece("d", False, said=True),
+        Piece("<|end|>\n<|endoftext|>", False),
+    ]
+    assert fit(source).turn_end == "<|end|>"
+
+
+def test_what_stands_outside_of_a_generation_block_is_not_trained():
+    source = GENERATION.replace(" + '<|end|>\n' }}", " }}").replace("{% else", "<|end|>{% else")
+    pieces = fit(source + "{% endfor %}").render(turns(("user", "a"), ("assistant", "b"))).pieces
+    assert [piece.text for piece in pieces if piece.trained] == ["b"]
