@@ -13,7 +13,8 @@ from torch import Tensor
 
 from phi3_plugin.checkpoint.base import open_weights
 from phi3_plugin.checkpoint.check import listed
-from phi3_plugin.checkpoint.peft import load_note
+from phi3_plugin.checkpoint.peft import CONFIG, load_note
+from phi3_plugin.checkpoint.peft_config import check_patterns
 from phi3_plugin.errors import AdapterError, Phi3Error
 from phi3_plugin.load import load_model
 from phi3_plugin.models.phi3 import PRECISIONS
@@ -170,12 +171,14 @@ def load_with_peft(
         A ``PeftModel`` on the CPU, in evaluation mode.
 
     Raises:
+        AdapterError: A pattern in adapter_config.json takes too long.
         NotLoadedError: PEFT refuses it, or keys are missing or unexpected; the first are listed.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     base = load_base_with_hf(checkpoint_dir, dtype)
+    check_patterns(Path(adapter_dir) / CONFIG, [name for name, _ in base.named_modules()])
     try:
         model = PeftModel.from_pretrained(base, str(adapter_dir))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

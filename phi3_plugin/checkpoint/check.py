@@ -31,7 +31,9 @@ from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS
 from phi3_plugin.checkpoint.peft_config import (
     BASE_KEEPING_STARTS,
     PeftConfig,
+    check_patterns,
     is_plain,
+    matched,
     unsupported,
     wrong_values,
 )
@@ -334,8 +336,9 @@ class PeftFolder:
             return False
         if targets == "all-linear":
             return module not in ("model.embed_tokens", "lm_head")
-        if isinstance(targets, str):  # one that takes long to match is believed
-            return not is_plain(targets, 3) or re.fullmatch(targets, module) is not None
+        if isinstance(targets, str):
+            names = tuple(self.tensors)
+            return module in matched(targets, names if module in self.tensors else (module,))
         layers, layer = keys.get("layers_to_transform"), _LAYER.search(module)
         layers = [layers] if isinstance(layers, int) else layers
         if layers and (layer is None or int(layer.group()) not in layers):
@@ -397,6 +400,7 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
         else:
             module = name.removeprefix(PEFT_PREFIX).removesuffix(ending)
             tensors.setdefault(module, {})[TENSOR_KINDS[ending]] = tensor
+    check_patterns(file, tensors)
     return PeftFolder(PeftConfig(file, keys), tensors, tuple(unknown))
 
 

@@ -4,9 +4,12 @@ PEFT finds ranks and alphas of single modules by regular expressions. A stranger
 if they are so plain that matching them takes no time.
 """
 
+import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -189,6 +192,73 @@ def wrong_values(keys: Mapping[str, Any]) -> Iterator[str]:
                     f"{key}: {quoted(name)}: {quoted(value)} is not read. Use modules' names, and "
                     "numbers above 0."
                 )
+
+
+SECONDS = 2
+"""Of computing that a pattern may take for the modules of a model."""
+
+_MATCHER = f"""
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
+resource.setrlimit(resource.RLIMIT_AS, ({1 << 29}, {1 << 29}))
+pattern, names = json.load(sys.stdin)
+print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))
+"""
+
+
+@lru_cache
+def matched(pattern: str, names: tuple[str, ...]) -> frozenset[str]:
+    """Return the names that a stranger's pattern fits from end to end, as PEFT does.
+
+    One that is not plain may take for ever, so it is matched in a child with a limit.
+
+    Args:
+        pattern: From ``target_modules`` or ``exclude_modules``.
+        names: Of modules.
+
+    Raises:
+        AdapterError: It is no regular expression, or takes too long.
+    """
+    if is_plain(pattern, 3):
+        return frozenset(name for name in names if re.fullmatch(pattern, name))
+    child = subprocess.run(
+        [sys.executable, "-c", _MATCHER],
+        input=json.dumps([pattern, names]).encode(),
+        capture_output=True,
+        check=False,
+    )
+    if child.returncode:
+        problem = f"takes more than {SECONDS} s" if child.returncode < 0 else "cannot be matched"
+        raise AdapterError(
+            f"the pattern {quoted(pattern)} {problem}. Name the modules in a list, as in "
+            "['qkv_proj', 'o_proj']."
+        )
+    return frozenset(json.loads(child.stdout))
+
+
+def check_patterns(file: Path, names: Iterable[str]) -> None:
+    """Refuse what PEFT would match without a limit.
+
+    Args:
+        file: adapter_config.json.
+        names: Of all modules of the model.
+
+    Raises:
+        AdapterError: A pattern is too complicated; or the file is broken.
+    """
+    keys = read_json_object(file, AdapterError)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := keys.get(key), str) and pattern != "all-linear":
+            try:
+                matched(pattern, tuple(names))
+            except AdapterError as error:
+                raise AdapterError(f"{file}: {key}: {error}") from error
+    if wrong := [line for line in wrong_values(keys) if "_pattern: " in line]:
+        raise AdapterError(f"{file}: {wrong[0]}")
+    layers = keys.get("layers_pattern") or []
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        if not isinstance(pattern, str) or not is_plain(pattern):
+            raise AdapterError(f"{file}: layers_pattern: {quoted(pattern)} is not read.")
 
 
 def is_plain(pattern: str, branches: int = BRANCHES) -> bool:

@@ -294,9 +294,23 @@ def test_configurations_that_say_nothing(folder, keys, match):
         read_peft_folder(said(folder, **keys))
 
 
-def test_patterns_that_take_long_are_not_matched(folder):
-    adapter = read_peft_folder(said(folder, target_modules="(.*.*.*.*)+x"))
-    assert adapter.targeted("model.layers.0.self_attn.o_proj")
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [("(.*.*.*.*)+x", "takes more than 2 s"), ("(?:o_proj", "cannot be matched")],
+)
+def test_patterns_that_take_long_or_are_none_are_refused(folder, pattern, problem):
+    with pytest.raises(AdapterError, match=rf"config\.json: target_modules: the .* {problem}"):
+        read_peft_folder(said(folder, target_modules=pattern))
+
+
+LAYERS = r"(?:.*?(?:language|text|layers).*?(?:self_attn|mlp).*?(?:qkv_proj|{}|up).*?)"
+
+
+@pytest.mark.parametrize(("name", "is_there"), [("o_proj", True), ("down_proj", False)])
+def test_long_patterns_that_programs_write_are_matched(folder, name, is_there):
+    adapter = read_peft_folder(said(folder, target_modules=LAYERS.format(name)))
+    assert adapter.targeted("model.layers.0.self_attn.o_proj") == is_there
+    assert adapter.targeted(f"model.layers.7.self_attn.{name}")
 
 
 @pytest.mark.parametrize("excluded", [["o_proj"], r".*\.o_proj", ["layers.0.self_attn.o_proj"]])

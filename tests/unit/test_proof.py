@@ -1,5 +1,7 @@
 """A proof that PEFT computes what our model does, and what ends in none."""
 
+import shutil
+
 import pytest
 import torch
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
@@ -7,7 +9,9 @@ from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 from phi3_plugin import proof
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.peft import export_adapter
+from phi3_plugin.errors import AdapterError
 from phi3_plugin.models import lora_phi3
+from tests.variants import edit_json
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +50,21 @@ def test_nothing_that_fails_ends_a_run(place, monkeypatch):
     monkeypatch.setattr(proof, "proven", failing)
     line = str(proof.proof_of_run(place / "lora", place / "base"))
     assert line == "No proof: RuntimeError: a model that is newer"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": "(.*.*.*.*)+x"},
+        {"exclude_modules": "(.*.*.*.*)+x"},
+        {"rank_pattern": {"(.*.*.*.*)+x": 4}},
+        {"layers_pattern": "(.*.*.*.*)+x"},
+    ],
+    ids=str,
+)
+def test_patterns_that_take_long_never_reach_peft(place, tmp_path, keys, monkeypatch):
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", None)
+    shutil.copytree(place / "lora", tmp_path / "a")
+    edit_json(tmp_path / "a" / "adapter_config.json", **keys)
+    with pytest.raises(AdapterError, match=next(iter(keys))):
+        proof.load_with_peft(place / "base", tmp_path / "a")
