@@ -287,10 +287,25 @@ def _wrong_keys(keys: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: {spelled(keys[key])} is not supported yet; only {value!r} is."
 
 
+MOST = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 10,
+    "num_hidden_layers": 1 << 10,
+    "max_position_embeddings": 1 << 21,
+    "original_max_position_embeddings": 1 << 21,
+    "vocab_size": 1 << 23,
+}
+"""At least eight times what any published Phi-3 has. Memory is taken for what config.json says, and
+no weight tells how many positions there are."""
+
+
 def _wrong_sizes(sizes: Mapping[str, Any]) -> Iterator[str]:
     hints = get_type_hints(Phi3Config, include_extras=True)
     for key, value in sizes.items():
         yield from mistakes(key, value, hints[key])
+        if key in MOST and is_whole(value, least=MOST[key] + 1):
+            yield f"{key}: {_shortened(value)} must be at most {MOST[key]}."
     for above, below in (
         ("hidden_size", "num_attention_heads"),
         ("num_attention_heads", "num_key_value_heads"),
@@ -298,6 +313,11 @@ def _wrong_sizes(sizes: Mapping[str, Any]) -> Iterator[str]:
         counts = sizes[above], sizes[below]
         if all(is_whole(count, least=1) for count in counts) and counts[0] % counts[1]:
             yield f"{above}: {counts[0]} must be a multiple of {below} ({counts[1]})."
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"a number of {len(text)} digits"
 
 
 # Rotary positions. Older files have ``rope_theta`` and ``rope_scaling``, those that transformers 5
@@ -332,6 +352,11 @@ def _read_rope(keys: Mapping[str, Any], head_dim: int, problems: list[str]) -> R
     """
     # transformers prefers rope_scaling where a file has both
     names = ("rope_scaling", "rope_parameters")
+    problems += [
+        f"{name}: {keys[name]!r} must be an object or null."
+        for name in names
+        if not isinstance(keys.get(name), dict | None)
+    ]
     filled = [name for name in names if isinstance(keys.get(name), dict) and keys[name]]
     name = filled[0] if filled else names[0]
     rope: dict[str, Any] = keys[name] if filled else {}
@@ -381,6 +406,8 @@ def _wrong_scaling(
     original = keys.get("original_max_position_embeddings", ORIGINAL)
     if not is_whole(original, least=2):
         yield f"original_max_position_embeddings: {original!r} must be at least 2."
+    elif original > (most := MOST["original_max_position_embeddings"]):
+        yield f"original_max_position_embeddings: {_shortened(original)} must be at most {most}."
     inner = rope.get("original_max_position_embeddings", original)
     if inner != original:
         yield (

@@ -5,6 +5,7 @@ says what the value may be, the text under it is the command line's help. Readin
 mistake at once, under the key as it was typed. The standard library alone: `--help` is quick.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -86,7 +87,9 @@ class PartsOnResume(NamedTuple):
 
 def is_number(value: Any, least: float = -inf, most: float = inf) -> bool:
     """Whether a value is a finite number within bounds; True and False are none."""
-    return type(value) in (int, float) and least <= value <= most and abs(value) < inf
+    if type(value) not in (int, float) or not least <= value <= most:
+        return False
+    return bool(abs(value) <= sys.float_info.max)  # an int may be larger
 
 
 def is_positive(value: Any) -> bool:

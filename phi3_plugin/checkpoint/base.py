@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -274,6 +274,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+MOST_PROBLEMS = 200
+"""Lines of an error about weights."""
+
+
 def open_weights(checkpoint_dir: str | Path | None) -> dict[str, StoredTensor]:
     """Find every base weight of a checkpoint folder; values are read when they are sliced.
 
@@ -290,10 +294,12 @@ def open_weights(checkpoint_dir: str | Path | None) -> dict[str, StoredTensor]:
     """
     folder = checkpoint_folder(checkpoint_dir)
     config = read_config(folder)
-    expected, weight_map = expected_shapes(config), _weight_map(folder)
+    weight_map = _weight_map(folder)
     shards = {file: stored_tensors(folder / file) for file in sorted(set(weight_map.values()))}
     stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    problems = _wrong_head(stored) if config.tie_word_embeddings else []
+    problems = [*_contradicted(config, stored)]
+    problems += _wrong_head(stored) if config.tie_word_embeddings else []
+    expected = expected_shapes(config)
     for name in {**expected, **stored}:
         if name not in stored:
             problems.append(f"missing: {name} {list(expected[name])}")
@@ -310,7 +316,8 @@ def open_weights(checkpoint_dir: str | Path | None) -> dict[str, StoredTensor]:
     if problems:
         raise CheckpointError(
             f"{folder} does not hold the weights that its config.json describes:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(problems[:MOST_PROBLEMS])
+            + (f"\n  and {more} more" if (more := len(problems) - MOST_PROBLEMS) > 0 else "")
             + "\nDownload the checkpoint again, or correct config.json."
         )
     return {to_ours(name): tensor for name, tensor in stored.items()}
@@ -375,6 +382,25 @@ def _weight_map(folder: Path) -> dict[str, str]:
             "another version of the checkpoint: remove them or download the folder again."
         )
     return weight_map
+
+
+def _contradicted(config: Phi3Config, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Yield the sizes in config.json of which the weights say something else, by their keys."""
+    numbers = [re.match(r"model\.layers\.(\d{1,9})\.", name) for name in stored]
+    layers = len({number[1] for number in numbers if number})
+    if layers != config.num_hidden_layers:
+        yield f"num_hidden_layers: {config.num_hidden_layers}, but the weights have {layers} layers"
+    embedding = stored.get("model.embed_tokens.weight")
+    if embedding is not None and len(embedding.shape) == 2:
+        for key, size in zip(("vocab_size", "hidden_size"), embedding.shape, strict=True):
+            if size != (given := getattr(config, key)):
+                yield f"{key}: {given}, but model.embed_tokens.weight is {list(embedding.shape)}"
+    down = stored.get("model.layers.0.mlp.down_proj.weight")
+    if down is not None and down.shape[1:] != (config.intermediate_size,):
+        yield (
+            f"intermediate_size: {config.intermediate_size}, but "
+            f"model.layers.0.mlp.down_proj.weight is {list(down.shape)}"
+        )
 
 
 def _wrong_head(stored: dict[str, StoredTensor]) -> list[str]:

@@ -40,6 +40,7 @@ from phi3_plugin.errors import (
 )
 from tests.adapters import BASES, PARTS, WHOLE, adapter, base_folder, same
 from tests.oracles import MINI_4K, TINY_MHA, hf_logits, hf_model, save_checkpoint
+from tests.variants import edit_json
 
 
 @pytest.fixture(scope="module")
@@ -406,3 +407,20 @@ def test_norms_count_whole(bases, tmp_path):
 def test_a_base_that_cannot_be_read_is_not_another_one(bases, tmp_path):
     shutil.copy(bases["mini"] / "config.json", tmp_path)
     assert other_base(base_hash(bases["gqa"]), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 1000),
+        ("num_hidden_layers", 1),
+        ("vocab_size", 2_000_000),
+        ("hidden_size", 128),
+        ("intermediate_size", 1_000_000),
+    ],
+)
+def test_sizes_that_the_weights_contradict_are_named_before_memory_is_taken(folder, key, value):
+    edit_json(folder / "config.json", **{key: value})
+    with pytest.raises(CheckpointError, match=rf"\n  {key}: {value}, but ") as error:
+        open_weights(folder)
+    assert len(str(error.value).splitlines()) < 210

@@ -326,3 +326,40 @@ def test_tokens_listed_in_an_unknown_way(tmp_path, files):
         (tmp_path / name).write_text(json.dumps(content).replace("Infinity", "1e999"))
     with pytest.raises(ConfigError, match="list added tokens in an unknown way"):
         generation_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10_000_000}, "num_hidden_layers: 10000000 must be at most"),
+        ({"max_position_embeddings": 10**10}, "max_position_embeddings: 10000000000 must be at"),
+        ({"vocab_size": 10**900}, "vocab_size: a number of 901 digits must be at most"),
+        ({"hidden_size": 32 * 10**8}, "hidden_size: 3200000000 must be at most"),
+        ({"intermediate_size": 10**9}, "intermediate_size: 1000000000 must be at most"),
+        (
+            {"rope_scaling": LONG, **LONGER, "original_max_position_embeddings": 10**10},
+            "original_max_position_embeddings: 10000000000 must be at most",
+        ),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"hidden_size": 3072.0}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_theta": True}, "rope_theta"),
+        ({"rope_theta": [1]}, "rope_theta"),
+        ({"partial_rotary_factor": float("nan")}, "partial_rotary_factor"),
+        ({"attention_dropout": float("nan")}, "attention_dropout"),
+        ({"rope_scaling": [1]}, r"rope_scaling: \[1\] must be an object or null"),
+        ({"rope_scaling": "su"}, "rope_scaling: 'su' must be an object or null"),
+        ({"rope_scaling": {"type": []}}, "rope_scaling.type"),
+        ({"rope_scaling": {**LONG, "factor": float("nan")}, **LONGER}, "rope_scaling.factor"),
+        ({"num_key_value_heads": [8]}, "num_key_value_heads"),
+        ({"sliding_window": "2047"}, "sliding_window"),
+        ({"sliding_window": -1}, "sliding_window"),
+    ],
+    ids=str,
+)
+def test_hostile_sizes_and_values_are_refused_by_name(change, message):
+    with pytest.raises(ConfigError, match=rf"config\.json cannot be used:(.|\n)* {message}"):
+        parse_config(MINI_4K | change)
