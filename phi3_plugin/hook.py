@@ -91,6 +91,7 @@ class _TorchtuneFinder:
             self.before["torchtune.config"] = _show_errors_as_a_line
         self.after: dict[str, Callable[[ModuleType], None]] = {
             "torchtune._recipe_registry": _register,
+            "torchtune.config._parse": _check_recipes,
             "torchtune._cli.run": _change_run,
         }
         self.torchao_is_ready = False
@@ -197,6 +198,18 @@ def _change_run(run: ModuleType) -> None:
     from phi3_plugin.launch import change_run
 
     change_run(run, _recipe_files(), _config_files().keys())
+
+
+def _check_recipes(parse: ModuleType) -> None:
+    """Let every recipe refuse, before its first step, what it cannot do with our parts."""
+    stock = parse.parse
+
+    def checked(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
+        from phi3_plugin.train.stock_recipes import checked as check
+
+        return stock(check(recipe_main))  # type: ignore[no-any-return]
+
+    parse.parse = checked  # type: ignore[attr-defined]
 
 
 def _show_errors_as_a_line() -> None:

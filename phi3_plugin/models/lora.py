@@ -137,18 +137,20 @@ def keep_mask(x: Tensor, dropout: float) -> Tensor | None:
     return torch.rand_like(x, dtype=torch.float32) >= dropout if dropout else None
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """A frozen, bias-free linear layer that starts at zero, since a checkpoint follows.
 
     Drawing 3.8 billion random numbers that are overwritten at once would take minutes on a CPU.
+    It is torch's, because torchao's quantizers replace nothing else.
     """
 
     def __init__(self, in_dim: int, out_dim: int, quantize: bool = False) -> None:
         """Allocate the weight ``[out_dim, in_dim]``, in NF4 if asked for."""
-        super().__init__()
-        self.in_dim = in_dim
-        self.out_dim = out_dim
+        nn.Module.__init__(self)  # torch's own draws
+        self.in_features = in_dim
+        self.out_features = out_dim
         self.weight = _frozen_weight(out_dim, in_dim, quantize)
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in_dim]`` to ``[..., out_dim]``."""

@@ -1,0 +1,115 @@
+"""What torchtune's own recipes cannot do with our parts, said before the first step.
+
+A recipe that is copied and changed is judged as well, so what it can do is read from its source.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from phi3_plugin.config import read_config
+from phi3_plugin.errors import ConfigError
+
+Recipe = Callable[[DictConfig], Any]
+
+
+def checked(recipe_main: Recipe) -> Recipe:
+    """Return a recipe's main function that refuses settings with which it would fail or mislead."""
+
+    @functools.wraps(recipe_main)
+    def main(cfg: DictConfig) -> Any:
+        file = Path(recipe_main.__code__.co_filename)
+        given = OmegaConf.to_container(cfg, resolve=False)
+        if "phi3_plugin." in str(given) and file.is_file():
+            source = file.read_text(encoding="utf-8")
+            if found := problems(source, cfg):
+                raise ConfigError("\n".join(f"{file.stem}: {problem}" for problem in found))
+        return recipe_main(cfg)
+
+    return main
+
+
+def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
+    """Return what a recipe would do wrong, one line each.
+
+    Args:
+        source: Of the recipe.
+        cfg: Its settings.
+    """
+    found = []
+    quantizer, model = cfg.get("quantizer"), cfg.get("model") or {}
+    if _is_ours(cfg, "checkpointer"):
+        merges = "get_merged_lora_ckpt" in source
+        if merges and not cfg.get("save_adapter_weights_only", False):
+            found.append(
+                "save_adapter_weights_only is not True. The recipe then merges the adapter, on a "
+                "CPU into the weights that are still being trained, and Phi3Checkpointer does not "
+                "write merged weights. Add save_adapter_weights_only=True, and merge the saved "
+                "adapter with `phi3-tune adapter merge`."
+            )
+        if "enable_async_checkpointing" in source and cfg.get("enable_async_checkpointing"):
+            found.append(
+                "enable_async_checkpointing: True would save folders that are no Hugging Face "
+                "checkpoints, and that no resume finds. Set it to False."
+            )
+    for key in ("reward_checkpointer", "value_checkpointer"):
+        if key in source and _is_ours(cfg, key):
+            found.append(
+                f"{key}: Phi3Checkpointer reads language models; the head of a reward model is in "
+                "no Phi-3 checkpoint. Use torchtune.training.FullModelTorchTuneCheckpointer for it."
+            )
+    if "padded_collate_dpo" in source and _is_ours(cfg, "dataset"):
+        found.append(
+            "dataset: phi3_plugin.data.chat_dataset gives one answer a row, but the recipe "
+            "compares two. Use dataset._component_=torchtune.datasets.preference_dataset."
+        )
+    if not _is_ours(cfg, "model"):
+        return found
+    trains_adapters = "get_adapter_params" in source
+    if trains_adapters and model.get("use_dora") and "initialize_dora_magnitude" not in source:
+        found.append(
+            "model.use_dora: the recipe never sets the magnitudes, so that the model would start "
+            "from zeros. Set it to False, or train DoRA with phi3_lora_finetune."
+        )
+    if "_setup_optimizer" in source and not trains_adapters and model.get("quantize_base"):
+        found.append(
+            "model.quantize_base: weights in NF4 cannot be trained, and the recipe trains all. Set "
+            "it to False, or train adapters."
+        )
+    if "swap_lora_linear_with_qat" in source:
+        found.append(
+            "the recipe puts torchtune's QATLoRALinear in place of our layers, which torchao "
+            "0.13 and later refuse to build. Use qat_distributed, or QLoRA with phi3_lora_finetune."
+        )
+    elif quantizer and "QAT" in str(quantizer.get("_component_")):
+        found += _unquantized(quantizer, model)
+    is_split = cfg.get("tensor_parallel_dim", 1) > 1 or "tensor_parallel_dim" not in source
+    if "tensor_parallel_plan" in source and is_split:
+        found.append(
+            "tensor_parallel_plan: torchtune's plans split q_proj, k_proj and v_proj, which are "
+            "one layer here, and pass over what they do not know. Use tensor_parallel_dim=1, or "
+            "phi3_generate."
+        )
+    return found
+
+
+def _is_ours(cfg: Mapping[str, Any], key: str) -> bool:
+    return str((cfg.get(key) or {}).get("_component_")).startswith("phi3_plugin.")
+
+
+def _unquantized(quantizer: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    """Say that torchao would pass over layers whose width its groups do not divide."""
+    group, folder = quantizer.get("groupsize", 256), model.get("checkpoint_dir")
+    if folder is None or quantizer.get("padding_allowed"):
+        return []
+    config = read_config(folder)
+    sizes = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+    return [
+        f"quantizer.groupsize: {group} does not divide {name} {size} of {folder}: the layers of "
+        "that width would not be quantized, without a word. Use a smaller one."
+        for name, size in sizes.items()
+        if size % group
+    ]
