@@ -1,7 +1,6 @@
 """One process at a time in a folder."""
 
-import subprocess
-import sys
+import multiprocessing
 
 import pytest
 from phi3_plugin.recipes.lora_finetune import Finetune
@@ -11,56 +10,52 @@ from phi3_plugin.errors import OutputError
 from phi3_plugin.lock import HOLDER, FolderLock
 from tests.own import TINY, merged
 
-HOLD = """
-import sys
-from pathlib import Path
-from phi3_plugin.lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]), "output_dir")
-print("held", flush=True)
-sys.stdin.read()
-"""
+FORK = multiprocessing.get_context("fork")  # a new Python would import torch first
 
-WRITE = """
-import sys
-from pathlib import Path
-from phi3_plugin.recipes.lora_finetune import Finetune
 
-from phi3_plugin.checkpoint.files import whole_folder
-with whole_folder(Path(sys.argv[1])) as partial:
-    (partial / "file").write_text("half")
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+def hold(path, held, end):
+    """Have a folder until told to end."""
+    with FolderLock(path, "output_dir"):
+        held.set()
+        end.wait()
+
+
+def write(path, held, end):
+    """Be writing a folder until told to end."""
+    with whole_folder(path) as partial:
+        (partial / "file").write_text("half")
+        held.set()
+        end.wait()
 
 
 @pytest.fixture
 def other():
-    """Start another process, and return it once it says that it is there."""
+    """Start another process, and return it once it has what it wants, with what ends it."""
     started = []
 
-    def start(program, path):
-        command = [sys.executable, "-c", program, str(path)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, **pipes))
-        assert started[-1].stdout.readline() == "held\n"
-        return started[-1]
+    def start(work, path):
+        held, end = FORK.Event(), FORK.Event()
+        started.append(FORK.Process(target=work, args=(path, held, end)))
+        started[-1].start()
+        assert held.wait(60)
+        return started[-1], end
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 def test_a_second_process_is_refused_by_the_name_of_the_first(tmp_path, other):
-    first = other(HOLD, tmp_path)
+    first, _ = other(hold, tmp_path)
     with pytest.raises(OutputError, match=rf"output_dir: .*process {first.pid} on host"):
         FolderLock(tmp_path, "output_dir")
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path, other):
-    first = other(HOLD, tmp_path)
+    first, _ = other(hold, tmp_path)
     first.kill()
-    first.wait()
+    first.join()
     assert (tmp_path / HOLDER).exists()  # it had no time to remove it
     FolderLock(tmp_path, "output_dir").release()
 
@@ -84,7 +79,7 @@ def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x", "host": 1, "since": 2}'])
 def test_a_damaged_note_of_the_holder_is_said_to_tell_nothing(tmp_path, other, text):
-    other(HOLD, tmp_path)
+    other(hold, tmp_path)
     (tmp_path / HOLDER).write_text(text)
     with pytest.raises(OutputError, match=HOLDER):
         FolderLock(tmp_path, "output_dir")
@@ -97,26 +92,27 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_what_another_process_is_writing_is_neither_swept_nor_replaced(tmp_path, other):
-    writer = other(WRITE, tmp_path / "merged")
+    writer, end = other(write, tmp_path / "merged")
     sweep(tmp_path)
     refused = pytest.raises(OutputError, match="being written by another process")
     with refused, whole_folder(tmp_path / "merged"):
         pass
-    writer.communicate(input="")
+    end.set()
+    writer.join()
     assert (tmp_path / "merged" / "file").read_text() == "half"
 
 
 def test_what_a_killed_process_was_writing_is_swept(tmp_path, other):
-    writer = other(WRITE, tmp_path / "merged")
+    writer, _ = other(write, tmp_path / "merged")
     writer.kill()
-    writer.wait()
+    writer.join()
     assert [path.name for path in tmp_path.iterdir()] == [".partial-merged"]
     sweep(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_second_run_in_a_folder_ends_before_it_reads_data(cwd, other):
-    first = other(HOLD, cwd / "out")
+    first, _ = other(hold, cwd / "out")
     with pytest.raises(OutputError, match=f"output_dir: .*process {first.pid}"):
         Finetune(merged(*TINY, "output_dir=out", cwd=cwd))
 
