@@ -9,6 +9,7 @@ Source: transformers 5.23, ``Phi3Config`` and ``modeling_rope_utils``; Ding et a
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -108,7 +109,7 @@ def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
             "checkpoint_dir is not set. Set it in the YAML or add "
             "checkpoint_dir=/path/to/Phi-3-mini-4k-instruct to the command."
         )
-    folder = Path(checkpoint_dir)
+    folder = Path(os.path.expanduser(checkpoint_dir))
     if not folder.is_dir():
         raise MissingFileError(
             f"checkpoint_dir: {folder} is not a folder. Download a checkpoint with "

@@ -33,7 +33,7 @@ from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
 from phi3_plugin.pages import count, percent
 from phi3_plugin.settings import Settings
-from phi3_plugin.train.data import RunData
+from phi3_plugin.train.data import FEW_STEPS, RunData
 
 # Shapes: N samples, S tokens of one of them, L conversations that gave no sample
 
@@ -530,7 +530,6 @@ LABELLED = 0.05
 """Trained tokens below which most of the work is reading."""
 
 COPIES = 0.01
-FEW_STEPS = 10
 
 SWITCHES = {PACKED: "dataset.packed=True", GROUPED: "group_by_length=True"}
 """How each way to spare padding is chosen."""

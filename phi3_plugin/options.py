@@ -5,6 +5,8 @@ says what the value may be, the text under it is the command line's help. Readin
 mistake at once, under the key as it was typed. The standard library alone: `--help` is quick.
 """
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -124,7 +126,9 @@ Folder = Annotated[Path, _PATH]
 Texts = Annotated[list[str], Kind("a list of texts, as in ['one', 'two']", _are_texts, list)]
 Switch = Annotated[bool, Kind("True or False", lambda v: type(v) is bool)]
 Count = Annotated[int, Kind("a whole number above 0", partial(is_whole, least=1))]
-Seed = Annotated[int, Kind("a whole number from 0 on", partial(is_whole, least=0))]
+Seed = Annotated[
+    int, Kind("a whole number from 0 to 2**63 - 1", partial(is_whole, least=0, below=2**63))
+]
 Positive = Annotated[float, Kind("a number above 0", is_positive)]
 Share = Annotated[float, Kind("at least 0 and below 1", lambda v: is_number(v, 0) and v < 1)]
 Section = Annotated[dict[str, Any], Kind("a section", lambda v: isinstance(v, dict))]
@@ -185,8 +189,30 @@ def _set(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (given or {}).items() if value is not None}
 
 
+_PATHS = re.compile(r"(.*_)?(dir|path|file|folder)|source|adapter|init_adapter|resume|.*output|"
+                    r"prompts|sample")  # fmt: skip
+"""Keys that may name a file or a folder."""
+
+
 def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration as plain Python; what cannot be looked up is `Unresolved`."""
+    """Return a configuration as plain Python; what cannot be looked up is `Unresolved`.
+
+    In keys for paths ``~`` is the home folder, which no shell puts into ``key=~/x``.
+    """
+    return {key: _with_home(value, key) for key, value in _plain(given).items()}
+
+
+def _with_home(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_home(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_home(item, key) for item in value)
+    if not isinstance(value, str | Path) or not _PATHS.fullmatch(key):
+        return value
+    return type(value)(os.path.expanduser(value))
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(given, dict):
         return dict(given)
     from omegaconf import OmegaConf  # not earlier: `--help` would wait for it

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from inspect import Parameter, signature
 from math import isfinite
 from pathlib import Path
@@ -127,7 +128,7 @@ class Settings:
     """An adapter, anyone's, to train on from; the model's keys must be those that it fits."""
     epochs: Annotated[Count, OnResume.HONOURED] = 1
     max_steps: Annotated[Count | None, OnResume.HONOURED] = None
-    """Optimizer steps of the whole run, if that is less than its epochs."""
+    """Optimizer steps of the whole run, instead of its epochs; the data is repeated for them."""
     optimizer: Annotated[
         Component,
         Handed(1),
@@ -244,16 +245,19 @@ def read_beside(
     given = options.resolved(cfg)
     names = [f.name for f in fields(own)]  # type: ignore[arg-type]
     beside = {name: given.pop(name) for name in names if name in given}
-    found = settings_problems(given, processes, names) + options.option_problems(
-        own, beside, "this recipe"
-    )
+    found = settings_problems(given, processes, names, trains=False)
+    found += options.option_problems(own, beside, "this recipe")
     if found:
         raise ConfigError("\n".join(found))
     return options.made(Settings, given), options.made(own, beside)
 
 
 def settings_problems(
-    given: dict[str, Any], processes: int | None = None, others: Iterable[str] = ()
+    given: dict[str, Any],
+    processes: int | None = None,
+    others: Iterable[str] = (),
+    *,
+    trains: bool = True,
 ) -> list[str]:
     """Say what is wrong with the configuration of a training run, a line each.
 
@@ -261,6 +265,7 @@ def settings_problems(
         given: The whole of it, resolved; ``key=null`` of the command line is tidied up in it.
         processes: That the run is to have; None: as many as this one is of.
         others: Keys that another reader has taken out.
+        trains: Whether a run is to be made of it; else only model and data matter.
     """
     for key, value in given.items():
         if isinstance(value, dict) and value.get("_component_", ...) is None:
@@ -275,12 +280,22 @@ def settings_problems(
             checkpoint_folder(folder)
         except MissingFileError as error:
             found.append(str(error))
-    for key in HINTS:
+    for key in HINTS if trains else ("model", "tokenizer", "dataset", "dataset_val"):
         found += component_problems(key, given.get(key))
-    found += _checkpointer(given)
+    found += data_conflicts(given)
+    if not trains:
+        return found
     if processes is None:
         processes = int(os.environ.get("WORLD_SIZE", 1))
-    return [*found, *stock_problems(given), *conflicts(given, processes)]
+    if not any(line.startswith("optimizer") for line in found):
+        found += optimizer_problems(given.get("optimizer"))
+    return [
+        *found,
+        *logger_problems(given.get("metric_logger")),
+        *_checkpointer(given),
+        *stock_problems(given),
+        *conflicts(given, processes),
+    ]
 
 
 # torchtune's own keys.
@@ -340,6 +355,9 @@ def stock_problems(given: Mapping[str, Any]) -> Iterator[str]:
             "False, and profile with torchtune's own recipe."
         )
 
+
+WHOLE_MODELS = ("phi3_plugin.models.phi3", "phi3_plugin.models.phi3_mini")
+"""Those without adapters."""
 
 CHECKPOINTER = "phi3_plugin.checkpoint.Phi3Checkpointer"
 
@@ -441,6 +459,40 @@ def component(dotpath: str) -> Any:
     return _get_component_from_path(dotpath)
 
 
+def optimizer_problems(section: Any) -> Iterator[str]:
+    """Say which arguments an optimizer of torch's or another known package refuses, by a trial."""
+    if not isinstance(section, Mapping):
+        return
+    name, *_ = str(section.get("_component_")).split(".")
+    if name not in ("torch", "torchao", "bitsandbytes"):  # nobody else's may need other weights
+        return
+    named = {key: value for key, value in section.items() if key != "_component_"}
+    try:
+        component(section["_component_"])([torch.nn.Parameter(torch.zeros(2, 2))], **named)
+    except Exception as error:
+        yield f"optimizer: {section['_component_']} does not take these values. {error}."
+
+
+LOGGER_PACKAGES = {
+    "WandBLogger": "wandb",
+    "CometLogger": "comet_ml",
+    "TensorBoardLogger": "tensorboard",
+    "MLFlowLogger": "mlflow",
+}
+"""What torchtune's loggers import when a run begins."""
+
+
+def logger_problems(section: Any) -> Iterator[str]:
+    """Say whether the package of a logger is missing."""
+    name = section.get("_component_") if isinstance(section, Mapping) else None
+    package = LOGGER_PACKAGES.get(str(name).rpartition(".")[2])
+    if package and str(name).startswith("torchtune.") and find_spec(package) is None:
+        yield (
+            f"metric_logger._component_: {spelled(name)} needs the package {package}, which is not "
+            f"installed. Run: pip install {package}, or use phi3_plugin.train.DiskLogger."
+        )
+
+
 def _reason(dotpath: str, error: Exception) -> str:
     parent, _, name = dotpath.rpartition(".")
     try:
@@ -453,22 +505,60 @@ def _reason(dotpath: str, error: Exception) -> str:
 # What does not go together.
 
 
+def data_conflicts(given: Mapping[str, Any]) -> Iterator[str]:
+    """Say which keys of the data are right by themselves and do not go together.
+
+    Args:
+        given: The whole configuration, resolved.
+    """
+    get = given.get
+    if get("dataset_val") and get("val_fraction"):
+        yield f"val_fraction: {spelled(get('val_fraction'))} conflicts with dataset_val. Keep one."
+    if get("group_by_length") is True:
+        dataset = get("dataset")
+        if isinstance(dataset, dict) and dataset.get("packed"):
+            yield (
+                "group_by_length: True conflicts with dataset.packed: "
+                f"{spelled(dataset['packed'])}, whose packs are of one length. Keep one."
+            )
+        if get("shuffle") is False:
+            yield "group_by_length: True conflicts with shuffle: False. Keep one."
+
+
 def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
-    """Say what is wrong with keys that are right by themselves.
+    """Say what is wrong with keys of a training run that are right by themselves.
 
     Args:
         given: The whole configuration, resolved.
         processes: That share the run.
     """
     get = given.get
-    if get("dataset_val") and get("val_fraction"):
-        yield f"val_fraction: {spelled(get('val_fraction'))} conflicts with dataset_val. Keep one."
+    patience = get("early_stop_patience")
     if not get("dataset_val") and not get("val_fraction"):
         for key in ("run_val_every_n_steps", "early_stop_patience"):
             if get(key) is not None:
                 yield (
                     f"{key}: {spelled(get(key))} needs validation data. Set dataset_val, or "
                     "val_fraction=0.05 to split it off the training set."
+                )
+    elif patience is not None and get("run_val_every_n_steps") is None:
+        yield (
+            f"early_stop_patience: {spelled(patience)} counts validations, and there is none "
+            "before the end. Set run_val_every_n_steps=50."
+        )
+    schedule = get("lr_scheduler")
+    if isinstance(schedule, dict) and "num_warmup_steps" in schedule:
+        warmup = schedule["num_warmup_steps"]
+        own = str(schedule.get("_component_")).startswith("phi3_plugin.")  # says what it takes
+        if warmup is not None and not own:
+            yield from options.mistakes("lr_scheduler.num_warmup_steps", warmup, Seed)
+    model = get("model")
+    if isinstance(model, dict) and model.get("_component_") in WHOLE_MODELS:
+        for key in ("lora_plus_ratio", "adapter_dtype"):
+            if get(key) is not None:
+                yield (
+                    f"{key}: {spelled(get(key))} is for adapters, which "
+                    f"{model['_component_']} has not. Set it to null."
                 )
 
     if isinstance(adapter := get("init_adapter"), str):
@@ -496,16 +586,6 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
                 "enable_activation_offloading: True moves what recomputed layers keep; without "
                 "recompute it is too much to move. Add enable_activation_checkpointing=True."
             )
-
-    if get("group_by_length") is True:
-        dataset = get("dataset")
-        if isinstance(dataset, dict) and dataset.get("packed"):
-            yield (
-                "group_by_length: True conflicts with dataset.packed: "
-                f"{spelled(dataset['packed'])}, whose packs are of one length. Keep one."
-            )
-        if get("shuffle") is False:
-            yield "group_by_length: True conflicts with shuffle: False. Keep one."
 
     if isinstance(optimizer := get("optimizer"), dict):
         if (ratio := get("lora_plus_ratio")) and "lr" not in optimizer:

@@ -34,7 +34,7 @@ from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
 from phi3_plugin.train import checkpoints
-from phi3_plugin.train.data import instantiate, load_data
+from phi3_plugin.train.data import facts_in_words, instantiate, load_data
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import is_adapted, prepare, trained_parameters
 from phi3_plugin.train.monitor import Monitor
@@ -134,6 +134,8 @@ class Finetune:
             total=self.data.total_steps,
             start=self.state.step,
         )
+        for line in facts_in_words(self.data, self.s):
+            self.monitor.say(line)
         self.monitor.resumed(self.state.step, self.last, noted(self.differences, self.state.step))
         self.saver = checkpoints.Saver(
             self.s.output_dir,

@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from phi3_plugin.errors import CheckpointError, ConfigError
+from phi3_plugin.options import Kind, Seed, is_number, mistakes
 from phi3_plugin.train.world import World
 
 
@@ -45,6 +47,7 @@ def parameter_groups(
 
 
 Schedule = Callable[..., LambdaLR]
+_Ratio = Annotated[float, Kind("a number from 0 to 1", partial(is_number, least=0, most=1))]
 
 
 def with_warmup(shape: Callable[[int, int], float]) -> Schedule:
@@ -65,12 +68,14 @@ def with_warmup(shape: Callable[[int, int], float]) -> Schedule:
     def schedule(
         optimizer: Optimizer,
         num_training_steps: int,
-        num_warmup_steps: int | None = None,
-        warmup_ratio: float = 0.0,
+        num_warmup_steps: Seed | None = None,
+        warmup_ratio: _Ratio = 0.0,
         last_epoch: int = -1,
     ) -> LambdaLR:
-        if not 0 <= warmup_ratio <= 1:
-            raise ConfigError(f"lr_scheduler.warmup_ratio: {warmup_ratio!r} must be from 0 to 1.")
+        wrong = mistakes("lr_scheduler.warmup_ratio", warmup_ratio, _Ratio)
+        wrong += mistakes("lr_scheduler.num_warmup_steps", num_warmup_steps, Seed | None)
+        if wrong:
+            raise ConfigError("\n".join(wrong))
         share = math.ceil(num_training_steps * warmup_ratio)
         # Not the last step as well: a run of one step would have a rate of 0
         share = max(0, min(share, num_training_steps - 1))

@@ -120,7 +120,7 @@ class Phi3Checkpointer:
                 "output_dir is not set. Set it in the YAML or add output_dir=/path/to/results to "
                 "the command."
             )
-        self._output_dir = Path(output_dir)
+        self._output_dir = Path(output_dir).expanduser()
         check_output(self._output_dir, self._checkpoint_dir)
         self.model_type = model_type
         self._layout = layout
@@ -321,7 +321,7 @@ class DiskLogger:
         Args:
             output_dir: Where the run's results go. None is left to the checkpointer to refuse.
         """
-        self._output_dir = output_dir
+        self._output_dir = None if output_dir is None else Path(output_dir).expanduser()
         self._config: DictConfig | None = None
         self._logger: Any = None
 

@@ -119,7 +119,7 @@ def test_its_own_keys_are_checked_together(inspect):
     with pytest.raises(ConfigError) as error:
         inspect("samples=-1", "processes=0", "compare=maybe")
     assert str(error.value).splitlines() == [
-        "samples: -1 must be a whole number from 0 on.",
+        "samples: -1 must be a whole number from 0 to 2**63 - 1.",
         "processes: 0 must be a whole number above 0.",
         "compare: 'maybe' must be True or False.",
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from phi3_plugin import options
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.options import (
     CheckOptions,
@@ -142,3 +143,22 @@ def test_the_shipped_configs_have_every_key():
     assert tuple(VERBS) == verbs
     fields = {name for cls, _ in VERBS.values() for name in cls.__dataclass_fields__}
     assert keys == {"verb", *fields}
+
+
+@pytest.mark.parametrize(
+    ("cls", "keys"),
+    [
+        (options.PromptOptions, ("checkpoint_dir", "adapter", "prompts", "output")),
+        (options.ChatOptions, ("checkpoint_dir", "adapter")),
+        (options.EvaluateOptions, ("adapter",)),
+        (options.CheckOptions, ("adapter", "checkpoint_dir")),
+        (options.MergeOptions, ("adapter", "checkpoint_dir", "output_dir")),
+        (options.ImportConfigOptions, ("sample", "output")),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_path_of_a_command(cls, keys, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    required = dict.fromkeys(options.required(cls), "peft")
+    given = {**required, **dict.fromkeys(keys, "~/x")}
+    read = options.read_options(cls, given)
+    assert {str(getattr(read, key)) for key in keys} == {"/home/me/x"}

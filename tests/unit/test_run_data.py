@@ -2,13 +2,14 @@
 
 import json
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
 from phi3_plugin.data.order import shares
 from phi3_plugin.settings import read
-from phi3_plugin.train.data import load_data
+from phi3_plugin.train.data import facts_in_words, load_data
 from tests.own import chat
 from tests.variants import write_checkpoint
 
@@ -106,10 +107,34 @@ def test_without_validation_data_there_is_no_order_of_it(load):
     assert load().order_val is None
 
 
-def test_max_steps_ends_a_run_early(load):
+def test_max_steps_is_what_a_run_makes(load):
     assert load(epochs=3).total_steps == 15
     assert load(epochs=3, max_steps=4).total_steps == 4
-    assert load(epochs=1, max_steps=40).total_steps == 5
+
+
+def test_beyond_its_epochs_the_data_is_repeated_in_other_orders(load):
+    data = load(epochs=1, max_steps=40)
+    assert data.total_steps == 40
+    epochs = [[i for s in range(5 * e, 5 * e + 5) for i in data.order.indices(s)] for e in range(8)]
+    assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(range(len(data.order.dataset)))}
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"epochs": 3}, "steps: 15, of {} samples each; epochs: 3, of 5 steps"),
+        ({"epochs": 1, "max_steps": 12}, "steps: 12, of {} samples each; epochs: 2.4, of 5 steps"),
+        ({"epochs": 3, "max_steps": 4}, "steps: 4, of {} samples each; epochs: 0.8, of 5 steps"),
+    ],
+)
+def test_what_a_run_is_going_to_do_is_said(load, keys, expected):
+    data = load(**keys)
+    line, *warnings = facts_in_words(data, SimpleNamespace(lr_scheduler=None))
+    assert line.endswith(expected.format(data.order.per_step))
+    assert len(warnings) == (data.total_steps < 10)
+    late = SimpleNamespace(lr_scheduler={"num_warmup_steps": data.total_steps})
+    assert "the rate never comes to optimizer.lr" in facts_in_words(data, late)[1]
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -13,6 +13,8 @@ from phi3_plugin.settings import (
     Settings,
     bytes_of,
     component_problems,
+    conflicts,
+    logger_problems,
     read,
     read_beside,
     stock_problems,
@@ -159,7 +161,7 @@ def test_what_resembles_nothing_is_just_refused(problems):
         ("batch_size=2.0", "2.0 must be a whole number above 0."),
         ("batch_size=True", "True must be a whole number above 0."),
         ("max_steps=-1", "-1 must be a whole number above 0 or null."),
-        ("seed=-1", "-1 must be a whole number from 0 on."),
+        ("seed=-1", "-1 must be a whole number from 0 to 2**63 - 1."),
         ("epochs=null", "null must be a whole number above 0."),
         ("shuffle=maybe", "'maybe' must be True or False."),
         ("compile=1", "1 must be True or False."),
@@ -257,6 +259,91 @@ def test_conflicts(problems, one, other, more):
 def test_validation_needs_data(problems, key):
     (line,) = problems(f"{key}=2")
     assert line.startswith(f"{key}: 2 needs validation data.")
+
+
+def test_patience_needs_validations_on_the_way(problems):
+    (line,) = problems("early_stop_patience=2", "val_fraction=0.1")
+    assert line.startswith("early_stop_patience: 2 counts validations")
+
+
+@pytest.mark.parametrize(
+    ("typed", "key"),
+    [
+        ("seed=9223372036854775808", "seed: 9223372036854775808 must be"),
+        ("lr_scheduler.num_warmup_steps=-3", "lr_scheduler.num_warmup_steps: -3 must be a whole"),
+        ("lr_scheduler.num_warmup_steps=0.1", "lr_scheduler.num_warmup_steps: 0.1 must be a whol"),
+        ("lr_scheduler.warmup_ratio=1.5", "lr_scheduler.warmup_ratio: 1.5 must be a number from 0"),
+        ("optimizer.betas=[0.9]", "optimizer: torch.optim.AdamW does not take these values. "),
+        ("optimizer.betas=[0.9,1.5]", "optimizer: torch.optim.AdamW does not take these values. "),
+        ("optimizer.weight_decay=-1", "optimizer: torch.optim.AdamW does not take these values. "),
+        ("optimizer.eps=x", "optimizer: torch.optim.AdamW does not take these values. "),
+    ],
+)
+def test_values_that_would_do_the_wrong_thing(problems, typed, key):
+    (line,) = problems(typed)
+    assert line.startswith(key)
+
+
+def test_the_warm_up_of_torchtunes_own_schedule_is_a_number_of_steps_too(problems):
+    cosine = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
+    section = f"lr_scheduler={{_component_: {cosine}, num_warmup_steps: -1, warmup_ratio: null}}"
+    lines = problems(section)
+    assert any(line.startswith("lr_scheduler.num_warmup_steps: -1 must be") for line in lines)
+
+
+def test_what_only_adapters_have_is_refused_without_them():
+    model = {"_component_": "phi3_plugin.models.phi3", "checkpoint_dir": "base"}
+    lines = conflicts({"model": model, "lora_plus_ratio": 4, "adapter_dtype": "fp32"}, 1)
+    assert [line.partition(":")[0] for line in lines] == ["lora_plus_ratio", "adapter_dtype"]
+
+
+@pytest.mark.parametrize(
+    ("logger", "package"),
+    [("WandBLogger", "wandb"), ("CometLogger", "comet_ml"), ("MLFlowLogger", "mlflow")],
+)
+def test_a_logger_without_its_package_is_said_before_anything_is_loaded(
+    logger, package, monkeypatch
+):
+    monkeypatch.setattr("phi3_plugin.settings.find_spec", lambda name: None)
+    component = f"torchtune.training.metric_logging.{logger}"
+    (line,) = logger_problems({"_component_": component})
+    assert f"needs the package {package}, which is not installed. Run: pip install" in line
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ("val_fraction=0.0", "run_val_every_n_steps=50", "early_stop_patience=3"),
+        ("init_adapter=gone", "optimizer.betas=[7]", "max_steps_per_epoch=3"),
+        ("optimizer._component_=not_installed.AdamW", "enable_activation_offloading=True"),
+        ("metric_logger._component_=torchtune.training.metric_logging.WandBLogger",),
+    ],
+)
+def test_what_only_matters_to_training_binds_no_other_recipe(paths, typed, monkeypatch):
+    monkeypatch.setattr("phi3_plugin.settings.find_spec", lambda name: None)
+    cfg = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist([*paths, *typed]))
+    read_beside(cfg, EvaluateOptions, processes=1)
+    with pytest.raises(ConfigError):
+        read(cfg)
+
+
+@pytest.mark.parametrize("key", ["output_dir", "init_adapter", "resume", "metric_logger.log_dir"])
+def test_a_tilde_is_the_home_folder(paths, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there").mkdir(exist_ok=True)
+    logger = "metric_logger._component_=torchtune.training.metric_logging.DiskLogger"
+    cfg = OmegaConf.load(YAML)
+    del cfg.metric_logger
+    typed = [*paths, logger, "metric_logger.log_dir=x", f"{key}=~/there"]
+    settings = read(OmegaConf.merge(cfg, OmegaConf.from_dotlist(typed)))
+    value = settings.metric_logger if "." in key else vars(settings)
+    assert str(value[key.rpartition(".")[2]]) == str(tmp_path / "there")
+
+
+def test_a_tilde_is_left_alone_where_it_is_no_path(paths):
+    typed = [*paths, "sample_prompts=['~/x']", "dataset.system_prompt='~/y'"]
+    settings = read(OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist(typed)))
+    assert settings.sample_prompts == ["~/x"] and settings.dataset["system_prompt"] == "~/y"
 
 
 # torchtune's own keys: accepted where they change nothing, refused with what to do instead.
