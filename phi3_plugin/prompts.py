@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from phi3_plugin.data.formats import MessageList, Turn, kind, make_turn
+from phi3_plugin.data.formats import MessageList, Turn, kind, make_turn, with_system_prompt
 from phi3_plugin.data.rows import lines
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
@@ -229,9 +229,7 @@ def _turns(row: Any, o: PromptOptions) -> list[Turn]:
             turns = turns[:-1]
         if not any(turn.content.strip() for turn in turns if turn.role != "system"):
             raise DataError("nothing is said that could be answered")
-    if o.system and not any(turn.role == "system" for turn in turns):
-        turns.insert(0, make_turn("system", o.system))
-    return turns
+    return with_system_prompt(turns, o.system) if o.system else turns
 
 
 def _key(row: Mapping[str, Any]) -> str:

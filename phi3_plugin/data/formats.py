@@ -30,6 +30,8 @@ class Turn(NamedTuple):
     """Description of the tools that the assistant may call, as the template writes it."""
     wanted: bool | None = None
     """What the row itself asks for, by ``weight`` or ``train``; None where it does not say."""
+    stands_in: bool = False
+    """Whether the row has no such message: a system message that is there for the tools alone."""
 
 
 class Written(NamedTuple):
@@ -170,15 +172,23 @@ def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
         return turns
     first = next((i for i, turn in enumerate(turns) if turn.role == "system"), None)
     if first is None:
-        turns = [make_turn("system", ""), *turns]
+        turns = [make_turn("system", "")._replace(stands_in=True), *turns]
         first = 0
     system = turns[first]
     if system.tools:
         raise DataError("there is a column 'tools' and a system message that has tools")
-    turns[first] = make_turn(
-        system.role, system.content, tools=_tools_text(tools), wanted=system.wanted
-    )
+    turns[first] = system._replace(tools=_text("tools", _tools_text(tools)))
     return turns
+
+
+def with_system_prompt(turns: Sequence[Turn], prompt: str) -> list[Turn]:
+    """Put a system message in front of a conversation that has none of its own."""
+    system = [turn for turn in turns if turn.role == "system"]
+    if not system:
+        return [make_turn("system", prompt), *turns]
+    return [
+        turn._replace(content=prompt, stands_in=False) if turn.stands_in else turn for turn in turns
+    ]
 
 
 # Rows that keep a conversation in columns of text

@@ -36,7 +36,7 @@ from phi3_plugin.data.findings import (
     Findings,
     UnusedRow,
 )
-from phi3_plugin.data.formats import Chat, Format, Turn, Written, make_turn, pick_format
+from phi3_plugin.data.formats import Chat, Format, Turn, Written, pick_format, with_system_prompt
 from phi3_plugin.data.order import group_of
 from phi3_plugin.data.rows import Row
 from phi3_plugin.data.sources import Filtered, FilterFailed, Source
@@ -279,14 +279,8 @@ class Preparation:
             turn if turn.trained is trained else turn._replace(trained=trained)
             for turn, trained in zip(turns, chosen, strict=True)
         ]
-        if self._system is None or any(turn.role == "system" for turn in turns):
-            return turns
-        return [self._system, *turns]
-
-    @cached_property
-    def _system(self) -> Turn | None:
         prompt = self.options.system_prompt
-        return None if prompt is None else make_turn("system", prompt)
+        return turns if prompt is None else with_system_prompt(turns, prompt)
 
     def _passes_over(self, chat: Chat) -> bool:
         """Whether a message asks for something that is not done."""
@@ -306,7 +300,7 @@ class Preparation:
         template = self.tokenizer.template
         eos = self.tokenizer.eos_token
         train_on = self.options.train_on
-        if self._system is not None:
+        if self.options.system_prompt is not None:
             raise DataError(
                 "dataset.system_prompt cannot be put in front of a text that is written already"
             )

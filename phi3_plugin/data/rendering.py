@@ -33,7 +33,6 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 NOW = datetime.fromisoformat(sys.argv[1]) if __name__ == "__main__" else datetime.now()
 """What templates are told is the time: one for all conversations, since layouts are kept."""
@@ -127,11 +126,8 @@ def environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
-    # Most of Jinja's own globals are left out, so that a hostile file finds less to reach
-    environment.globals.clear()
-    environment.globals.update(
-        namespace=Namespace, raise_exception=_raise_exception, strftime_now=NOW.strftime
-    )
+    del environment.globals["lipsum"]  # writes something else each time
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=NOW.strftime)
     return environment
 
 

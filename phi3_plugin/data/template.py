@@ -167,9 +167,22 @@ class ChatTemplate:
 
     @property
     def identity(self) -> list[Any]:
-        """All that decides what is written, as JSON values; the time where the template asks."""
-        now = [str(NOW)] if "strftime_now" in self.source else []
-        return [self.source, dict(self.special_tokens), *now]
+        """All that decides what is written, as JSON values.
+
+        The date is in the form that the template writes it in, so that what was tokenized is good
+        for as long as that stays the same.
+        """
+        calls = environment().parse(self.source).find_all(nodes.Call)
+        dates = list[str]()
+        for call in calls:
+            match call:
+                case nodes.Call(
+                    node=nodes.Name(name="strftime_now"), args=[nodes.Const(value=str(form))]
+                ):
+                    dates.append(NOW.strftime(form))
+                case nodes.Call(node=nodes.Name(name="strftime_now")):
+                    dates.append(str(NOW))
+        return [self.source, dict(self.special_tokens), *dates]
 
     # Texts that are written already
 
@@ -321,10 +334,7 @@ class Layout(NamedTuple):
 def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """Return the conversation with ``x`` for every text, and blank ones at most a space long."""
     return tuple(
-        [
-            Turn(role, _outline(content), trained, tools if tools is None else _outline(tools))
-            for role, content, trained, tools, _ in turns
-        ]
+        [Turn(t.role, _outline(t.content), t.trained, t.tools and _outline(t.tools)) for t in turns]
     )
 
 

@@ -11,8 +11,8 @@ from phi3_plugin.config import GENERATION, checkpoint_folder, read_json_object
 from phi3_plugin.data.template import ChatTemplate
 from phi3_plugin.errors import MissingFileError, TokenizerError
 
-TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-"""Special tokens that tokenizer_config.json gives a name."""
+EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")
+"""Where tokenizer_config.json lists special tokens; those that have a name end in ``_token``."""
 
 PROBE = "A text, 1 + 1 = 2.\n"
 """Encoded once: some files are read well and fail at the first text."""
@@ -47,9 +47,7 @@ def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
     settings = _read_json(folder / "tokenizer_config.json")
     _check_size(backend, folder)
     _check_agreement(backend, settings, folder)
-    names = _token_names(backend, settings, folder)
-    # A named token is an added one for Hugging Face, whatever tokenizer.json says
-    backend.add_special_tokens(sorted(set(names.values()) - _added(backend).keys()))
+    names = _special_tokens(backend, settings, folder)
     template = ChatTemplate(*_read_template(folder, settings), names, frozenset(_added(backend)))
     template.check()
     ends = (names["eos_token"], template.turn_end)
@@ -110,22 +108,64 @@ def _read_json(file: Path) -> dict[str, Any]:
     return read_json_object(_existing(file), TokenizerError)
 
 
-def _token_names(backend: Tokenizer, settings: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Return the texts of the special tokens that have a name."""
-    names = {}
-    for name in TOKEN_NAMES:
-        token = settings.get(name)
-        # Older files write a special token as an object with its flags
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            names[name] = text
-    unknown = [f"{n}: {text!r}" for n, text in names.items() if backend.token_to_id(text) is None]
-    if unknown or "eos_token" not in names:
-        problem = f"{', '.join(unknown)} is not in tokenizer.json" if unknown else "no eos_token"
-        raise TokenizerError(
-            f"{folder / 'tokenizer_config.json'}: {problem}. Use the two files of one revision."
-        )
+def _special_tokens(
+    backend: Tokenizer, settings: Mapping[str, Any], folder: Path
+) -> dict[str, str]:
+    """Make the special tokens that tokenizer_config.json has added ones, as Hugging Face does.
+
+    Returns:
+        The texts of those that have a name.
+    """
+    file = folder / "tokenizer_config.json"
+    if "added_tokens_decoder" not in settings:  # files of older versions then say it as well
+        for name in ("special_tokens_map.json", "added_tokens.json"):
+            beside = folder / name
+            if beside.is_file():
+                content = _read_json(beside)
+                more = {"extra_special_tokens": [*content]} if name[0] == "a" else content
+                _special_tokens_of(more, beside, backend)
+    names = _special_tokens_of(settings, file, backend)
+    if "eos_token" not in names:
+        raise TokenizerError(f"{file}: no eos_token. Use the two files of one revision.")
     return names
+
+
+def _special_tokens_of(
+    settings: Mapping[str, Any], file: Path, backend: Tokenizer
+) -> dict[str, str]:
+    named = {name: token for name, token in settings.items() if name.endswith("_token")}
+    listed = list[Any]()
+    for key in EXTRA_TOKENS:
+        extra = settings.get(key) or []
+        if isinstance(extra, dict):
+            named |= extra
+        elif isinstance(extra, list):
+            listed += extra
+        else:
+            raise TokenizerError(f"{file}: {key} must be a list or an object of tokens.")
+    texts = {name: text for name, token in named.items() if (text := _text_of(token))}
+    tokens = {_text_of(token): token for token in [*named.values(), *listed]}
+    unknown = [text for text in tokens if text and backend.token_to_id(text) is None]
+    if unknown:
+        names = [name for name, text in texts.items() if text == unknown[0]]
+        raise TokenizerError(
+            f"{file}: {names[0] if names else 'a special token'}: {unknown[0]!r} is not in "
+            "tokenizer.json. Use the two files of one revision; if the token was added here, "
+            "write both anew with transformers' AutoTokenizer.from_pretrained(folder)"
+            ".save_pretrained(folder)."
+        )
+    # Whatever tokenizer.json says
+    for text in sorted(text for text in tokens if text and text not in _added(backend)):
+        flags = tokens[text] if isinstance(tokens[text], dict) else {}
+        given = {name: flags[name] for name in TOKEN_FLAGS[1:] if isinstance(flags.get(name), bool)}
+        backend.add_special_tokens([AddedToken(text, **{"normalized": False, **given})])
+    return texts
+
+
+def _text_of(token: Any) -> str | None:
+    # Older files write a special token as an object with its flags
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _read_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
@@ -160,7 +200,10 @@ def _check_size(backend: Tokenizer, folder: Path) -> None:
     if type(rows) is not int or tokens > rows:
         raise TokenizerError(
             f"{folder / 'tokenizer.json'} has {tokens} tokens, more than vocab_size: {rows} in "
-            "config.json, so some have no embedding. Use the two files of one checkpoint."
+            "config.json, so some have no embedding. Use the two files of one checkpoint; to add "
+            "tokens, give the model rows for them with transformers: "
+            f"model.resize_token_embeddings({tokens}) and model.save_pretrained(folder), and the "
+            "same with the tokenizer."
         )
 
 

@@ -336,6 +336,21 @@ def test_system_prompt_is_what_transformers_makes_of_it(supported, make, prompt)
         assert "s" not in said(ours, sample)
 
 
+@pytest.mark.parametrize("own", [[], [{"role": "system", "content": ""}]])
+def test_system_prompt_of_rows_with_tools(tmp_path, own):
+    """The tools stand in a system message; one that the row itself has is kept as it is."""
+    tokenizer = phi3_tokenizer(phi4_mini(tmp_path / "phi4-mini"))
+    row = {
+        "messages": [*own, message("user", "a"), message("assistant", "b")],
+        "tools": [{"name": "f"}],
+    }
+    file = write_lines(tmp_path / "tools.jsonl", [row])
+    sample = chat_dataset(tokenizer, file, system_prompt="Be kind")[0]
+    text = tokenizer.decode(sample["tokens"], skip_special_tokens=False)
+    prompt = "" if own else "Be kind"
+    assert text.startswith(f'<|system|>{prompt}<|tool|>[{{"name": "f"}}]<|/tool|><|end|><|user|>')
+
+
 def test_no_system_prompt_is_the_default(make):
     assert make(TALK)[0] == make(TALK, system_prompt=None)[0] != make(TALK, system_prompt="")[0]
 

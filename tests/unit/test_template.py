@@ -1,6 +1,7 @@
 """What a chat template writes, what of it is trained on, and templates that cannot be followed."""
 
 import re
+from datetime import datetime
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -236,6 +237,10 @@ def test_a_template_that_looks_into_texts_writes_what_it_writes_or_is_refused(na
         "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
         "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
         "{{ strftime_now('%Y') }}{{ messages[0]['content'] | upper | trim }}",
+        "{% for i in range(messages | length) %}{{ messages[i].role }}{% endfor %}",
+        "{% set next = joiner(', ') %}{% for m in messages %}{{ next() + m.role }}{% endfor %}",
+        "{% set n = dict(user='U', x='X') %}{% for m in messages %}{{ n[m.role] }}{% endfor %}",
+        "{% set c = cycler('a', 'b') %}{% for m in messages %}{{ c.next() }}{% endfor %}",
     ],
 )
 @pytest.mark.parametrize("ask", [True, False])
@@ -291,6 +296,39 @@ def test_templates_that_may_look_into_texts(looks):
 @pytest.mark.parametrize("name", TELLING)
 def test_none_of_those_that_look_is_taken_for_one_that_writes(name):
     assert not ChatTemplate(TELLING[name], "file", NAMES, ADDED).only_writes
+
+
+INDEXED = (
+    "{% for i in range(messages | length) %}{% set m = messages[i] %}" + MINI.split("%}", 1)[1]
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        INDEXED.replace("message[", "m["),
+        "{% set n = dict(user='user', assistant='assistant') %}"
+        + MINI.replace("== 'user'", "== n.user"),
+        "{% set sep = joiner('\n') %}" + FOR + "{{ sep() + '<|' + m.role + '|>' + m.content }}"
+        "<|end|>{% endfor %}",
+    ],
+)
+def test_templates_may_use_what_jinja_has(source):
+    chat = rendered(source, ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    assert [piece.text for piece in chat.pieces if piece.said] == ["a", "b", "c", "d"]
+    assert "".join(piece.text for piece in chat.pieces if piece.trained) == "b<|end|>d<|end|>"
+
+
+def test_the_identity_has_the_date_as_the_template_writes_it(monkeypatch):
+    def identity(now, source):
+        monkeypatch.setattr("phi3_plugin.data.template.NOW", datetime(2024, 5, *now))
+        return ChatTemplate(source, "file", NAMES, ADDED).identity
+
+    dated = "{{ strftime_now('%d %b %Y') }}" + MINI
+    assert identity((1, 8), dated) == identity((1, 9), dated) != identity((2, 8), dated)
+    computed = "{% set f = '%d' %}{{ strftime_now(f) }}" + MINI
+    assert identity((1, 8), computed) != identity((1, 9), computed)
+    assert identity((1, 8), MINI) == identity((2, 9), MINI)
 
 
 # Templates that say by {% generation %} what the assistant generates

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.formats import make_turn
 from phi3_plugin.errors import ConfigError, MissingFileError, TokenizerError
-from tests.variants import DECODER, MINI, PHI35, edit_json
+from tests.variants import DECODER, MINI, PHI35, edit_json, phi4_mini
 
 
 def test_stop_tokens(folder):
@@ -184,3 +185,62 @@ def test_padding_of_a_file_takes_no_memory(folder):
 
 def chat(text):
     return [make_turn("user", text), make_turn("assistant", "b")]
+
+
+NAMED = "<|image|>"
+NAMES_OF_TOKENS = {
+    "extra": {"extra_special_tokens": [NAMED]},
+    "extra by name": {"extra_special_tokens": {"image_token": NAMED}},
+    "additional": {"additional_special_tokens": [NAMED]},
+    "mask": {"mask_token": NAMED},
+    "sep": {"sep_token": {"__type": "AddedToken", "content": NAMED, "rstrip": True}},
+    "of the model's own": {"image_token": NAMED},
+}
+
+
+@pytest.mark.parametrize("name", NAMES_OF_TOKENS)
+def test_a_special_token_that_only_the_settings_name(folder, tmp_path, name):
+    """transformers makes it a token of its own; here that must be in tokenizer.json."""
+    edit_json(folder / "tokenizer_config.json", **NAMES_OF_TOKENS[name])
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: .*'<\|image\|>' is not in"):
+        phi3_tokenizer(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "saved")  # as the error advises
+    (tmp_path / "saved" / "config.json").write_text((folder / "config.json").read_text())
+    text = "see <|image|> x"
+    assert phi3_tokenizer(tmp_path / "saved").encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"extra_special_tokens": ["the"]},
+        {"additional_special_tokens": ["the"]},
+        {"cls_token": "the"},
+        {"sep_token": {"__type": "AddedToken", "content": "the", "rstrip": True}},
+    ],
+)
+def test_a_special_token_that_is_in_the_vocabulary_alone(tmp_path, named):
+    folder = phi4_mini(tmp_path)
+    edit_json(folder / "tokenizer_config.json", **named)
+    text = "they gather  the  other"
+    ids = AutoTokenizer.from_pretrained(folder).encode(text)
+    assert phi3_tokenizer(folder).encode(text) == ids
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+def test_files_of_older_versions_name_tokens_too(tmp_path, name):
+    folder = phi4_mini(tmp_path)
+    content = {"additional_special_tokens": [NAMED]} if name[0] == "s" else {NAMED: 354}
+    (folder / name).write_text(json.dumps(content))
+    assert len(AutoTokenizer.from_pretrained(folder).encode(NAMED)) == 1
+    with pytest.raises(TokenizerError, match=rf"{name}: .*'<\|image\|>' is not in tok"):
+        phi3_tokenizer(folder)
+
+
+def test_too_many_tokens_say_how_to_add_them(folder):
+    edit_json(folder / "config.json", vocab_size=300)
+    with pytest.raises(
+        TokenizerError, match=r"resize_token_embeddings\(\d+\) and .*save_pretrained"
+    ):
+        phi3_tokenizer(folder)
