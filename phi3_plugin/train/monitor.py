@@ -18,7 +18,7 @@ from phi3_plugin.options import spelled
 from phi3_plugin.redaction import as_config, redacted
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.checkpoints import LastCheckpoint
-from phi3_plugin.train.data import instantiate
+from phi3_plugin.train.curve import open_logger
 from phi3_plugin.train.step import StepResult
 
 RESUMED, SKIPPED, CHANGED = "resumed", "skipped", "changed"
@@ -52,8 +52,8 @@ class Monitor:
         self._started = time.perf_counter()
         self._logger: Any = None
         if settings.metric_logger:
-            self._logger = instantiate(settings.metric_logger)
-            self._logger.log_config(as_config(redacted(cfg)))
+            config, folder = as_config(redacted(cfg)), settings.output_dir
+            self._logger = open_logger(settings.metric_logger, config, folder, start or None)
 
     def resumed(
         self, step: int, last: LastCheckpoint, changes: Sequence[Mapping[str, Any]]
