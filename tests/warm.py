@@ -118,7 +118,7 @@ def start() -> Path:
     return folder
 
 
-def begin(*command: object, cwd: Path) -> subprocess.Popen:
+def begin(*command: object, cwd: Path, **environment: str) -> subprocess.Popen:
     """Start a command whose first word is one of the programs, or any other that uses them."""
     programs = os.environ[STARTED]
     return subprocess.Popen(
@@ -129,6 +129,7 @@ def begin(*command: object, cwd: Path) -> subprocess.Popen:
             **ENVIRONMENT,
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHON_EXEC": f"{programs}/python",  # what torchrun starts workers with
+            **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -136,9 +137,11 @@ def begin(*command: object, cwd: Path) -> subprocess.Popen:
     )
 
 
-def run(*command: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(
+    *command: object, cwd: Path, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess:
     """Run a command and wait for its end."""
-    with begin(*command, cwd=cwd) as process:
+    with begin(*command, cwd=cwd, **environment) as process:
         try:
             out, error = process.communicate(timeout=timeout)
         except BaseException:

@@ -262,6 +262,7 @@ def test_recipes_for_one_device_refuse_workers_as_under_tune(phi3_tune, torchrun
     assert code == 2 and "does not support distributed training" in out and not torchrun
 
 
+@pytest.mark.exhaustive  # both are off in the two tests below
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_it_registers_where_the_hook_is_switched_off(fresh_python, switch):
     code = "import sys; from phi3_plugin.cli import main; sys.argv = ['phi3-tune', 'ls']; main()"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -21,25 +22,46 @@ from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.models import phi3
 from phi3_plugin.proof import load_base_with_hf
+from tests import warm
 from tests.assets import assets_dir
+
+SMALL = """
+import sys, sysconfig
+from phi3_plugin.recipes import phi3_demo as demo
+sysconfig.get_path = lambda name: sys.argv[1]
+demo.LETTERS, demo.LENGTH = "abcdefghij", 3
+demo.TRAIN_CHATS, demo.HELDOUT_CHATS, demo.LEARNED = 640, 64, 0.5
+sys.exit(demo.main([]))
+"""
+"""A third of the steps on an easier task, of which half is learned; `tune` is where it is told."""
 
 
 @pytest.mark.slow
+def test_a_small_demo_learns(tmp_path):
+    learns("-c", SMALL, os.environ[warm.STARTED], cwd=tmp_path, steps=6 * 19)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_learns(tmp_path):
-    command = [sys.executable, "-m", "phi3_plugin.recipes.phi3_demo"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    learns("-m", "phi3_plugin.recipes.phi3_demo", cwd=tmp_path, steps=6 * 61)
+
+
+def learns(*words, cwd, steps):
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    ran = "tune run phi3_lora_finetune", "step 366/366", "tune run phi3_evaluate"
+    ran = "tune run phi3_lora_finetune", f"step {steps}/{steps}", "tune run phi3_evaluate"
     for said in (*ran, "Exact match, %", "exact match", "Reverse: "):
         assert said in done.stdout
-    folder = tmp_path / "demo_run"
+    folder = cwd / "demo_run"
     assert {path.name for path in folder.iterdir()} == {demo.MADE_BY_DEMO, *demo.CONTENT}
     assert (folder / "finetuned" / "final" / "adapter_model.safetensors").is_file()
     assert (folder / "evaluation" / "evaluation.html").is_file()
     lines = map(json.loads, (folder / "finetuned" / "metrics.jsonl").read_text().splitlines())
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 6 * 61
+    assert len(losses) == steps
     assert losses[0] > 5 > 0.5 > losses[-1]
 
 

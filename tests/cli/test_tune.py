@@ -249,6 +249,7 @@ def test_an_edited_copy_wins_over_the_registered_config(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # as they are under `tune run`, below
 def test_torchrun_workers_see_the_registry(tmp_path):
     (tmp_path / "script.py").write_text(READ_REGISTRY)
     run = [BIN / "torchrun", "--standalone", "--nproc_per_node", "1", "script.py"]
@@ -259,6 +260,6 @@ def test_torchrun_workers_see_the_registry(tmp_path):
 @pytest.mark.slow
 def test_tune_run_starts_torchrun_workers_that_see_the_registry(tmp_path):
     (tmp_path / "my_recipe.py").write_text(READ_REGISTRY)
-    run = [BIN / "tune", "run", "--nproc_per_node", "1", "my_recipe.py", "--config", NAMES[0]]
-    done = command(*run, cwd=tmp_path)
+    run = ["tune", "run", "--nproc_per_node", "1", "my_recipe.py", "--config", NAMES[0]]
+    done = warm.run(*run, cwd=tmp_path, PYTHON_EXEC=sys.executable)  # a worker that imports all
     assert done.returncode == 0 and "registry is complete" in done.stdout, done.stderr
