@@ -280,6 +280,8 @@ class Statistics:
     """What an optimizer step sees, in words."""
     steps: int
     """Of the whole run."""
+    left_over: int = 0
+    """Samples, or packs, at the end of an epoch that make no whole step and are left out."""
     cuts: list[Cut]
     alike: Alike
     endless: int
@@ -306,7 +308,7 @@ class Statistics:
 
 
 def statistics(
-    settings: Settings, data: RunData, samples: Samples, processes: int = 1
+    settings: Settings, data: RunData, samples: Samples, processes: int = 1, stock: bool = False
 ) -> Statistics:
     """Count everything.
 
@@ -315,6 +317,7 @@ def statistics(
         data: Its data, split and ordered.
         samples: Those of the training data, surveyed.
         processes: How many share a step.
+        stock: Whether torchtune's recipes are to run, which make whole steps only.
     """
     dataset = unpacked(data.order.dataset)
     limit, truncate = getattr(data.tokenizer, "max_seq_len", None), truncation(settings)
@@ -337,9 +340,10 @@ def statistics(
         limit=limit,
         truncate=truncate,
         positions=positions,
-        batchings=_batchings(settings, data, samples, processes),
+        batchings=_batchings(settings, data, samples, processes, stock),
         per_step=f"{data.order.per_step:,} {things}",
-        steps=data.total_steps,
+        steps=settings.epochs * steps_per_epoch(data.order, stock) if stock else data.total_steps,
+        left_over=left_over(data.order) if stock else 0,
         cuts=cuts(samples, lost, named, limit=limit, truncate=truncate),
         alike=alike(samples),
         endless=int((~samples.stops).sum()),
@@ -422,8 +426,19 @@ def histogram(lengths: Numbers) -> list[Bin]:
     return bins[used[0] : used[-1] + 1]
 
 
+def left_over(order: Order) -> int:
+    """Return the samples of an epoch that make no whole step."""
+    return len(order.dataset) - steps_per_epoch(order, stock=True) * order.per_step
+
+
+def steps_per_epoch(order: Order, stock: bool) -> int:
+    """Return the optimizer steps of an epoch, in our recipe or in torchtune's."""
+    # Theirs drop the last batch unless it is whole, and the last batches unless they make a step
+    return len(order.dataset) // order.per_step if stock else order.steps_per_epoch
+
+
 def _batchings(
-    settings: Settings, data: RunData, samples: Samples, processes: int
+    settings: Settings, data: RunData, samples: Samples, processes: int, stock: bool
 ) -> list[Batching]:
     """Return the ways to put the samples into batches, the chosen one as the run would."""
     chosen, dataset = data.order, unpacked(data.order.dataset)
@@ -446,7 +461,7 @@ def _batchings(
         mine = PACKED
     orders[mine] = chosen
     return [
-        Batching(name, _padding(order, samples), order.steps_per_epoch, name == mine)
+        Batching(name, _padding(order, samples), steps_per_epoch(order, stock), name == mine)
         for name, order in orders.items()
     ]
 
@@ -621,7 +636,8 @@ def _of_batches(stats: Statistics) -> Iterator[Problem]:
         )
     if stats.steps < FEW_STEPS:
         yield Problem(
-            f"The whole run makes {count(stats.steps, 'step')} of {stats.per_step}.",
+            f"The whole run makes {count(stats.steps, 'step') if stats.steps else 'no step'} of "
+            f"{stats.per_step}.",
             "Lower gradient_accumulation_steps or batch_size, or raise epochs.",
         )
     now, ways = stats.batching, list[str]()

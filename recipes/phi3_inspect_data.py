@@ -46,7 +46,8 @@ def main(cfg: DictConfig) -> int:
     data = load_data(all_rows(settings), options.processes)
     dataset = unpacked(data.order.dataset)
     samples = survey(dataset, data.tokenizer.stop_tokens)
-    stats = statistics(settings, data, samples, options.processes)
+    stock = cfg.get("checkpointer") is not None  # our own recipe has none
+    stats = statistics(settings, data, samples, options.processes, stock)
 
     if options.compare and not is_chat_dataset(settings.dataset):
         print("compare: only samples of phi3_plugin.data.chat_dataset can be compared.")

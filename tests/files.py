@@ -2,7 +2,9 @@
 
 import csv
 import gzip
+import io
 import json
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,17 +22,23 @@ def write(file, rows):
         return file
     if file.suffix == ".arrow":
         return write_arrow(file, rows)
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "wt", encoding="utf-8", newline="") as out:
-        if ".csv" in file.name:
-            writer = csv.DictWriter(out, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        elif ".jsonl" in file.name:
-            out.write("\n".join(map(json.dumps, rows)))
-        else:
-            out.write(json.dumps(rows))
+    out = io.StringIO(newline="")
+    if ".csv" in file.name or ".tsv" in file.name:
+        writer = csv.DictWriter(out, rows[0], delimiter="\t" if ".tsv" in file.name else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif ".json" in file.name and ".jsonl" not in file.name:
+        out.write(json.dumps(rows))
+    else:
+        out.write("\n".join(map(json.dumps, rows)))
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}.get(file.suffix, bytes)
+    file.write_bytes(pack(out.getvalue().encode()))
     return file
+
+
+def zstd(content):
+    """Compress bytes."""
+    return pa.Codec("zstd").compress(content, asbytes=True)
 
 
 def write_arrow(file, rows, form=pa.ipc.new_stream):

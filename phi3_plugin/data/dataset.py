@@ -1,6 +1,7 @@
 """The chat data set: what can be asked of it, and its samples as tokens and labels."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
+from torchtune.utils import log_rank_zero
 
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.findings import CUT_AWAY, DROPPED, TOO_LONG, Findings, UnusedRow
-from phi3_plugin.data.formats import Written
+from phi3_plugin.data.formats import Written, key_names
 from phi3_plugin.data.order import held_out_mask, repeats
 from phi3_plugin.data.packing import Packs, StockPacks
 from phi3_plugin.data.preparation import Preparation, SampleOptions
@@ -22,6 +24,9 @@ from phi3_plugin.data.store import Store, cached
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError, DataError
 from phi3_plugin.options import Kind, Seed, Share, Switch, made, option_problems, takes
+from phi3_plugin.terminal import harmless
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = Kind("a folder", lambda value: isinstance(value, str | Path), Path)
 
@@ -60,9 +65,9 @@ def chat_dataset(
 
     Args:
         tokenizer: Tokenizer of the checkpoint.
-        source: A .json, .jsonl, .csv (each also as .gz), .parquet or .arrow file, a folder of
-            them, a glob, or a name on the hub; or a list of these, or of dictionaries with
-            ``source``, ``weight`` and options of their own.
+        source: A .json, .jsonl, .csv or .tsv (each also as .gz, .xz or .zst), .parquet or .arrow
+            file, a folder of them, a glob, or a name on the hub; or a list of these, or of
+            dictionaries with ``source``, ``weight`` and options of their own.
         **options: Those of `DatasetOptions`, `SourceOptions` and `SampleOptions`.
 
     Raises:
@@ -80,6 +85,7 @@ def chat_dataset(
     if not len(store.samples):
         raise DataError(_no_sample(store, preparation))
     store.findings.log(store.rows)
+    _log_passed_over(preparation.sources)
     dataset = ChatDataset(store, _repeated(store, preparation.sources, o.seed))
     if o.held_out:
         kept, held = dataset.hold_out(o.held_out, o.seed)
@@ -88,6 +94,13 @@ def chat_dataset(
         return dataset
     packs = Packs(dataset, tokenizer.max_seq_len, seed=o.seed, split_documents=o.split_documents)
     return StockPacks(packs, tokenizer.pad_id)
+
+
+def _log_passed_over(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if source.passed_over:
+            text = f"dataset.source: {source.name}: not read: {key_names(source.passed_over)}"
+            log_rank_zero(logger, harmless(text), logging.WARNING)
 
 
 def _read_options(options: Mapping[str, Any], tokenizer: Phi3Tokenizer) -> DatasetOptions:
@@ -135,7 +148,7 @@ def _no_sample(store: Store, preparation: Preparation) -> str:
         why = STARTS_TOO_LATE[preparation.options.train_on]
         limit = preparation.tokenizer.max_seq_len
         text += f" Raise tokenizer.max_seq_len: {why} within {limit} tokens."
-    return text
+    return text + store.findings.bad_rows_listed()
 
 
 def _repeated(store: Store, sources: Sequence[Source], seed: int) -> NDArray[np.int64]:

@@ -2,11 +2,14 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torchtune.utils import log_rank_zero
 
+from phi3_plugin.data.formats import key_names
 from phi3_plugin.errors import DataError
+from phi3_plugin.terminal import harmless
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,8 @@ class Findings:
         """Start with nothing."""
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[tuple[str, str]]] = {}
+        self.columns: dict[str, Counter[str]] = {}
+        """How rows were read, and in how many of them which columns were filled and not read."""
 
     def add(self, kind: str, where: str, detail: str = "") -> None:
         """Count one row.
@@ -73,6 +78,22 @@ class Findings:
         if len(places) < PLACES_KEPT:
             places.append((where, detail))
 
+    def add_columns(self, shape: str, unread: Iterable[str]) -> None:
+        """Count the columns of a row that were not read.
+
+        Args:
+            shape: The source, and how its rows are read.
+            unread: The columns.
+        """
+        self.columns.setdefault(shape, Counter()).update(unread)
+
+    def columns_told(self) -> list[str]:
+        """Say of each source how it was read, and which columns were not."""
+        return [
+            f"{shape}. Not read: {key_names(unread) if unread else 'nothing'}"
+            for shape, unread in self.columns.items()
+        ]
+
     @property
     def dropped(self) -> int:
         """Rows that give no sample."""
@@ -84,17 +105,20 @@ class Findings:
         Args:
             rows: How many were read.
         """
+        if listed := self.bad_rows_listed():
+            bad = self.counts[BROKEN] + self.counts[UNUSABLE]
+            raise DataError(
+                f"dataset.source: {bad} of {rows} rows cannot be used. Correct or remove them, or "
+                f"go on without them with dataset.bad_rows=drop:{listed}"
+            )
+
+    def bad_rows_listed(self) -> str:
+        """Return a line for each of the first rows that cannot be used, and why."""
         bad = self.counts[BROKEN] + self.counts[UNUSABLE]
-        if not bad:
-            return
         found = [*self.places.get(BROKEN, []), *self.places.get(UNUSABLE, [])]
-        listed = [f"{where}: {reason}" for where, reason in found[:ROWS_LISTED]]
-        if bad > ROWS_LISTED:
-            listed.append(f"and {bad - ROWS_LISTED} more")
-        raise DataError(
-            f"dataset.source: {bad} of {rows} rows cannot be used. Correct or remove them, or go "
-            "on without them with dataset.bad_rows=drop:\n  " + "\n  ".join(listed)
-        )
+        listed = [f"\n  {where}: {reason}" for where, reason in found[:ROWS_LISTED]]
+        more = [f"\n  and {bad - ROWS_LISTED} more"] if bad > ROWS_LISTED else []
+        return "".join([*listed, *more])
 
     def log(self, rows: int) -> None:
         """Log a line for each kind that a user should know of.
@@ -102,16 +126,19 @@ class Findings:
         Args:
             rows: How many were read.
         """
+        for told, unread in zip(self.columns_told(), self.columns.values(), strict=True):
+            if unread:
+                log_rank_zero(logger, harmless(f"dataset.source: {told}"), logging.WARNING)
         for kind in LOGGED:
             if self.counts[kind]:
                 where, detail = self.places[kind][0]
                 first = f"{where}: {detail}" if detail else where
                 message = f"{self.counts[kind]} of {rows} rows {kind}. The first: {first}"
-                log_rank_zero(logger, message, logging.WARNING)
+                log_rank_zero(logger, harmless(message), logging.WARNING)
 
     def to_json(self) -> dict[str, Any]:
         """Return what :meth:`from_json` takes."""
-        return {"counts": dict(self.counts), "places": self.places}
+        return {"counts": dict(self.counts), "places": self.places, "columns": self.columns}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Findings":
@@ -120,4 +147,6 @@ class Findings:
         findings.counts.update(content["counts"])
         for kind, places in content["places"].items():
             findings.places[kind] = [(where, detail) for where, detail in places]
+        for shape, unread in content["columns"].items():
+            findings.columns[shape] = Counter(unread)
         return findings

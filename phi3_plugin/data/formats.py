@@ -8,10 +8,13 @@ conversation, and what each format does with them.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from reprlib import repr as shortened
+from string import Formatter
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from phi3_plugin.config import strict_json
 from phi3_plugin.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -101,6 +104,13 @@ class Format(Protocol):
             DataError: The row is broken; the message does not name the row.
         """
 
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the filled columns that are not read.
+
+        Raises:
+            DataError: One looks like a part of the prompt.
+        """
+
 
 # Columns beside a conversation
 
@@ -131,7 +141,14 @@ What is refused stops the run, or counts as a bad row, instead of being dropped 
 NOTHING = ("[]", "{}", "null")
 """How some data sets write that there is nothing, beside null and the empty text."""
 
-ADVISE_COLUMNS = "name the columns to read with dataset.columns"
+ADVISE_COLUMNS = (
+    "name the columns to read with dataset.columns, or write the prompt with dataset.prompt, as in "
+    "'{instruction}\\n\\n{context}'"
+)
+
+ADVISE_MESSAGES = (
+    "write it in a message, or say that it is not to be read: dataset.columns={{messages: {}}}"
+)
 
 
 def _filled(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
@@ -141,6 +158,66 @@ def _filled(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 def _refuse(names: Sequence[str], advice: str) -> None:
     if names:
         raise DataError(f"there is a {names[0]!r} too, which this format would drop; {advice}")
+
+
+MATERIAL = (
+    *("document", "passage", "paragraph", "article", "evidence", "knowledge", "snippet", "chunk"),
+    *("choice", "option", "candidate", "schema", "table", "ddl", "premise", "hypothesis", "fact"),
+    *("background", "context", "attachment", "retrieved", "excerpt", "transcript"),
+)
+"""Words in the name of a column that holds what a question is about; also in the plural."""
+
+ASKING = (
+    *("prompt", "instruction", "question", "query", "input", "hint", "story", "persona", "problem"),
+    *("scenario", "sentence", "sentence1", "sentence2", "body", "title", "description", "task"),
+)
+"""Names of columns that ask; beside a list of messages they are notes about it."""
+
+OF_NOTES = (
+    *(
+        "id",
+        "ids",
+        "index",
+        "name",
+        "names",
+        "length",
+        "len",
+        "count",
+        "num",
+        "type",
+        "url",
+        "urls",
+    ),
+    *("source", "hash", "lang", "language", "score", "embedding", "date", "path", "version"),
+)
+"""Last words of the names of columns that only tell about something, such as ``document_id``."""
+
+
+def _filled_but(row: Mapping[str, Any], read: Iterable[str]) -> list[str]:
+    """Return the filled columns that are not read."""
+    read = {*read}
+    return [name for name in row if name not in read and _filled(row, [name])]
+
+
+def _unread(
+    row: Mapping[str, Any], read: Iterable[str], asking: Iterable[str], advice: str
+) -> list[str]:
+    """Return the filled columns that are not read, and refuse those of the prompt."""
+    names = _filled_but(row, read)
+    for name in names:
+        if isinstance(row[name], str | list | dict) and (name in asking or _is_material(name)):
+            raise DataError(
+                f"there is a {_printable(name)!r} too, which looks like a part of the prompt and "
+                f"is not read; {advice}"
+            )
+    return names
+
+
+def _is_material(name: str) -> bool:
+    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    if words[-1] in OF_NOTES:
+        return False
+    return any(word in MATERIAL or word.removesuffix("s") in MATERIAL for word in words)
 
 
 def with_columns_beside(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
@@ -209,12 +286,17 @@ class Columns:
         return row.keys() >= set(self.names.values()) and self.refused.isdisjoint(row)
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
-        """Read system, user and assistant message, in this order."""
+        """Read system, user and assistant message, in this order; an empty system is none."""
         if not self.refused.isdisjoint(row):
             _refuse(_filled(row, [name for name in row if name in self.refused]), ADVISE_COLUMNS)
-        return [
-            make_turn(role, column(row, self.names[role])) for role in ROLES if role in self.names
-        ]
+        texts = [(role, column(row, self.names[role])) for role in ROLES if role in self.names]
+        return [make_turn(role, text) for role, text in texts if text or role != "system"]
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return what is not read; where the user named the columns, nothing is refused."""
+        if not self.refused:
+            return _filled_but(row, self.names.values())
+        return _unread(row, {*self.names.values(), *BESIDE}, ASKING, ADVISE_COLUMNS)
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -264,6 +346,92 @@ class Alpaca:
         """Show the shape in an error message."""
         return f"{self.columns} and perhaps input and system"
 
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return what is not read."""
+        return self.columns.unread(row)
+
+
+@dataclass(frozen=True)
+class Dolly(Columns):
+    """``instruction``, ``response`` and, in rows that need it, ``context`` after the first."""
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has all three columns, and none that would be left out."""
+        return "context" in row and super().fits(row)
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the user and the assistant message."""
+        user, assistant = super().read(row)
+        if row.get("context"):
+            context = _text("context", row["context"])
+            user = user._replace(content=f"{user.content}\n\n{context}")
+        return [user, assistant]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return f"{super().__str__()} and context"
+
+
+ANSWERS = ("output", "response", "answer", "completion")
+"""Columns that may hold the answer where the prompt alone is written by the user."""
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A prompt that the user writes, with columns in braces, and the column of the answer."""
+
+    text: str
+    names: Mapping[str, str]
+    """Role to column, for the assistant and perhaps the system."""
+    precedence: ClassVar[int] = 1
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the columns."""
+        return row.keys() >= {*prompt_columns(self.text), *self.names.values()}
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Write the prompt; what is null is empty in it, and no white space is at its ends."""
+        values = {name: _in_prompt(column(row, name)) for name in prompt_columns(self.text)}
+        prompt = "".join(
+            before + (values[name] if name else "")
+            for before, name, _, _ in Formatter().parse(self.text)
+        )
+        user = make_turn("user", prompt.strip())
+        system, assistant = (self.names.get(role) for role in ("system", "assistant"))
+        turns = [user, make_turn("assistant", column(row, assistant or ""))]
+        if system and (text := column(row, system)):
+            turns.insert(0, make_turn("system", text))
+        return turns
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the columns that the user did not name."""
+        return _filled_but(row, [*prompt_columns(self.text), *self.names.values()])
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return ", ".join([*prompt_columns(self.text), *self.names.values()])
+
+
+def prompt_columns(text: str) -> list[str]:
+    """Return the columns that a prompt names in braces.
+
+    Raises:
+        ValueError: It names none, or braces hold something else.
+    """
+    parts = [*Formatter().parse(text)]
+    names = [name for _, name, _, _ in parts if name is not None]
+    if not names or not all(names) or any(form or convert for _, _, form, convert in parts):
+        raise ValueError("it must name columns in braces, as in {instruction}")
+    return names
+
+
+def _in_prompt(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = "\n".join(value)
+    return value if isinstance(value, str) else _as_json("a column", value, ensure_ascii=False)
+
 
 @dataclass(frozen=True)
 class TextColumn:
@@ -287,6 +455,10 @@ class TextColumn:
                 _refuse([name], "write it in the text, or remove the column")
         return Written(text, None)
 
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the other columns: what the text was made of, or notes about it."""
+        return _filled_but(row, [self.name])
+
     def __str__(self) -> str:
         """Show the shape in an error message."""
         return f"{self.name}, written as the chat template writes it"
@@ -305,6 +477,24 @@ SHAREGPT_ROLES = {
     "tool_response": "tool_response",
 }
 """The name of each role in ShareGPT's data, to ours."""
+
+USUAL_ROLES = (*ROLES, "tool", "tool_response", "function")
+"""Roles that templates know, and that they may leave out without losing who asks or answers."""
+
+
+def unknown_role(role: object) -> DataError:
+    """Return the error of a role that no template of the family writes."""
+    return DataError(
+        f"unknown role {short_repr(role)}, expected one of: {', '.join(USUAL_ROLES)}; "
+        f"{advise_roles(role)}"
+    )
+
+
+def advise_roles(role: object) -> str:
+    """Say how to tell what a role means."""
+    meant = SHAREGPT_ROLES.get(str(role).lower(), "user")
+    return f"say what it means, as in dataset.roles={{{short_repr(role)[1:-1]}: {meant}}}"
+
 
 CALLS = "function_call"
 """Who says that tools are called, in some of these data sets: an assistant without words."""
@@ -337,6 +527,10 @@ class MessageList:
     """Whether roles are those of `SHAREGPT_ROLES`, and not taken as they are."""
     tool_calls: str | None = None
     """How calls of tools are written, with {} for them; None refuses them."""
+    roles: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What names of roles mean that nobody else knows, or that mean something else here."""
+    names: Mapping[str, str] | None = field(default=None, hash=False)
+    """What to read beside the list, by the part that it is: the user said so."""
     precedence: ClassVar[int] = 0
 
     def fits(self, row: Mapping[str, Any]) -> bool:
@@ -345,7 +539,21 @@ class MessageList:
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the listed messages, and the system message and the tools beside them."""
-        return with_columns_beside(self.listed(column(row, self.column), self.column), row)
+        turns = self.listed(column(row, self.column), self.column)
+        if self.names is None:
+            return with_columns_beside(turns, row)
+        return with_columns_beside(
+            turns, {part: column(row, name) for part, name in self.names.items()}
+        )
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the columns beside the list that are not read: notes, as a rule."""
+        if self.names is not None:
+            return _filled_but(row, [self.column, *self.names.values()])
+        read = (self.column, *(name for name, part in BESIDE.items() if part != "prompt"))
+        notes = [name for name in row if BESIDE.get(name) == "prompt" and _filled(row, [name])]
+        advice = ADVISE_MESSAGES.format(self.column)
+        return [*notes, *_unread(row, (*read, *notes), (), advice)]
 
     def listed(self, messages: Any, name: str) -> list[Turn]:
         """Read a list of messages.
@@ -353,11 +561,18 @@ class MessageList:
         Raises:
             DataError: It is no list, is empty, or a message is broken.
         """
+        if isinstance(messages, str) and messages.lstrip().startswith("["):
+            messages = _from_json(name, messages)  # as in a table of texts
         if not isinstance(messages, list):
             raise DataError(f"{name} is {kind(messages)}, expected a list")
         if not messages:
             raise DataError(f"{name} is empty")
-        return [self._turn(message) for message in messages]
+        return [turn for message in messages for turn in self._turns(message)]
+
+    def _turns(self, message: Any) -> list[Turn]:
+        if isinstance(message, dict) and message.keys() >= {"input", "output"}:
+            return [make_turn("user", message["input"]), make_turn("assistant", message["output"])]
+        return [self._turn(message)]
 
     def _turn(self, message: Any) -> Turn:
         if not isinstance(message, dict):
@@ -373,12 +588,12 @@ class MessageList:
             calls = _from_json(CALLS, calls) if isinstance(calls, str) else calls
             content = self._with_calls(None, calls if isinstance(calls, list) else [calls])
         elif calls:
-            role = _role(speaker, mapped)
+            role = self._role(speaker, mapped)
             if role != "assistant":
                 raise DataError("a message has tool_calls and is not the assistant's")
             content = self._with_calls(_joined(role, message.get(FIELDS[key])), calls)
         else:
-            role = _role(speaker, mapped)
+            role = self._role(speaker, mapped)
             content = _joined(role, column(message, FIELDS[key]))
         for name in message:
             # False is what `loss` says of a message that is not learned
@@ -387,6 +602,26 @@ class MessageList:
                 raise DataError(f"a message has {name}, which nothing reads; {advice}")
         tools = _tools_text(message.get("tools"))
         return make_turn(role, content, tools=tools, wanted=_train_flag(message))
+
+    def _role(self, speaker: Any, mapped: bool) -> str:
+        if not isinstance(speaker, str):
+            raise DataError(f"unknown role {short_repr(speaker)}, expected a string")
+        if speaker in self.roles:
+            return self.roles[speaker]
+        usual = speaker.strip().lower()
+        if mapped and usual in SHAREGPT_ROLES:
+            return SHAREGPT_ROLES[usual]
+        if mapped:
+            known = ", ".join([*SHAREGPT_ROLES, CALLS])
+            raise DataError(
+                f"unknown role {short_repr(speaker)}, expected one of: {known}; "
+                f"{advise_roles(speaker)}"
+            )
+        if usual in USUAL_ROLES:
+            return usual
+        if usual in SHAREGPT_ROLES:  # a template that leaves it out would leave out the question
+            raise unknown_role(speaker)
+        return speaker
 
     def _with_calls(self, content: Any, calls: Any) -> str:
         """Put the calls of tools after what is said: ``[{"name", "arguments"}]``, or OpenAI's."""
@@ -405,17 +640,6 @@ class MessageList:
     def __str__(self) -> str:
         """Show the shape in an error message."""
         return f"{self.column}: [{{{self.role}, {FIELDS[self.role]}}}]"
-
-
-def _role(speaker: Any, mapped: bool) -> str:
-    if not mapped:
-        if not isinstance(speaker, str):
-            raise DataError(f"unknown role {short_repr(speaker)}, expected a string")
-        return speaker
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        known = ", ".join([*SHAREGPT_ROLES, CALLS])
-        raise DataError(f"unknown role {short_repr(speaker)}, expected one of: {known}")
-    return SHAREGPT_ROLES[speaker]
 
 
 def _train_flag(message: Mapping[str, Any]) -> bool | None:
@@ -466,14 +690,14 @@ def _tools_text(tools: Any) -> Any:
 
 def _as_json(name: str, value: Any, ensure_ascii: bool = True) -> str:
     try:
-        return json.dumps(value, ensure_ascii=ensure_ascii)
+        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{name} cannot be written as JSON: {error}") from error
 
 
 def _from_json(name: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json(text, unique=True)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} is broken JSON: {error}") from error
 
@@ -519,6 +743,11 @@ class Preference(MessageList):
             chosen = before.pop().content + chosen.strip()
         return with_columns_beside([*before, make_turn("assistant", chosen)], row)
 
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return what is not read."""
+        read = (self.column, "rejected", *PROMPTS, *BESIDE)
+        return _unread(row, read, (), ADVISE_COLUMNS)
+
     def _prompt(self, prompt: Any) -> list[Turn]:
         if isinstance(prompt, list):
             return self.listed(prompt, "the prompt")
@@ -546,20 +775,202 @@ def _transcript(text: str) -> list[Turn]:
     return [make_turn(TRANSCRIPT[name], said.strip()) for name, said in turns]
 
 
+@dataclass(frozen=True)
+class OpenAIPreference(MessageList):
+    """``input`` with messages, ``preferred_output`` and ``non_preferred_output``."""
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the three columns."""
+        return row.keys() >= {"input", self.column, "non_preferred_output"}
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the messages and the preferred answer; the other one is not looked at."""
+        asked = column(row, "input")
+        if not isinstance(asked, dict):
+            raise DataError(f"input is {kind(asked)}, expected an object with messages")
+        before = self.listed(column(asked, "messages"), "input.messages")
+        answer = self.listed(column(row, self.column), self.column)
+        return with_columns_beside([*_only_asked(before), *answer], {**asked, "input": None})
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return what is not read."""
+        read = ("input", self.column, "non_preferred_output")
+        return _unread(row, read, (), ADVISE_MESSAGES.format("input"))
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return "input: {messages}, preferred_output, non_preferred_output"
+
+
+@dataclass(frozen=True)
+class PromptAnswer(MessageList):
+    """``prompt`` and an answer: texts, or lists of messages of which those of the answer count."""
+
+    texts: Columns = Columns({})
+    precedence: ClassVar[int] = 1
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the two columns, and none that would be left out."""
+        if not row.keys() >= {"prompt", self.column}:
+            return False
+        return self._lists(row) or self.texts.fits(row)
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the prompt and the answer."""
+        if not self._lists(row):
+            return self.texts.read(row)
+        _refuse(_filled(row, ("context", "input", "history")), ADVISE_COLUMNS)
+        prompt, answer = column(row, "prompt"), column(row, self.column)
+        before = self._said("prompt", "user", prompt)
+        after = self._said(self.column, "assistant", answer)
+        return with_columns_beside([*_only_asked(before), *after], row)
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return what is not read."""
+        return self.texts.unread(row)
+
+    def _lists(self, row: Mapping[str, Any]) -> bool:
+        return any(_are_messages(row.get(name)) for name in ("prompt", self.column))
+
+    def _said(self, name: str, role: str, value: Any) -> list[Turn]:
+        return self.listed(value, name) if isinstance(value, list) else [make_turn(role, value)]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return str(self.texts)
+
+
+def prompt_and_answer(answer: str) -> PromptAnswer:
+    """Return the shape of rows that have a ``prompt``, and an answer in a column of this name."""
+    return PromptAnswer(answer, "role", texts=question_and_answer("prompt", answer))
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(one, dict) for one in value)
+
+
+def _only_asked(turns: Iterable[Turn]) -> list[Turn]:
+    """Return the turns of a prompt: answers within it are not learned unless they say so."""
+    return [
+        turn._replace(wanted=False) if turn.role == "assistant" and turn.wanted is None else turn
+        for turn in turns
+    ]
+
+
+# Names that differ in capitals
+
+
+@dataclass(frozen=True)
+class AnyCase:
+    """A format whose columns are written with capitals, or with spaces around their names."""
+
+    format: Format
+    precedence: ClassVar[int] = 1
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the shape then."""
+        return self.format.fits(in_small_letters(row))
+
+    def read(self, row: Mapping[str, Any]) -> Chat:
+        """Read the row as a conversation."""
+        return self.format.read(in_small_letters(row))
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return what is not read."""
+        return self.format.unread(in_small_letters(row))
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return str(self.format)
+
+
+def in_small_letters(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row whose columns have names in small letters.
+
+    Raises:
+        DataError: Two have the same name then.
+    """
+    small = {name.strip().lower(): value for name, value in row.items()}
+    if len(small) < len(row):
+        raise DataError(f"names of columns differ only in capitals: {key_names(row)}")
+    return small
+
+
+# Answers that are not to be learned
+
+VERDICTS = (
+    *("label", "kto_tag", "desirable", "is_desirable", "preferred", "is_preferred", "accepted"),
+    *("is_accepted", "thumbs_up", "is_good", "liked"),
+)
+"""Columns that say whether an answer is wanted, as in data for KTO."""
+
+RATINGS = ("rating", "score", "thumbs", "stars", "reward")
+"""Columns that say how good an answer is."""
+
+SAYS_NO = ("false", "no", "0", "-1", "bad", "undesirable", "rejected", "thumbs_down", "down")
+
+
+def refuse_unwanted(row: Mapping[str, Any], format: Format, filter: str | None) -> None:
+    """Refuse an answer that the row itself calls a bad one, or whose rating nobody looked at.
+
+    Args:
+        row: As it was read.
+        format: How it is read; in pairs of answers the better one is known.
+        filter: Decides about the ratings that it names.
+
+    Raises:
+        DataError: The answer is not to be learned, or it is not said whether.
+    """
+    inner = format.format if isinstance(format, AnyCase) else format
+    if isinstance(inner, Preference | OpenAIPreference):
+        return
+    for name, value in row.items():
+        plain = name.strip().lower()
+        if plain not in VERDICTS and plain not in RATINGS:
+            continue
+        if isinstance(inner, Columns | PromptText) and name in inner.names.values():
+            continue
+        is_named = filter is not None and re.search(rf"\b{re.escape(name)}\b", filter)
+        says_no = value is False or (isinstance(value, str) and value.strip().lower() in SAYS_NO)
+        if plain in VERDICTS and (says_no or (value in (0, -1) and not is_named)):
+            test = f"{name}.lower() is eq('true')" if isinstance(value, str) else name
+            raise DataError(
+                f"{name} is {short_repr(value)}: the answer is not to be learned; leave such rows "
+                f'out, as with dataset.filter="{test}"'
+            )
+        if plain in RATINGS and not is_named and _is_rating(value):
+            raise DataError(
+                f"there is a {name!r}, and nothing says which answers are good enough to be "
+                f'learned; set dataset.filter, as in "{name} is ge({short_repr(value)})", or '
+                f'"{name} is defined" for all'
+            )
+
+
+def _is_rating(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"\s*-?\d+([.,]\d+)?\s*", value)) or value.lower() in SAYS_NO
+    return isinstance(value, int | float)
+
+
 # The formats by name, and which of them rows have
 
 FORMATS: Mapping[str, Format] = {
     # Lists of messages go before all else: other columns are notes about them
     "messages": MessageList("messages", "role"),
     "sharegpt": MessageList("conversations", "from", mapped=True),
+    "conversation": MessageList("conversation", "role", mapped=True),
     # Two answers to a prompt, of which the better one is learned
     "preference": Preference("chosen", "role"),
+    "openai_preference": OpenAIPreference("preferred_output", "role"),
     # A question and an answer, under the names that data sets give them
     "alpaca": Alpaca(question_and_answer("instruction", "output", also_read=("input", "system"))),
     "question_answer": question_and_answer("question", "answer"),
-    "prompt_response": question_and_answer("prompt", "response"),
-    "prompt_completion": question_and_answer("prompt", "completion"),
+    "prompt_response": prompt_and_answer("response"),
+    "prompt_completion": prompt_and_answer("completion"),
     "instruction_response": question_and_answer("instruction", "response"),
+    "dolly": Dolly(
+        {"user": "instruction", "assistant": "response"}, frozenset({*BESIDE} - {"context"})
+    ),
     "query_response": question_and_answer("query", "response"),
     "input_output": question_and_answer(
         "input", "output", unless=("instruction", "prompt", "question", "query")
@@ -576,46 +987,96 @@ def pick_format(
     rows: Sequence[Mapping[str, Any]],
     *,
     tool_calls: str | None = None,
+    roles: Mapping[str, str] | None = None,
+    prompt: str | None = None,
 ) -> Format:
     """Choose how rows are read.
 
     Rows that list messages are read as those, whatever other columns they have; the column
-    ``text`` is read only where nothing else can be. A column that is null in all rows is as if
-    it were not there.
+    ``text`` is read only where nothing else can. A column that is null in all rows is as if
+    it were not there. Capitals in the names of columns count only where they make a difference.
 
     Args:
         name: A key of `FORMATS`, or None to recognize the format.
-        columns: Role to column, instead of a known format.
+        columns: Role to column, instead of a known format; or where the messages are.
         rows: The first rows, at least one.
         tool_calls: How calls of tools are written, with {} for them; None refuses them.
+        roles: Names of roles, and what they mean.
+        prompt: What the user says, with columns in braces.
 
     Raises:
         DataError: No format fits the rows, or several do.
     """
-    if columns is not None:
+    format: Format
+    if prompt is not None:
+        return PromptText(prompt, columns or {"assistant": _answer_column(prompt, rows)})
+    if columns is not None and "messages" in columns:
+        beside = {part: columns[part] for part in columns if part != "messages"}
+        format = MessageList(columns["messages"], "role", names=beside)
+    elif columns is not None:
         return Columns(columns)
-    format = FORMATS[name or _recognized(rows)]
-    if tool_calls is not None and isinstance(format, MessageList):
-        return replace(format, tool_calls=tool_calls)
+    else:
+        format = FORMATS[name] if name else _recognized(rows)
+        if name and not any(map(format.fits, rows)) and _has_capitals(rows):
+            format = AnyCase(format)
+    if isinstance(format, AnyCase):
+        return AnyCase(_with_options(format.format, tool_calls, roles))
+    return _with_options(format, tool_calls, roles)
+
+
+def _with_options(
+    format: Format, tool_calls: str | None, roles: Mapping[str, str] | None
+) -> Format:
+    if isinstance(format, MessageList) and (tool_calls is not None or roles):
+        return replace(format, tool_calls=tool_calls, roles=roles or {})
     return format
 
 
-def _recognized(rows: Sequence[Mapping[str, Any]]) -> str:
+def _answer_column(prompt: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    asked = prompt_columns(prompt)
+    names = [name for name in ANSWERS if name in rows[0] and name not in asked]
+    if len(names) != 1:
+        where = (
+            f"the answer may be in: {', '.join(names)}"
+            if names
+            else (f"no column of the answer is known; the keys are: {key_names(rows[0])}")
+        )
+        raise DataError(
+            f"dataset.prompt says what is asked, and {where}. Name the column of the answer with "
+            "dataset.columns={assistant: …}."
+        )
+    return names[0]
+
+
+def _has_capitals(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether names of columns would be others in small letters, and would still differ."""
+    try:
+        return any(in_small_letters(row) != row for row in rows)
+    except DataError:
+        return False
+
+
+def _recognized(rows: Sequence[Mapping[str, Any]], any_case: bool = False) -> Format:
     filled = {key for row in rows for key, value in row.items() if value is not None}
     without_nulls = [{key: row[key] for key in row if key in filled} for row in rows]
     # Rows that are null where they should not be are better named than not recognized
     fitting = _fitting(without_nulls) or _fitting(rows)
     if len(fitting) == 1:
-        return fitting[0]
+        return FORMATS[fitting[0]]
     keys = key_names(dict.fromkeys(key for row in rows for key in row))
     if fitting:
         raise DataError(
             f"the rows (keys: {keys}) fit several formats: {', '.join(fitting)}. "
             "Choose one with dataset.format."
         )
+    if not any_case and _has_capitals(rows):
+        with suppress(DataError):
+            small = [in_small_letters(row) for row in rows]
+            return AnyCase(_recognized(small, any_case=True))
     raise DataError(
         f"the format of the rows is not known; their keys are: {keys}. {known_formats()}\n"
-        "For other column names set dataset.columns, as in {user: question, assistant: answer}.\n"
+        "For other column names set dataset.columns, as in {user: question, assistant: answer}, or "
+        "{messages: chat} for a list of messages, or write the prompt with dataset.prompt.\n"
         f"A column that may hold a part of the prompt ({', '.join(BESIDE)}) is not left out "
         "silently: dataset.columns says what is read."
     )

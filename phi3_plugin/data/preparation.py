@@ -36,7 +36,18 @@ from phi3_plugin.data.findings import (
     Findings,
     UnusedRow,
 )
-from phi3_plugin.data.formats import Chat, Format, Turn, Written, pick_format, with_system_prompt
+from phi3_plugin.data.formats import (
+    USUAL_ROLES,
+    Chat,
+    Format,
+    Turn,
+    Written,
+    advise_roles,
+    pick_format,
+    refuse_unwanted,
+    unknown_role,
+    with_system_prompt,
+)
 from phi3_plugin.data.order import group_of
 from phi3_plugin.data.rows import Row
 from phi3_plugin.data.sources import Filtered, FilterFailed, Source
@@ -150,7 +161,11 @@ class Preparation:
         batch = list[RenderedRow]()
         size = 0
         rows = tqdm(
-            self.conversations(), desc="Tokenizing", unit=" rows", disable=None, leave=False
+            self.conversations(writer.findings),
+            desc="Tokenizing",
+            unit=" rows",
+            disable=None,
+            leave=False,
         )
         for row in rows:
             writer.rows += 1
@@ -212,8 +227,12 @@ class Preparation:
 
     # Which rows are conversations
 
-    def conversations(self) -> Iterator[ChatRow | UnusedRow]:
-        """Read all sources; a row that is no conversation comes as why it is none."""
+    def conversations(self, noticed: Findings | None = None) -> Iterator[ChatRow | UnusedRow]:
+        """Read all sources; a row that is no conversation comes as why it is none.
+
+        Args:
+            noticed: Is told how rows are read, and which of their columns are not.
+        """
         for number, source in enumerate(self.sources):
             rows = _numbered(source.rows())
             first = list[tuple[int, Row]]()
@@ -228,17 +247,23 @@ class Preparation:
                 continue
             readable = [row.value for _, row in first if isinstance(row.value, dict)]
             format = _format(readable, source, self.options.tool_calls)
+            shape = f"{source.name}: read as {format}"
             for index, row in chain(first, rows):
                 if isinstance(row.value, DataError):
                     yield _unused(row.where, row.value)
                 else:
-                    yield self._conversation(number, index, row.where, row.value, format)
+                    found = self._conversation(number, index, row.where, row.value, format)
+                    if noticed is not None and isinstance(found, ChatRow):
+                        noticed.add_columns(shape, format.unread(row.value))
+                    yield found
 
     def _conversation(
         self, source: int, index: int, where: str, row: dict[str, Any], format: Format
     ) -> ChatRow | UnusedRow:
         try:
             chat = format.read(row)
+            refuse_unwanted(row, format, self.sources[source].filter)
+            format.unread(row)
             if isinstance(chat, Written):
                 with suppress(DataError):  # where it matters, it is said when it is rendered
                     chat = self.tokenizer.template.find_answers(chat)
@@ -291,7 +316,15 @@ class Preparation:
         return any(turn.wanted is not None for turn in chat)
 
     def _render_turns(self, turns: Sequence[Turn]) -> Rendered:
-        rendered = self.tokenizer.render(turns)
+        try:
+            rendered = self.tokenizer.render(turns)
+        except DataError as error:
+            if (role := _unusual_role(turns)) and "leaves out" in str(error):
+                raise unknown_role(role) from error
+            raise
+        # Who asks or answers under a name that the template does not know is not left out
+        if rendered.dropped and (role := _unusual_role(turns, rendered.dropped)):
+            raise unknown_role(role)
         if self.options.add_eos:
             rendered = rendered.ended(self.tokenizer.eos_token)
         return rendered.trained_throughout() if self.options.train_on == "all" else rendered
@@ -390,18 +423,28 @@ def _unused(where: str, problem: DataError) -> UnusedRow:
 
 def _format(first: Sequence[dict[str, Any]], source: Source, tool_calls: str | None) -> Format:
     """Return how the rows of a source are read, judged by the first, at least one."""
+    options: dict[str, Any] = {"tool_calls": tool_calls, "roles": source.roles}
     try:
-        return pick_format(source.format, source.columns, first, tool_calls=tool_calls)
+        return pick_format(source.format, source.columns, first, prompt=source.prompt, **options)
     except DataError as error:
         # That of most rows, so that the others are bad rows
         usual = dict[str, list[Format]]()
         for row in first:
             with suppress(DataError):
-                format = pick_format(None, None, [row], tool_calls=tool_calls)
+                format = pick_format(None, None, [row], **options)
                 usual.setdefault(str(format), []).append(format)
         if not usual:
             raise DataError(f"dataset.source: {source.name}: {error}") from error
         return max(usual.values(), key=len)[0]
+
+
+def _unusual_role(turns: Iterable[Turn], dropped: Sequence[str] | None = None) -> str | None:
+    """Return a role that is none of the usual ones, and whose message was dropped."""
+    for turn in turns:
+        is_dropped = dropped is None or f"the {turn.role} message" in dropped
+        if turn.role not in USUAL_ROLES and is_dropped:
+            return turn.role
+    return None
 
 
 def _nothing_to_train_on(train_on: str, turns: Sequence[Turn]) -> str:
@@ -409,7 +452,11 @@ def _nothing_to_train_on(train_on: str, turns: Sequence[Turn]) -> str:
         return "no message has a weight of 1 or train: true, so nothing to train on"
     if any(turn.role == "assistant" for turn in turns):
         return "every assistant turn has a weight of 0 or train: false, so nothing to train on"
-    return "there is no assistant turn, so nothing to train on"
+    roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
+    advice = f"; the roles are: {roles}" if roles else ""
+    if role := _unusual_role(turns):
+        advice += f"; {advise_roles(role)}"
+    return f"there is no assistant turn, so nothing to train on{advice}"
 
 
 def _end_of_text(tokens: Tokens, limit: int) -> Tokens:

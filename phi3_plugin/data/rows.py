@@ -1,11 +1,13 @@
-"""The rows of a file: JSON, JSON lines, CSV, Parquet and the Arrow files of ``datasets``.
+"""The rows of a file: JSON, JSON lines, CSV and TSV, Parquet and the Arrow files of ``datasets``.
 
 `READERS`, at the end, says how each kind of file is read, by what its name ends in.
 """
 
 import csv
 import gzip
+import io
 import json
+import lzma
 import re
 import zlib
 from collections import Counter
@@ -44,6 +46,7 @@ def file_rows(file: Path) -> Iterator[Row]:
     suffix = suffix_of(file.name)
     if not suffix:
         raise DataError(f"dataset.source: {file} must end in {SUFFIXES_IN_WORDS}.")
+    _refuse_other_content(file, suffix)
     return (make_row(f"{file}{place}", value) for place, value in READERS[suffix](file))
 
 
@@ -60,32 +63,92 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), "")
 
 
-@contextmanager
-def _opened(
-    file: Path, newline: str | None = None, encoding: str = "utf-8-sig"
-) -> Iterator[IO[str]]:
-    packed = suffix_of(file.name).endswith(".gz")
+OTHER_CONTENT = {
+    b"\x1f\x8b": ("gzip data", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("zstd data", ".zst"),
+    b"\xfd7zXZ\0": ("xz data", ".xz"),
+    b"PAR1": ("a Parquet table", ".parquet"),
+    b"ARROW1": ("an Arrow table", ".arrow"),
+}
+"""How files begin that often have another name: what they hold, and what their name must end in."""
+
+UNREADABLE_CONTENT = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the data. Fetch it: git lfs pull",
+    b"<!doctype html": "is a web page, not the data. Download the file itself",
+    b"<html": "is a web page, not the data. Download the file itself",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet. Unpack it, or save it as CSV",
+    b"BZh": "holds bzip2 data. Decompress it",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "is UTF-16 text. Save it as UTF-8"),
+    **dict.fromkeys((b"{\0", b"[\0", b"\0{", b"\0["), "is UTF-16 text. Save it as UTF-8"),
+}
+"""How files begin that are something else, in whatever case, and what to do."""
+
+
+def _refuse_other_content(file: Path, suffix: str) -> None:
+    """Call a file by name that holds something else than its own name says."""
     try:
-        with (gzip.open if packed else open)(
-            file, "rt", encoding=encoding, newline=newline
-        ) as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        if packed:
-            # Damage shows only at the end, and may have made the bytes that are no text
-            with _opened(file, encoding="latin-1") as stream:
-                while stream.read(CHARACTERS_AT_ONCE):
-                    pass
-        wrong = f"{error.reason}, byte 0x{error.object[error.start]:02x}"
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError:
+        return  # said where it is read
+    for start, (content, right) in OTHER_CONTENT.items():
+        if head.startswith(start) and not suffix.endswith(right):
+            raise DataError(
+                f"dataset.source: {file} holds {content}. Rename it so that it ends in {right}."
+            )
+    for start, problem in UNREADABLE_CONTENT.items():
+        if head.lower().lstrip(b" \t\r\n\xef\xbb\xbf").startswith(start.lower()):
+            raise DataError(f"dataset.source: {file} {problem}.")
+
+
+@contextmanager
+def _opened(file: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """Open a text; a byte that is not UTF-8 becomes half a surrogate pair, see `_check_utf8`."""
+    packing = file.suffix.lower()
+    form = PACKED.get(packing, "")
+    try:
+        with (
+            _unpacked(file, packing) as stream,
+            io.TextIOWrapper(
+                stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline
+            ) as text,
+        ):
+            yield text
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
         raise DataError(
-            f"dataset.source: {file} is not UTF-8 text: {wrong}. Save it as UTF-8."
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"dataset.source: {file} is not a whole gzip file: {error}. Compress it again."
+            f"dataset.source: {file} is not a whole {form} file: {error}. Compress it again."
         ) from error
     except OSError as error:
+        if form == "zstd" and error.errno is None:  # of pyarrow's decoder
+            raise DataError(
+                f"dataset.source: {file} is not a whole zstd file: {error}. Compress it again."
+            ) from error
         raise DataError(f"dataset.source: {file} cannot be read: {error}.") from error
+
+
+def _unpacked(file: Path, packing: str) -> Any:
+    if packing == ".gz":
+        return gzip.open(file, "rb")
+    if packing == ".xz":
+        return lzma.open(file, "rb")
+    if packing == ".zst":
+        import pyarrow  # type: ignore[import-untyped]  # heavy, and few files need it
+
+        return pyarrow.input_stream(str(file), compression="zstd")
+    return file.open("rb")
+
+
+def _check_utf8(text: str) -> None:
+    """Raise a ValueError if a byte was not UTF-8."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        raise ValueError(
+            f"it is not UTF-8 text: byte 0x{byte:02x} after {error.start} characters"
+        ) from None
 
 
 # JSON: one value a line, or the elements of one list
@@ -98,11 +161,24 @@ EXPECTED_JSON = "Expected one list of objects, or one object a line."
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
+WRAPPERS = ("data", "rows", "train", "examples", "samples", "instances", "items", "records")
+"""Keys of a file that is one object, under which its rows may be listed."""
+
+WRAPPED = re.compile(rf'"({"|".join(WRAPPERS)})"\s*:\s*\[\s*\{{')
+
+
 def _json_rows(file: Path) -> Placed:
     # A list is told from lines by its bracket: many .json files are JSON lines
     with _opened(file) as stream:
         head = stream.read(CHARACTERS_AT_ONCE).lstrip()
     listed = head.startswith("[")
+    if head.startswith("{") and WRAPPED.search(head):
+        with _opened(file) as stream:
+            wrapped = _wrapped_rows(stream.read(), file)
+        if wrapped is not None:
+            for i, value in enumerate(wrapped):
+                yield f"[{i}]", value
+            return
     if not listed and is_spread(head):
         raise DataError(
             f"dataset.source: {file}: an object is written over several lines. {EXPECTED_JSON}"
@@ -121,6 +197,22 @@ def _json_rows(file: Path) -> Placed:
             f"dataset.source: {file} is broken JSON: {error.msg} (line {error.lineno}). "
             f"{EXPECTED_JSON}"
         ) from error
+
+
+def _wrapped_rows(text: str, file: Path) -> list[Any] | None:
+    """Return the rows of a text that is one object such as ``{"data": [...]}``; None if not."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # several objects, or none
+    listed = [key for key in value if isinstance(value[key], list)]
+    if len(listed) != 1 or listed[0] not in WRAPPERS:
+        return None
+    strict = _value(text)  # what it refuses cannot be told from the rows beside it
+    if isinstance(strict, DataError):
+        raise DataError(f"dataset.source: {file}: {strict}.")
+    rows: list[Any] = strict[listed[0]]
+    return rows
 
 
 def is_spread(text: str) -> bool:
@@ -183,6 +275,7 @@ SKIPPER = json.JSONDecoder(parse_int=len)
 
 def _value(text: str) -> Any:
     try:
+        _check_utf8(text)
         return DECODER.decode(text)
     except ValueError as error:
         return DataError(f"broken JSON: {error}")
@@ -204,8 +297,8 @@ ROWS_AT_ONCE = 256
 LONGEST_CELL = 2**31 - 1
 """Characters that a cell may have; by itself Python allows less than a long conversation takes."""
 
-SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
-"""What some programs put between cells instead of commas, and how to call it."""
+SEPARATORS = (";", "\t", "|")
+"""What some programs put between cells instead of commas."""
 
 LOOSE = frozenset({"tools", "tool_calls", "arguments"})
 """Fields within which each row has keys of its own."""
@@ -214,24 +307,36 @@ LOOSE = frozenset({"tools", "tool_calls", "arguments"})
 def _csv_rows(file: Path) -> Placed:
     """Yield the line that each row starts in, and the row, unless it is blank."""
     with _opened(file, newline="") as stream:
-        rows = _csv_cells(stream, file)
+        separator = _separator(stream)
+    with _opened(file, newline="") as stream:
+        rows = _csv_cells(stream, file, separator)
         _, header = next(rows, (1, []))
         _check_header(header, file)
-        if len(header) == 1 and (marks := [mark for mark in SEPARATORS if mark in header[0]]):
-            raise DataError(
-                f"dataset.source: {file}: cells must be separated by commas, not by "
-                f"{SEPARATORS[marks[0]]}. Write it again with commas."
-            )
         for line, cells in rows:
             row: dict[str, Any] | DataError = dict(zip(header, cells, strict=False))
             if len(cells) != len(header):
                 row = DataError(f"the row has {len(cells)} cells, the header has {len(header)}")
+            try:
+                _check_utf8("".join(cells))
+            except ValueError as error:
+                row = DataError(str(error))
             yield f":{line}", row
 
 
-def _csv_cells(stream: IO[str], file: Path) -> Iterator[tuple[int, list[str]]]:
+def _separator(stream: IO[str]) -> str:
+    """Return what stands between the names of a header: a comma, unless there is none."""
+    try:
+        header = next(filter(None, csv.reader(stream)), [])
+    except csv.Error:  # said where it is read
+        return ","
+    if len(header) != 1:
+        return ","
+    return max((",", *SEPARATORS), key=header[0].count)
+
+
+def _csv_cells(stream: IO[str], file: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     # Not pyarrow's reader: it guesses types, and the answer 007 would be learned as 7
-    reader = csv.reader(stream, strict=True)
+    reader = csv.reader(stream, delimiter=separator, strict=True)
     line = 1
     while True:
         rows = list[tuple[int, list[str]]]()
@@ -242,8 +347,8 @@ def _csv_cells(stream: IO[str], file: Path) -> Iterator[tuple[int, list[str]]]:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
-                f"dataset.source: {file}:{line} is broken CSV: {error}. Expected commas between "
-                'cells, and quotes around a cell that holds commas, quotes (as "") or line ends.'
+                f"dataset.source: {file}:{line} is broken CSV: {error}. Expected {separator!r} "
+                'between cells, and quotes around a cell with it, quotes (as "") or line ends.'
             ) from error
         finally:
             csv.field_size_limit(usual)
@@ -264,11 +369,12 @@ def _check_header(names: Sequence[str], file: Path) -> None:
 def _parquet_rows(file: Path) -> Placed:
     with _reading(file, "Parquet"):
         # Heavy, and only these files need it
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet
 
         with parquet.ParquetFile(file) as table:
             _check_header(table.schema_arrow.names, file)
-            yield from _table_rows(table.iter_batches(batch_size=ROWS_AT_ONCE))
+            batches = table.iter_batches(batch_size=ROWS_AT_ONCE)
+            yield from _table_rows(batches, table.schema_arrow)
 
 
 def _arrow_rows(file: Path) -> Placed:
@@ -283,7 +389,7 @@ def _arrow_rows(file: Path) -> Placed:
             _check_header(reader.schema.names, file)
             count = reader.num_record_batches if is_file else 0
             batches = map(reader.get_batch, range(count)) if is_file else reader
-            yield from _table_rows(chain.from_iterable(map(_slices, batches)))
+            yield from _table_rows(chain.from_iterable(map(_slices, batches)), reader.schema)
 
 
 def _slices(batch: Any) -> Iterator[Any]:
@@ -292,9 +398,51 @@ def _slices(batch: Any) -> Iterator[Any]:
     return (batch.slice(start, ROWS_AT_ONCE) for start in range(0, batch.num_rows, ROWS_AT_ONCE))
 
 
-def _table_rows(batches: Iterable[Any]) -> Placed:
+def _table_rows(batches: Iterable[Any], schema: Any) -> Placed:
+    parsed = {field.name: parse for field in schema if (parse := _json_parser(field.type))}
     rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-    return ((f"[{i}]", without_added(row)) for i, row in enumerate(rows))
+    for i, row in enumerate(rows):
+        value = without_added(row)
+        try:
+            for name, parse in parsed.items():
+                value[name] = parse(value[name])
+        except (ValueError, RecursionError) as error:
+            value = DataError(f"broken JSON in the column {name!r}: {error}")
+        yield f"[{i}]", value
+
+
+Parser = Callable[[Any], Any]
+
+
+def _json_parser(arrow_type: Any) -> Parser | None:
+    """Return what parses the JSON texts within values of a type; None if it holds none.
+
+    ``datasets`` writes values of differing types so: the type ``arrow.json``, at any depth.
+    """
+    from pyarrow import types
+
+    if getattr(arrow_type, "extension_name", None) == "arrow.json":
+        return lambda text: None if text is None else DECODER.decode(text)
+    if types.is_struct(arrow_type):
+        named = {field.name: parse for field in arrow_type if (parse := _json_parser(field.type))}
+        return _parsing_fields(named) if named else None
+    if types.is_list(arrow_type) or types.is_large_list(arrow_type):
+        inner = _json_parser(arrow_type.value_type)
+        return _parsing_elements(inner) if inner else None
+    return None
+
+
+def _parsing_fields(named: Mapping[str, Parser]) -> Parser:
+    def parse(value: Any) -> Any:
+        if value is None:
+            return None
+        return value | {key: named[key](value[key]) for key in named if key in value}
+
+    return parse
+
+
+def _parsing_elements(inner: Parser) -> Parser:
+    return lambda values: None if values is None else [inner(value) for value in values]
 
 
 @contextmanager
@@ -333,17 +481,104 @@ def _without_nulls(value: Any) -> Any:
     return {key: _without_nulls(field) for key, field in value.items() if field is not None}
 
 
+# Rows that hold one turn each
+
+CONVERSATION = (
+    *("conversation_id", "conv_id", "c_id", "chat_id", "dialog_id", "dialogue_id", "session_id"),
+    *("thread_id", "conversation", "dialog", "dialogue", "chat", "session", "thread", "id"),
+)
+"""Columns that may tell which conversation a turn belongs to, in small letters."""
+
+SPEAKER = {"role": "role", "from": "from", "speaker": "role", "sender": "role", "author": "role"}
+"""Columns that may tell who speaks, and the field of a message that they become."""
+
+SPOKEN = ("content", "message", "text", "value", "utterance")
+"""Columns that may hold what is said."""
+
+
+def join_turns(rows: Iterable[Row]) -> Iterator[Row]:
+    """Make conversations of rows that hold one turn each; other rows come as they are.
+
+    The rows of a conversation follow each other. It stands where its first row does, and has the
+    columns that are the same in all of its rows, for filters.
+    """
+    rows = iter(rows)
+    first = list[Row]()
+    names = None
+    for row in rows:
+        first.append(row)
+        if isinstance(row.value, dict):
+            names = _turn_columns(row.value)
+            break
+    rows = chain(first, rows)
+    if names is None:
+        yield from rows
+        return
+    conversation, speaker, spoken = names
+    field = SPEAKER[speaker.strip().lower()]
+    seen = set[str]()
+    turns = list[Row]()
+    current = None
+
+    def whole() -> Row:
+        broken = next((turn for turn in turns if isinstance(turn.value, DataError)), None)
+        if broken is not None:
+            return Row(turns[0].where, DataError(f"{broken.where}: {broken.value}"))
+        values = [turn.value for turn in turns if isinstance(turn.value, dict)]
+        same = {k: v for k, v in values[0].items() if all(row.get(k) == v for row in values)}
+        same = {k: v for k, v in same.items() if k not in (speaker, spoken)}
+        said = "value" if field == "from" else "content"
+        messages = [{field: row.get(speaker), said: row.get(spoken)} for row in values]
+        return Row(turns[0].where, {**same, "messages": messages})
+
+    for row in rows:
+        if isinstance(row.value, DataError):
+            turns.append(row)  # of the conversation that it stands in
+            continue
+        key = json.dumps(row.value.get(conversation), default=str)
+        if turns and key != current and current is not None:
+            yield whole()
+            turns = []
+        if key != current and key in seen:
+            problem = f"{conversation} {key} was there before; put the rows of each together"
+            row = Row(row.where, DataError(problem))
+        seen.add(key)
+        current = key
+        turns.append(row)
+    if turns:
+        yield whole()
+
+
+def _turn_columns(row: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Return the columns of the conversation, who speaks and what is said, if rows are turns."""
+    small = {name.strip().lower(): name for name in row}
+    found = [
+        next((small[name] for name in known if name in small), None)
+        for known in (CONVERSATION, SPEAKER, SPOKEN)
+    ]
+    conversation, speaker, spoken = found
+    if conversation is None or speaker is None or spoken is None:
+        return None
+    if not isinstance(row[speaker], str) or not isinstance(row[spoken], str | None):
+        return None
+    return conversation, speaker, spoken
+
+
+PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+"""How a text may be compressed, by what its name ends in."""
+
+TEXTS: Mapping[str, Callable[[Path], Placed]] = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), _json_rows),
+    **dict.fromkeys((".csv", ".tsv"), _csv_rows),
+}
+
 READERS: Mapping[str, Callable[[Path], Placed]] = {
-    ".json": _json_rows,
-    ".jsonl": _json_rows,
-    ".csv": _csv_rows,
-    ".json.gz": _json_rows,
-    ".jsonl.gz": _json_rows,
-    ".csv.gz": _csv_rows,
+    **TEXTS,
+    **{text + packing: read for packing in PACKED for text, read in TEXTS.items()},
     ".arrow": _arrow_rows,
     ".parquet": _parquet_rows,
 }
 """What reads a file, by what its name ends in, in upper or lower case."""
 
 SUFFIXES = tuple(READERS)
-SUFFIXES_IN_WORDS = " or ".join([", ".join(SUFFIXES[:-1]), SUFFIXES[-1]])
+SUFFIXES_IN_WORDS = f"{', '.join(TEXTS)} (each also with {', '.join(PACKED)}), .arrow or .parquet"

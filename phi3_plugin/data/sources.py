@@ -1,9 +1,10 @@
 """Where rows come from: local files, or data sets of the hub, each with its own options."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from glob import glob
 from hashlib import sha256
@@ -14,11 +15,19 @@ from typing import Annotated, Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phi3_plugin.data.formats import FORMATS, ROLES, known_formats
+from phi3_plugin.data.formats import (
+    FORMATS,
+    ROLE,
+    ROLES,
+    key_names,
+    known_formats,
+    prompt_columns,
+)
 from phi3_plugin.data.rows import (
     SUFFIXES_IN_WORDS,
     Row,
     file_rows,
+    join_turns,
     make_row,
     suffix_of,
     without_added,
@@ -34,15 +43,26 @@ from phi3_plugin.options import (
     made,
     mistakes,
     option_problems,
+    spelled,
 )
 
 TRAIN = "train"
-"""The split that is read where none is chosen."""
+"""The split that is read where there are several and none is chosen."""
+
+BUILDERS = (
+    *("arrow", "audiofolder", "cache", "csv", "generator", "hdf5", "imagefolder", "json", "lance"),
+    *("pandas", "parquet", "pdffolder", "spark", "sql", "text", "videofolder", "webdataset", "xml"),
+)
+"""Names that ``datasets`` takes for a kind of file and not for a data set of the hub."""
 
 UNSET = (
     "Give a .json, .jsonl, .csv, .arrow or .parquet file, a folder of them, a glob or the name of "
     "a data set on the Hugging Face hub, as in dataset.source=data/train.jsonl"
 )
+
+
+WAYS = ("format", "columns", "prompt")
+"""Options that say which columns are read."""
 
 
 class Filtered(DataError):
@@ -56,15 +76,30 @@ class FilterFailed(DataError):
 def _are_columns(value: Any) -> bool:
     if not isinstance(value, Mapping) or not all(isinstance(c, str) for c in value.values()):
         return False
-    return {"user", "assistant"} <= {*value} <= {*ROLES}
+    parts = {*value}
+    return {"assistant"} <= parts <= {*ROLES} or {"messages"} <= parts <= {*LISTED}
+
+
+LISTED = ("messages", "system", "tools")
+"""What may be read of rows whose messages are in a column of another name."""
+
+
+def _are_roles(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(role, str) and ROLE.fullmatch(role)
+        for name, role in value.items()
+    )
 
 
 _FORMAT = Kind("the name of a format", lambda v: isinstance(v, str) and v in FORMATS)
 _COLUMNS = Kind(
     "the name of one column for user, of one for assistant and of at most one for system, as in "
-    "{user: question, assistant: answer},",
+    "{user: question, assistant: answer}, or of one for messages, as in {messages: chat},",
     _are_columns,
     dict,
+)
+_ROLES = Kind(
+    "the meaning of names of roles, as in {human: user, gpt: assistant},", _are_roles, dict
 )
 
 
@@ -75,9 +110,14 @@ class SourceOptions:
     format: Annotated[Annotated[str, _FORMAT] | None, Advice(known_formats())] = None
     """One of `phi3_plugin.data.formats.FORMATS`; by default recognized from the first rows."""
     columns: Annotated[dict[str, str], _COLUMNS] | None = None
-    """Role to column name, for rows that no format fits."""
-    split: AnyText = TRAIN
-    """Which part of a hub data set, or of one that ``datasets`` saved; local files have none."""
+    """Role to column name, for rows that no format fits; or where the list of messages is."""
+    prompt: AnyText | None = None
+    """What the user says, with columns in braces, as in ``"{instruction}\\n\\n{context}"``."""
+    roles: Annotated[dict[str, str], _ROLES] | None = None
+    """What names of roles in lists of messages mean, as in ``{human: user}``."""
+    split: AnyText | None = None
+    """Which part of a hub data set, or of a folder that has parts, see `splits_of`. None is
+    ``train``, or the only one that a folder has."""
     subset: AnyText | None = None
     """The configuration of a hub data set that has several."""
     streaming: Switch = False
@@ -99,6 +139,8 @@ class Source(SourceOptions):
     """The local files; None is the hub."""
     weight: float = 1.0
     """How often an epoch sees each sample, see :func:`phi3_plugin.data.order.repeats`."""
+    passed_over: tuple[str, ...] = field(default=(), compare=False)
+    """Files of a folder that are not read, and are not known to hold no rows."""
 
     def rows(self) -> Iterator[Row]:
         """Read the rows as a stream.
@@ -111,7 +153,9 @@ class Source(SourceOptions):
         row = None
         passed = 0
         taken = 0
-        for row in self._all_rows():
+        recognized = not (self.format or self.columns or self.prompt)
+        rows = join_turns(self._all_rows()) if recognized else self._all_rows()
+        for row in rows:
             if passes is not None and isinstance(row.value, dict):
                 try:
                     if not passes(row.value):
@@ -142,12 +186,14 @@ class Source(SourceOptions):
         known = None if self.streaming else getattr(self._hub, "_fingerprint", None)
         if known is None:
             return None
-        described = json.dumps([self.name, self.subset, self.split, known])
+        described = json.dumps([self.name, self.subset, self.split or TRAIN, known])
         return sha256(described.encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
         """Return all that decides which rows are read, and how, as JSON values."""
-        return {k: v for k, v in asdict(self).items() if k not in ("files", "weight")}
+        return {
+            k: v for k, v in asdict(self).items() if k not in ("files", "weight", "passed_over")
+        }
 
     def _all_rows(self) -> Iterator[Row]:
         if self.files is not None:
@@ -167,14 +213,14 @@ class Source(SourceOptions):
 
         options = {"streaming": True} if self.streaming else {}
         try:
-            return load_dataset(self.name, self.subset, split=self.split, **options)
+            return load_dataset(self.name, self.subset, split=self.split or TRAIN, **options)
         except Exception as error:  # Network, permission, name, split: each raises its own kind
             raise DataError(self._no_hub("loaded", error)) from error
 
     def _no_hub(self, done: str, error: Exception) -> str:
         return (
             f"dataset.source: {self.name!r} is no local file and could not be {done} from the "
-            f"Hugging Face hub (split {self.split!r}, subset {self.subset!r}): {error}"
+            f"Hugging Face hub (split {self.split or TRAIN!r}, subset {self.subset!r}): {error}"
         )
 
 
@@ -228,14 +274,20 @@ def read_sources(source: object, common: SourceOptions | None = None) -> list[So
 def _source(own: Mapping[str, Any], common: SourceOptions) -> Source:
     checked = made(SourceOptions, own)
     options = {}
-    for field in fields(SourceOptions):
-        options[field.name] = getattr(checked if field.name in own else common, field.name)
+    for option in fields(SourceOptions):
+        options[option.name] = getattr(checked if option.name in own else common, option.name)
     # One way to read the rows goes before the other
-    if own.keys() & {"format", "columns"}:
-        options |= {"format": checked.format, "columns": checked.columns}
+    if own.keys() & {*WAYS}:
+        options |= {way: getattr(checked, way) for way in WAYS}
     name = str(own["source"])
-    files = local_files(name, options["split"])
-    return Source(name, files, own.get("weight", 1.0), **options)
+    if name in BUILDERS and not Path(name).exists():
+        raise ConfigError(
+            f"{name!r} is a kind of file and names no data. Name the files themselves, as in "
+            f"dataset.source=my_chats.{name if name in ('csv', 'parquet', 'arrow') else 'jsonl'}."
+        )
+    found = local_files(name, options["split"], options["subset"])
+    files, passed_over = (None, ()) if found is None else found
+    return Source(name, files, own.get("weight", 1.0), passed_over=passed_over, **options)
 
 
 def _wrong_name(key: str, name: object) -> list[str]:
@@ -261,6 +313,19 @@ def source_conflicts(options: Mapping[str, Any], key: str = "dataset") -> Iterat
     """
     if options.get("format") is not None and options.get("columns") is not None:
         yield f"{key}.format and {key}.columns are both set. Remove one of them."
+    columns = options.get("columns")
+    prompt = options.get("prompt")
+    if isinstance(prompt, str):
+        try:
+            prompt_columns(prompt)
+        except ValueError as error:
+            yield f"{key}.prompt: {spelled(prompt)} is no prompt: {error}."
+        if options.get("format") is not None:
+            yield f"{key}.format and {key}.prompt are both set. Remove one of them."
+        if isinstance(columns, Mapping) and {*columns} & {"user", "messages"}:
+            yield f"{key}.prompt is what the user says: of {key}.columns it leaves the others."
+    elif isinstance(columns, Mapping) and {*columns} in ({"assistant"}, {"assistant", "system"}):
+        yield f"{key}.columns names no column for user. Name it, or set {key}.prompt."
     if isinstance(options.get("filter"), str):
         try:
             compile_filter(options["filter"], f"{key}.filter")
@@ -316,35 +381,158 @@ SAVED_FILES = "state.json"
 SAVED_SPLITS = "dataset_dict.json"
 """Names the splits of a saved data set that has several, each a folder."""
 
+NOT_DATA = {
+    *("config.json", "dataset_info.json", "dataset_infos.json", "dummy_data.zip"),
+    *(SAVED_SPLITS, "license", "makefile"),
+}
+"""Files that lie beside the data of a clone of the hub, in small letters."""
 
-def local_files(source: str, split: str = TRAIN) -> tuple[Path, ...] | None:
+NOT_DATA_SUFFIXES = (".md", ".rst", ".py", ".yaml", ".yml", ".lock", ".sh", ".png", ".jpg", ".pdf")
+
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in the names of files and folders, and the split they stand for; as in ``datasets``."""
+
+SHARD = re.compile(r"(?:.*/)?data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+"""How the hub names the files of a split, from the data set's folder on."""
+
+Found = tuple[tuple[Path, ...], tuple[str, ...]]
+"""The files to read, and those that are passed over."""
+
+
+def local_files(source: str, split: str | None = None, subset: str | None = None) -> Found | None:
     """Return the files a source names, or None if it is the name of a hub data set.
 
     Args:
         source: A file, a folder, a glob or a name on the hub.
-        split: Which folder of a data set that ``datasets`` saved with all its splits.
+        split: Which part of it, see :attr:`SourceOptions.split`.
+        subset: Which configuration; no local source has several.
 
     Raises:
-        ConfigError: The source is local and has no such split.
+        ConfigError: The source is local and has no such split, or several and no ``train``.
         MissingFileError: The source is a local path and there is nothing.
         DataError: The notes of a saved data set are damaged.
     """
     path = Path(source).expanduser()
     if (path / SAVED_SPLITS).is_file():
         splits = _noted(path / SAVED_SPLITS, "splits")
-        if split not in splits:
-            raise ConfigError(
-                f"{path} has no split {split!r}. It has: {', '.join(map(str, splits))}. Choose "
-                "one with split."
-            )
-        return _files(str(path / split))
-    files = _files(source)
-    if files is not None and split != TRAIN:
+        name = split or TRAIN
+        if name not in splits:
+            raise _no_split(str(path), name, map(str, splits))
+        path = path / name
+        split = None
+    if path.is_file():
+        files, passed_over = [path], list[str]()
+    elif path.is_dir():
+        files, passed_over = _folder_files(path)
+        splits_found = splits_of(path, files)
+        if splits_found:
+            only = next(iter(splits_found)) if len(splits_found) == 1 else TRAIN
+            name = SPLIT_WORDS.get(split, split) if split else only
+            if name not in splits_found:
+                raise _no_split(source, name, splits_found)
+            chosen = splits_found[name]
+            known = {file for found in splits_found.values() for file in found}
+            passed_over += [str(file.relative_to(path)) for file in files if file not in known]
+            files = chosen
+            split = None
+    elif set("*?[") & set(source):
+        files = [file for file in map(Path, glob(str(path), recursive=True)) if file.is_file()]
+        passed_over = []
+    elif HUB_NAME.fullmatch(source) and not suffix_of(source) and not _is_mistyped(source):
+        return None
+    else:
+        raise MissingFileError(f"there is no file or folder {path}.")
+    if not files:
+        also = f" It has: {key_names(passed_over)}." if passed_over else ""
+        raise MissingFileError(f"{source} holds no file that ends in {SUFFIXES_IN_WORDS}.{also}")
+    if split not in (None, TRAIN):
         raise ConfigError(
             f"{source} is local and has no split {split!r}. Remove split, or set it for the "
             f"sources of the hub alone, as in {{source: gsm8k, split: {split}}}."
         )
-    return files
+    if subset is not None:
+        raise ConfigError(
+            f"{source} is local and has no subset {subset!r}. Name the subset's folder or files in "
+            "dataset.source, and remove subset."
+        )
+    return tuple(sorted(files)), tuple(sorted(passed_over))
+
+
+def _no_split(source: str, split: str, splits: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"{source} has no split {split!r}. It has: {key_names(splits)}. Choose one with split."
+    )
+
+
+def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return the files of each split of a folder, as ``datasets`` tells them by their names.
+
+    By ``data/NAME-00000-of-00001``; or else by folders whose name has one of `SPLIT_WORDS`; or
+    else by files of such names. Files that match nothing are of ``train``, if no other is.
+
+    Args:
+        folder: What was named as the source.
+        files: Within it.
+
+    Returns:
+        Nothing where no name says so: all files are of one split then.
+    """
+    names = [file.relative_to(folder).as_posix() for file in files]
+    for split_of in (_of_shard, _of_folder, _of_name):
+        found = [split_of(name) for name in names]
+        if not any(found):
+            continue
+        rest = None if TRAIN in found else TRAIN
+        splits = dict[str, list[Path]]()
+        for file, split in zip(files, found, strict=True):
+            if split or rest:
+                splits.setdefault(split or TRAIN, []).append(file)
+        return splits
+    return {}
+
+
+def _of_shard(name: str) -> str | None:
+    shard = SHARD.fullmatch(name)
+    return shard.group(1) if shard else None
+
+
+def _of_folder(name: str) -> str | None:
+    return next(filter(None, map(_of_name, reversed(name.split("/")[:-1]))), None)
+
+
+def _of_name(name: str) -> str | None:
+    words = re.split(r"[-._ 0-9]+", name.rpartition("/")[2])
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+
+
+def _folder_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of a folder that hold rows, with those of its folders; and what others.
+
+    Hidden files are no data, nor is what accompanies a clone of the hub.
+    """
+    files = list[Path]()
+    others = list[str]()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        if parent != str(folder) and (Path(parent) / SAVED_SPLITS).is_file():
+            folders[:] = []  # a saved data set with splits of its own
+            others.append(str(Path(parent).relative_to(folder)))
+            continue
+        data = list[Path]()
+        for name in sorted(names):
+            file = Path(parent) / name
+            if name.startswith(".") or name.lower() in NOT_DATA:
+                continue
+            if suffix_of(name):
+                data += [file] if file.is_file() else []
+            elif not name.lower().endswith(NOT_DATA_SUFFIXES):
+                others.append(str(file.relative_to(folder)))
+        files += _without_caches(Path(parent), data)
+    return files, others
 
 
 def content_hash(files: Iterable[Path]) -> str:
@@ -365,24 +553,6 @@ def content_hash(files: Iterable[Path]) -> str:
         named = f"{file.name}\n{digest.hexdigest()}\n"
         whole.update(named.encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
-
-
-def _files(source: str) -> tuple[Path, ...] | None:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return (path,)
-    if path.is_dir():
-        files = [file for file in path.iterdir() if suffix_of(file.name) and file.is_file()]
-        files = _without_caches(path, files)
-    elif set("*?[") & set(source):
-        files = [file for file in map(Path, glob(str(path), recursive=True)) if file.is_file()]
-    elif HUB_NAME.fullmatch(source) and not suffix_of(source) and not _is_mistyped(source):
-        return None
-    else:
-        raise MissingFileError(f"there is no file or folder {source}.")
-    if not files:
-        raise MissingFileError(f"{source} holds no file that ends in {SUFFIXES_IN_WORDS}.")
-    return tuple(sorted(files))
 
 
 def _is_mistyped(name: str) -> bool:

@@ -26,6 +26,8 @@ class Fact(NamedTuple):
 def facts(stats: Statistics) -> Iterator[Fact]:
     """Yield what is told of a data set beside its problems and tables."""
     yield Fact("Rows", f"{stats.rows:,} read", [])
+    for told in stats.findings.columns_told():
+        yield Fact("", short(told, stats), [])
     yield from _noticed(stats, stats.findings, DROPPED, "left out: ")
     yield from _noticed(stats, stats.findings, NOTICED)
     yield Fact("Samples", f"{stats.samples:,}", [])
@@ -40,6 +42,9 @@ def facts(stats: Statistics) -> Iterator[Fact]:
     each, steps = stats.batching.steps, count(stats.steps, "step")
     epoch = f", {each:,} an epoch" if each != stats.steps else ""
     yield Fact("Training", f"{steps} of {stats.per_step}{epoch}", [])
+    if stats.left_over:
+        text = f"torchtune's recipes leave out the last {stats.left_over:,} of each epoch"
+        yield Fact("", text, [])
     if held_out := stats.held_out:
         share = percent(held_out.labelled / held_out.tokens)
         samples = count(held_out.samples, "sample")

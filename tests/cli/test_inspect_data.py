@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_the_samples(inspect, folder):
     assert "Rows                    20 read" in said
     assert f"Tokens an epoch         {dataset.lengths.sum():,}" in said
     assert f"Trained on              {dataset.labelled.sum():,} ({share})" in said
-    assert f"Training                {feed.total_steps} steps of 16 samples" in said
+    assert "Training                1 step of 16 samples" in said  # as torchtune counts them
     assert page.count("<summary>rows.jsonl:") == 2
     start = said.index("1. rows.jsonl:1: 8 tokens, 2 trained")
     assert said[start + 1 : start + 5] == [
@@ -168,3 +168,31 @@ def test_without_transformers(inspect, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, out, _ = inspect("compare=True")
     assert code == 0 and "compare: transformers is not installed." in out
+
+
+def test_why_no_row_can_be_used(inspect, tmp_path):
+    row = lines({"messages": "hi"})
+    says = r"no sample is left of 1 rows: 1 cannot be used\.\n.*rows\.jsonl:1: messages is str"
+    with pytest.raises(DataError, match=says):
+        inspect(rows_file(tmp_path, *row))
+
+
+def test_which_columns_are_read_and_which_are_not(inspect, tmp_path):
+    row = {"instruction": "Who?", "context": "Ann did it.", "response": "Ann", "category": "\x1bqa"}
+    _, text, page = inspect(rows_file(tmp_path, *lines(row, row | {"licen\x1bce": "x"})))
+    told = "read as instruction, response and context. Not read: category, licen\\x1bce"
+    assert told in " ".join(text.split())
+    assert "read as instruction, response and context" in page
+    assert "\x1b" not in text + page
+
+
+def test_steps_are_those_of_the_recipe_that_is_asked_about(inspect, tmp_path):
+    rows = lines(*({"question": f"q {n}", "answer": "a"} for n in range(40)))
+    sizes = ("batch_size=4", "gradient_accumulation_steps=4", rows_file(tmp_path, *rows))
+    stock = CONFIG.with_name("phi3_mini_lora.yaml")
+    own = CONFIG.with_name("phi3_mini_lora_1gpu.yaml")
+    text = {f: " ".join(inspect(*sizes, config=f)[1].split()) for f in (stock, own)}
+    assert "Training 2 steps of 16 samples" in text[stock]
+    assert "leave out the last 8 of each epoch" in text[stock]
+    assert "Training 3 steps of 16 samples" in text[own]
+    assert "leave out" not in text[own]

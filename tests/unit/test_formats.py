@@ -1,5 +1,7 @@
 """Rows of every format, as data sets really write them, and how a format is told."""
 
+import json
+
 import pytest
 
 from phi3_plugin.data.formats import (
@@ -8,10 +10,12 @@ from phi3_plugin.data.formats import (
     NAMES_LISTED,
     SHAREGPT_ROLES,
     UNREAD_FIELDS,
+    AnyCase,
     Written,
     key_names,
     make_turn,
     pick_format,
+    refuse_unwanted,
     short_repr,
 )
 from phi3_plugin.errors import DataError
@@ -26,6 +30,13 @@ CALL_TEXT = '[{"name": "f", "arguments": {"city": "Köln"}}]'
 ROWS = {
     "messages": {"messages": [USER, ASSISTANT], "prompt": "only a note beside messages"},
     "sharegpt": {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+    "conversation": {"conversation": [USER, ASSISTANT], "conversation_id": "x", "turn": 1},
+    "openai_preference": {
+        "input": {"messages": [USER]},
+        "preferred_output": [ASSISTANT],
+        "non_preferred_output": [USER],
+    },
+    "dolly": {"instruction": "u", "context": "", "response": "a", "category": "qa"},
     "preference": {"prompt": "u", "chosen": "a", "rejected": "b"},
     "alpaca": {"instruction": "u", "output": "a"},
     "question_answer": {"question": "u", "answer": "a", "id": 3},
@@ -366,6 +377,9 @@ def test_calls_of_tools_in_sharegpt():
         ([{"name": 1}], "a tool call has no name"),
         ([{"name": "f"}], "arguments of a tool call is null, expected an object"),
         ([{"name": "f", "arguments": "{"}], "arguments of a tool call is broken JSON"),
+        ([{"name": "f", "arguments": '{"a": 1, "a": 2}'}], "broken JSON: 'a' is there twice"),
+        ([{"name": "f", "arguments": '{"a": NaN}'}], "broken JSON: NaN is no number"),
+        ([{"name": "f", "arguments": {"a": float("nan")}}], "tool_calls cannot be written as JSON"),
         ([{"name": "f", "arguments": "[" * 10**5}], "arguments of a tool call is broken JSON"),
         ([{"name": "f", "arguments": {"a": {1}}}], "tool_calls cannot be written as JSON"),
     ],
@@ -380,7 +394,9 @@ def test_broken_calls(calls, says):
     ("row", "says"),
     [
         ({}, "there is no 'messages'; the keys are: $"),
-        ({"messages": "[]"}, "messages is str, expected a list"),
+        ({"messages": "hi"}, "messages is str, expected a list"),
+        ({"messages": "[]"}, "messages is empty"),
+        ({"messages": "[{'role': 'user'}]"}, "messages is broken JSON: .* property name"),
         ({"messages": []}, "messages is empty"),
         ({"messages": ["hi"]}, "a message is str, expected an object"),
         ({"messages": [{"role": "user"}]}, "there is no 'content'; the keys are: role"),
@@ -473,3 +489,222 @@ def test_values_and_keys_can_always_be_shown():
     short_repr({"\ud800": "\ud800"}).encode()
     assert key_names({"a": 1, "\ud800": 2}) == "a, \\ud800"
     assert key_names(map(str, range(99))).count(",") == NAMES_LISTED
+
+
+# Shapes of everyday
+
+
+def test_messages_written_as_json_text():
+    assert spoken(read({"messages": json.dumps([USER, ASSISTANT])})) == PAIR
+
+
+def test_pairs_within_a_conversation():
+    row = {"conversation": [{"input": "u", "output": "a"}, {"input": "v", "output": "b"}]}
+    assert spoken(read(row)) == [*PAIR, ("user", "v"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize("answer", ["completion", "response"])
+def test_prompts_and_answers_of_messages(answer):
+    before = [USER, ASSISTANT, USER]
+    row = {"prompt": before, answer: [ASSISTANT], "tools": TOOLS, "id": 1}
+    turns = read(row)
+    assert spoken(turns) == [("system", ""), *PAIR * 2]
+    # What the assistant said within the prompt is no answer to be learned
+    assert [turn.wanted for turn in turns] == [None, None, False, None, None]
+    assert spoken(read({"prompt": "u", answer: [ASSISTANT]})) == PAIR
+    assert spoken(read({"prompt": [USER], answer: "a"})) == PAIR
+    refused("there is a 'context' too", read, row | {"context": "c"})
+
+
+def test_dolly_with_and_without_context():
+    rows = [ROWS["dolly"], ROWS["dolly"] | {"context": "Ann did it."}]
+    format = pick_format(None, None, rows)
+    assert [spoken(format.read(row)) for row in rows] == [
+        PAIR,
+        [("user", "u\n\nAnn did it."), ("assistant", "a")],
+    ]
+
+
+def test_openai_preference_with_tools_and_answers_before():
+    asked = {"messages": [USER, ASSISTANT, USER], "tools": TOOLS, "parallel_tool_calls": True}
+    turns = read(ROWS["openai_preference"] | {"input": asked})
+    assert turns[0].tools == TOOLS_TEXT
+    assert [turn.wanted for turn in turns[1:]] == [None, False, None, None]
+
+
+@pytest.mark.parametrize("name", ["Question", " QUESTION ", "question"])
+def test_capitals_in_the_names_of_columns(name):
+    row = {name: "u", "Answer": "a", "Id": 3}
+    assert spoken(read(row)) == spoken(read(row, "question_answer")) == PAIR
+    refused("there is a 'context' too", read, row | {"Context": "c"}, "question_answer")
+    assert spoken(read({"Messages": [USER, ASSISTANT]})) == PAIR
+    refused("their keys are: Foo, Bar", read, {"Foo": 1, "Bar": 2})
+
+
+def test_columns_that_differ_in_capitals_alone():
+    row = {"question": "u", "answer": "a", "Answer": "b"}
+    assert spoken(read(row)) == PAIR
+    refused("differ only in capitals", AnyCase(FORMATS["question_answer"]).read, row)
+
+
+def test_roles_in_capitals():
+    listed = [{"role": "User", "content": "u"}, {"role": " ASSISTANT", "content": "a"}]
+    assert spoken(messages(*listed)) == PAIR
+    assert spoken(messages({"from": "Human", "value": "u"}, {"from": "GPT", "value": "a"})) == PAIR
+
+
+@pytest.mark.parametrize(
+    ("role", "means"), [("human", "user"), ("gpt", "assistant"), ("Bot", "assistant")]
+)
+def test_roles_that_no_template_writes(role, means):
+    says = rf"unknown role '{role}', expected one of: system, user, .*roles=\{{{role}: {means}\}}"
+    row = {"messages": [{"role": role, "content": "u"}]}
+    refused(says, read, row)
+    assert pick_format(None, None, [row], roles={role: "user"}).read(row)[0].role == "user"
+
+
+def test_roles_may_be_told():
+    row = {"messages": [{"role": "customer", "content": "u"}, {"role": "agent", "content": "a"}]}
+    format = pick_format(None, None, [row], roles={"customer": "user", "agent": "assistant"})
+    assert spoken(format.read(row)) == PAIR
+
+
+# What is not read
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "choices",
+            "passage",
+            "schema",
+            "documents",
+            "db_schema",
+            "RetrievedDocuments",
+            "options",
+        ),
+        *("candidate_answers", "sql_context", "premise", "create table", "Facts", "story"),
+    ],
+)
+def test_columns_that_look_like_a_part_of_the_prompt(name):
+    for row in (ROWS["question_answer"], ROWS["alpaca"], ROWS["dolly"], ROWS["preference"]):
+        format = pick_format(None, None, [row])
+        if isinstance(format, FORMATS["preference"].__class__) and name == "story":
+            continue
+        for value in ("x", ["x", "y"], [{"text": "x"}]):
+            says = (
+                f"there is a '{name}' too, which looks like a part of the prompt .*dataset.prompt"
+            )
+            refused(says, format.unread, row | {name: value})
+        for value in ("", None, [], "[]", 3, True):
+            format.unread(row | {name: value})
+
+
+@pytest.mark.parametrize("row", [ROWS["messages"], ROWS["sharegpt"], ROWS["conversation"]])
+def test_material_beside_a_list_of_messages(row):
+    column = next(iter(row))
+    format = pick_format(None, None, [row])
+    more = row | {"documents": [{"text": "x"}]}
+    refused(rf"'documents' too, .*dataset.columns=\{{messages: {column}\}}", format.unread, more)
+    told = pick_format(None, {"messages": column}, [more])
+    assert told.unread(more)[-1] == "documents"
+    assert spoken(told.read(more)) == PAIR
+    notes = {"question": "q", "context": "c", "document_id": "7", "title": "t"}
+    assert {*notes} <= {*format.unread(row | notes)}
+
+
+def test_columns_beside_messages_may_be_told():
+    row = {"dialog": [USER, ASSISTANT], "hint": "s", "offers": TOOLS, "documents": ["x"]}
+    columns = {"messages": "dialog", "system": "hint", "tools": "offers"}
+    turns = read(row, columns=columns)
+    assert spoken(turns) == [("system", "s"), *PAIR]
+    assert turns[0].tools == TOOLS_TEXT
+
+
+def test_what_is_not_read_is_told():
+    row = ROWS["question_answer"] | {"source": "x", "score": 3, "blank": "", "document_id": "d"}
+    assert pick_format(None, None, [row]).unread(row) == ["id", "source", "score", "document_id"]
+    columns = {"user": "id", "assistant": "answer"}
+    unread = ["question", "source", "score", "document_id"]
+    assert pick_format(None, columns, [row]).unread(row) == unread
+    text = {"text": "x", "passage": "part of the text"}
+    assert FORMATS["text"].unread(text) == ["passage"]
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [("c", "c"), (["x", "y"], "x\ny"), (3, "3"), ({"é": [1]}, '{"é": [1]}'), (None, "")],
+)
+def test_a_prompt_that_the_user_writes(value, written):
+    row = {"instruction": "i", "choices": value, "output": "a", "hint": "s"}
+    format = pick_format(None, None, [row], prompt="Do {instruction}: {{x}}\n\n{choices}")
+    expected = [("user", f"Do i: {{x}}\n\n{written}".strip()), ("assistant", "a")]
+    assert spoken(format.read(row)) == expected
+    assert format.unread(row | {"passage": "p"}) == ["hint", "passage"]
+    columns = {"assistant": "output", "system": "hint"}
+    format = pick_format(None, columns, [row], prompt="{instruction}")
+    assert spoken(format.read(row)) == [("system", "s"), ("user", "i"), ("assistant", "a")]
+    assert spoken(format.read(row | {"hint": ""})) == [("user", "i"), ("assistant", "a")]
+    refused("there is no 'output'", format.read, {"instruction": "i"})
+
+
+def test_the_answer_to_a_prompt_that_the_user_writes():
+    for row in ({"q": "u"}, {"q": "u", "answer": "a", "output": "b"}):
+        refused("dataset.columns={assistant: …}", pick_format, None, None, [row], prompt="{q}")
+
+
+def test_an_empty_system_column_is_none():
+    columns = {"user": "u", "assistant": "a", "system": "s"}
+    for blank in ("", None):
+        assert spoken(read({"u": "u", "a": "a", "s": blank}, columns=columns)) == PAIR
+
+
+# Answers that are not to be learned
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"label": False}, 'label is False: the answer is not to be learned; .*filter="label"'),
+        ({"label": 0}, "label is 0: the answer is not"),
+        ({"Label": "False"}, r"Label is 'False': .*filter=\"Label.lower\(\) is eq\('true'\)\""),
+        ({"kto_tag": False}, "kto_tag is False"),
+        ({"desirable": "no"}, "desirable is 'no'"),
+        ({"rating": 1}, r"there is a 'rating', and nothing says .*filter, as in \"rating is ge"),
+        ({"score": "4.5"}, "there is a 'score'"),
+    ],
+)
+def test_unwanted_answers(fields, says):
+    for name in ("prompt_completion", "messages", "conversation", "alpaca"):
+        row = ROWS[name] | fields
+        format = pick_format(None, None, [row])
+        refused(says, refuse_unwanted, row, format, None)
+        refused(says, refuse_unwanted, row, format, "lang is eq('en')")
+
+
+@pytest.mark.parametrize(
+    ("fields", "filter"),
+    [
+        ({"label": True}, None),
+        ({"label": 1}, None),
+        ({"label": "true"}, None),
+        ({"label": None, "rating": None, "score": ""}, None),
+        ({"label": 0}, "label is defined"),
+        ({"rating": 5}, "rating is ge(4)"),
+        ({"labels": False, "rating_id": 3}, None),
+    ],
+)
+def test_wanted_answers(fields, filter):
+    row = ROWS["prompt_completion"] | fields
+    refuse_unwanted(row, pick_format(None, None, [row]), filter)
+
+
+def test_labels_that_are_no_verdict():
+    row = {"review": "u", "label": "bad", "rating": 1}
+    refuse_unwanted(
+        row, pick_format(None, {"user": "review", "assistant": "label"}, [row]), "rating"
+    )
+    for name in ("preference", "openai_preference"):
+        row = ROWS[name] | {"label": False, "rating": 1}
+        refuse_unwanted(row, FORMATS[name], None)

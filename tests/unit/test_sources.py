@@ -17,7 +17,7 @@ from phi3_plugin.data.sources import (
     read_sources,
 )
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError
-from tests.files import A, B, C, places, read, values, write_arrow
+from tests.files import A, B, C, places, read, values, write, write_arrow
 
 
 @pytest.fixture
@@ -103,6 +103,101 @@ def test_fingerprints_do_not_take_one_file_for_another(tmp_path):
     assert one.fingerprint() != other.fingerprint()
 
 
+def make(folder, *names):
+    """Write files of one row each, which tells the file's name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, [{"file": name}])
+    return folder
+
+
+def files(source, **options):
+    return sorted(row["file"] for row in values(source, **options))
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (
+            ["data/train-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet"],
+            {"train": [0], "test_sft": [1]},
+        ),
+        (
+            ["train.jsonl", "valid.jsonl", "test.jsonl"],
+            {"train": [0], "validation": [1], "valid": [1], "test": [2]},
+        ),
+        (
+            ["my_train_1.jsonl", "my-train-2.json", "chats.eval.csv"],
+            {"train": [0, 1], "test": [2], "eval": [2]},
+        ),
+        (["train/a.jsonl", "dev/a.jsonl"], {"train": [0], "validation": [1], "dev": [1]}),
+        (["x/training data/test.jsonl", "x/test/train.jsonl"], {"train": [0], "test": [1]}),
+        (["chats.jsonl", "more/chats.jsonl", "test.jsonl"], {"train": [0, 1], "test": [2]}),
+        (["train/a.jsonl", "train/validation.jsonl", "val/a.csv"], {"train": [0, 1]}),
+        (["constraints.jsonl", "contest.jsonl", "evals.jsonl"], {"train": [0, 1, 2]}),
+    ],
+)
+def test_a_folder_has_the_splits_that_its_names_say(tmp_path, names, splits):
+    folder = make(tmp_path / "test", *names)
+    assert files(folder) == sorted(names[i] for i in splits["train"])
+    for split, chosen in splits.items():
+        assert files(folder, split=split) == sorted(names[i] for i in chosen)
+    with pytest.raises(ConfigError, match=r"test (is local and )?has no split 'other'"):
+        files(folder, split="other")
+
+
+def test_the_only_split_is_read_unless_another_is_asked_for(tmp_path):
+    folder = make(tmp_path / "x", "test_1.jsonl", "test_2.jsonl")
+    make(folder / "sub", "validation.jsonl")
+    assert files(folder / "sub") == files(folder / "sub", split="val") == ["validation.jsonl"]
+    (folder / "sub" / "validation.jsonl").unlink()
+    assert files(folder) == ["test_1.jsonl", "test_2.jsonl"]
+    with pytest.raises(ConfigError, match=r"has no split 'train'\. It has: test\. Choose one"):
+        files(folder, split="train")
+
+
+def test_several_splits_and_none_of_them_train(tmp_path):
+    folder = make(tmp_path / "x", "test/a.jsonl", "val/a.jsonl")
+    with pytest.raises(ConfigError, match=r"has no split 'train'\. It has: test, validation"):
+        files(folder)
+
+
+def test_what_a_folder_says_is_not_read(tmp_path):
+    folder = make(tmp_path / "x", "train.jsonl", "more.jsonl.zst", "sub/more.csv")
+    for name in (".hidden.jsonl", "._train.jsonl", ".git/a.jsonl", "__pycache__/a.json"):
+        make(folder, name)
+    for name in ("README.md", "dataset_infos.json", "LICENSE", ".gitattributes", "load.py"):
+        (folder / name).write_text("{}")
+    (folder / "chats.txt").write_text("a")
+    (folder / "sub" / "b.zip").write_text("a")
+    (source,) = read_sources(folder)
+    assert values(folder) == [{"file": "train.jsonl"}]
+    assert source.passed_over == ("chats.txt", "more.jsonl.zst", "sub/b.zip", "sub/more.csv")
+    (folder / "train.jsonl").unlink()
+    assert files(folder) == ["more.jsonl.zst", "sub/more.csv"]
+    assert read_sources(folder)[0].passed_over == ("chats.txt", "sub/b.zip")
+
+
+def test_a_folder_of_other_files_says_which(tmp_path):
+    (tmp_path / "a.xlsx").write_text("x")
+    with pytest.raises(MissingFileError, match=r"holds no file that ends in .* It has: a\.xlsx\."):
+        read_sources(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "parquet", "text", "imagefolder"])
+def test_a_kind_of_file_is_no_source(data, name):
+    with pytest.raises(ConfigError, match=rf"'{name}' is a kind of file and names no data"):
+        read_sources(name)
+    (data.parent / name).mkdir()
+    make(data.parent / name, "a.jsonl")
+    assert files(name) == ["a.jsonl"]
+
+
+def test_a_local_source_has_no_subset(data):
+    with pytest.raises(ConfigError, match=r"data is local and has no subset 'main'\. Name"):
+        read_sources({"source": "data", "subset": "main"})
+
+
 # What a configuration may say about sources
 
 
@@ -158,7 +253,6 @@ def test_every_wrong_option_is_named(data):
         "dataset.source[3].max_samples: 0 must be a whole number above 0",
         "dataset.source[3].subset: 3 must be text",
         "dataset.source[3].streaming: 'no' must be True or False",
-        "dataset.source[3].split: null must be text",
         "dataset.source[4].weight: nan must be a number",
         "dataset.source[4].columns: {} must be",
         "dataset.source[4].format and dataset.source[4].columns are both set",
@@ -167,6 +261,24 @@ def test_every_wrong_option_is_named(data):
     assert len(problems) == len(says)
     for say in says:
         assert any(problem.startswith(say) for problem in problems), say
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompt": "no column"}, r"prompt: 'no column' is no prompt: it must name columns"),
+        ({"prompt": "{a"}, r"prompt: '\{a' is no prompt: "),
+        ({"prompt": "{a:>3} {}"}, "is no prompt: it must name"),
+        ({"prompt": "{a}", "format": "alpaca"}, "format and dataset.source.prompt are both set"),
+        ({"prompt": "{a}", "columns": {"user": "q", "assistant": "a"}}, "is what the user says"),
+        ({"columns": {"assistant": "a"}}, "columns names no column for user. Name it, or set"),
+        ({"roles": {"human": 3}}, "roles: .* must be the meaning of names"),
+        ({"roles": {"human": "<|user|>"}}, "roles: .* must be the meaning of names"),
+    ],
+)
+def test_what_says_how_rows_are_read(data, options, says):
+    with pytest.raises(ConfigError, match=says):
+        read_sources({"source": "data", **options})
 
 
 @pytest.mark.parametrize(
@@ -292,6 +404,46 @@ def test_max_samples_counts_what_passes(rated):
     assert len(read(rated, max_samples=99)) == 10
 
 
+# Rows of one turn each
+
+TURNS = [
+    {"c_id": 0, "role": "user", "message": "a", "lang": "en", "n": 1},
+    {"c_id": 0, "role": "assistant", "message": "b", "lang": "en", "n": 2},
+    {"c_id": 1, "role": "user", "message": "c", "lang": "de", "n": 1},
+]
+
+
+def test_turns_of_a_conversation_are_joined(tmp_path):
+    file = write(tmp_path / "a.jsonl", TURNS)
+    first, second = read(file)
+    assert (first.where, second.where) == (f"{file}:1", f"{file}:3")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert first.value == {"c_id": 0, "lang": "en", "messages": messages}
+    assert values(file, filter="lang == 'de'") == [second.value]
+    assert values(file, max_samples=1) == [first.value]
+    assert values(file, columns={"user": "message", "assistant": "role"}) == TURNS
+
+
+def test_turns_of_other_names(tmp_path):
+    rows = [{"Session ID": 1}, {"ID": "x", "From": "human", "Text": "a"}]
+    assert values(write(tmp_path / "a.jsonl", rows)) == rows
+    (row,) = values(write(tmp_path / "b.jsonl", rows[1:]))
+    assert row == {"ID": "x", "messages": [{"from": "human", "value": "a"}]}
+    lists = [{"id": 1, "role": "x", "text": ["y"]}]
+    assert values(write(tmp_path / "c.jsonl", lists)) == lists
+
+
+def test_turns_that_do_not_follow_each_other(tmp_path):
+    rows = read(write(tmp_path / "a.jsonl", [*TURNS, TURNS[0]]))
+    assert len(rows) == 3
+    assert "c_id 0 was there before; put the rows of each together" in str(rows[2].value)
+    lines = [json.dumps(row) for row in TURNS]
+    (tmp_path / "b.jsonl").write_text("\n".join([lines[0], "{", *lines[1:]]))
+    broken, whole = read(tmp_path / "b.jsonl")
+    assert "b.jsonl:2: broken JSON" in str(broken.value)
+    assert whole.value["c_id"] == 1
+
+
 # The hub
 
 
@@ -387,8 +539,9 @@ def test_caches_and_notes_are_no_data(tmp_path):
     assert values(folder) == [A, B]
     (folder / "more.jsonl").write_text(json.dumps(C))  # read as in any folder
     assert values(folder) == [A, B, C]
-    (tmp_path / "state.json").write_text(json.dumps([A]))
-    assert values(tmp_path) == [A]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "state.json").write_text(json.dumps([A]))
+    assert values(tmp_path / "other") == [A]
 
 
 def test_what_datasets_saves(tmp_path):
