@@ -353,7 +353,7 @@ def test_calls_of_tools_are_written(call):
     message = {"role": "assistant", "tool_calls": [call], "weight": 1}
     for content, before in (({}, ""), ({"content": None}, ""), ({"content": "Wait. "}, "Wait. ")):
         (turn,) = messages(message | content, tool_calls="\\<{}>")
-        assert turn == ("assistant", f"{before}\\<{CALL_TEXT}>", True, None, True)
+        assert turn[:5] == ("assistant", f"{before}\\<{CALL_TEXT}>", True, None, True)
     refused("is not the assistant's", messages, message | {"role": "user"}, tool_calls="{}")
     refused(r"set dataset\.tool_calls", messages, message)
     assert pick_format(None, None, [ROWS["alpaca"]], tool_calls="{}") == FORMATS["alpaca"]
@@ -378,7 +378,7 @@ def test_calls_of_tools_in_sharegpt():
         ([{"name": "f"}], "arguments of a tool call is null, expected an object"),
         ([{"name": "f", "arguments": "{"}], "arguments of a tool call is broken JSON"),
         ([{"name": "f", "arguments": '{"a": 1, "a": 2}'}], "broken JSON: 'a' is there twice"),
-        ([{"name": "f", "arguments": '{"a": NaN}'}], "broken JSON: NaN is no number"),
+        ([{"name": "f", "arguments": '{"a": NaN}'}], "cannot be written as JSON"),
         ([{"name": "f", "arguments": {"a": float("nan")}}], "tool_calls cannot be written as JSON"),
         ([{"name": "f", "arguments": "[" * 10**5}], "arguments of a tool call is broken JSON"),
         ([{"name": "f", "arguments": {"a": {1}}}], "tool_calls cannot be written as JSON"),
@@ -409,7 +409,7 @@ def test_broken_calls(calls, says):
         ({"messages": [SYSTEM | {"tools": [{1}]}]}, "tools cannot be written as JSON"),
         ({"messages": [{"from": "alien", "value": "x"}]}, "role 'alien', expected one of: human"),
         ({"messages": [USER], "images": ["x"]}, "there is a 'images' too, .* remove it"),
-        ({"messages": [USER], "tools": 3}, "tools of the system message is int"),
+        ({"messages": [USER], "tools": 3}, "tools is int, expected a string"),
         ({"messages": [USER], "system": 3}, "the system content is int"),
         ({"messages": [SYSTEM | {"tools": "f"}], "tools": "g"}, "a system message that has tools"),
     ],
