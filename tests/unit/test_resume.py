@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
-from phi3_plugin.errors import CheckpointError
+from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.options import OnResume, marks
 from phi3_plugin.settings import HINTS
 from phi3_plugin.train.monitor import History
 from phi3_plugin.train.optimizer import replay
-from phi3_plugin.train.resume import changes_of, record, told
+from phi3_plugin.train.resume import changes_of, moved, record, told
 from tests.own import CONFIG, RUN, leave_until, metrics, started, train
 
 HONOURED, FREE, CONTENT, REFUSED = OnResume
@@ -289,3 +290,62 @@ def test_other_validation_data_is_refused(whole, cwd):
         recipe.data = type(recipe.data)(**{**vars(recipe.data), "order_val": None})
         with pytest.raises(CheckpointError, match="validation data would change from"):
             recipe.check_data({**saved, "held_out": {"samples": len(order_val.dataset)}})
+
+
+# Another base of equal shapes
+
+
+@pytest.fixture
+def elsewhere(cwd):
+    """A base of the same config.json and other weights."""
+    shutil.copytree(cwd / "base", cwd / "other")
+    for file in (cwd / "other").glob("*.safetensors"):
+        weights = {name: value + 0.01 for name, value in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    return "checkpoint_dir=other"
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_over_another_base(whole, elsewhere, cwd):
+    leave_until(2, whole, cwd / "out")
+    with (
+        pytest.raises(CheckpointError, match="trained over other base weights than those of"),
+        started(*RUN, "resume=auto", elsewhere, cwd=cwd),
+    ):
+        pass
+    shutil.copytree(cwd / "base", cwd / "moved")
+    with started(*RUN, "resume=auto", "checkpoint_dir=moved", cwd=cwd) as recipe:
+        assert recipe.differences == [] or moved(recipe.differences)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_another_base_is_not_trained_on(whole, elsewhere, cwd):
+    adapter = f"init_adapter={whole / 'final'}"
+    with (
+        pytest.raises(AdapterError, match=r"init_adapter: .* was made for other weights than"),
+        started(*RUN, adapter, elsewhere, cwd=cwd),
+    ):
+        pass
+    with started(*RUN, adapter, cwd=cwd):
+        pass
+
+
+@pytest.mark.slow
+def test_questions_may_change(whole, cwd):
+    """Their answers before training are not known, and nothing else is shown in their place."""
+    leave_until(8, whole, cwd / "out")
+    train(cwd, "sample_prompts=[one,two]", "report=True", "resume=auto")
+    page = (cwd / "out" / "report.html").read_text("utf-8")
+    assert page.count("no answer") >= 2
+
+
+@pytest.mark.slow
+def test_equal_runs_write_equal_files(whole, cwd):
+    (cwd / "again").mkdir()
+    for name in ("base", "rows.jsonl"):
+        (cwd / "again" / name).symlink_to(cwd / name)
+    for folder in (cwd, cwd / "again"):
+        train(folder, "max_steps=2")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        one, other = (folder / "out" / "final" / name for folder in (cwd, cwd / "again"))
+        assert one.read_bytes() == other.read_bytes()
