@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.formats import Turn, make_turn
@@ -238,11 +239,11 @@ class ChatSession:
         row = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
         line = as_line(row).encode()
         try:
-            with file.open("a+b") as opened:
-                if opened.tell():
-                    opened.seek(-1, 2)
+            if file.exists() and (size := file.stat().st_size):
+                with file.open("rb") as opened:
+                    opened.seek(size - 1)
                     line = line if opened.read(1) == b"\n" else b"\n" + line
-                opened.write(line)
+            append_whole(file, line)
         except OSError as error:
             return tell(f"{file} cannot be written: {error.strerror or error}.")
         tell(f"Added a conversation of {len(turns)} messages to {file}.")

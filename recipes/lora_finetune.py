@@ -112,8 +112,9 @@ class Finetune:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
         saved: dict[str, Any] | None = None
         if self.last.folder:
-            saved = checkpoints.load_state(self.last.folder)
-            self.compare(self.last.folder, saved)
+            saved = checkpoints.load_state(self.last.folder, checkpoints.RUN_STATE)
+            with checkpoints.going_on(self.last.folder):
+                self.compare(self.last.folder, saved)
         if not self.finished or moved(self.differences):
             self.setup_data()
             if saved:
@@ -353,9 +354,10 @@ class Finetune:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on where a checkpoint ended; the trained tensors are in the model by now."""
-        load_optimizer_state(self.world, self.model, self.optimizer, saved["optimizer"])
-        self.stop.after_validation(self.state.stale)
-        self.world.set_random_state(saved["random"], self.s.seed + self.state.step)
+        with checkpoints.going_on(self.last.folder):
+            load_optimizer_state(self.world, self.model, self.optimizer, saved["optimizer"])
+            self.stop.after_validation(self.state.stale)
+            self.world.set_random_state(saved["random"], self.s.seed + self.state.step)
 
     def finish(self) -> None:
         """Save once more: the result, or a step that an interrupted run goes on from."""

@@ -10,8 +10,9 @@ evaluation.html. With several processes each has a whole model and takes a part 
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 from torchtune import config
 from tqdm import tqdm
 
-from phi3_plugin.checkpoint.files import check_output
+from phi3_plugin.checkpoint.files import append_whole, check_output
 from phi3_plugin.checkpoint.peft import CONFIG as ADAPTER_CONFIG
 from phi3_plugin.config import read_config
 from phi3_plugin.data.collate import concatenate
@@ -119,15 +120,34 @@ def evaluate(
     if world.is_main:
         facts = facts_of(s, o, data, scorer, world, shown)
         evaluation = Evaluation(data.samples, outcomes, facts)
-        numbers = results(evaluation, measures(scorer), seed=s.seed)
-        files = {
-            SAMPLES: samples_text(evaluation),
-            PAGE: page_of_evaluation(evaluation, numbers, count=o.worst),
-            RESULTS: results_text(evaluation, numbers, s.seed),
-        }
-        write_files(s.output_dir, files, "Run the command again with another output_dir.")
-        text = terminal_report(evaluation, numbers, str(s.output_dir / PAGE))
-        print(for_stdout(harmless(text)), end="")
+        answers_text = samples_text(evaluation)
+        with kept(answers_text):
+            numbers = results(evaluation, measures(scorer), seed=s.seed)
+            text = terminal_report(evaluation, numbers, str(s.output_dir / PAGE))
+            print(for_stdout(harmless(text)), end="", flush=True)
+            files = {
+                SAMPLES: answers_text,
+                PAGE: page_of_evaluation(evaluation, numbers, count=o.worst),
+                RESULTS: results_text(evaluation, numbers, s.seed),
+            }
+            write_files(s.output_dir, files, "Make room, or set another output_dir.")
+
+
+@contextmanager
+def kept(answers: str) -> Iterator[None]:
+    """Keep what took hours elsewhere, and say where, if it cannot be written where it belongs."""
+    try:
+        yield
+    except BaseException:
+        try:
+            handle, name = tempfile.mkstemp(prefix="phi3_evaluate-", suffix=f"-{SAMPLES}")
+            os.close(handle)
+            append_whole(Path(name), answers.encode())
+            print(f"The answers are kept in {name}.", file=sys.stderr)
+        except OSError as error:
+            problem = f"The answers cannot be kept in {tempfile.gettempdir()} either ({error}):"
+            print(f"{problem}\n{for_stdout(harmless(answers))}")
+        raise
 
 
 def check_models(s: Settings, o: EvaluateOptions) -> None:

@@ -171,7 +171,7 @@ def leave_until(step: int, out: Path, copy: Path) -> None:
     """Copy a run as a kill after a step leaves it; its metrics were written further on."""
     shutil.copytree(out, copy, ignore=shutil.ignore_patterns("final", "logs"))
     for folder in (*copy.glob("step_*"), copy / "best"):
-        if folder.is_dir() and checkpoints.load_state(folder)["step"] > step:
+        if folder.is_dir() and checkpoints.load_state(folder, {})["step"] > step:
             shutil.rmtree(folder)
 
 
@@ -199,7 +199,7 @@ def same(one: object, other: object) -> bool:
 
 def state(folder: Path) -> dict:
     """Return what a run goes on from; its settings differ in ``resume``."""
-    return {key: v for key, v in checkpoints.load_state(folder).items() if key != "settings"}
+    return {key: v for key, v in checkpoints.load_state(folder, {}).items() if key != "settings"}
 
 
 def assert_same_end(out: Path, expected: Path) -> None:

@@ -198,11 +198,31 @@ def whole_files(*finals: Path) -> Iterator[list[Path]]:
         for partial, final in zip(partials, finals, strict=True):
             partial.rename(final)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{finals[-1]} could not be written: {error}.") from error
+        # numpy, which others write tensors with, tells how many numbers it wrote and not why
+        full = isinstance(error, OSError) and error.errno is None and "requested" in str(error)
+        why = "the disk is full" if full else error
+        raise OutputError(f"{finals[-1]} could not be written: {why}.") from error
     finally:
         for partial in partials:
             with suppress(OSError):  # which is told above, such as a name that is too long
                 partial.unlink(missing_ok=True)
+
+
+def append_whole(file: Path, data: bytes) -> None:
+    """Add bytes to the end of a file, all of them or, where the disk is full, none.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    with file.open("ab", buffering=0) as opened:
+        size, rest = opened.seek(0, os.SEEK_END), memoryview(data)
+        try:
+            while rest:
+                rest = rest[opened.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                opened.truncate(size)
+            raise
 
 
 def save_tensors(

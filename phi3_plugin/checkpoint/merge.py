@@ -25,7 +25,13 @@ from phi3_plugin.checkpoint.base import (
     write_weights,
 )
 from phi3_plugin.checkpoint.files import StoredTensor, check_output, whole_folder
-from phi3_plugin.checkpoint.peft import base_name, copy_tokenizer, markdown_table, targets_of
+from phi3_plugin.checkpoint.peft import (
+    base_name,
+    copy_tokenizer,
+    front_matter,
+    markdown_table,
+    targets_of,
+)
 from phi3_plugin.config import GENERATION, Phi3Config, generation_config, read_config, read_json
 from phi3_plugin.errors import AdapterError
 from phi3_plugin.models.nf4 import nf4_zeros, rows_of
@@ -193,16 +199,8 @@ def in_nf4(stored: StoredTensor) -> Tensor:
 
 # What lies beside merged weights: tokenizer, settings, and the README.md that says what it is
 
-MERGED_CARD = """---
-base_model: {base}
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- phi3
-- torchtune
----
-
-# {base} with {kind} merged into it
+MERGED_CARD = """{matter}
+# {title} with {kind} merged into it
 
 {table}
 
@@ -239,5 +237,6 @@ def _write_card(folder: Path, base: str, adapter: Adapter, rows: Mapping[str, An
     if adapter.saved:
         facts["trained whole"] = ", ".join(sorted(adapter.saved))
     table = markdown_table("merged", {**facts, **rows})
-    text = MERGED_CARD.format(base=base, kind=kind, table=table)
+    matter = front_matter(base, "transformers", ["phi3", "torchtune"])
+    text = MERGED_CARD.format(matter=matter, title=" ".join(base.split()), kind=kind, table=table)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -211,17 +212,8 @@ def _short(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-ADAPTER_CARD = """---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
-- phi3
-- torchtune
----
-
-# {kind} adapter for {base}
+ADAPTER_CARD = """{matter}
+# {kind} adapter for {title}
 
 {kind} of rank {r}, alpha {lora_alpha}, dropout {lora_dropout}, on {targets}.
 
@@ -249,13 +241,27 @@ def model_card(config: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
         config: Content of its adapter_config.json.
         rows: What the adapter was trained on and how, one row of the table each.
     """
+    base = config["base_model_name_or_path"]
     return ADAPTER_CARD.format(
-        base=config["base_model_name_or_path"],
+        matter=front_matter(base, "peft", ["lora", "phi3", "torchtune"]),
+        base=base,
+        title=" ".join(base.split()),
         kind="DoRA" if config["use_dora"] else "LoRA",
         targets=", ".join(config["target_modules"]),
         table=markdown_table("training", rows),
         **{key: config[key] for key in ("r", "lora_alpha", "lora_dropout")},
     )
+
+
+def front_matter(base: str, library: str, tags: Sequence[str]) -> str:
+    """Return what the hub reads of a model card, as YAML."""
+    facts = {
+        "base_model": base,
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": [*tags],
+    }
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def markdown_table(title: str, rows: Mapping[str, Any]) -> str:

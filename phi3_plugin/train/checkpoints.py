@@ -11,10 +11,13 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from phi3_plugin.checkpoint.files import (
     PARTIAL,
@@ -25,7 +28,7 @@ from phi3_plugin.checkpoint.files import (
     write_state,
 )
 from phi3_plugin.config import read_json_object
-from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
+from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError, Phi3Error
 
 BEST, FINAL = "best", "final"
 STATE, HASHES = "resume/state.pt", "resume/hashes.json"
@@ -77,13 +80,68 @@ def save(
         (partial / HASHES).write_text(text, encoding="utf-8")
 
 
-def load_state(folder: Path) -> dict[str, Any]:
+RUN_STATE: Mapping[str, Any] = {
+    "step": int,
+    "optimizer": {"kind": str, "state": dict},
+    "random": list,
+    "train": {"step": int, "best": float, "stale": int, "validated": int},
+    "data": dict,
+    "held_out": object,
+    "base_hash": str,
+    "settings": {"model": dict},
+}
+"""What the state of a run has, and of which kind; a dictionary may have more."""
+
+
+def load_state(folder: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Read what training goes on from.
 
+    Args:
+        folder: Of the checkpoint.
+        kinds: What must be there, as in `RUN_STATE`.
+
     Raises:
-        CheckpointError: The file holds more than tensors and plain values, or is damaged.
+        CheckpointError: The file holds more than tensors and plain values, is damaged, or lacks a
+            key or has one of another kind; all are listed.
     """
-    return read_state(folder / STATE)
+    state = read_state(folder / STATE)
+    if problems := list(_wrong_kinds(state, kinds)):
+        listed = "\n  ".join(problems)
+        raise CheckpointError(f"{folder / STATE} is no state of a run:\n  {listed}\n{ADVICE}")
+    return state
+
+
+ADVICE = "Resume from another checkpoint; what serves of this one may still be whole."
+
+
+def _wrong_kinds(state: Mapping[str, Any], kinds: Mapping[str, Any]) -> Iterator[str]:
+    for key, kind in kinds.items():
+        expected = dict if isinstance(kind, Mapping) else kind
+        if key not in state:
+            yield f"{key}: is missing"
+        elif not isinstance(state[key], expected):
+            yield f"{key}: is a {type(state[key]).__name__}, expected {expected.__name__}"
+        elif isinstance(kind, Mapping):
+            yield from (f"{key}.{problem}" for problem in _wrong_kinds(state[key], kind))
+
+
+@contextmanager
+def going_on(folder: Path | None) -> Iterator[None]:
+    """Name the file where its state has another form than `load_state` looks at.
+
+    Raises:
+        CheckpointError: Taking the state failed.
+    """
+    try:
+        yield
+    except (Phi3Error, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if folder is None:
+            raise
+        raise CheckpointError(
+            f"{folder / STATE} is no state of a run: {type(error).__name__}: {error}. {ADVICE}"
+        ) from error
 
 
 def problem_of(folder: Path) -> str | None:

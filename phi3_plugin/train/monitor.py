@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.errors import CheckpointError, OutputError
 from phi3_plugin.options import spelled
 from phi3_plugin.redaction import as_config, redacted
@@ -69,6 +70,13 @@ class Monitor:
             return
         for folder, problem in last.passed_over.items():
             self._progress.print(f"resume: skipped {folder}: {problem}")
+        if last.folder and self._history.is_beside(last.folder):
+            lost = self._history.lost_steps()
+            if lost:
+                self._progress.print(
+                    f"resume: {self._history.path} has no line for {lost} of the {step} steps that "
+                    "were made: it was cut short or moved away, and the report will lack them."
+                )
         if last.folder:
             self._history.log(step, event=RESUMED, folder=last.folder.name)
             self._progress.print(f"resume: going on from {last.folder}, step {step}")
@@ -170,7 +178,7 @@ class History:
             resumed_step: The step that a resumed run goes on from. Lines beyond it are dropped,
                 because the run writes them again. None for a new run.
         """
-        self._path = Path(path)
+        self.path = Path(path)
         self._resumed_step = resumed_step
         self._begun = False
 
@@ -189,11 +197,10 @@ class History:
             if not self._begun:
                 self._begin()
             # One write a line: whoever reads along sees whole lines.
-            with self._path.open("a", encoding="ascii") as file:
-                file.write(text + "\n")
+            append_whole(self.path, text.encode("ascii") + b"\n")
         except OSError as error:
             raise OutputError(
-                f"{self._path} could not be written: {error}. Free space or make the folder "
+                f"{self.path} could not be written: {error}. Free space or make the folder "
                 "writable, then resume from the last checkpoint."
             ) from error
 
@@ -209,13 +216,27 @@ class History:
         """
         return [line for line, _ in _lines(Path(path))]
 
+    def is_beside(self, folder: Path) -> bool:
+        """Whether a checkpoint is one of the run that the file tells of."""
+        return folder.resolve().parent == self.path.resolve().parent
+
+    def lost_steps(self) -> int:
+        """Return how many steps before the one that a run goes on from have no line.
+
+        A file that begins with a resume tells nothing of what was before: that was another folder.
+        """
+        lines = self.read(self.path)
+        begins = lines[0]["step"] if lines and lines[0].get("event") == RESUMED else 0
+        steps = {line["step"] for line in lines if "loss" in line}
+        return sum(step not in steps for step in range(begins + 1, (self._resumed_step or 0) + 1))
+
     def _begin(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
             if self._resumed_step is None:
-                os.replace(self._path, self._path.with_suffix(f".previous{self._path.suffix}"))
+                os.replace(self.path, self.path.with_suffix(f".previous{self.path.suffix}"))
             else:
-                _cut_back(self._path, self._resumed_step)
+                _cut_back(self.path, self._resumed_step)
         self._begun = True
 
 

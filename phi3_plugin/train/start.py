@@ -27,6 +27,7 @@ from phi3_plugin.models.lora import LoRALinear, draw, local_rows
 from phi3_plugin.models.lora_settings import FROM_BASE, keys_of, keys_of_model
 from phi3_plugin.models.nf4 import Rows, is_nf4, nearest_nf4
 from phi3_plugin.settings import Settings
+from phi3_plugin.train.checkpoints import going_on
 from phi3_plugin.train.model import is_adapted, trained_parameters
 from phi3_plugin.train.world import World
 
@@ -70,8 +71,9 @@ def starting_weights(
     pissa = [name for name in split_names(model) if model.get_submodule(name).init == "pissa"]
     first: dict[str, Tensor] = {}
     if folder and state:
-        check_adapter_state(folder, state, model)
-        values, first = state["adapter"]["trained"], state["adapter"]["first"]
+        with going_on(folder):
+            check_adapter_state(folder, state, model)
+            values, first = state["adapter"]["trained"], state["adapter"]["first"]
     elif settings.init_adapter:
         values = fitting_tensors(settings.init_adapter, settings.checkpoint_dir, model)
     else:

@@ -5,6 +5,7 @@ The checkpointer's folders are those of :mod:`phi3_plugin.train.checkpoints`, on
 
 import logging
 import re
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torchtune.training import FormattedCheckpointFiles
-from torchtune.training.metric_logging import DiskLogger as TorchtuneDiskLogger
+from torchtune.training.metric_logging import save_config
 
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import (
@@ -27,7 +28,7 @@ from phi3_plugin.checkpoint.base import (
     split_weights,
     to_ours,
 )
-from phi3_plugin.checkpoint.files import check_output, whole_folder
+from phi3_plugin.checkpoint.files import append_whole, check_output, whole_folder
 from phi3_plugin.checkpoint.peft import (
     WEIGHTS,
     check_trained,
@@ -291,7 +292,7 @@ class Phi3Checkpointer:
                 f"resume_from_checkpoint: {folder} cannot be resumed from: {problem}. Move it "
                 "away to go on from the epoch before it."
             )
-        state = load_state(folder)
+        state = load_state(folder, STOCK_STATE)
         if state["layout"] != self._layout:
             raise CheckpointError(
                 f"checkpointer.layout: {self._layout!r}, but {folder} was saved from a model with "
@@ -306,6 +307,10 @@ class Phi3Checkpointer:
                 f"with {targets}. Resume with the model it was started with."
             )
         return {key: value for key, value in state.items() if key not in ("layout", "step")}
+
+
+STOCK_STATE = {"layout": str, "step": int, "optimizer": object, "epochs_run": int, "seed": int}
+"""What a state has that torchtune's recipes go on from; see `load_state`."""
 
 
 class DiskLogger:
@@ -323,27 +328,44 @@ class DiskLogger:
         """
         self._output_dir = None if output_dir is None else Path(output_dir).expanduser()
         self._config: DictConfig | None = None
-        self._logger: Any = None
+        self._file: Path | None = None
 
     def log_config(self, config: DictConfig) -> None:
         """Keep the settings until the first step."""
         self._config = config
 
     def log(self, name: str, data: float, step: int) -> None:
-        """Write one number."""
-        self._start().log(name, data, step)
+        """Write one number.
+
+        Raises:
+            OutputError: The disk is full, or the folder cannot be written to.
+        """
+        self._write(f"Step {step} | {name}:{data}\n")
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None:
-        """Write the numbers of one step on one line."""
-        self._start().log_dict(payload, step)
+        """Write the numbers of one step on one line.
+
+        Raises:
+            OutputError: The disk is full, or the folder cannot be written to.
+        """
+        numbers = "".join(f"{name}:{data} " for name, data in payload.items())
+        self._write(f"Step {step} | {numbers}\n")
 
     def close(self) -> None:
-        """Close the file if one was opened."""
-        if self._logger is not None:
-            self._logger.close()
+        """Do nothing: no file stays open."""
 
-    def _start(self) -> Any:
-        if self._logger is None:
-            self._logger = TorchtuneDiskLogger(f"{self._output_dir}/logs")
-            self._logger.log_config(self._config)
-        return self._logger
+    def _write(self, line: str) -> None:
+        folder = Path(f"{self._output_dir}/logs")
+        try:
+            if self._file is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = folder / f"log_{int(time.time())}.txt"
+                print(f"Writing logs to {self._file}")
+                if self._config is not None:
+                    save_config(self._config)
+            append_whole(self._file, line.encode())
+        except OSError as error:
+            raise OutputError(
+                f"{folder} could not be written to: {error.strerror or error}. Free space or make "
+                "it writable, then resume from the last checkpoint."
+            ) from error

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 
 import pytest
 from phi3_plugin.recipes import phi3_evaluate as recipe
@@ -150,6 +151,28 @@ def test_an_earlier_evaluation_stays(evaluate, cwd):
         evaluate("max_samples=2", "answers=False")
     assert (cwd / "eval" / "results.json").read_bytes() == before
     assert evaluate("max_samples=2", "answers=False", "overwrite=True")[1]["samples"] == 2
+
+
+def test_table_and_answers_are_there_whatever_fails(evaluate, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for cause in (OutputError("No space left on device"), RuntimeError()):
+
+        def fail(*_, cause=cause):
+            raise cause
+
+        monkeypatch.setattr(recipe, "write_files", fail)
+        with pytest.raises(type(cause)):
+            evaluate("max_samples=2", "answers=False", "overwrite=True")
+        out, error = capsys.readouterr()
+        assert out.startswith("Evaluation: 2 samples")
+        (file,) = tmp_path.glob("phi3_evaluate-*-samples.jsonl")
+        assert f"The answers are kept in {file}." in error
+        assert len(file.read_text().splitlines()) == 2
+        file.unlink()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError):
+        evaluate("max_samples=2", "answers=False", "overwrite=True")
+    assert '"prompt"' in capsys.readouterr().out
 
 
 def test_an_adapter_that_cannot_be_used_is_told_first(evaluate, cwd, trained, monkeypatch):

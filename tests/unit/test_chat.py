@@ -1,6 +1,7 @@
 """What the model is asked in a conversation, its commands, and what ends no conversation."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,21 @@ def test_save_adds_a_row_that_the_trainer_reads(chat_with, tmp_path, monkeypatch
     first, second = map(json.loads, Path("chats.jsonl").read_text().splitlines())
     assert first == {"messages": []} and second["messages"][0]["role"] == "system"
     assert len(chat_dataset(phi3_tokenizer(inputs / "base"), "new.jsonl")) == 1
+
+
+def test_save_on_a_full_disk_leaves_no_half_line(chat_with, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("{}\n")
+    chat = chat_with("one")
+    chat.take("two")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        chat.take(f"/save {file}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "chats.jsonl cannot be written: File too large" in capsys.readouterr().err
+    assert file.read_text() == "{}\n"
 
 
 def test_unknown_commands_are_told(chat_with, capsys):

@@ -1,5 +1,6 @@
 """The checkpoints of a run: whole or absent, hashed, and never the wrong one."""
 
+import copy
 import json
 import threading
 from pathlib import Path
@@ -45,7 +46,7 @@ def two(tmp_path):
 
 def test_state_comes_back_with_its_step(tmp_path):
     folder = save(tmp_path / "out", run.step_name(7), 7)
-    state = run.load_state(folder)
+    state = run.load_state(folder, {"step": int, "optimizer": {"w": torch.Tensor}})
     assert folder.name == "step_000007"
     assert state["step"] == 7
     assert torch.equal(state["optimizer"]["w"], STATE["optimizer"]["w"])
@@ -252,7 +253,7 @@ def test_a_state_that_would_run_code_is_refused(two):
     state = two / "step_000002" / "resume" / "state.pt"
     torch.save({"step": 2, "optimizer": Trap()}, state)
     with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
-        run.load_state(two / "step_000002")
+        run.load_state(two / "step_000002", {})
     assert not (two / "sprung").exists()
 
 
@@ -327,3 +328,54 @@ def test_what_could_not_be_written_stops_the_run_at_the_next_save(tmp_path, save
         saver.save("step_000002", 2, Writer(), {})
     assert list(tmp_path.iterdir()) == told == []
     saver.wait()  # said once
+
+
+WHOLE = {
+    "step": 1,
+    "optimizer": {"kind": "AdamW", "state": {}},
+    "random": [],
+    "train": {"step": 1, "best": 0.5, "stale": 0, "validated": 0},
+    "data": {},
+    "held_out": None,
+    "base_hash": "",
+    "settings": {"model": {}},
+}
+
+
+def put(state, path, value=...):
+    *first, last = path.split(".")
+    for key in first:
+        state = state[key]
+    if value is ...:
+        del state[last]
+    else:
+        state[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        *((key, ..., f"{key}: is missing") for key in WHOLE),
+        ("train.step", ..., "train.step: is missing"),
+        ("train.step", "3", "train.step: is a str, expected int"),
+        ("settings.model", 3, "settings.model: is a int, expected dict"),
+        ("optimizer", torch.ones(1), "optimizer: is a Tensor, expected dict"),
+        ("random", None, "random: is a NoneType, expected list"),
+    ],
+)
+def test_a_state_without_a_key_or_of_another_kind_is_one_error(tmp_path, path, value, problem):
+    state = copy.deepcopy(WHOLE)
+    put(state, path, value)
+    (tmp_path / "resume").mkdir()
+    torch.save(state, tmp_path / run.STATE)
+    with pytest.raises(CheckpointError, match=rf"state\.pt is no state of a run:\n  {problem}\n"):
+        run.load_state(tmp_path, run.RUN_STATE)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("y"), RuntimeError("z")])
+def test_what_fails_while_a_state_is_taken_names_the_file(tmp_path, error):
+    named = pytest.raises(CheckpointError, match=rf"state\.pt is no state .*{type(error).__name__}")
+    with named, run.going_on(tmp_path):
+        raise error
+    with pytest.raises(type(error)), run.going_on(None):
+        raise error

@@ -834,3 +834,23 @@ def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.delenv(module.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert module.default_folder() == tmp_path / "phi3_plugin"
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "trained.bin"])
+def test_a_cache_whose_bytes_changed_is_written_again(tokenizer, pairs, tmp_path, name, caplog):
+    cache = tmp_path / "kept"
+    whole = [tensors(row) for row in chat_dataset(tokenizer, pairs, cache_dir=cache)]
+    (file,) = cache.glob(f"*/{name}")
+    data = bytearray(file.read_bytes())
+    data[8] ^= 1  # as long as before
+    file.write_bytes(data)
+    again = chat_dataset(tokenizer, pairs, cache_dir=cache)
+    assert [tensors(row) for row in again] == whole
+    assert "has changed since it was written" in caplog.text
+    caplog.clear()
+    assert len(chat_dataset(tokenizer, pairs, cache_dir=cache)) == len(whole)
+    assert "has changed" not in caplog.text
+
+
+def tensors(row):
+    return {key: np.asarray(value).tolist() for key, value in row.items()}

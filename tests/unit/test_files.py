@@ -2,13 +2,16 @@
 
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
 from phi3_plugin.checkpoint import files as module
 from phi3_plugin.checkpoint.files import (
+    append_whole,
     check_output,
     restore,
     save_tensors,
@@ -234,3 +237,33 @@ def test_equal_tensors_become_equal_bytes(tmp_path):
     with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", **metadata}
         assert all(torch.equal(file.get_tensor(name), value) for name, value in values.items())
+
+
+@contextmanager
+def full_disk(most):
+    """No file may grow beyond so many bytes, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.jsonl"
+    append_whole(file, b"one\n")
+    with full_disk(10), pytest.raises(OSError, match="File too large"):
+        append_whole(file, b"two, which is too long\n")
+    assert file.read_bytes() == b"one\n"
+    append_whole(file, b"two\n")
+    assert file.read_bytes() == b"one\ntwo\n"
+    with pytest.raises(OSError, match="No space left"):
+        append_whole(Path("/dev/full"), b"one\n")
+
+
+def test_numbers_that_numpy_cannot_write_say_that_the_disk_is_full(tmp_path):
+    refused = pytest.raises(OutputError, match="could not be written: the disk is full")
+    with refused, whole_files(tmp_path / "a.gguf") as (partial,), full_disk(4096):
+        np.zeros(10_000).tofile(partial)
+    assert list(tmp_path.iterdir()) == []

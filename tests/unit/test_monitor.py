@@ -340,3 +340,20 @@ def test_a_perplexity_beyond_all_numbers_is_null_in_the_file(tmp_path, capsys):
         {"step": 2, "answers": ["Yes."]},
     ]
     assert capsys.readouterr().err == "step 2/4  validation loss 1000.0000  perplexity inf\n"
+
+
+def test_lines_that_are_lost_are_counted(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)]
+
+    def lost(*kept):
+        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return History(file, 4).lost_steps()
+
+    assert lost(*lines) == lost(*lines, {"step": 5, "loss": 1.0}) == 0
+    assert lost(*lines[:2]) == lost(lines[0], lines[3], {"step": 4, "event": "saved"}) == 2
+    assert lost({"step": 2, "event": "resumed"}, *lines[2:]) == 0  # of another folder's run
+    file.unlink()
+    assert History(file, 4).lost_steps() == 4
+    assert History(file, 4).is_beside(tmp_path / "step_000004")
+    assert not History(file, 4).is_beside(tmp_path / "other" / "step_000004")

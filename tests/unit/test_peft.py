@@ -5,9 +5,10 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
-from phi3_plugin.checkpoint.peft import WEIGHTS, load_note
+from phi3_plugin.checkpoint.peft import WEIGHTS, load_note, model_card
 from phi3_plugin.checkpoint.peft_config import read_peft_config
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
@@ -69,3 +70,14 @@ def test_many_patterns_take_little_time(tmp_path):
     for layer in range(100):
         assert read.scale(f"model.layers.{layer}.self_attn.o_proj") == 3.0
     assert time.perf_counter() - start < 10  # a minute where each is compiled anew
+
+
+@pytest.mark.parametrize("base", ["a/b", "@home: #1", "yes", "1e3", "a\nb: [", "x" * 300, "- é"])
+def test_the_front_matter_is_yaml_whatever_the_base_is_called(base):
+    config = {"base_model_name_or_path": base, "use_dora": False, "target_modules": ["o_proj"]}
+    card = model_card({**config, "r": 4, "lora_alpha": 8, "lora_dropout": 0.0}, {})
+    _, matter, text = card.split("---\n", 2)
+    facts = yaml.safe_load(matter)
+    assert facts["base_model"] == base
+    assert facts["tags"] == ["lora", "phi3", "torchtune"]
+    assert text.startswith(f"\n# LoRA adapter for {' '.join(base.split())}\n")

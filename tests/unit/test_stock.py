@@ -380,5 +380,20 @@ def test_steps_and_settings_are_written(tmp_path):
     assert "seed: 3" in (tmp_path / "torchtune_config.yaml").read_text()
 
 
+def test_a_log_on_a_full_disk_is_one_error_and_no_half_line(tmp_path, monkeypatch):
+    logger = DiskLogger(tmp_path)
+    logger.log("loss", 1.5, step=1)
+    (file,) = (tmp_path / "logs").iterdir()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("phi3_plugin.train.stock.append_whole", full)
+    with pytest.raises(OutputError, match="logs could not be written to: No space left on device"):
+        logger.log_dict({"loss": 1.25}, step=2)
+    logger.close()
+    assert file.read_text() == "Step 1 | loss:1.5\n"
+
+
 def test_no_output_folder_is_left_to_the_checkpointer_to_refuse():
     DiskLogger(None).log_config(OmegaConf.create({"output_dir": None}))
