@@ -135,8 +135,7 @@ class Finetune:
             total=self.data.total_steps,
             start=self.state.step,
         )
-        for line in facts_in_words(self.data, self.s):
-            self.monitor.say(line)
+        self.monitor.say(facts_in_words(self.data))
         self.monitor.resumed(self.state.step, self.last, noted(self.differences, self.state.step))
         self.saver = checkpoints.Saver(
             self.s.output_dir,

@@ -62,27 +62,15 @@ FEW_STEPS = 10
 """A run of fewer learns next to nothing."""
 
 
-def facts_in_words(data: RunData, settings: Settings) -> list[str]:
-    """Return what a run is going to do, in one line, and warnings of what can hardly be meant."""
+def facts_in_words(data: RunData) -> str:
+    """Return in one line what a run is going to do."""
     order, steps = data.order, data.total_steps
     epochs = round(steps / order.steps_per_epoch, 2)
     held_out = 0 if data.order_val is None else len(data.order_val.dataset)
-    lines = [
+    return (
         f"samples: {len(order.dataset):,}, and {held_out:,} held out; steps: {steps:,}, of "
         f"{order.per_step:,} samples each; epochs: {epochs:,g}, of {order.steps_per_epoch:,} steps"
-    ]
-    warmup = (settings.lr_scheduler or {}).get("num_warmup_steps") or 0
-    if warmup >= steps:
-        lines.append(
-            f"warning: lr_scheduler.num_warmup_steps: {warmup} is not less than the {steps} steps "
-            "of the run, so that the rate never comes to optimizer.lr. Lower it."
-        )
-    if steps < FEW_STEPS:
-        lines.append(
-            f"warning: only {steps} steps are made. Lower "
-            "gradient_accumulation_steps or batch_size, or raise epochs or max_steps."
-        )
-    return lines
+    )
 
 
 def instantiate(section: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """Parameter groups, learning-rate schedules, and what a checkpoint keeps of an optimizer."""
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +16,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchtune.utils import log_rank_zero
 
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.options import Kind, Seed, is_number, mistakes
+from phi3_plugin.train.data import FEW_STEPS
 from phi3_plugin.train.world import World
+
+logger = logging.getLogger(__name__)
 
 
 def parameter_groups(
@@ -80,6 +85,20 @@ def with_warmup(shape: Callable[[int, int], float]) -> Schedule:
         # Not the last step as well: a run of one step would have a rate of 0
         share = max(0, min(share, num_training_steps - 1))
         warmup = share if num_warmup_steps is None else num_warmup_steps
+        # Here, since torchtune's recipes tell nobody else how many steps they make
+        if warmup >= num_training_steps:
+            message = (
+                f"lr_scheduler.num_warmup_steps: {warmup} is not less than the "
+                f"{num_training_steps} steps of the run, so that the rate never comes to "
+                "optimizer.lr. Lower it."
+            )
+            log_rank_zero(logger, message, logging.WARNING)
+        if num_training_steps < FEW_STEPS:
+            message = (
+                f"The whole run makes {num_training_steps} steps. Lower batch_size or "
+                "gradient_accumulation_steps, or raise epochs."
+            )
+            log_rank_zero(logger, message, logging.WARNING)
 
         def factor(step: int) -> float:
             if step < warmup:

@@ -147,6 +147,18 @@ def test_a_share_above_one_is_refused(schedule):
         schedule(optimizer_of(torch.nn.Parameter(torch.ones(2))), 5, warmup_ratio=20)
 
 
+@ALL
+def test_a_run_that_can_hardly_be_meant_is_warned_of(schedule, caplog):
+    """torchtune's recipes say nothing of it: 40 rows in steps of 16 make two."""
+    optimizer = optimizer_of(torch.nn.Parameter(torch.ones(2)))
+    schedule(optimizer, 10, num_warmup_steps=9)
+    assert caplog.text == ""
+    schedule(optimizer, 2, warmup_ratio=0.1)
+    assert "The whole run makes 2 steps." in caplog.text
+    schedule(optimizer, 10, num_warmup_steps=10)
+    assert "the rate never comes to optimizer.lr" in caplog.text
+
+
 # The state
 
 
