@@ -253,10 +253,18 @@ def model_card(config: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     )
 
 
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+"""A name on the hub, as in microsoft/Phi-3-mini-4k-instruct."""
+
+
 def front_matter(base: str, library: str, tags: Sequence[str]) -> str:
-    """Return what the hub reads of a model card, as YAML."""
-    facts = {
-        "base_model": base,
+    """Return what the hub reads of a model card, as YAML.
+
+    The hub refuses a card, and with it the upload, whose base is no name of a repository: that of
+    a folder on this machine is left out.
+    """
+    facts: dict[str, Any] = {"base_model": base} if REPOSITORY.fullmatch(base) else {}
+    facts |= {
         "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": [*tags],

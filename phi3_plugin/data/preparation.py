@@ -64,6 +64,9 @@ CONVERSATIONS_AT_ONCE = 1024
 CHARACTERS_AT_ONCE = 1_000_000
 """Whichever comes first is encoded at once: enough for all cores, little to hold."""
 
+LONGEST = 4_000_000
+"""Characters of a conversation at most: some million tokens, of which each takes 100 bytes."""
+
 WAITING = 2
 """Batches that are being encoded while the next is rendered."""
 
@@ -174,6 +177,11 @@ class Preparation:
                 continue
             try:
                 rendered = self.render(row.chat)
+                if (size_of_one := len(rendered.text)) > LONGEST:
+                    raise DataError(
+                        f"the conversation has {size_of_one:,} characters, more than {LONGEST:,}, "
+                        "which are several times what any model reads. Split it"
+                    )
             except DataError as error:
                 writer.findings.add(UNUSABLE, row.where, str(error))
                 continue

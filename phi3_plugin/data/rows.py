@@ -372,9 +372,49 @@ def _parquet_rows(file: Path) -> Placed:
         from pyarrow import parquet
 
         with parquet.ParquetFile(file) as table:
-            _check_header(table.schema_arrow.names, file)
+            schema = table.schema_arrow
+            _check_header(schema.names, file)
+            repeated = _repeated_columns(table.metadata, file)
+        # Of those each value is held once, and rows are made of it one by one
+        with parquet.ParquetFile(file, read_dictionary=sorted(repeated)) as table:
             batches = table.iter_batches(batch_size=ROWS_AT_ONCE)
-            yield from _table_rows(batches, table.schema_arrow)
+            if repeated:
+                batches = (b.slice(i, 1) for b in batches for i in range(b.num_rows))
+            yield from _table_rows(batches, schema)
+
+
+LARGE = 8_000_000
+"""Bytes of a column beyond which it is looked at how they are stored."""
+
+DENSE = 100
+"""Times that texts are smaller when stored, at most: they shrink to a half or a tenth."""
+
+LARGEST = 1 << 30
+"""Bytes that a column may take so."""
+
+
+def _repeated_columns(metadata: Any, file: Path) -> set[str]:
+    """Return the columns of a Parquet file that name long texts by number: few bytes for many.
+
+    Raises:
+        DataError: A column is stored in far fewer bytes than any text takes.
+    """
+    repeated = set[str]()
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            size, stored = column.total_uncompressed_size, column.total_compressed_size
+            is_dense = size > DENSE * stored
+            if is_dense and size > LARGEST:
+                raise DataError(
+                    f"dataset.source: {file}: the column {column.path_in_schema} takes {size} "
+                    f"bytes, which are stored in {stored}: that is no text. Write the file again."
+                )
+            if size > LARGE and column.has_dictionary_page and column.physical_type == "BYTE_ARRAY":
+                named = column.data_page_offset - (column.dictionary_page_offset or 0)
+                if is_dense or named > LARGE // 2:
+                    repeated.add(column.path_in_schema)
+    return repeated
 
 
 def _arrow_rows(file: Path) -> Placed:

@@ -854,3 +854,13 @@ def test_a_cache_whose_bytes_changed_is_written_again(tokenizer, pairs, tmp_path
 
 def tensors(row):
     return {key: np.asarray(value).tolist() for key, value in row.items()}
+
+
+def test_a_conversation_beyond_all_lengths_is_a_bad_row(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("phi3_plugin.data.preparation.LONGEST", 1000)
+    rows = [{"question": "q" * length, "answer": "a"} for length in (10, 2000)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the conversation has 2,\d+ characters, more"):
+        chat_dataset(tokenizer, file)
+    assert len(chat_dataset(tokenizer, file, bad_rows="drop")) == 1

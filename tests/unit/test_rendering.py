@@ -86,6 +86,7 @@ COSTLY = [
     "{% macro f() %}{% endmacro %}",
     "{% for m in messages %}{% for n in messages %}{% endfor %}{% endfor %}",
     "{% for m in messages recursive %}{% endfor %}",
+    "{% for i in range(10000000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "{% set x = 'a' + 'b' %}{% set y = x + x %}",
     "{% set loop = '%99d' %}{{ loop.index % 1 }}",
     "{{ messages[0].content.replace('a', 'aaaa') }}",

@@ -497,3 +497,35 @@ def test_a_damaged_value_of_the_type_json(tmp_path):
         good, bad = read(tmp_path / f"{name}.parquet")
         assert good.value == {"x": 1}
         assert "broken JSON in the column 'x'" in str(bad.value)
+
+
+def test_a_small_parquet_file_of_long_repeated_texts_takes_little_memory(tmp_path):
+    text = pa.array(["a" * 20_000_000]).dictionary_encode()
+    file = tmp_path / "a.parquet"
+    table = pa.table({"question": text.take(pa.array([0] * 200)), "answer": ["b"] * 200})
+    pq.write_table(table, file, compression="zstd")
+    assert file.stat().st_size < 10_000
+    del table
+    pa.default_memory_pool().release_unused()
+    before = pa.total_allocated_bytes()
+    seen = 0
+    for row in file_rows(file):
+        assert len(row.value["question"]) == 20_000_000
+        assert pa.total_allocated_bytes() - before < 200_000_000
+        seen += 1
+    assert seen == 200
+
+
+def test_repeated_columns_within_others_are_read_as_before(tmp_path):
+    words = [{"role": "user", "content": "x" * 10_000_000}, {"role": "assistant", "content": "é"}]
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"messages": words}] * 3), file, compression="zstd")
+    assert [row.value for row in file_rows(file)] == [{"messages": words}] * 3
+
+
+def test_a_column_that_is_stored_in_next_to_nothing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("phi3_plugin.data.rows.LARGEST", 1_000_000)
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"question": ["a" * 2_000_000]}), file, compression="zstd")
+    with pytest.raises(DataError, match=r"a\.parquet: the column question takes 2\d+ bytes, which"):
+        list(file_rows(file))

@@ -144,6 +144,7 @@ NESTED = "[" * 10_000 + "]" * 10_000
         ("tokenizer_config.json", '{"eos_token": "<|endoftext|>", "chat_template": [1]}'),
         ("tokenizer_config.json", '{"eos_token": "b", "chat_template": [{"name": []}]}'),
         ("tokenizer_config.json", '{"eos_token": ["<|endoftext|>"]}'),
+        ("tokenizer_config.json", '{"eos_token": "", "unk_token": ""}'),
         ("tokenizer_config.json", '{"eos_token": {"content": {}}}'),
         ("generation_config.json", f'{{"eos_token_id": {NESTED}}}'),
         ("generation_config.json", '{"eos_token_id": NaN}'),
@@ -158,10 +159,11 @@ def test_hostile_json_is_one_error_that_names_the_file(folder, name, text):
         phi3_tokenizer(folder)
 
 
-def test_a_file_that_makes_the_tokenizers_library_panic_is_one_error(folder):
-    charsmap = {"type": "Precompiled", "precompiled_charsmap": ""}
+@pytest.mark.parametrize("charsmap", ["", None])
+def test_a_file_that_makes_the_tokenizers_library_panic_is_one_error(folder, charsmap):
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": charsmap}
     edit_json(folder / "tokenizer.json", normalizer=charsmap)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be used: .*charsmap"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be used: Precompiled"):
         phi3_tokenizer(folder)
 
 
