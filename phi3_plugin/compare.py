@@ -1,5 +1,6 @@
 """The samples of a run beside what transformers makes of the same conversations."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -48,7 +49,12 @@ def compare_with_hf(settings: Settings, data: RunData, samples: Samples) -> Comp
         compared += 1
         ids, labels = arrays(dataset, i)
         ours = ids.tolist(), (labels != IGNORED).tolist()
-        if text := difference(ours, as_trained(hf_tokens(theirs, messages), **choices)):
+        if text := difference(
+            ours,
+            as_trained(
+                hf_tokens(theirs, [*map(_raw, messages)], **_variables(messages)), **choices
+            ),
+        ):
             places.append(f"{samples.places[i]}: {text}")
     return Comparison(compared, len(places), places[:FIRST])
 
@@ -76,7 +82,22 @@ def difference(ours: Marked, theirs: Marked) -> str:
     return ""
 
 
-def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Marked:
+def _raw(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as its row has it, but for what our formats alone read."""
+    raw = {k: v for k, v in message["raw"].items() if k not in ("role", "tools", "tool_calls")}
+    if message["raw"].get("tool_calls") or not isinstance(raw.get("content"), str):
+        raw.pop("content", None)
+    ours = {
+        name: message[name] for name in ("role", "content", "tools", "trained") if name in message
+    }
+    return {**ours, **raw}
+
+
+def _variables(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return dict(json.loads(messages[-1]["variables"] or "{}"))
+
+
+def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any) -> Marked:
     """Return what ``transformers`` makes of a conversation: ids, and which of them are trained on.
 
     What counts is its ``return_assistant_tokens_mask``, where the template has ``{% generation %}``
@@ -88,20 +109,21 @@ def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Marked:
     Args:
         tokenizer: As transformers loads it.
         messages: With ``role`` and ``content``; ``trained`` where they are to count.
+        **variables: What else the template is given, such as ``documents``.
     """
     plain = [{k: v for k, v in message.items() if k != "trained"} for message in messages]
-    text = tokenizer.apply_chat_template(plain, tokenize=False)
+    text = tokenizer.apply_chat_template(plain, tokenize=False, **variables)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
     ends = re.compile(rf"\s*({'|'.join(map(re.escape, added))})")
-    blocks = _generated(tokenizer, plain)
+    blocks = _generated(tokenizer, plain, **variables)
     spans = set[tuple[int, int]]()
     for i in (i for i, message in enumerate(messages) if message.get("trained")):
-        for first, last in _spoken(tokenizer, plain, i, text):
+        for first, last in _spoken(tokenizer, plain, i, text, **variables):
             end = ends.match(text, last)
             around = [block for block in blocks if block[0] <= first and last <= block[1]]
             spans.update(around or [(first, end.end() if end else last)])
-    ids = list(tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False))
+    ids = list(tokenizer.apply_chat_template(plain, return_dict=False, **variables))
     is_added = set(tokenizer.added_tokens_decoder)
     trained = [
         any(
@@ -113,7 +135,9 @@ def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Marked:
     return ids, trained
 
 
-def _generated(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+def _generated(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any
+) -> list[tuple[int, int]]:
     """Return [start, end) of what the template puts in ``{% generation %}``, in the text."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -122,12 +146,13 @@ def _generated(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[tu
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
+        **variables,
     )
     return list(rendered[1][0])
 
 
 def _spoken(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], i: int, text: str
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], i: int, text: str, **variables: Any
 ) -> Iterator[tuple[int, int]]:
     """Yield where a message's texts stand in the rendered text; nothing for one left out."""
     mark = "Qz"
@@ -135,7 +160,7 @@ def _spoken(
         mark += "z"
     for field in {"content", "tools"} & messages[i].keys():
         changed = [*messages[:i], {**messages[i], field: mark}, *messages[i + 1 :]]
-        rendered = tokenizer.apply_chat_template(changed, tokenize=False)
+        rendered = tokenizer.apply_chat_template(changed, tokenize=False, **variables)
         before, spoken, after = rendered.partition(mark)
         first, last = len(before), len(text) - len(after)
         if spoken and first <= last and text.startswith(before) and text.endswith(after):

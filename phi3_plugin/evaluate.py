@@ -144,7 +144,12 @@ def question_of(messages: Messages, tokenizer: Any) -> Question:
     if not answers or answers[-1] == 0:
         raise DataError(NO_ANSWER)
     before = messages[: answers[-1]]
-    turns = [make_turn(m["role"], m["content"], tools=m.get("tools")) for m in before]
+    turns = [
+        make_turn(m["role"], m["content"], tools=m.get("tools"))._replace(
+            fields=m.get("fields", ""), variables=m.get("variables", "")
+        )
+        for m in before
+    ]
     rendered = tokenizer.render(turns, add_generation_prompt=True)
     (tokens,) = tokenizer.encode_chats([rendered]).split()
     return tokens.ids.tolist(), rendered.text, messages[answers[-1]]["content"]

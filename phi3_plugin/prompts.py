@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from phi3_plugin.data.formats import MessageList, Turn, kind, make_turn, with_system_prompt
+from phi3_plugin.data.formats import MessageList, Reads, Turn, kind, make_turn, with_system_prompt
 from phi3_plugin.data.rows import lines
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
@@ -224,7 +224,7 @@ def _turns(row: Any, o: PromptOptions) -> list[Turn]:
     elif o.raw:
         raise DataError(f"{key} is {kind(value)}; without a chat template, prompt is a text")
     else:
-        turns = MessageList(key, "role").read(row)
+        turns = MessageList(key, "role", reads=Reads(None)).read(row)
         if turns[-1].role == "assistant":  # a reference, with which the answer is compared
             turns = turns[:-1]
         if not any(turn.content.strip() for turn in turns if turn.role != "system"):

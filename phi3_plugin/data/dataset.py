@@ -261,7 +261,9 @@ def messages_of_rows(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield where each row stands, and its messages: role, content, tools and whether trained.
 
-    Rows that give no sample, and those that are a text already, are passed over.
+    ``fields`` and ``variables`` are those of `Turn`, and ``raw`` is the message as it is in the
+    row, where the row has one. Rows that give no sample, and those that are a text already, are
+    passed over.
 
     Args:
         tokenizer: Of the checkpoint.
@@ -277,8 +279,20 @@ def messages_of_rows(
         except DataError:  # there is nothing to train on
             continue
         messages = []
-        for turn in turns:
+        raws = raw_messages(row.raw, len(turns))
+        for turn, raw in zip(turns, raws, strict=True):
             tools = {} if turn.tools is None else {"tools": turn.tools}
             message = {"role": turn.role, "content": turn.content, **tools}
-            messages.append({**message, "trained": turn.trained})
+            beside = {"fields": turn.fields, "variables": turn.variables, "raw": raw}
+            messages.append({**message, "trained": turn.trained, **beside})
         yield row.where, messages
+
+
+def raw_messages(row: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Return the messages of a row as they are, for each of its turns; {} for what is none."""
+    for listed in row.values():
+        if not isinstance(listed, list) or not 0 < len(listed) <= count:
+            continue
+        if all(isinstance(message, dict) and "role" in message for message in listed):
+            return [*([{}] * (count - len(listed))), *listed]
+    return [dict[str, Any]()] * count

@@ -35,6 +35,10 @@ class Turn(NamedTuple):
     """What the row itself asks for, by ``weight`` or ``train``; None where it does not say."""
     stands_in: bool = False
     """Whether the row has no such message: a system message that is there for the tools alone."""
+    fields: str = ""
+    """Other fields of the message that the chat template reads (``name``, …), a JSON object."""
+    variables: str = ""
+    """What else of the row it reads (``documents``, …), a JSON object; every turn has the same."""
 
 
 class Written(NamedTuple):
@@ -86,6 +90,53 @@ def _text(name: str, value: object) -> str:
     if not value.isascii() and SURROGATE.search(value):
         raise DataError(f"{name} is not valid Unicode: it has half a surrogate pair")
     return value
+
+
+class Reads(NamedTuple):
+    """What a chat template reads beside role, content and tools of the messages."""
+
+    fields: frozenset[str] | None = frozenset()
+    """Of a message; None is every one."""
+    variables: frozenset[str] = frozenset()
+    """Of the row, under the same names."""
+
+    def __bool__(self) -> bool:
+        """Whether it reads anything."""
+        return self != READS_NOTHING
+
+    def of_message(self, message: Mapping[str, Any]) -> str:
+        """Return the fields of a message that are read, as `Turn` holds them."""
+        names = [
+            name
+            for name in message
+            if name not in MESSAGE_FIELDS and (self.fields is None or name in self.fields)
+        ]
+        return _as_json("a message", {name: message[name] for name in names}) if names else ""
+
+    def without(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the row but for what reaches the template as it is."""
+        if not self.variables:
+            return row
+        return {name: row[name] for name in row if name not in self.variables}
+
+    def of_row(self, turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
+        """Give the turns what is read of the row."""
+        names = [name for name in self.variables if row.get(name)]
+        if not names:
+            return list(turns)
+        values = {name: row[name] for name in names}
+        if isinstance(tools := values.get("tools"), str):
+            values["tools"] = _from_json("tools", tools)
+        variables = _as_json("a row", values)
+        return [turn._replace(variables=variables) for turn in turns]
+
+
+READS_NOTHING = Reads()
+
+MESSAGE_FIELDS = frozenset(
+    ("role", "content", "from", "value", "tools", "tool_calls", "weight", "train")
+)
+"""What is read of a message for itself."""
 
 
 class Format(Protocol):
@@ -254,7 +305,9 @@ def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
     system = turns[first]
     if system.tools:
         raise DataError("there is a column 'tools' and a system message that has tools")
-    turns[first] = system._replace(tools=_text("tools", _tools_text(tools)))
+    turns[first] = system._replace(
+        tools=_text(f"tools of the {system.role} message", _tools_text(tools))
+    )
     return turns
 
 
@@ -262,7 +315,8 @@ def with_system_prompt(turns: Sequence[Turn], prompt: str) -> list[Turn]:
     """Put a system message in front of a conversation that has none of its own."""
     system = [turn for turn in turns if turn.role == "system"]
     if not system:
-        return [make_turn("system", prompt), *turns]
+        variables = turns[-1].variables if turns else ""
+        return [make_turn("system", prompt)._replace(variables=variables), *turns]
     return [
         turn._replace(content=prompt, stands_in=False) if turn.stands_in else turn for turn in turns
     ]
@@ -512,7 +566,7 @@ UNREAD_FIELDS = {
 """Fields of a message that change what is learned and that nothing here reads; what to write.
 
 All others (``id``, ``name``, ``tool_call_id``, ``timestamp``, …) say nothing that a template of
-the family writes, and are passed over.
+the family writes; they reach a template that reads them.
 """
 
 
@@ -531,6 +585,8 @@ class MessageList:
     """What names of roles mean that nobody else knows, or that mean something else here."""
     names: Mapping[str, str] | None = field(default=None, hash=False)
     """What to read beside the list, by the part that it is: the user said so."""
+    reads: Reads = READS_NOTHING
+    """What the chat template reads of a message and of the row."""
     precedence: ClassVar[int] = 0
 
     def fits(self, row: Mapping[str, Any]) -> bool:
@@ -541,7 +597,7 @@ class MessageList:
         """Read the listed messages, and the system message and the tools beside them."""
         turns = self.listed(column(row, self.column), self.column)
         if self.names is None:
-            return with_columns_beside(turns, row)
+            return with_columns_beside(turns, self.reads.without(row))
         return with_columns_beside(
             turns, {part: column(row, name) for part, name in self.names.items()}
         )
@@ -601,7 +657,9 @@ class MessageList:
                 advice = f"write it as {UNREAD_FIELDS[name]}"
                 raise DataError(f"a message has {name}, which nothing reads; {advice}")
         tools = _tools_text(message.get("tools"))
-        return make_turn(role, content, tools=tools, wanted=_train_flag(message))
+        turn = make_turn(role, content, tools=tools, wanted=_train_flag(message))
+        fields = self.reads.of_message(message)
+        return turn._replace(fields=fields) if fields else turn
 
     def _role(self, speaker: Any, mapped: bool) -> str:
         if not isinstance(speaker, str):
@@ -989,6 +1047,7 @@ def pick_format(
     tool_calls: str | None = None,
     roles: Mapping[str, str] | None = None,
     prompt: str | None = None,
+    reads: Reads = READS_NOTHING,
 ) -> Format:
     """Choose how rows are read.
 
@@ -1003,6 +1062,7 @@ def pick_format(
         tool_calls: How calls of tools are written, with {} for them; None refuses them.
         roles: Names of roles, and what they mean.
         prompt: What the user says, with columns in braces.
+        reads: What the chat template reads beside.
 
     Raises:
         DataError: No format fits the rows, or several do.
@@ -1020,15 +1080,18 @@ def pick_format(
         if name and not any(map(format.fits, rows)) and _has_capitals(rows):
             format = AnyCase(format)
     if isinstance(format, AnyCase):
-        return AnyCase(_with_options(format.format, tool_calls, roles))
-    return _with_options(format, tool_calls, roles)
+        return AnyCase(_with_options(format.format, tool_calls, roles, reads))
+    return _with_options(format, tool_calls, roles, reads)
 
 
 def _with_options(
-    format: Format, tool_calls: str | None, roles: Mapping[str, str] | None
+    format: Format,
+    tool_calls: str | None,
+    roles: Mapping[str, str] | None,
+    reads: Reads,
 ) -> Format:
-    if isinstance(format, MessageList) and (tool_calls is not None or roles):
-        return replace(format, tool_calls=tool_calls, roles=roles or {})
+    if isinstance(format, MessageList) and (tool_calls is not None or roles or reads):
+        return replace(format, tool_calls=tool_calls, roles=roles or {}, reads=reads)
     return format
 
 

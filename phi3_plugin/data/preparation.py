@@ -40,6 +40,7 @@ from phi3_plugin.data.formats import (
     USUAL_ROLES,
     Chat,
     Format,
+    Reads,
     Turn,
     Written,
     advise_roles,
@@ -254,7 +255,8 @@ class Preparation:
             if not first:
                 continue
             readable = [row.value for _, row in first if isinstance(row.value, dict)]
-            format = _format(readable, source, self.options.tool_calls)
+            reads = self.tokenizer.template.reads
+            format = _format(readable, source, self.options.tool_calls, reads)
             shape = f"{source.name}: read as {format}"
             for index, row in chain(first, rows):
                 if isinstance(row.value, DataError):
@@ -262,7 +264,7 @@ class Preparation:
                 else:
                     found = self._conversation(number, index, row.where, row.value, format)
                     if noticed is not None and isinstance(found, ChatRow):
-                        noticed.add_columns(shape, format.unread(row.value))
+                        noticed.add_columns(shape, format.unread(reads.without(row.value)))
                     yield found
 
     def _conversation(
@@ -271,14 +273,17 @@ class Preparation:
         try:
             chat = format.read(row)
             refuse_unwanted(row, format, self.sources[source].filter)
-            format.unread(row)
-            if isinstance(chat, Written):
+            reads = self.tokenizer.template.reads
+            format.unread(reads.without(row))
+            if not isinstance(chat, Written):
+                chat = reads.of_row(chat, row)
+            else:
                 with suppress(DataError):  # where it matters, it is said when it is rendered
                     chat = self.tokenizer.template.find_answers(chat)
             group = group_of(row, chat, self.options.group_by)
         except DataError as error:
             return UnusedRow(UNUSABLE, where, str(error))
-        return ChatRow(where, source, index, group, chat)
+        return ChatRow(where, source, index, group, chat, row)
 
     # What is trained on
 
@@ -429,9 +434,11 @@ def _unused(where: str, problem: DataError) -> UnusedRow:
     return UnusedRow(kind, where, str(problem))
 
 
-def _format(first: Sequence[dict[str, Any]], source: Source, tool_calls: str | None) -> Format:
+def _format(
+    first: Sequence[dict[str, Any]], source: Source, tool_calls: str | None, reads: Reads
+) -> Format:
     """Return how the rows of a source are read, judged by the first, at least one."""
-    options: dict[str, Any] = {"tool_calls": tool_calls, "roles": source.roles}
+    options: dict[str, Any] = {"tool_calls": tool_calls, "roles": source.roles, "reads": reads}
     try:
         return pick_format(source.format, source.columns, first, prompt=source.prompt, **options)
     except DataError as error:

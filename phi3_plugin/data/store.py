@@ -46,6 +46,8 @@ class ChatRow(NamedTuple):
     group: int
     """Rows of one group stay together; uint64."""
     chat: Chat
+    raw: Mapping[str, Any]
+    """What the row holds."""
 
 
 SAMPLE = np.dtype(

@@ -18,6 +18,7 @@ follows, by which the model learns to stop; or all that the template puts in ``{
 around it, no more and no less.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from jinja2 import nodes
+from jinja2.meta import find_undeclared_variables
 
-from phi3_plugin.data.formats import ROLES, Turn, Written, make_turn
+from phi3_plugin.data.formats import ROLES, Reads, Turn, Written, make_turn
 from phi3_plugin.data.rendering import BOUNDS, NOW, RenderingError, environment, is_cheap, render
 from phi3_plugin.errors import DataError, TokenizerError
 
@@ -124,7 +126,9 @@ class ChatTemplate:
         """
         if not turns:
             raise DataError("the conversation is empty, expected at least one message")
-        layout = _layout(self, shape_of(turns), add_generation_prompt)
+        # What a row brings along, such as documents, is its own and may be long
+        lay_out = _layout.__wrapped__ if turns[-1].variables else _layout
+        layout = lay_out(self, shape_of(turns), add_generation_prompt)
         pieces = [part.fill(turns) if isinstance(part, Slot) else part for part in layout.parts]
         rendered = Rendered(pieces, turns, layout.dropped)
         if layout.holds:
@@ -147,15 +151,20 @@ class ChatTemplate:
             DataError: The template fails, or does not come to an end.
         """
         messages = [
-            {"role": turn.role, "content": turn.content}
-            if turn.tools is None
-            else {"role": turn.role, "content": turn.content, "tools": turn.tools}
+            {
+                "role": turn.role,
+                "content": turn.content,
+                **({} if turn.tools is None else {"tools": turn.tools}),
+                **json.loads(turn.fields or "{}"),
+            }
             for turn in turns
         ]
+        of_row = next((turn.variables for turn in turns if turn.variables), "{}")
         variables = {
             "messages": messages,
             "tools": None,
             "documents": None,
+            **json.loads(of_row),
             "add_generation_prompt": add_generation_prompt,
             **(dict(zip(BOUNDS, (OPEN, CLOSE), strict=True)) if bounds else {}),
             **self.special_tokens,
@@ -230,6 +239,20 @@ class ChatTemplate:
         # All published templates are cheap, and no syntax of those that are is deep
         return is_cheap(self.source) and WritesOnly().allows(environment().parse(self.source))
 
+    @cached_property
+    def reads(self) -> Reads:
+        """What it may read beside role, content and tools of a message."""
+        tree = environment().parse(self.source)
+        names = {node.attr for node in tree.find_all(nodes.Getattr)}
+        texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        known = {"messages", "add_generation_prompt", *self.special_tokens, *BOUNDS}
+        variables = find_undeclared_variables(tree) - environment().globals.keys() - known
+        whole = (node.name in WHOLE and _is_name(node.node) for node in tree.find_all(nodes.Filter))
+        fields = None if names & {"items", "values"} or any(whole) else frozenset(names | texts)
+        if "tools" in names | texts:  # of the system message, where we put them
+            variables -= {"tools"}
+        return Reads(fields, frozenset(variables))
+
     # What the template shows of itself when it renders a question and an answer
 
     @cached_property
@@ -273,6 +296,14 @@ class ChatTemplate:
         """The added tokens that a turn begins with."""
         roles = [token for token in self.added if any(role in token for role in ROLES)]
         return token_pattern([*roles, *self.tokens.findall(self._header)[:1]])
+
+
+WHOLE = ("tojson", "items", "dictsort", "string", "list", "pprint")
+"""Filters that show all that a message has."""
+
+
+def _is_name(node: nodes.Node | None) -> bool:
+    return isinstance(node, nodes.Name)
 
 
 # The layout of a shape of conversation
@@ -332,9 +363,22 @@ class Layout(NamedTuple):
 
 
 def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """Return the conversation with ``x`` for every text, and blank ones at most a space long."""
+    """Return the conversation with ``x`` for every text, and blank ones at most a space long.
+
+    What else the template reads stays: it may write that, or decide by it.
+    """
     return tuple(
-        [Turn(t.role, _outline(t.content), t.trained, t.tools and _outline(t.tools)) for t in turns]
+        [
+            Turn(
+                turn.role,
+                _outline(turn.content),
+                turn.trained,
+                turn.tools and _outline(turn.tools),
+                fields=turn.fields,
+                variables=turn.variables,
+            )
+            for turn in turns
+        ]
     )
 
 
@@ -522,9 +566,10 @@ class WritesOnly:
 
         {{ '<|user|>' + message['content'] + '<|end|>' }}    {% if message['content'] %}
 
-    Messages are reached through ``messages``, by an index or a loop, and of a message the role may
-    be used for anything: it is a part of the shape. All that is not known here is not allowed, as
-    ``message['content'] | length``, a variable or a macro that is given a text, or a whole message.
+    Messages are reached through ``messages``, by an index or a loop, and of a message the role and
+    other fields may be used for anything: they are a part of the shape. All that is not known here
+    is not allowed, as ``message['content'] | length``, a variable or a macro that is given a text,
+    or a whole message.
     """
 
     def __init__(self) -> None:
@@ -582,7 +627,7 @@ class WritesOnly:
     def _is_textless(self, node: nodes.Node) -> bool:
         """Whether a value depends on the shape of the conversation alone."""
         if (field := self._field(node)) is not None:
-            return field == "role"
+            return field not in ("content", "tools")
         match node:
             case nodes.Name():
                 return node.name not in {"messages", "loop", *self._loops}

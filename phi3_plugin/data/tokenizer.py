@@ -204,6 +204,13 @@ class Phi3Tokenizer:
                 is "warn", leaves a message out.
             TokenizerError: The chat template cannot be followed.
         """
+        if self._disguise is not None:
+            beside = "".join([turn.fields + turn.variables for turn in turns])
+            if token := self.template.tokens.search(beside):
+                raise DataError(
+                    f"a field beside the content holds {token[0]!r}, which could end a turn; "
+                    "remove it, or set tokenizer.special_in_text to parse"
+                )
         rendered = self.template.render(turns, add_generation_prompt=add_generation_prompt)
         if rendered.dropped and not self._may_drop:
             raise DataError(

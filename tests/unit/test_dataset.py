@@ -351,6 +351,68 @@ def test_system_prompt_of_rows_with_tools(tmp_path, own):
     assert text.startswith(f'<|system|>{prompt}<|tool|>[{{"name": "f"}}]<|/tool|><|end|><|user|>')
 
 
+BESIDE_CONTENT = {
+    "name": (
+        "{% if m.name %}{{ m.name + ': ' }}{% endif %}",
+        {"messages": [message("user", "hi", name="ann"), message("assistant", "b", name="")]},
+        {},
+    ),
+    "compared": (
+        "{% if 'kind' in m and m['kind'] == 'x' %}X{% endif %}",
+        {"messages": [message("user", "hi", kind="x"), message("assistant", "b", kind="y")]},
+        {},
+    ),
+    "all": (
+        "{% for key, value in m.items() if key not in ['role', 'content'] %}{{ key }}={{ value }}"
+        "{% endfor %}",
+        {"messages": [message("user", "hi", id=7), message("assistant", "b")]},
+        {},
+    ),
+    "documents": (
+        "{% if loop.first %}{% for d in documents or [] %}{{ d.text }}{% endfor %}{% endif %}",
+        {"messages": [message("user", "hi"), message("assistant", "b")]},
+        {"documents": [{"title": "t", "text": "é x"}]},
+    ),
+    "tools": (
+        "{% if loop.first and tools %}{{ tools | tojson }}{% endif %}",
+        {"messages": [message("user", "hi"), message("assistant", "b")]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    ),
+    "another": (
+        "{% if loop.first %}{{ style | default('plain') }}{% endif %}",
+        {"messages": [message("user", "hi"), message("assistant", "b")]},
+        {"style": "short"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_CONTENT)
+def test_what_the_template_reads_beside_the_content_reaches_it(tmp_path, name):
+    written, row, variables = BESIDE_CONTENT[name]
+    source = "{% for m in messages %}{{ '<|' + m.role + '|>' }}" + written
+    source += "{{ m.content + '<|end|>' }}{% endfor %}"
+    folder = write_checkpoint(tmp_path / "checkpoint", chat_template=source)
+    file = write_lines(tmp_path / "rows.jsonl", [{**row, **variables}] * 2)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = theirs.apply_chat_template(row["messages"], return_dict=False, **variables)
+    tokenizer = phi3_tokenizer(folder)
+    for sample in chat_dataset(tokenizer, file):
+        assert sample["tokens"] == ids
+        assert said(tokenizer, sample) == "b<|end|>"
+
+
+def test_a_field_cannot_end_a_turn_where_texts_cannot(tmp_path):
+    source = BLOCKS.replace("{{ m.content", "{{ m.name | default('') + m.content")
+    folder = write_checkpoint(tmp_path / "checkpoint", chat_template=source)
+    talk = [message("user", "hi", name="x<|end|>"), message("assistant", "b", name="")]
+    file = write_lines(tmp_path / "rows.jsonl", [{"messages": talk}])
+    with pytest.raises(DataError, match=r"beside the content holds '<\|end\|>'"):
+        chat_dataset(phi3_tokenizer(folder, special_in_text="text"), file)
+
+
+BLOCKS = "{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content + '<|end|>' }}{% endfor %}"
+
+
 def test_no_system_prompt_is_the_default(make):
     assert make(TALK)[0] == make(TALK, system_prompt=None)[0] != make(TALK, system_prompt="")[0]
 

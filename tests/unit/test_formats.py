@@ -409,7 +409,7 @@ def test_broken_calls(calls, says):
         ({"messages": [SYSTEM | {"tools": [{1}]}]}, "tools cannot be written as JSON"),
         ({"messages": [{"from": "alien", "value": "x"}]}, "role 'alien', expected one of: human"),
         ({"messages": [USER], "images": ["x"]}, "there is a 'images' too, .* remove it"),
-        ({"messages": [USER], "tools": 3}, "tools is int, expected a string"),
+        ({"messages": [USER], "tools": 3}, "tools of the system message is int"),
         ({"messages": [USER], "system": 3}, "the system content is int"),
         ({"messages": [SYSTEM | {"tools": "f"}], "tools": "g"}, "a system message that has tools"),
     ],

@@ -15,7 +15,9 @@ from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.data import findings as f
 from phi3_plugin.data.collate import pad_right
 from phi3_plugin.data.dataset import messages_of_rows
+from phi3_plugin.data.formats import Reads
 from phi3_plugin.data.packing import Packs, StockPacks
+from phi3_plugin.data.template import ChatTemplate
 from phi3_plugin.errors import DataError
 from phi3_plugin.inspect import (
     GROUPED,
@@ -631,6 +633,21 @@ def test_system_messages_that_ask_for_it(compared):
     assert compared(*chats, train_on="marked") == Comparison(2, 0, [])
     left_out = [("system", "", True), USER, (*ANSWER, True)]
     assert compared(left_out, template=PHI35, train_on="marked") == Comparison(1, 0, [])
+
+
+@pytest.mark.parametrize("reads", [None, Reads()])
+def test_transformers_is_given_the_row_and_not_what_we_read_of_it(
+    base, tmp_path, monkeypatch, reads
+):
+    shutil.copytree(base, tmp_path / "base")
+    source = MINI.replace("message['content']", "(message.name or '') + message['content']")
+    edit_json(tmp_path / "base" / "tokenizer_config.json", chat_template=source)
+    chat = [message(*USER) | {"name": "one"}, message(*ANSWER)]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}))
+    if reads is not None:
+        monkeypatch.setattr(ChatTemplate, "reads", reads)
+    found = compared_with_hf(strict.read(merged(*TINY, "output_dir=out", cwd=tmp_path)))
+    assert (found.samples, found.differ) == (1, 0 if reads is None else 1)
 
 
 @pytest.mark.parametrize("content", ["", " ", " one  two ", "one one one"])
