@@ -60,7 +60,7 @@ from phi3_plugin.train.resume import (
 )
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
 from phi3_plugin.train.step import train_step, validate
-from phi3_plugin.train.stop import Stop
+from phi3_plugin.train.stop import Stop, at_once
 from phi3_plugin.train.world import World
 
 
@@ -431,10 +431,11 @@ def main(cfg: DictConfig) -> None:
     """Fine-tune Phi-3; see the top of this file."""
     if cfg.get("plan"):
         return print_plan(cfg)
-    recipe = Finetune(cfg)
-    recipe.setup()
-    recipe.train()
-    recipe.finish()
+    with at_once():
+        recipe = Finetune(cfg)
+        recipe.setup()
+        recipe.train()
+        recipe.finish()
 
 
 if __name__ == "__main__":

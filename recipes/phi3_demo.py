@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError, Phi3Error
+from phi3_plugin.lock import FolderLock
 
 from .phi3_demo_checkpoint import build_checkpoint
 
@@ -92,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     hush()
     try:
-        return demo(prepare_output(options.output), options.processes)
+        with prepare_output(options.output):
+            return demo(options.output, options.processes)
     except Phi3Error as error:
         print(f"\nphi3_demo: {error}", file=sys.stderr)
         return 1
@@ -112,18 +114,19 @@ def hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def prepare_output(folder: Path) -> Path:
-    """Return a folder ready to write to, emptied of what an earlier run wrote.
+def prepare_output(folder: Path) -> FolderLock:
+    """Take a folder, emptied of what an earlier run wrote.
 
     Raises:
-        OutputError: The folder holds something else, or cannot be written.
+        OutputError: The folder holds something else, another demo runs in it, or it cannot be
+            written.
     """
     if folder.exists() and not (folder / MADE_BY_DEMO).is_file():
         raise OutputError(
             f"--output: {folder} exists and is not an earlier demo run. Choose a new folder."
         )
+    lock = FolderLock(folder, "--output")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / MADE_BY_DEMO).write_text(
             "The next run of the demo replaces what this one wrote here.\n"
         )
@@ -134,7 +137,7 @@ def prepare_output(folder: Path) -> Path:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"--output: {folder} cannot be written: {error.strerror}.") from error
-    return folder
+    return lock
 
 
 def demo(folder: Path, processes: int) -> int:

@@ -3,8 +3,11 @@
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +22,22 @@ SOON = 0.7
 """Seconds in which Python acts on a signal by itself, unless a library's call holds it up."""
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Leave out the seconds in which Python takes itself apart when a signal has ended the run.
+
+    Within it the process is a command's, and need not outlive the run.
+    """
+    Stop.is_command = True
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != STOPPED:
+            raise
+        sys.stdout.flush()
+        os._exit(STOPPED)
+
+
 class Stop:
     """Why the run is to stop after the step it is at; all processes agree.
 
@@ -26,6 +45,9 @@ class Stop:
     process at once, and says so. In between it waits for the step, and says so too; a second
     SIGINT does not wait.
     """
+
+    is_command = False
+    """Whether the process may be ended where threads that still compute would hold it up."""
 
     def __init__(
         self, world: World, output_dir: Path, *, patience: int | None, max_nonfinite: int
@@ -43,6 +65,7 @@ class Stop:
         self._nonfinite = 0
         self._signal: str | None = None
         self._is_training = False
+        self._is_ending = False
         self._handled = 0  # signals, by the handler
         self.reason: str | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,6 +125,7 @@ class Stop:
         if self._is_training and not (self._signal and number == signal.SIGINT):
             self._wait_for_the_step(number)
             return
+        self._is_ending = True
         self._say_end(number)
         if self._world.size > 1:
             os._exit(STOPPED)  # an orderly end would wait for the other processes
@@ -113,8 +137,9 @@ class Stop:
             number = os.read(heard, 1)[0]
             time.sleep(SOON)
             if self._handled >= count:
-                continue
-            if self._is_training:
+                if self._is_ending and Stop.is_command:
+                    os._exit(STOPPED)
+            elif self._is_training:
                 self._wait_for_the_step(number)
             else:
                 self._say_end(number)

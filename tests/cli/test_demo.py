@@ -20,6 +20,7 @@ from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import CheckpointError
+from phi3_plugin.lock import LOCK
 from phi3_plugin.models import phi3
 from phi3_plugin.proof import load_base_with_hf
 from tests import warm
@@ -74,12 +75,24 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path, capsys):
 
 
 def test_an_earlier_run_is_replaced_and_a_users_file_in_it_is_not(tmp_path):
-    folder = demo.prepare_output(tmp_path / "run")
+    folder = tmp_path / "run"
+    demo.prepare_output(folder).release()
     (folder / "finetuned" / "epoch_0").mkdir(parents=True)
     (folder / "tune.log").write_text("old")
     (folder / "notes.txt").write_text("mine")
-    assert demo.prepare_output(folder) == folder
-    assert {path.name for path in folder.iterdir()} == {demo.MADE_BY_DEMO, "notes.txt"}
+    demo.prepare_output(folder).release()
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    assert names == {demo.MADE_BY_DEMO, "notes.txt"}
+
+
+def test_two_demos_do_not_write_into_one_folder(tmp_path, capsys):
+    with demo.prepare_output(tmp_path / "run"):
+        (tmp_path / "run" / "tune.log").write_text("of the first")
+        second = [sys.executable, "-m", demo.__name__, "--output", tmp_path / "run"]
+        done = subprocess.run(second, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"phi3_demo: --output: another process writes into {tmp_path}/run" in done.stderr
+    assert (tmp_path / "run" / "tune.log").read_text() == "of the first"
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
