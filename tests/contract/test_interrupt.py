@@ -15,6 +15,7 @@ from benchmarks import kills
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.lock import FolderLock
 from phi3_plugin.train import checkpoints as run
+from tests import warm
 from tests.own import RUN, assert_same_end, lines, own_run, same, state, train
 from tests.stock import TUNE
 
@@ -92,20 +93,13 @@ def test_a_signal_before_the_first_step_leaves_nothing_and_the_run_starts_anew(
 def signalled(number, *settings, cwd, processes):
     """Run from the command line, send a signal after the second step, and return how it ended."""
     many = ("--nproc_per_node", str(processes)) if processes > 1 else ()
-    command = [TUNE, "run", *many, "phi3_lora_finetune", "--config", "phi3_mini_lora", *settings]
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = ("tune", "run", *many, "phi3_lora_finetune", "--config", "phi3_mini_lora", *settings)
+    process = warm.begin(*command, cwd=cwd)
     while process.poll() is None and kills.last_step(cwd / "out") < 2:
         time.sleep(0.01)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=120)
-    return process.returncode, said
+    said, error = process.communicate(timeout=120)
+    return process.returncode, error + said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
