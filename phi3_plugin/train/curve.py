@@ -50,12 +50,12 @@ def open_logger(
         shows_settings = run != known  # MLflow refuses parameters that have changed
     elif kind is metric_logging.TensorBoardLogger:
         folder = Path(given["log_dir"])
-        if known and folder in (Path(known), Path(known).parent):
-            logger = kind(**{**given, "log_dir": known, "organize_logs": False})
+        if known and (folder / known).is_dir():
+            logger = kind(**{**given, "log_dir": str(folder / known), "organize_logs": False})
             _purge(logger, resumed_step or 0)
         else:
             logger = kind(**given)
-        run = str(logger.log_dir)
+        run = os.path.relpath(logger.log_dir, folder)  # the run may be moved with its logs
     else:
         logger = kind(**given)
     if shows_settings:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -90,6 +91,7 @@ def test_tensorboard_writes_into_the_same_folder_and_drops_what_is_made_again(
     class SummaryWriter:
         def __init__(self, log_dir, purge_step=None):
             opened.append((log_dir, purge_step))
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
 
         def close(self):
             pass
@@ -104,6 +106,10 @@ def test_tensorboard_writes_into_the_same_folder_and_drops_what_is_made_again(
     (first, _), *_, (last, purged) = opened
     assert first == last and first.startswith(f"{logs}/run_0_")
     assert purged == 5
+    moved = tmp_path / "logs_moved"
+    (tmp_path / "logs").rename(moved)
+    open_it(tmp_path, "TensorBoardLogger", 4, log_dir=str(moved)).close()
+    assert opened[-1] == (first.replace(logs, str(moved)), 5)
     open_it(tmp_path, "TensorBoardLogger", 4, log_dir=str(tmp_path / "other")).close()
     assert opened[-1][0].startswith(f"{tmp_path}/other/run_0_")
 
