@@ -218,6 +218,10 @@ MATERIAL = (
 )
 """Words in the name of a column that holds what a question is about; also in the plural."""
 
+CHOICE = re.compile(r"(op|opt|option|choice|distractor|ending)[_ ]?[a-f1-9]", re.IGNORECASE)
+CHOICE_LETTER = re.compile("[A-F]", re.IGNORECASE)
+"""Names of columns that each hold one of several answers to choose from."""
+
 ASKING = (
     *("prompt", "instruction", "question", "query", "input", "hint", "story", "persona", "problem"),
     *("scenario", "sentence", "sentence1", "sentence2", "body", "title", "description", "task"),
@@ -244,10 +248,14 @@ OF_NOTES = (
 """Last words of the names of columns that only tell about something, such as ``document_id``."""
 
 
+def _is_filled(value: Any) -> bool:
+    return value is False or value == 0 or (bool(value) and value not in NOTHING)
+
+
 def _filled_but(row: Mapping[str, Any], read: Iterable[str]) -> list[str]:
     """Return the filled columns that are not read."""
     read = {*read}
-    return [name for name in row if name not in read and _filled(row, [name])]
+    return [name for name in row if name not in read and _is_filled(row[name])]
 
 
 def _unread(
@@ -255,8 +263,11 @@ def _unread(
 ) -> list[str]:
     """Return the filled columns that are not read, and refuse those of the prompt."""
     names = _filled_but(row, read)
+    letters = [name for name in names if CHOICE_LETTER.fullmatch(name)]
     for name in names:
-        if isinstance(row[name], str | list | dict) and (name in asking or _is_material(name)):
+        is_choice = CHOICE.fullmatch(name) or (len(letters) > 1 and name in letters)
+        is_prompt = name in asking or is_choice or _is_material(name)
+        if is_prompt and isinstance(row[name], str | list | dict):
             raise DataError(
                 f"there is a {_printable(name)!r} too, which looks like a part of the prompt and "
                 f"is not read; {advice}"
@@ -962,10 +973,16 @@ VERDICTS = (
 )
 """Columns that say whether an answer is wanted, as in data for KTO."""
 
-RATINGS = ("rating", "score", "thumbs", "stars", "reward")
+RATINGS = (
+    *("rating", "score", "thumbs", "stars", "reward", "feedback", "quality", "helpfulness"),
+    *("correctness", "overall_score"),
+)
 """Columns that say how good an answer is."""
 
-SAYS_NO = ("false", "no", "0", "-1", "bad", "undesirable", "rejected", "thumbs_down", "down")
+SAYS_NO = (
+    *("false", "no", "0", "-1", "bad", "undesirable", "rejected", "thumbs_down", "down"),
+    *("negative", "dislike", "disliked"),
+)
 
 
 def refuse_unwanted(row: Mapping[str, Any], format: Format, filter: str | None) -> None:
@@ -997,9 +1014,10 @@ def refuse_unwanted(row: Mapping[str, Any], format: Format, filter: str | None) 
                 f'out, as with dataset.filter="{test}"'
             )
         if plain in RATINGS and not is_named and _is_rating(value):
+            test = "ne" if isinstance(value, str) else "ge"
             raise DataError(
                 f"there is a {name!r}, and nothing says which answers are good enough to be "
-                f'learned; set dataset.filter, as in "{name} is ge({short_repr(value)})", or '
+                f'learned; set dataset.filter, as in "{name} is {test}({short_repr(value)})", or '
                 f'"{name} is defined" for all'
             )
 

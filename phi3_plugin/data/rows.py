@@ -300,6 +300,8 @@ LONGEST_CELL = 2**31 - 1
 SEPARATORS = (";", "\t", "|")
 """What some programs put between cells instead of commas."""
 
+SEPARATOR_TOLD = re.compile(r"sep=(.)\r?\n?", re.IGNORECASE)
+
 LOOSE = frozenset({"tools", "tool_calls", "arguments"})
 """Fields within which each row has keys of its own."""
 
@@ -307,8 +309,10 @@ LOOSE = frozenset({"tools", "tool_calls", "arguments"})
 def _csv_rows(file: Path) -> Placed:
     """Yield the line that each row starts in, and the row, unless it is blank."""
     with _opened(file, newline="") as stream:
-        separator = _separator(stream)
+        separator, is_told = _separator(stream)
     with _opened(file, newline="") as stream:
+        if is_told:
+            stream.readline()
         rows = _csv_cells(stream, file, separator)
         _, header = next(rows, (1, []))
         _check_header(header, file)
@@ -323,15 +327,21 @@ def _csv_rows(file: Path) -> Placed:
             yield f":{line}", row
 
 
-def _separator(stream: IO[str]) -> str:
-    """Return what stands between the names of a header: a comma, unless there is none."""
+def _separator(stream: IO[str]) -> tuple[str, bool]:
+    """Return what stands between the names of a header, and whether a first line tells it.
+
+    A comma, unless there is none in the header; Excel writes ``sep=;``.
+    """
+    first = stream.readline()
+    if told := SEPARATOR_TOLD.fullmatch(first):
+        return told.group(1), True
     try:
-        header = next(filter(None, csv.reader(stream)), [])
+        header = next(filter(None, csv.reader(chain([first], stream))), [])
     except csv.Error:  # said where it is read
-        return ","
+        return ",", False
     if len(header) != 1:
-        return ","
-    return max((",", *SEPARATORS), key=header[0].count)
+        return ",", False
+    return max((",", *SEPARATORS), key=header[0].count), False
 
 
 def _csv_cells(stream: IO[str], file: Path, separator: str) -> Iterator[tuple[int, list[str]]]:

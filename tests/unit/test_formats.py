@@ -622,6 +622,14 @@ def test_columns_beside_messages_may_be_told():
     assert turns[0].tools == TOOLS_TEXT
 
 
+@pytest.mark.parametrize("names", [("A", "B"), ("opa", "opb"), ("option1", "option2")])
+def test_choices_in_columns_of_their_own(names):
+    row = ROWS["question_answer"] | dict.fromkeys(names, "x")
+    refused(f"there is a '{names[0]}' too", FORMATS["question_answer"].unread, row)
+    row = ROWS["question_answer"] | {"A": "a single letter is no choice", "n": 0}
+    assert FORMATS["question_answer"].unread(row) == ["id", "A", "n"]
+
+
 def test_what_is_not_read_is_told():
     row = ROWS["question_answer"] | {"source": "x", "score": 3, "blank": "", "document_id": "d"}
     assert pick_format(None, None, [row]).unread(row) == ["id", "source", "score", "document_id"]
@@ -673,6 +681,8 @@ def test_an_empty_system_column_is_none():
         ({"desirable": "no"}, "desirable is 'no'"),
         ({"rating": 1}, r"there is a 'rating', and nothing says .*filter, as in \"rating is ge"),
         ({"score": "4.5"}, "there is a 'score'"),
+        ({"feedback": "negative"}, r"there is a 'feedback', .* \"feedback is ne\('negative'\)\""),
+        ({"helpfulness": 0}, "there is a 'helpfulness'"),
     ],
 )
 def test_unwanted_answers(fields, says):

@@ -359,6 +359,8 @@ def test_half_a_surrogate_pair_of_json_is_no_bad_byte(tmp_path):
         ("a.csv", 'q;a\n"x;1";y, z\n'),
         ("a.csv", "q\ta\nx;1\ty, z\n"),
         ("a.csv", "q|a\nx;1|y, z\n"),
+        ("a.csv", 'sep=;\r\nq;a\r\n"x;1";y, z\r\n'),
+        ("a.csv", 'sep=,\nq,a\nx;1,"y, z"\n'),
         ("a.tsv", "q\ta\nx;1\ty, z\n"),
         ("a.tsv", 'q,a\nx;1,"y, z"\n'),
     ],
