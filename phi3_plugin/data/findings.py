@@ -85,7 +85,10 @@ class Findings:
             shape: The source, and how its rows are read.
             unread: The columns.
         """
-        self.columns.setdefault(shape, Counter()).update(unread)
+        if shape not in self.columns:
+            self.columns[shape] = Counter()
+        if unread:
+            self.columns[shape].update(unread)
 
     def columns_told(self) -> list[str]:
         """Say of each source how it was read, and which columns were not."""

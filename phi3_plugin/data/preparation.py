@@ -262,19 +262,20 @@ class Preparation:
                 if isinstance(row.value, DataError):
                     yield _unused(row.where, row.value)
                 else:
-                    found = self._conversation(number, index, row.where, row.value, format)
+                    found, unread = self._conversation(number, index, row.where, row.value, format)
                     if noticed is not None and isinstance(found, ChatRow):
-                        noticed.add_columns(shape, format.unread(reads.without(row.value)))
+                        noticed.add_columns(shape, unread)
                     yield found
 
     def _conversation(
         self, source: int, index: int, where: str, row: dict[str, Any], format: Format
-    ) -> ChatRow | UnusedRow:
+    ) -> tuple[ChatRow | UnusedRow, list[str]]:
+        """Read one row; and say which of its columns are not read."""
         try:
             chat = format.read(row)
             refuse_unwanted(row, format, self.sources[source].filter)
             reads = self.tokenizer.template.reads
-            format.unread(reads.without(row))
+            unread = format.unread(reads.without(row))
             if not isinstance(chat, Written):
                 chat = reads.of_row(chat, row)
             else:
@@ -282,8 +283,8 @@ class Preparation:
                     chat = self.tokenizer.template.find_answers(chat)
             group = group_of(row, chat, self.options.group_by)
         except DataError as error:
-            return UnusedRow(UNUSABLE, where, str(error))
-        return ChatRow(where, source, index, group, chat, row)
+            return UnusedRow(UNUSABLE, where, str(error)), []
+        return ChatRow(where, source, index, group, chat, row), unread
 
     # What is trained on
 

@@ -409,10 +409,11 @@ def local_files(source: str, split: str | None = None, subset: str | None = None
     Args:
         source: A file, a folder, a glob or a name on the hub.
         split: Which part of it, see :attr:`SourceOptions.split`.
-        subset: Which configuration; no local source has several.
+        subset: Which configuration, of a clone of the hub whose README.md lists some.
 
     Raises:
-        ConfigError: The source is local and has no such split, or several and no ``train``.
+        ConfigError: The source is local and has no such split or subset, or several and no
+            ``train`` or default.
         MissingFileError: The source is a local path and there is nothing.
         DataError: The notes of a saved data set are damaged.
     """
@@ -429,9 +430,13 @@ def local_files(source: str, split: str | None = None, subset: str | None = None
     elif path.is_dir():
         files, passed_over = _folder_files(path)
         splits_found = splits_of(path, files)
+        if subsets := _subsets(path):
+            splits_found = _subset_splits(path, files, subsets, subset)
+            files = [file for found in splits_found.values() for file in found]
+            subset = None
         if splits_found:
             only = next(iter(splits_found)) if len(splits_found) == 1 else TRAIN
-            name = SPLIT_WORDS.get(split, split) if split else only
+            name = split if split in splits_found else SPLIT_WORDS.get(split or only, split or only)
             if name not in splits_found:
                 raise _no_split(source, name, splits_found)
             chosen = splits_found[name]
@@ -460,6 +465,49 @@ def local_files(source: str, split: str | None = None, subset: str | None = None
             "dataset.source, and remove subset."
         )
     return tuple(sorted(files)), tuple(sorted(passed_over))
+
+
+def _subsets(folder: Path) -> dict[str, Any]:
+    """Return the configurations that the README.md of a clone of the hub lists, by name."""
+    import yaml  # not earlier: few folders need it
+
+    try:
+        text = (folder / "README.md").read_text("utf-8")
+        _, head, _ = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
+        listed = (yaml.safe_load(head) or {}).get("configs") or []
+        return {str(config.get("config_name", "default")): config for config in listed}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError):
+        return {}  # no README.md, or one without such a list
+
+
+def _subset_splits(
+    folder: Path, files: Sequence[Path], subsets: Mapping[str, Any], subset: str | None
+) -> dict[str, list[Path]]:
+    """Return the files of each split of a configuration, as its README.md says."""
+    defaults = [name for name, config in subsets.items() if config.get("default") is True]
+    defaults += [name for name in subsets if name == "default" or len(subsets) == 1]
+    name = subset or next(iter(defaults), None)
+    if name is None or name not in subsets:
+        has = f"has no subset {name!r}. It has" if name else "has several subsets"
+        raise ConfigError(f"{folder} {has}: {key_names(subsets)}. Choose one with subset.")
+    config = subsets[name]
+    patterns = config.get("data_files")
+    if patterns is None:
+        within = folder / str(config.get("data_dir") or "")
+        files = [file for file in files if file.is_relative_to(within)]
+        return splits_of(within, files) or {TRAIN: files}
+    if isinstance(patterns, Mapping):
+        patterns = [{"split": split, "path": path} for split, path in patterns.items()]
+    splits = dict[str, list[Path]]()
+    for entry in patterns if isinstance(patterns, list) else [patterns]:
+        split, paths = TRAIN, entry
+        if isinstance(entry, Mapping):
+            split, paths = str(entry.get("split", TRAIN)), entry.get("path")
+        for path in paths if isinstance(paths, list) else [paths]:
+            if path and ".." not in Path(str(path)).parts and not Path(str(path)).is_absolute():
+                known = {*folder.glob(str(path))}
+                splits.setdefault(split, []).extend(file for file in files if file in known)
+    return splits
 
 
 def _no_split(source: str, split: str, splits: Iterable[str]) -> ConfigError:

@@ -178,6 +178,56 @@ def test_what_a_folder_says_is_not_read(tmp_path):
     assert read_sources(folder)[0].passed_over == ("chats.txt", "sub/b.zip")
 
 
+CLONE = """---
+license: mit
+configs:
+- config_name: main
+  data_files:
+  - {split: train, path: main/train-*}
+  - {split: test, path: [main/test-*]}
+- config_name: more
+  data_files: {train: more/*.jsonl, val: more/dev.csv}
+- config_name: whole
+  data_dir: whole
+- config_name: outside
+  data_files: ../*.jsonl
+---
+# A data set
+"""
+
+
+def test_a_clone_of_the_hub_has_the_subsets_that_its_readme_lists(tmp_path):
+    folder = tmp_path / "clone"
+    make(tmp_path, "outside.jsonl")
+    make(folder, "main/train-0.parquet", "main/test-0.parquet", "more/a.jsonl", "more/dev.csv")
+    make(folder, "whole/train.jsonl", "whole/test.jsonl")
+    (folder / "README.md").write_text(CLONE)
+    assert files(folder, subset="main") == ["main/train-0.parquet"]
+    assert files(folder, subset="main", split="test") == ["main/test-0.parquet"]
+    assert files(folder, subset="more") == ["more/a.jsonl"]
+    assert files(folder, subset="more", split="val") == ["more/dev.csv"]
+    assert files(folder, subset="whole") == ["whole/train.jsonl"]
+    with pytest.raises(ConfigError, match="has several subsets: main, more, whole, outside"):
+        files(folder)
+    with pytest.raises(ConfigError, match="has no subset 'x'"):
+        files(folder, subset="x")
+    with pytest.raises(ConfigError, match="has no split 'validation'"):
+        files(folder, subset="main", split="dev")
+    with pytest.raises(MissingFileError):
+        files(folder, subset="outside")
+    (folder / "README.md").write_text(
+        CLONE.replace("- config_name: more", "  default: true\n- x: 1")
+    )
+    assert files(folder) == ["main/train-0.parquet"]
+
+
+@pytest.mark.parametrize("text", ["# no head", "---\n[\n---\n", "---\nconfigs: 3\n---\n", "---\n"])
+def test_a_readme_that_lists_nothing(tmp_path, text):
+    folder = make(tmp_path / "clone", "train.jsonl", "test.jsonl")
+    (folder / "README.md").write_text(text)
+    assert files(folder) == ["train.jsonl"]
+
+
 def test_a_folder_of_other_files_says_which(tmp_path):
     (tmp_path / "a.xlsx").write_text("x")
     with pytest.raises(MissingFileError, match=r"holds no file that ends in .* It has: a\.xlsx\."):
