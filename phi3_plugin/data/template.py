@@ -432,6 +432,11 @@ def _joined(parts: Iterable[Piece | Slot]) -> list[Piece | Slot]:
     return joined
 
 
+MOST_WORK = 300_000
+"""Messages that may be rendered to find out what a template does with those that are blank, a few
+seconds long; a conversation with a hundred of each takes ten thousand."""
+
+
 class MarkedShape:
     r"""A shape of conversation whose texts are marks, and what the template makes of it.
 
@@ -462,16 +467,20 @@ class MarkedShape:
         ]
         self._texts = [f"{LEAD}Qz{n}zK{TAIL}" for n in range(len(self._slots))]
         """What stands in each slot: a mark, or a blank text."""
+        self._work = 0
         self.text = self._render(self._texts)
         """What the template makes of it."""
-        for n, slot in enumerate(self._slots):
-            blank = slot.text_in(shape)
-            if blank.strip():
-                continue
-            texts = self._with(n, blank)
-            rendered = self._render(texts)
-            if rendered != self._filled(n, blank):
-                self._texts = texts
+        texts = {n: slot.text_in(shape) for n, slot in enumerate(self._slots)}
+        blanks = {n: text for n, text in texts.items() if not text.strip()}
+        if len(blanks) > 1:
+            all_blank = [blanks.get(n, mark) for n, mark in enumerate(self._texts)]
+            if self._render(all_blank) == self._filled(blanks):
+                return  # the template writes them like any other
+        for n, blank in blanks.items():
+            one_blank = self._with(n, blank)
+            rendered = self._render(one_blank)
+            if rendered != self._filled({n: blank}):
+                self._texts = one_blank
                 self.text = rendered
 
     def slot(self, mark: re.Match[str]) -> Slot:
@@ -497,11 +506,12 @@ class MarkedShape:
             if slot.trained or slot.text_in(self._shape).strip():
                 yield name
 
-    def _filled(self, n: int, text: str) -> str:
-        """Return what was rendered, with a text in place of mark n."""
+    def _filled(self, texts: Mapping[int, str]) -> str:
+        """Return what was rendered, with texts in place of their marks."""
 
         def fill(mark: re.Match[str]) -> str:
-            return self.slot(mark).trim(text) if int(mark[2]) == n else mark[0]
+            text = texts.get(int(mark[2]))
+            return mark[0] if text is None else self.slot(mark).trim(text)
 
         return MARK.sub(fill, self.text)
 
@@ -510,7 +520,17 @@ class MarkedShape:
         return [*self._texts[:n], text, *self._texts[n + 1 :]]
 
     def _render(self, texts: Sequence[str]) -> str:
-        """Return what the template makes of the shape with these texts in the slots."""
+        """Return what the template makes of the shape with these texts in the slots.
+
+        Raises:
+            DataError: It was asked too often, for so long a conversation.
+        """
+        self._work += len(self._shape)
+        if self._work > MOST_WORK:
+            raise DataError(
+                f"the conversation has {len(self._shape)} messages, and too many of them are blank "
+                "or left out by the chat template. Split it, or remove those"
+            )
         turns = list(self._shape)
         for slot, text in zip(self._slots, texts, strict=True):
             turn = turns[slot.turn]

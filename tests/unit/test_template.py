@@ -1,15 +1,26 @@
 """What a chat template writes, what of it is trained on, and templates that cannot be followed."""
 
 import re
+import time
 from datetime import datetime
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.formats import Turn, make_turn
 from phi3_plugin.data.template import ChatTemplate, Piece, token_pattern
 from phi3_plugin.errors import DataError, TokenizerError
-from tests.variants import APRIL, MINI, MINI_TOKENS, MINI_TOOLS, PHI4_MINI, PHI35, TRIMMING
+from tests.variants import (
+    APRIL,
+    MINI,
+    MINI_TOKENS,
+    MINI_TOOLS,
+    PHI4_MINI,
+    PHI35,
+    TRIMMING,
+    edit_json,
+)
 
 NAMES = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
 ADDED = frozenset([*NAMES.values(), *MINI_TOKENS, *MINI_TOOLS])
@@ -355,3 +366,25 @@ def test_what_stands_outside_of_a_generation_block_is_not_trained():
     source = GENERATION.replace(" + '<|end|>\n' }}", " }}").replace("{% else", "<|end|>{% else")
     pieces = fit(source + "{% endfor %}").render(turns(("user", "a"), ("assistant", "b"))).pieces
     assert [piece.text for piece in pieces if piece.trained] == ["b"]
+
+
+SKIPPING = MINI.replace(
+    "{% for message in messages %}", "{% for message in messages if message['content'] %}"
+)
+
+
+@pytest.mark.parametrize(("chat_template", "ends"), [(MINI, None), (SKIPPING, "too many of them")])
+def test_many_blank_messages_take_little_time(folder, chat_template, ends):
+    edit_json(folder / "tokenizer_config.json", chat_template=chat_template)
+    tokenizer = phi3_tokenizer(folder, dropped="warn")
+    turns = [make_turn(role, "") for _ in range(1000) for role in ("user", "assistant")]
+    turns.append(make_turn("user", "a"))
+    start = time.process_time()
+    if ends:
+        with pytest.raises(DataError, match=ends):
+            tokenizer.render(turns)
+    else:
+        assert len(tokenizer.render(turns).turns) == 2001
+    assert time.process_time() - start < 20
+    few = tokenizer.render([*turns[:20], turns[-1]])
+    assert few.text.count("<|user|>") == (1 if ends else 11)
