@@ -349,14 +349,29 @@ def unknown_key(
     where: str, value: Any, owner: str, known: Iterable[str], otherwise: str = "Remove it."
 ) -> str:
     """Return the problem of a key that nothing reads."""
-    meant = closest(where.rpartition(".")[2], known)
+    key = where.rpartition(".")[2]
+    meant = closest(key, known)
     advice = f"Did you mean {meant!r}?" if meant else otherwise
-    return f"{where}: {spelled(value)} is given, but {owner} has no such key. {advice}"
+    shown = HIDDEN if is_secret(key) else spelled(value)
+    return f"{where}: {shown} is given, but {owner} has no such key. {advice}"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word that was probably meant."""
     return next(iter(get_close_matches(word, list(known), n=1)), None)
+
+
+_SECRET = re.compile(
+    r"key|token|secret|passw|credential|(^|[^a-z])auth(?!ors?([^a-z]|$))", re.IGNORECASE
+)
+_NO_SECRETS = ("tokenizer", "sample_max_new_tokens", "max_new_tokens", "skip_special_tokens")
+HIDDEN = "(not shown)"
+"""Stands for a secret."""
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key looks like that of a secret, whose value is not to be shown."""
+    return key not in _NO_SECRETS and _SECRET.search(key) is not None
 
 
 def spelled(value: Any) -> str:

@@ -12,15 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from phi3_plugin.options import resolved
+from phi3_plugin.options import HIDDEN, is_secret, resolved
 
-HIDDEN = "(not shown)"
-"""Stands for a secret."""
-
-_SECRET = re.compile(
-    r"key|token|secret|passw|credential|(^|[^a-z])auth(?!ors?([^a-z]|$))", re.IGNORECASE
-)
-_NO_SECRETS = ("tokenizer", "sample_max_new_tokens", "max_new_tokens", "skip_special_tokens")
 _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^{}]*\}")
 
 
@@ -43,7 +36,7 @@ def as_config(values: Mapping[str, Any]) -> DictConfig:
 
 
 def _hidden(value: Any, key: str, within: bool = False) -> Any:
-    secret = within or (key not in _NO_SECRETS and _SECRET.search(key) is not None)
+    secret = within or is_secret(key)
     if isinstance(value, Mapping):
         return {name: _hidden(item, str(name), secret) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -5,8 +5,8 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from phi3_plugin.options import resolved
-from phi3_plugin.redaction import HIDDEN, as_config, redacted
+from phi3_plugin.options import HIDDEN, resolved, unknown_key
+from phi3_plugin.redaction import as_config, redacted
 from phi3_plugin.train.data import instantiate
 
 
@@ -66,3 +66,8 @@ def test_a_text_stays_what_it_is(text):
 def test_an_escaped_interpolation_is_resolved_once():
     cfg = OmegaConf.create({"dataset": {"system_prompt": r"Hello \${name}"}})
     assert resolved(cfg) == {"dataset": {"system_prompt": "Hello ${name}"}}
+
+
+def test_a_complaint_of_a_key_does_not_show_its_secret():
+    text = unknown_key("metric_logger.api_key", "hunter2", "DiskLogger", ["log_dir"])
+    assert "hunter2" not in text and text.startswith(f"metric_logger.api_key: {HIDDEN} is given")
