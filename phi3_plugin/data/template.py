@@ -369,15 +369,8 @@ def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """
     return tuple(
         [
-            Turn(
-                turn.role,
-                _outline(turn.content),
-                turn.trained,
-                turn.tools and _outline(turn.tools),
-                fields=turn.fields,
-                variables=turn.variables,
-            )
-            for turn in turns
+            Turn(role, _outline(content), trained, tools and _outline(tools), None, False, *beside)
+            for role, content, trained, tools, _, _, *beside in turns
         ]
     )
 
