@@ -288,6 +288,13 @@ def test_what_the_template_leaves_out_is_counted_where_asked_for(medium, make, c
     assert not caplog.messages
 
 
+def test_who_asks_is_never_left_out(medium, make):
+    for name in ("customer", "human"):
+        chat = [(name, "x"), TALK[-1]]
+        with pytest.raises(DataError, match=rf"unknown role '{name}', .*roles=\{{{name}: user\}}"):
+            make(chat, tokenizer=phi3_tokenizer(medium, dropped="warn"))
+
+
 def test_tools(make, tmp_path):
     tools = [{"name": "f", "parameters": {}}]
     chat = [message("system", "be brief", tools=tools), *TALK]
