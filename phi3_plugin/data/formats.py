@@ -121,7 +121,7 @@ class Reads(NamedTuple):
 
     def of_row(self, turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
         """Give the turns what is read of the row."""
-        names = [name for name in self.variables if row.get(name)]
+        names = [name for name in self.variables if row.get(name) not in (None, "")]
         if not names:
             return list(turns)
         values = {name: row[name] for name in names}

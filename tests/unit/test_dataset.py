@@ -385,6 +385,11 @@ BESIDE_CONTENT = {
         {"messages": [message("user", "hi"), message("assistant", "b")]},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
     ),
+    "no tools": (
+        "{% if loop.first and tools is not none %}{{ tools | tojson }}{% endif %}",
+        {"messages": [message("user", "hi"), message("assistant", "b")]},
+        {"tools": []},
+    ),
     "another": (
         "{% if loop.first %}{{ style | default('plain') }}{% endif %}",
         {"messages": [message("user", "hi"), message("assistant", "b")]},
