@@ -326,8 +326,12 @@ def unset(key: str) -> str:
     return f"{key} is not set. Set it in the YAML or add {example} to the command."
 
 
-def takes(cls: type[Any]) -> Callable[[_Function], _Function]:
+def takes(cls: type[Any], until: str | None = None) -> Callable[[_Function], _Function]:
     """Show the fields of a dataclass in the signature of a function that passes them on to it.
+
+    Args:
+        cls: The dataclass.
+        until: The last field that is shown; None shows all.
 
     The function has ``*options`` or ``**options`` in their place; they are declared and explained
     once, in the dataclass. `tune validate`, help() and the check of a YAML's keys read signatures.
@@ -337,7 +341,10 @@ def takes(cls: type[Any]) -> Callable[[_Function], _Function]:
         passed_on = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
         own = [p for p in signature(function).parameters.values() if p.kind not in passed_on]
         named = [p.name for p in own]  # a field that the function names itself is as that says
-        more = [p for p in signature(cls).parameters.values() if p.name not in named]
+        fields = list(signature(cls).parameters.values())
+        if until:
+            fields = fields[: [p.name for p in fields].index(until) + 1]
+        more = [p for p in fields if p.name not in named]
         shown = sorted([*own, *more], key=lambda p: p.kind)
         function.__signature__ = Signature(shown)  # type: ignore[attr-defined]
         return function

@@ -405,11 +405,11 @@ def phi3_mini() -> TransformerDecoder:
     return decoder(MINI, lambda _, in_dim, out_dim: Linear(in_dim, out_dim))
 
 
-@takes(LoRASettings)
+@takes(LoRASettings, until="quantize_base")
 def lora_phi3_mini(*options: Any, **named: Any) -> TransformerDecoder:
     """Build Phi-3-mini-4k with adapters without a checkpoint folder; see :func:`lora_phi3`.
 
-    It takes what ``torchtune.models.phi3.lora_phi3_mini`` takes, with our targets, and more.
+    It takes what ``torchtune.models.phi3.lora_phi3_mini`` takes, with our targets.
     """
     return adapted(MINI, LoRASettings(*options, **named))
 

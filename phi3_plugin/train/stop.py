@@ -136,6 +136,8 @@ class Stop:
         for count in itertools.count(1):
             number = os.read(heard, 1)[0]
             time.sleep(SOON)
+            if signal.getsignal(number) != self._on_signal:
+                return  # the run is over, and signals are somebody else's
             if self._handled >= count:
                 if self._is_ending and Stop.is_command:
                     os._exit(STOPPED)

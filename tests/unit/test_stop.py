@@ -10,7 +10,7 @@ import pytest
 from phi3_plugin.errors import DataError
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.train import checkpoints
-from phi3_plugin.train.stop import NO_IMPROVEMENT, Stop
+from phi3_plugin.train.stop import NO_IMPROVEMENT, SOON, Stop
 from phi3_plugin.train.world import World
 
 
@@ -48,6 +48,14 @@ def test_before_the_first_step_and_after_the_result_is_saved_it_ends_at_once(num
         assert f"{number.name}: stopped at once" in capfd.readouterr().err
         stop.now()
         stop.saved()
+
+
+def test_a_run_that_is_over_leaves_signals_to_others(stop):
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(SOON + 0.3)  # until then it would end this process
+    assert heard == [signal.SIGTERM]
 
 
 def test_whoever_repeats_ctrl_c_does_not_wait_for_the_step(stop):
