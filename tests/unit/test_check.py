@@ -5,11 +5,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin.checkpoint import check
-from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.check import (
     LOADS,
     MISREAD,
@@ -19,10 +17,8 @@ from phi3_plugin.checkpoint.check import (
     read_peft_folder,
     verdicts,
 )
-from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
-from phi3_plugin.models import lora_phi3
 from phi3_plugin.proof import load_with_peft
 from tests.chosen import some
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
@@ -349,22 +345,6 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(MissingFileError, match=r"has no adapter_config\.json"):
         read_peft_folder(folder)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A base, and an adapter and a DoRA as a run saves them."""
-    folder = tmp_path_factory.mktemp("verdict")
-    build_checkpoint(folder / "base", words=["one"])
-    for name in ("lora", "dora"):
-        model = lora_phi3(folder / "base", ["o_proj"], lora_rank=4, use_dora=name == "dora")
-        adapted = {n: p.detach() for n, p in model.named_parameters() if "o_proj.weight" not in n}
-        tensors = {n: torch.randn_like(p) for n, p in adapted.items() if ".o_proj." in n}
-        scales = {n.removesuffix(".lora_a.weight"): 4.0 for n in tensors if "lora_a" in n}
-        (folder / name).mkdir()
-        where = {"checkpoint_dir": folder / "base", "card": {}}
-        export_adapter(folder / name, Adapter(tensors, scales), **where)
-    return folder
 
 
 def test_each_runtime_is_named(place):

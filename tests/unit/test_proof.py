@@ -3,31 +3,10 @@
 import shutil
 
 import pytest
-import torch
-from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 
 from phi3_plugin import proof
-from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.errors import AdapterError
-from phi3_plugin.models import lora_phi3
 from tests.variants import edit_json
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A base, and an adapter and a DoRA as a run saves them."""
-    folder = tmp_path_factory.mktemp("verdict")
-    build_checkpoint(folder / "base", words=["one"])
-    for name in ("lora", "dora"):
-        model = lora_phi3(folder / "base", ["o_proj"], lora_rank=4, use_dora=name == "dora")
-        adapted = {n: p.detach() for n, p in model.named_parameters() if "o_proj.weight" not in n}
-        tensors = {n: torch.randn_like(p) for n, p in adapted.items() if ".o_proj." in n}
-        scales = {n.removesuffix(".lora_a.weight"): 4.0 for n in tensors if "lora_a" in n}
-        (folder / name).mkdir()
-        where = {"checkpoint_dir": folder / "base", "card": {}}
-        export_adapter(folder / name, Adapter(tensors, scales), **where)
-    return folder
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
