@@ -13,6 +13,8 @@ from typing_extensions import Self
 from phi3_plugin.errors import OutputError
 
 LOCK, HOLDER = ".lock", ".lock.json"
+WAIT = 0.3
+"""Seconds for a holder that is just letting go."""
 
 
 class FolderLock:
@@ -23,6 +25,9 @@ class FolderLock:
     Where they do not, ``filelock`` keeps a file that names host and process: one whose process is
     gone is seen to be stale from the same host, and is for the user to remove from another.
     A process may take a folder again that it has.
+
+    Who lets go removes the file of the lock. Whoever has opened it by then has locked a file that
+    has no name any more; ``filelock`` notices (from 3.21 on), and tries again.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -39,10 +44,9 @@ class FolderLock:
         self._holder = folder / HOLDER
         self._is_new = not folder.exists()
         file = folder.resolve() / LOCK
-        self._lock = FileLock(file, timeout=0, is_singleton=True, thread_local=False)
+        self._lock = FileLock(file, timeout=WAIT, is_singleton=True, thread_local=False)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._take()
             self._holder.write_text(json.dumps(_this_process()), encoding="utf-8")
         except Timeout:
             raise OutputError(
@@ -55,6 +59,16 @@ class FolderLock:
                 f"{key}: {folder} cannot be written: {error.strerror or error}. Choose a folder "
                 "that you may write to."
             ) from error
+
+    def _take(self) -> None:
+        for tries_left in reversed(range(100)):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire()
+                return
+            except FileNotFoundError:  # whoever had made the folder for nothing has removed it
+                if not tries_left:
+                    raise
 
     def release(self) -> None:
         """Let others have the folder, and leave no trace of the lock."""

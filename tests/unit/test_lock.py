@@ -1,13 +1,17 @@
 """One process at a time in a folder."""
 
+import errno
+import fcntl
 import multiprocessing
+import os
+from contextlib import suppress
 
 import pytest
 from phi3_plugin.recipes.lora_finetune import Finetune
 
 from phi3_plugin.checkpoint.files import sweep, whole_folder
 from phi3_plugin.errors import OutputError
-from phi3_plugin.lock import HOLDER, FolderLock
+from phi3_plugin.lock import HOLDER, LOCK, FolderLock
 from tests.own import TINY, merged
 
 FORK = multiprocessing.get_context("fork")  # a new Python would import torch first
@@ -26,6 +30,39 @@ def write(path, held, end):
         (partial / "file").write_text("half")
         held.set()
         end.wait()
+
+
+def contend(path, inside, taken, failed):
+    """Take and release a folder over and over; two that have it at once find each other."""
+    for _ in range(150):
+        with suppress(OutputError), FolderLock(path, "output_dir"):
+            try:
+                os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                failed.value += 1
+                continue
+            taken.value += 1
+            os.unlink(inside)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_of_many_processes_one_has_it_at_a_time(is_new, tmp_path, monkeypatch):
+    monkeypatch.setattr("phi3_plugin.lock.WAIT", 0.0)
+    folder = tmp_path / "run"
+    if not is_new:  # else whoever lets go removes the folder too
+        folder.mkdir()
+        (folder / "file").touch()
+    taken, failed = FORK.Value("i"), FORK.Value("i")
+    args = (folder, tmp_path / "inside", taken, failed)
+    processes = [FORK.Process(target=contend, args=args) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 6
+    assert failed.value == 0
+    assert taken.value > 100
+    assert {path.name for path in folder.glob("*")} == (set() if is_new else {"file"})
 
 
 @pytest.fixture
@@ -58,6 +95,42 @@ def test_a_killed_process_leaves_no_lock(tmp_path, other):
     first.join()
     assert (tmp_path / HOLDER).exists()  # it had no time to remove it
     FolderLock(tmp_path, "output_dir").release()
+
+
+@pytest.fixture
+def without_flock(monkeypatch):
+    """A network file system that passes no locks on."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize(
+    ("host", "pid", "is_stale"),
+    [
+        (None, None, True),  # of a process that is gone
+        (None, os.getppid(), True),  # whose number another has by now
+        ("another", None, False),
+    ],
+)
+def test_without_the_system_a_lock_is_stale_once_its_process_is_gone(
+    host, pid, is_stale, tmp_path, other, without_flock
+):
+    first, _ = other(hold, tmp_path)
+    first.kill()
+    first.join()
+    lines = (tmp_path / LOCK).read_text().splitlines()
+    lines[:2] = [str(pid or lines[0]), host or lines[1]]
+    (tmp_path / LOCK).write_text("\n".join(lines) + "\n")
+    if is_stale:
+        FolderLock(tmp_path, "output_dir").release()
+        assert not list(tmp_path.iterdir())
+    else:
+        with pytest.raises(OutputError, match=rf"process {first.pid} on .*remove .*{LOCK}"):
+            FolderLock(tmp_path, "output_dir")
 
 
 def test_a_process_may_take_its_own_folder_again_and_leaves_nothing(tmp_path):
