@@ -278,18 +278,23 @@ def cached(
     key = hashlib.sha256(json.dumps([_code(), settings], sort_keys=True).encode()).hexdigest()[:32]
     folder: str | Path | None = tempfile.gettempdir()
     try:
-        if settings is None or (folder := _writable(cache_dir)) is None:
-            temporary = tempfile.TemporaryDirectory(prefix="phi3_plugin-")
-            with StoreWriter(Path(temporary.name)) as writer:
-                write(writer)
-            store = _reopened(Path(temporary.name))
-            store.temporary = temporary
-            return store
-        with FileLock(folder / f"{key}.lock"):
-            kept = Store.open(folder / key)
-            if kept is None:
-                return _write_whole(folder / key, write)
-            os.utime(folder / key)
+        # Whole or not there, so read without a lock: in a shared folder that may be another user's
+        kept = None if settings is None else Store.open(_folder(cache_dir) / key)
+        if kept is None:
+            if settings is None or (folder := _writable(cache_dir)) is None:
+                temporary = tempfile.TemporaryDirectory(prefix="phi3_plugin-")
+                with StoreWriter(Path(temporary.name)) as writer:
+                    write(writer)
+                store = _reopened(Path(temporary.name))
+                store.temporary = temporary
+                return store
+            with FileLock(folder / f"{key}.lock"):
+                kept = Store.open(folder / key)
+                if kept is None:
+                    return _write_whole(folder / key, write)
+        folder = kept.folder.parent
+        with suppress(PermissionError):  # another user's, who decides how long it is kept
+            os.utime(kept.folder)
         if kept.is_intact():  # others need not wait for it
             return kept
         with FileLock(folder / f"{key}.lock"):
@@ -315,8 +320,12 @@ def default_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "phi3_plugin")
 
 
+def _folder(cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir).expanduser() if cache_dir else default_folder()
+
+
 def _writable(cache_dir: str | Path | None) -> Path | None:
-    folder = Path(cache_dir).expanduser() if cache_dir else default_folder()
+    folder = _folder(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

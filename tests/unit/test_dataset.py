@@ -722,6 +722,17 @@ def test_the_second_time_nothing_is_tokenized(read, stores, monkeypatch):
     assert len(stores()) == 1
 
 
+def test_what_another_user_has_kept_is_read(read, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    first = list(read())
+    monkeypatch.setattr(Phi3Tokenizer, "encode_chats", None)
+    for name in ("os.utime", "FileLock", "tempfile.TemporaryFile"):
+        monkeypatch.setattr(f"{module.__name__}.{name}", refuse)
+    assert list(read()) == first
+
+
 def test_what_is_decided_after_reading_shares_the_store(read, stores):
     read()
     for options in ({"held_out": 0.5}, {"seed": 3}, {"bad_rows": "drop"}):
