@@ -92,7 +92,7 @@ def evaluation_data(
     if is_chat_dataset(section):  # each conversation is a sample of its own
         section = {**section, "packed": False, "split_documents": False}
     rest, part = hold_out(
-        instantiate(section, tokenizer), 0.0 if s.dataset_val else s.val_fraction, s.seed
+        instantiate(section, tokenizer), 0.0 if s.dataset_val else s.val_fraction or 0.0, s.seed
     )
     dataset = rest if part is None else part
     if isinstance(dataset, ChatDataset):  # no sample comes again because of its source's weight

@@ -6,7 +6,7 @@ but add one import finder, and never raises. The finder looks only at names in t
 
     torchtune.<any>             first: torchao gets the names that torchtune 0.6.1 imports
     torchtune._recipe_registry  afterwards: our configs are registered
-    torchtune._cli.run          afterwards: `tune run` is changed (launch.py)
+    torchtune._cli.run, .ls     afterwards: `tune run` and `tune ls` are changed (launch.py)
     torchtune._cli.tune         first: our errors end `tune` with one line
 
 ``PHI3_PLUGIN_AUTOLOAD=0`` switches all of it off, except under ``phi3-tune``, which asks for it
@@ -93,6 +93,7 @@ class _TorchtuneFinder:
             "torchtune._recipe_registry": _register,
             "torchtune.config._parse": _check_recipes,
             "torchtune._cli.run": _change_run,
+            "torchtune._cli.ls": _change_ls,
         }
         self.torchao_is_ready = False
 
@@ -198,6 +199,12 @@ def _change_run(run: ModuleType) -> None:
     from phi3_plugin.launch import change_run
 
     change_run(run, _recipe_files(), _config_files().keys())
+
+
+def _change_ls(ls: ModuleType) -> None:
+    from phi3_plugin.launch import change_ls
+
+    change_ls(ls, _recipe_files().keys(), _config_files().keys())
 
 
 def _check_recipes(parse: ModuleType) -> None:

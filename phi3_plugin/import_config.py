@@ -297,6 +297,9 @@ def translate(sample: Mapping[str, Any], targets: str = "as-published") -> Trans
             "enable_activation_checkpointing": False,
             "save_every_n_steps": 500,
             "save_every_epoch": False,
+            "save_total_limit": None,
+            "resume": "never",
+            "val_fraction": 0.0,
             "log_every_n_steps": 500,
         }
     )
@@ -367,7 +370,7 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
     if validating != "no" or get("do_eval"):
         out.put("val_fraction", 0.05)
         notes.append("val_fraction: 0.05 is split off the data, the share of the notebooks.")
-    if get("load_best_model_at_end") and "val_fraction" not in out.yaml:
+    if get("load_best_model_at_end") and not out.yaml["val_fraction"]:
         problems.append("load_best_model_at_end: True needs eval_strategy: steps.")
     elif get("load_best_model_at_end"):
         out.put("keep_best", True)

@@ -1,8 +1,8 @@
-"""What we change in `tune run`.
+"""What we change in `tune run` and in `tune ls`.
 
-hook.py calls :func:`change_run` when torchtune's module has been imported, so this file keeps
-to its rule: the standard library alone at import. Each function puts a method in the place of
-torchtune's, which it calls in the end.
+hook.py calls :func:`change_run` and :func:`change_ls` when torchtune's module has been imported, so
+this file keeps to its rule: the standard library alone at import. Each function puts a method in
+the place of torchtune's, which it calls in the end.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +64,40 @@ def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection
 
     run.Run._get_config = _get_config
     run.Run._run_distributed = _run_distributed
+
+
+def change_ls(ls: Any, recipes: Collection[str], configs: Collection[str]) -> None:
+    """Let `tune ls` show each config of ours once: with the first recipe of ours that takes it.
+
+    Args:
+        ls: The module ``torchtune._cli.ls``.
+        recipes: The names of our recipes.
+        configs: The names of our configs.
+    """
+    stock, of_all = ls.List._ls_cmd, ls.get_all_recipes
+
+    def shown() -> list[Any]:
+        left, rows = set(configs), []
+        for recipe in of_all():
+            names = [c for c in recipe.configs if c.name not in configs]
+            if recipe.name in recipes:
+                names += [c for c in recipe.configs if c.name in left]
+                left -= {c.name for c in names}
+            rows.append(replace(recipe, configs=names))
+        return rows
+
+    def _ls_cmd(self: Any, args: Any) -> None:
+        ls.get_all_recipes = shown
+        try:
+            stock(self, args)
+        finally:
+            ls.get_all_recipes = of_all
+        print(
+            "\nThe configs of phi3_lora_finetune are taken by phi3_evaluate and phi3_inspect_data\n"
+            "too; those without _1gpu and _8gpu by torchtune's LoRA recipes as well."
+        )
+
+    ls.List._ls_cmd = _ls_cmd
 
 
 def _spellings(name: str, file: Path) -> tuple[str, ...]:

@@ -110,8 +110,9 @@ class Settings:
         OnResume.CONTENT,
     ]
     dataset_val: Annotated[Component | None, Handed(1), OnResume.CONTENT] = None
-    val_fraction: Annotated[Share, OnResume.CONTENT] = 0.0
-    """Share of the training set that is split off for validation, chosen by the seed."""
+    val_fraction: Annotated[Share | None, OnResume.CONTENT] = None
+    """Share of the training set that is split off for validation, chosen by the seed; null is a
+    twentieth, of at most 200 samples, where there are 200 or more and no dataset_val."""
     batch_size: Annotated[Count, OnResume.CONTENT]
     """Samples that one device sees at once."""
     gradient_accumulation_steps: Annotated[Count, OnResume.CONTENT] = 1
@@ -155,7 +156,7 @@ class Settings:
         ),
         OnResume.REFUSED,
     ]
-    adapter_dtype: Annotated[Dtype | None, OnResume.REFUSED] = None
+    adapter_dtype: Annotated[Dtype | None, OnResume.REFUSED] = "fp32"
     """null is dtype; adapters in fp32 over a base in bf16 keep updates that bf16 rounds away."""
     device: Annotated[
         Literal["cpu", "cuda"] | None,
@@ -176,17 +177,18 @@ class Settings:
     """Whole copies of the model; the processes of a copy share it. As many copies as processes
     is the fastest where a model fits one device: only gradients travel then."""
 
-    save_every_n_steps: Annotated[Count | None, OnResume.FREE] = None
+    save_every_n_steps: Annotated[Count | None, OnResume.FREE] = 100
     save_every_epoch: Annotated[Switch, OnResume.FREE] = True
-    save_total_limit: Annotated[Count | None, OnResume.FREE] = None
-    """Checkpoints kept; the oldest go first."""
+    save_total_limit: Annotated[Count | None, OnResume.FREE] = 2
+    """Checkpoints kept beside best and final; the oldest go first. null keeps all."""
     save_in_background: Annotated[Switch, OnResume.FREE] = False
     """Train on while a checkpoint is written; takes a copy of it in the CPU's memory."""
-    resume: Annotated[Resume, OnResume.FREE] = "never"
+    resume: Annotated[Resume, OnResume.FREE] = "auto"
     """auto goes on from the newest checkpoint of output_dir if there is one."""
     checkpointer: Annotated[Section | None, OnResume.FREE] = None
     """For torchtune's recipes, whose other keys must not ask for more; this one reads `card`."""
-    run_val_every_n_steps: Annotated[Count | None, OnResume.HONOURED] = None
+    run_val_every_n_steps: Annotated[Count | None, OnResume.HONOURED] = 50
+    """Where there is validation data; null validates at the end alone."""
     early_stop_patience: Annotated[Count | None, OnResume.HONOURED] = None
     """Validations without an improvement, after which the run stops."""
     keep_best: Annotated[Switch, OnResume.FREE] = True
@@ -534,14 +536,14 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
     """
     get = given.get
     patience = get("early_stop_patience")
-    if not get("dataset_val") and not get("val_fraction"):
+    if get("val_fraction") == 0 and not get("dataset_val"):
         for key in ("run_val_every_n_steps", "early_stop_patience"):
             if get(key) is not None:
                 yield (
                     f"{key}: {spelled(get(key))} needs validation data. Set dataset_val, or "
                     "val_fraction=0.05 to split it off the training set."
                 )
-    elif patience is not None and get("run_val_every_n_steps") is None:
+    elif patience is not None and given.get("run_val_every_n_steps", 50) is None:
         yield (
             f"early_stop_patience: {spelled(patience)} counts validations, and there is none "
             "before the end. Set run_val_every_n_steps=50."

@@ -236,7 +236,7 @@ class Finetune:
             self.stop.after_step(result.problem, samples)
             if state.step == self.data.total_steps:
                 break  # finish() validates and saves
-            if is_due(state.step, self.s.run_val_every_n_steps):
+            if self.data.order_val and is_due(state.step, self.s.run_val_every_n_steps):
                 self.validate()
             epoch_ends = is_due(state.step, order.steps_per_epoch)
             is_kept = self.s.save_every_epoch and epoch_ends

@@ -35,6 +35,8 @@ TINY = (
     "dtype=fp32",
     "device=cpu",
     "prove=False",
+    "resume=never",
+    "save_total_limit=null",
 )
 """What a run on `tiny_inputs` is told; nothing is drawn at random in it but what the seed says."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from phi3_plugin.data.order import Collate, Order, hold_out
 from phi3_plugin.data.packing import without_padding
+from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import Settings, component
 
 
@@ -37,9 +38,15 @@ def load_data(settings: Settings, processes: int) -> RunData:
     s = settings
     tokenizer = instantiate(s.tokenizer)
     dataset = without_padding(instantiate(s.dataset, tokenizer))
-    dataset, held_out = hold_out(dataset, s.val_fraction, s.seed)
+    dataset, held_out = hold_out(dataset, validation_share(s, dataset), s.seed)
     if held_out is None:
         held_out = without_padding(instantiate(s.dataset_val, tokenizer))
+    if held_out is None and s.early_stop_patience:
+        raise ConfigError(
+            f"early_stop_patience: {s.early_stop_patience} needs validation data, and of fewer "
+            f"than {ENOUGH} samples none are held out by themselves. Set dataset_val, or "
+            "val_fraction=0.05 to split it off the training set."
+        )
     order_of = partial(Order, batch_size=s.batch_size, processes=processes, seed=s.seed)
     order = order_of(
         dataset,
@@ -56,6 +63,19 @@ def load_data(settings: Settings, processes: int) -> RunData:
         _collate(s.dataset_val or s.dataset, s.collate_fn, tokenizer.pad_id),
         s.max_steps or s.epochs * order.steps_per_epoch,
     )
+
+
+ENOUGH = 200
+"""Samples from which on a part is held out, and the most that are."""
+
+
+def validation_share(s: Settings, dataset: Any) -> float:
+    """Return the share of the samples that a run holds out, if need be by their number."""
+    if s.val_fraction is not None or s.dataset_val:
+        return s.val_fraction or 0.0
+    samples = getattr(dataset, "ds", dataset)  # of packs, the documents
+    can_split = hasattr(samples, "hold_out") or samples is dataset
+    return min(0.05, ENOUGH / len(samples)) if can_split and len(samples) >= ENOUGH else 0.0
 
 
 FEW_STEPS = 10

@@ -105,13 +105,11 @@ def changes_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Chan
 
 
 def _value(settings: Mapping[str, Any], key: str) -> Any:
-    value = settings.get(key)
+    value = settings.get(key, DEFAULTS[key])
     if isinstance(value, Mapping) and value.get("_component_", ...) is None:
-        value = None
+        return None
     if value is None:
-        value = DEFAULTS[key]
-    if key == "adapter_dtype" and value is None:
-        return settings.get("dtype")
+        return {"seed": 0, "adapter_dtype": settings.get("dtype")}.get(key)
     return value
 
 

@@ -164,15 +164,8 @@ FOR_TUNE = (
     + OF_REAL_RUNS
     + words("checkpointer.card checkpointer.model_type log_peak_memory_stats")
 )
-FOR_OURS = (
-    OF_ALL_RUNS
-    + OF_REAL_RUNS
-    + words(
-        "val_fraction run_val_every_n_steps save_every_n_steps save_every_epoch save_total_limit "
-        "resume sample_prompts"
-    )
-)
-SINGLE = [*FOR_OURS, *OF_LORA, "adapter_dtype"]
+FOR_OURS = OF_ALL_RUNS + OF_REAL_RUNS
+SINGLE = FOR_OURS + OF_LORA
 FOR_LONG = [*FOR_TUNE, "model.rope_factors"]
 MANY = [*SINGLE, "fsdp_replicas"]
 FILES = {

@@ -114,6 +114,8 @@ def test_the_sample_script():
         "save_every_n_steps": 100,
         "save_every_epoch": False,
         "save_total_limit": 1,
+        "resume": "never",
+        "val_fraction": 0.0,
         "log_every_n_steps": 20,
     }
     named = [note.partition(":")[0] for note in out.notes]

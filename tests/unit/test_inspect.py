@@ -666,6 +666,6 @@ def test_gsm8k_is_tokenized_as_by_transformers(tmp_path, model):
     assets = assets_dir()
     shutil.copytree(assets / "models" / model, tmp_path / "base")
     settings = ["checkpoint_dir=base", "output_dir=out", "dataset.max_samples=200"]
-    cfg = merged(*settings, "dataset.source=x", cwd=tmp_path)
+    cfg = merged(*settings, "val_fraction=0", "dataset.source=x", cwd=tmp_path)
     cfg.dataset.source = str(assets / "data" / "gsm8k_train.jsonl")
     assert compared_with_hf(strict.read(cfg)) == Comparison(200, 0, [])

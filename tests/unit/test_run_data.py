@@ -2,13 +2,15 @@
 
 import json
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
-from phi3_plugin.data.order import shares
+from phi3_plugin.data.order import held_out, shares
+from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import read
-from phi3_plugin.train.data import facts_in_words, load_data
+from phi3_plugin.train.data import facts_in_words, load_data, validation_share
 from tests.own import chat
 from tests.variants import write_checkpoint
 
@@ -87,6 +89,28 @@ def test_the_same_for_any_number_of_processes_and_from_any_step_on(kind, load):
         shared = (shares(many.order_val, rank, many.collate_val) for rank in range(processes))
         expected = trained(shares(one.order_val, 0, one.collate_val))
         assert [labels for labels in trained(chain(*shared)) if labels] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_many_samples_a_part_is_held_out_by_itself(kind, load, monkeypatch):
+    assert load(**KINDS[kind]).order_val is None
+    monkeypatch.setattr("phi3_plugin.train.data.ENOUGH", ROWS)
+    assert load(val_fraction=0.0, **KINDS[kind]).order_val is None
+    one, same = load(**KINDS[kind]), load(val_fraction=0.05, **KINDS[kind])
+    assert held_out(one.order_val) == held_out(same.order_val)
+    assert one.order.identity == same.order.identity
+
+
+def test_at_most_200_samples_are_held_out_by_themselves():
+    s = SimpleNamespace(val_fraction=None, dataset_val=None)
+    assert [validation_share(s, range(n)) for n in (199, 200, 4000, 8000)] == [0, 0.05, 0.05, 0.025]
+    s.dataset_val = {"source": "x"}
+    assert validation_share(s, range(4000)) == 0
+
+
+def test_patience_needs_validation_data(load):
+    with pytest.raises(ConfigError, match="early_stop_patience: 3 needs validation data"):
+        load(early_stop_patience=3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

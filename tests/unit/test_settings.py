@@ -100,7 +100,7 @@ def test_defaults(tmp_path):
     missing = {name for name, value in defaults.items() if value is MISSING}
     assert missing == {*needed, "sample_prompts"}
     assert read_back.sample_prompts == []
-    assert (read_back.seed, read_back.epochs, read_back.resume) == (0, 1, "never")
+    assert (read_back.seed, read_back.epochs, read_back.resume) == (0, 1, "auto")
     assert (read_back.keep_best, read_back.max_nonfinite_steps) == (True, 3)
 
 
@@ -115,6 +115,7 @@ def test_five_mistakes_are_five_lines(problems):
         "optimizer.learning_rate=1e-4",
         "resume_from_checkpoint=True",
         "early_stop_patience=3",
+        "val_fraction=0",
         without=["batch_size", "checkpointer"],
     )
     assert lines == [
@@ -169,7 +170,7 @@ def test_what_resembles_nothing_is_just_refused(problems):
         ("clip_grad_norm=.nan", "nan must be a number above 0 or null."),
         ("clip_grad_norm='1'", "'1' must be a number above 0 or null."),
         ("lora_plus_ratio=True", "True must be a number above 0 or null."),
-        ("val_fraction=1", "1 must be at least 0 and below 1."),
+        ("val_fraction=1", "1 must be at least 0 and below 1 or null."),
         ("enable_activation_checkpointing=0", "0 must be True or False or a whole number above 0."),
         ("adapter_dtype=fp16", "'fp16' must be bf16 or fp32 or null."),
         ("device='cuda:1'", "'cuda:1' must be cpu or cuda or null. Choose a card with"),
@@ -257,12 +258,13 @@ def test_conflicts(problems, one, other, more):
 
 @pytest.mark.parametrize("key", ["run_val_every_n_steps", "early_stop_patience"])
 def test_validation_needs_data(problems, key):
-    (line,) = problems(f"{key}=2")
+    (line,) = problems(f"{key}=2", "val_fraction=0")
     assert line.startswith(f"{key}: 2 needs validation data.")
 
 
 def test_patience_needs_validations_on_the_way(problems):
-    (line,) = problems("early_stop_patience=2", "val_fraction=0.1")
+    none = "run_val_every_n_steps=null"
+    (line,) = problems("early_stop_patience=2", "val_fraction=0.1", none)
     assert line.startswith("early_stop_patience: 2 counts validations")
 
 
