@@ -38,6 +38,7 @@ class Verb(NamedTuple):
 
 
 COMMANDS = {
+    "download": Verb(options.DownloadOptions, "hub"),
     "generate": Verb(options.PromptOptions, "recipes.phi3_generate"),
     "chat": Verb(options.ChatOptions, "chat"),
     "adapter check": Verb(options.CheckOptions, "recipes.phi3_adapter"),
@@ -55,11 +56,6 @@ RECIPES = {
 """Those that run a recipe with the YAML of a training run."""
 
 TUNE = {
-    "download": (
-        "REPO_ID [--output-dir DIR] [--hf-token TOKEN] [--ignore-patterns PATTERNS] "
-        "[--source {huggingface,kaggle}] [--kaggle-username NAME] [--kaggle-api-key KEY]",
-        "Download a model from the Hugging Face Hub or Kaggle",
-    ),
     "ls": ("", "List all recipes and configs"),
     "cp": (
         "RECIPE_OR_CONFIG DESTINATION [--no-clobber] [--make-parents]",

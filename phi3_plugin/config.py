@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from phi3_plugin import hub
 from phi3_plugin.errors import ConfigError, MissingFileError, Phi3Error
 from phi3_plugin.options import Count, Positive, Switch, is_positive, is_whole, mistakes, spelled
 
@@ -98,11 +99,11 @@ def read_config(checkpoint_dir: str | Path | None) -> Phi3Config:
 
 
 def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
-    """Return the checkpoint folder as a path.
+    """Return the checkpoint folder as a path; a model of the Hub is downloaded.
 
     Raises:
         ConfigError: It is None, which is how the YAMLs say that the user must set it.
-        MissingFileError: There is no such folder.
+        MissingFileError: There is no such folder, and no such model that can be downloaded.
     """
     if checkpoint_dir is None:
         raise ConfigError(
@@ -110,13 +111,16 @@ def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
             "checkpoint_dir=/path/to/Phi-3-mini-4k-instruct to the command."
         )
     folder = Path(os.path.expanduser(checkpoint_dir))
-    if not folder.is_dir():
-        raise MissingFileError(
-            f"checkpoint_dir: {folder} is not a folder. Download a checkpoint with "
-            f"'tune download microsoft/Phi-3-mini-4k-instruct --output-dir {folder} "
-            '--ignore-patterns ""\' or correct the path.'
-        )
-    return folder
+    if folder.is_dir():
+        hub.say_that_a_folder_has_the_name(str(checkpoint_dir))
+        return folder
+    if hub.is_repository(checkpoint_dir):
+        return hub.checkpoint(str(checkpoint_dir))
+    raise MissingFileError(
+        f"checkpoint_dir: {folder} is not a folder. Download a checkpoint with "
+        f"'phi3-tune download {hub.DEFAULT_BASE} --output {folder}', or correct the path; the "
+        "name of a model of the Hub can stand in its place."
+    )
 
 
 JSON_BYTES = 64_000_000

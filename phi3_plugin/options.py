@@ -120,9 +120,18 @@ _TEXT = Kind("text; put quotes around a number", lambda v: isinstance(v, str))
 _NAME = Kind("a name; put quotes around a number", _is_name)
 _PATH = Kind(_TEXT.words, _is_name, Path)
 
+
+def _checkpoint(name: str) -> Path:
+    from phi3_plugin import hub
+
+    return hub.checkpoint(name) if hub.is_repository(name) else Path(name)
+
+
 AnyText = Annotated[str, _TEXT]
 Name = Annotated[str, _NAME]
 Folder = Annotated[Path, _PATH]
+Checkpoint = Annotated[Path, Kind(_TEXT.words, _is_name, _checkpoint)]
+"""A folder, or the name of a model of the Hub, which is downloaded to one."""
 Texts = Annotated[list[str], Kind("a list of texts, as in ['one', 'two']", _are_texts, list)]
 Switch = Annotated[bool, Kind("True or False", lambda v: type(v) is bool)]
 Count = Annotated[int, Kind("a whole number above 0", partial(is_whole, least=1))]
@@ -387,10 +396,27 @@ def spelled(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+# What is downloaded.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadOptions:
+    """Download a model of the Hub: weights, configuration and tokenizer.
+
+    It goes on where it was interrupted. HF_HOME says where the cache is, HF_TOKEN who asks.
+    `tune download` is torchtune's own.
+    """
+
+    name: Annotated[Name, Flags(metavar="ID")]
+    """such as microsoft/Phi-3-mini-4k-instruct"""
+    output_dir: Annotated[Folder | None, Flags(("-o", "--output", "--output-dir"), "DIR")] = None
+    """folder to download to (default: the Hub's cache, where its name is enough to find it)"""
+
+
 # Which model answers, and how.
 
-BASE_FLAGS = Flags(("--base", "--checkpoint-dir"), "DIR")
-Base = Annotated[Folder, BASE_FLAGS]
+BASE_FLAGS = Flags(("--base", "--checkpoint-dir"), "ID|DIR")
+Base = Annotated[Checkpoint, BASE_FLAGS]
 Dtype = Literal["bf16", "fp32"]
 
 
@@ -444,7 +470,7 @@ class AnswerOptions(Sampling):
     """A model, a system message, and how tokens are chosen."""
 
     checkpoint_dir: Base
-    """folder of the base model, as it was downloaded"""
+    """base model: its name on the Hub, or the folder it was downloaded to"""
     adapter: Annotated[Folder | None, Flags(("--adapter",), "DIR")] = None
     """folder of an adapter, ours or anyone's"""
     dtype: Dtype = "bf16"
@@ -567,8 +593,8 @@ class CheckOptions:
 
     adapter: Annotated[Folder, Flags(metavar="ADAPTER")]
     """folder of the adapter"""
-    checkpoint_dir: Annotated[Folder | None, BASE_FLAGS] = None
-    """folder of the base model, as it was downloaded"""
+    checkpoint_dir: Annotated[Checkpoint | None, BASE_FLAGS] = None
+    """base model: its name on the Hub, or the folder it was downloaded to"""
     runtime: Annotated[
         tuple[str, ...],
         Kind(
@@ -592,7 +618,7 @@ class AdapterOptions:
     adapter: Annotated[Folder, Flags(metavar="ADAPTER")]
     """folder of the adapter, or its file"""
     checkpoint_dir: Base
-    """folder of the base model, as it was downloaded"""
+    """base model: its name on the Hub, or the folder it was downloaded to"""
     output_dir: Annotated[Folder, Flags(("-o", "--output"), "OUT")]
     """what to write; must not be there yet"""
     alpha: Annotated[float, Kind("a number", is_number)] | None = None

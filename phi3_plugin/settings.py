@@ -23,9 +23,11 @@ from torchtune.config._utils import _get_component_from_path
 from phi3_plugin import options
 from phi3_plugin.config import checkpoint_folder
 from phi3_plugin.errors import ConfigError, MissingFileError
+from phi3_plugin.hub import is_repository
 from phi3_plugin.options import (
     Advice,
     AnyText,
+    Checkpoint,
     Count,
     Dtype,
     Folder,
@@ -99,7 +101,7 @@ class Settings:
     a run may go on with another value.
     """
 
-    checkpoint_dir: Annotated[Folder, OnResume.CONTENT]
+    checkpoint_dir: Annotated[Checkpoint, OnResume.CONTENT]
     output_dir: Annotated[Folder, OnResume.FREE]
     model: Annotated[Component, Handed(), OnResume.CONTENT]
     tokenizer: Annotated[Component, Handed(), OnResume.CONTENT]
@@ -277,7 +279,8 @@ def settings_problems(
     beside = (*STOCK_KEYS, "loss", "profiler", *others)
     found = options.option_problems(Settings, given, "this recipe", others=beside)
     given = {key: value for key, value in given.items() if not isinstance(value, Unresolved)}
-    if isinstance(folder := given.get("checkpoint_dir"), str):
+    folder = given.get("checkpoint_dir")
+    if isinstance(folder, str) and not is_repository(folder):  # which takes long, so it comes last
         try:
             checkpoint_folder(folder)
         except MissingFileError as error:

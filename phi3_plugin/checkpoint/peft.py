@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from phi3_plugin import hub
 from phi3_plugin.checkpoint.adapter import (
     Adapter,
     FileContent,
@@ -111,8 +112,11 @@ def export_model(folder: Path, weights: Mapping[str, Tensor], checkpoint_dir: Pa
 def base_name(checkpoint_dir: Path) -> str:
     """Return how an adapter names its base: the repository it came from, else the folder.
 
-    ``tune download`` leaves original_repo_id.json beside the weights.
+    That of a folder in the Hub's cache is in its path; ``tune download`` and ours leave
+    original_repo_id.json beside the weights.
     """
+    if name := hub.name_of(checkpoint_dir):
+        return name
     file = checkpoint_dir / "original_repo_id.json"
     try:
         name = read_json_object(file).get("repo_id")
@@ -253,17 +257,13 @@ def model_card(config: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     )
 
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-"""A name on the hub, as in microsoft/Phi-3-mini-4k-instruct."""
-
-
 def front_matter(base: str, library: str, tags: Sequence[str]) -> str:
     """Return what the hub reads of a model card, as YAML.
 
     The hub refuses a card, and with it the upload, whose base is no name of a repository: that of
     a folder on this machine is left out.
     """
-    facts: dict[str, Any] = {"base_model": base} if REPOSITORY.fullmatch(base) else {}
+    facts: dict[str, Any] = {"base_model": base} if hub.REPOSITORY.fullmatch(base) else {}
     facts |= {
         "library_name": library,
         "pipeline_tag": "text-generation",
