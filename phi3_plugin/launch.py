@@ -57,6 +57,9 @@ def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection
                 f"--nnodes {args.nnodes} needs --rdzv_endpoint HOST:PORT (and --rdzv_backend "
                 "c10d), the same on every node. Without it each node trains alone."
             )
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, to outlive the terminal
+            handled = args.signals_to_handle.split(",")
+            args.signals_to_handle = ",".join(name for name in handled if name != "SIGHUP")
         # `phi3-tune` starts itself in the workers, with the recipe after the verb.
         recipe = args.recipe_args[1] if args.recipe == "phi3_plugin.cli" else args.recipe
         with signals_for_workers() if recipe in ours else contextlib.nullcontext():

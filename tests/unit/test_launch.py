@@ -187,7 +187,14 @@ def launch(monkeypatch, tmp_path):
 
     def launch(command: str, *words: str) -> list:
         seen = []
-        monkeypatch.setattr("torchtune._cli.run.run", lambda args: seen.append(PContext.start))
+        launch.handled = []
+        monkeypatch.setattr(
+            "torchtune._cli.run.run",
+            lambda args: (
+                seen.append(PContext.start),
+                launch.handled.append(args.signals_to_handle),
+            ),
+        )
         monkeypatch.setattr(sys, "argv", [command, "run", *words, "--config", "phi3_mini_lora"])
         {"tune": tune, "phi3-tune": cli}[command].main()
         return seen
@@ -201,6 +208,15 @@ def test_signals_are_passed_on_for_our_recipe_only(launch, command, recipe):
     (used,) = launch(command, "--nproc_per_node", "2", recipe)
     assert (used is not STOCK) == (recipe in OURS)
     assert PContext.start is STOCK
+
+
+@pytest.mark.parametrize("is_ignored", [True, False])
+def test_under_nohup_a_closed_terminal_ends_no_run(launch, is_ignored):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    launch("tune", "--nproc_per_node", "2", OTHERS[0])
+    (handled,) = launch.handled
+    assert ("SIGHUP" in handled) != is_ignored
+    assert {"SIGTERM", "SIGINT"} <= {*handled.split(",")}
 
 
 @pytest.mark.parametrize("nodes", ["2", "1:2"])
