@@ -111,7 +111,9 @@ def _spellings(name: str, file: Path) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def signals_for_workers() -> Iterator[None]:
-    """Within it, torchrun passes the first SIGTERM or SIGINT on to its workers and waits for them.
+    """Within it, torchrun passes the first signal of three on to its workers and waits for them.
+
+    SIGTERM, SIGINT and SIGHUP, which a closed terminal sends.
 
     By itself torchrun ends with an error and kills workers that need more than 30 seconds. That is
     still what a second signal does, and a signal before there are workers. A worker that is not
@@ -151,7 +153,8 @@ def signals_for_workers() -> Iterator[None]:
 
 def _listen(workers: Any, asked: list[signal.Signals]) -> None:
     """Take torchrun's place as the handler of the first signal, and note which one it was."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     # torchrun has handlers in the main thread only, and for what --signals-to-handle lists.
     of_torchrun = {
         number: handler

@@ -4,10 +4,14 @@ A file's name, a column, a template's message or a model's answer may hold chara
 screen, hide text or set a title. Only the standard library, since errors pass here too.
 """
 
+import errno
 import os
 import sys
 import time
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO
 
 INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 """Unicode categories of what shows nothing, looks like a space, or changes how others show."""
@@ -55,3 +59,43 @@ def show_error(error: BaseException) -> None:
     if len(shown) < len(text):
         shown += f" … and {len(text) - len(shown):,} characters more (PHI3_PLUGIN_TRACEBACK=1)"
     print(shown, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def outlived() -> Iterator[None]:
+    """Within it nothing fails for what stdout and stderr cannot take: a run outlives its terminal.
+
+    A terminal that was closed, a reader of a pipe that has ended, a full disk under a log.
+    """
+    with redirect_stdout(_Outlived(sys.stdout)), redirect_stderr(_Outlived(sys.stderr)):
+        yield
+
+
+class _Outlived:
+    """A stream whose texts are lost where they cannot be written."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream  # None where the command was started without
+
+    def write(self, text: str) -> int:
+        if self._stream is not None:
+            with self._losing(self._stream):
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            with self._losing(self._stream):
+                self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _losing(self, stream: TextIO) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.EPIPE):  # gone for good; a full disk may get room
+                with suppress(OSError, ValueError):  # a stream of a notebook has no number
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

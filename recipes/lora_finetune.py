@@ -33,6 +33,7 @@ from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
+from phi3_plugin.terminal import outlived
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.data import facts_in_words, instantiate, load_data
 from phi3_plugin.train.losses import sft
@@ -431,7 +432,7 @@ def main(cfg: DictConfig) -> None:
     """Fine-tune Phi-3; see the top of this file."""
     if cfg.get("plan"):
         return print_plan(cfg)
-    with at_once():
+    with at_once(), outlived():
         recipe = Finetune(cfg)
         recipe.setup()
         recipe.train()

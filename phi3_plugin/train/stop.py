@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ class Stop:
     def __init__(
         self, world: World, output_dir: Path, *, patience: int | None, max_nonfinite: int
     ) -> None:
-        """Listen to SIGTERM and SIGINT.
+        """Listen to SIGTERM, SIGINT and SIGHUP, which a closed terminal sends.
 
         Args:
             world: All processes.
@@ -68,7 +68,9 @@ class Stop:
         self._is_ending = False
         self._handled = 0  # signals, by the handler
         self.reason: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_IGN and number == signal.SIGHUP:
+                continue  # nohup: the run outlives its terminal
             signal.signal(number, self._on_signal)
         # Python's handlers wait for a call into a library to return. This pipe does not.
         heard, wakes = os.pipe()
@@ -162,4 +164,5 @@ class Stop:
     def _say(self, text: str) -> None:
         # print() fails if the signal came within another one
         if self._world.is_main:
-            os.write(2, f"\nphi3_plugin: {text}\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\nphi3_plugin: {text}\n".encode())

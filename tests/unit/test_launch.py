@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
 STOCK = PContext.start
 BOTH = (signal.SIGTERM, signal.SIGINT)
+ALL = (*BOTH, signal.SIGHUP)
 OURS = ("phi3_lora_finetune", "phi3_plugin/recipes/lora_finetune.py")
 OTHERS = ("lora_finetune_distributed", "folder/mine.py", "phi3_plugin/recipes/phi3_demo.py")
 
@@ -26,7 +27,7 @@ me = pathlib.Path(sys.argv[1])
 def stop(number, frame):
     me.write_text(signal.Signals(number).name)
     sys.exit(0)
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, stop)
 me.touch()
 time.sleep(60)
@@ -37,7 +38,7 @@ DONE = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
 
 @pytest.fixture(autouse=True)
 def handlers():
-    numbers = (*BOTH, signal.SIGHUP, signal.SIGQUIT)  # torchrun's
+    numbers = (*ALL, signal.SIGQUIT)  # torchrun's
     before = {number: signal.getsignal(number) for number in numbers}
     yield before
     for number, handler in before.items():
@@ -70,7 +71,7 @@ def heard(folder) -> list[str]:
     return [file.read_text() for file in sorted(folder.glob("worker*"))]
 
 
-@pytest.mark.parametrize("number", BOTH, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
 def test_the_first_signal_is_for_the_workers(start, number, tmp_path, capfd):
     with signals_for_workers():
         workers = start(LISTENING, LISTENING)

@@ -13,10 +13,12 @@ from phi3_plugin.train import checkpoints
 from phi3_plugin.train.stop import NO_IMPROVEMENT, SOON, Stop
 from phi3_plugin.train.world import World
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 @pytest.fixture
 def stop(tmp_path):
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield Stop(World("cpu"), tmp_path, patience=2, max_nonfinite=3)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -27,10 +29,10 @@ def test_a_run_goes_on_unless_there_is_a_reason(stop):
     assert (stop.now(), stop.reason, stop.interrupted) == (False, None, False)
 
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+EACH = pytest.mark.parametrize("number", SIGNALS)
 
 
-@BOTH
+@EACH
 def test_a_signal_in_a_step_is_acted_on_when_the_run_asks(number, stop, capfd):
     assert not stop.now()
     signal.raise_signal(number)
@@ -39,7 +41,7 @@ def test_a_signal_in_a_step_is_acted_on_when_the_run_asks(number, stop, capfd):
     assert (stop.now(), stop.reason, stop.interrupted) == (True, number.name, True)
 
 
-@BOTH
+@EACH
 def test_before_the_first_step_and_after_the_result_is_saved_it_ends_at_once(number, stop, capfd):
     for _ in range(2):
         with pytest.raises(SystemExit) as end:
@@ -48,6 +50,14 @@ def test_before_the_first_step_and_after_the_result_is_saved_it_ends_at_once(num
         assert f"{number.name}: stopped at once" in capfd.readouterr().err
         stop.now()
         stop.saved()
+
+
+def test_under_nohup_a_closed_terminal_is_not_listened_to(tmp_path, stop):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    again = Stop(World("cpu"), tmp_path, patience=None, max_nonfinite=3)
+    assert not again.now()
+    signal.raise_signal(signal.SIGHUP)
+    assert not again.now()
 
 
 def test_a_run_that_is_over_leaves_signals_to_others(stop):

@@ -1,12 +1,14 @@
 """What reaches a terminal."""
 
+import os
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
 from phi3_plugin import terminal
 from phi3_plugin.errors import DataError
-from phi3_plugin.terminal import harmless, show_error
+from phi3_plugin.terminal import harmless, outlived, show_error
 
 
 @pytest.mark.parametrize(
@@ -43,3 +45,36 @@ def test_the_first_process_speaks_first(rank, waits, monkeypatch, capsys):
     show_error(DataError("here alone"))
     assert slept == [terminal.AFTER_THE_FIRST] * waits
     assert "here alone" in capsys.readouterr().err
+
+
+def gone_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def gone_terminal():
+    controller, terminal = os.openpty()
+    os.close(controller)
+    return os.fdopen(terminal, "w")
+
+
+def full_disk():
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+@pytest.mark.parametrize("opened", [gone_pipe, gone_terminal, full_disk, lambda: None])
+def test_what_a_terminal_cannot_take_is_lost(opened):
+    stream = opened()
+    with redirect_stdout(stream), redirect_stderr(stream), outlived():
+        for text in ("one", "two"):
+            print(text, flush=True)
+            show_error(DataError(text))
+    if opened in (gone_pipe, gone_terminal):
+        stream.close()  # with nothing left to write
+
+
+def test_what_it_can_take_it_gets(capsys):
+    with outlived():
+        print("shown")
+    assert capsys.readouterr().out == "shown\n"
