@@ -38,6 +38,7 @@ class Verb(NamedTuple):
 
 
 COMMANDS = {
+    "train": Verb(options.TrainOptions, "first_run"),
     "download": Verb(options.DownloadOptions, "hub"),
     "generate": Verb(options.PromptOptions, "recipes.phi3_generate"),
     "chat": Verb(options.ChatOptions, "chat"),
@@ -78,7 +79,7 @@ def main() -> None:
     words = sys.argv[1:]
     asks_for_help = bool({"-h", "--help"} & {*words})
     if words and words[0] in (*TUNE, *RECIPES) and not asks_for_help:
-        return _tune(words)
+        return tune(words)
     top, verbs = parsers()
     name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), None)
     if name is None:
@@ -216,7 +217,7 @@ def _classes(module: str) -> dict[str, list[ast.stmt]]:
 # The verbs of torchtune, and recipes of ours, run by its own command line.
 
 
-def _tune(words: Sequence[str]) -> None:
+def tune(words: Sequence[str]) -> None:
     """Hand a verb to torchtune's command line, as if its name were ours."""
     from torchtune._cli.tune import TuneCLIParser  # not earlier: importing torchtune must find us
 

@@ -413,6 +413,41 @@ class DownloadOptions:
     """folder to download to (default: the Hub's cache, where its name is enough to find it)"""
 
 
+# A run of which only the data is known.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Fine-tune a model on your chats, and choose by data, model and device what is not said.
+
+    It writes OUT/config.yaml, which `tune run phi3_lora_finetune --config` runs too. With --output
+    of a run that is there it goes on.
+    """
+
+    source: Annotated[Name, Flags(metavar="DATA")]
+    """a .csv, .json, .jsonl or .parquet file, a folder, a glob, or a data set of the Hub"""
+    keys: Annotated[
+        tuple[str, ...], Kind("a list of texts", _are_texts, tuple), Flags(metavar="KEY=VALUE")
+    ] = ()
+    """any key of the YAML, such as model.lora_rank=8; docs/recipe.md explains them"""
+    base: Annotated[Name | None, Flags(("--base", "--checkpoint-dir"), "ID|DIR")] = None
+    """base model: its name on the Hub, or a folder (microsoft/Phi-3-mini-4k-instruct)"""
+    output_dir: Annotated[Folder | None, Flags(("-o", "--output"), "OUT")] = None
+    """folder of the run (default: named after data and time)"""
+    epochs: Count | None = None
+    """times that the data is seen (3)"""
+    lr: Positive | None = None
+    """learning rate (2e-4)"""
+    qlora: Switch = False
+    """keep the base's weights in NF4 (default: where the memory would not suffice otherwise)"""
+    config: Annotated[Name | None, Flags(("--config",), "YAML")] = None
+    """a config, by name or file, whose keys are taken as they are"""
+    print_config: Switch = False
+    """print the YAML that would be run, and do nothing"""
+    nproc_per_node: Annotated[Count, Flags(("--nproc-per-node", "--nproc_per_node"))] = 1
+    """processes, one for each device (1)"""
+
+
 # Which model answers, and how.
 
 BASE_FLAGS = Flags(("--base", "--checkpoint-dir"), "ID|DIR")

@@ -86,9 +86,15 @@ class TrainState:
 class Finetune:
     """One run: ``setup``, ``train``, ``finish``."""
 
-    def __init__(self, cfg: DictConfig) -> None:
-        """Check settings and folders, join the other processes, find what to go on from."""
+    def __init__(self, cfg: DictConfig, *, is_announced: bool = False) -> None:
+        """Check settings and folders, join the other processes, find what to go on from.
+
+        Args:
+            cfg: YAML and command line, merged.
+            is_announced: Whether somebody has said already what the run is going to do.
+        """
         self.cfg = cfg
+        self.is_announced = is_announced
         self.s = settings.read(cfg)
         check_output(self.s.output_dir, self.s.checkpoint_dir)
         self.world = World(self.s.device, self.s.fsdp_replicas)
@@ -136,7 +142,8 @@ class Finetune:
             total=self.data.total_steps,
             start=self.state.step,
         )
-        self.monitor.say(facts_in_words(self.data))
+        if not self.is_announced:
+            self.monitor.say(facts_in_words(self.data))
         self.monitor.resumed(self.state.step, self.last, noted(self.differences, self.state.step))
         self.saver = checkpoints.Saver(
             self.s.output_dir,
@@ -427,16 +434,23 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-@config.parse
-def main(cfg: DictConfig) -> None:
-    """Fine-tune Phi-3; see the top of this file."""
-    if cfg.get("plan"):
-        return print_plan(cfg)
+def finetune(cfg: DictConfig, *, is_announced: bool = False) -> int:
+    """Make a run, see `Finetune`, and return the exit code."""
     with at_once(), outlived():
-        recipe = Finetune(cfg)
+        recipe = Finetune(cfg, is_announced=is_announced)
         recipe.setup()
         recipe.train()
         recipe.finish()
+    return 0
+
+
+@config.parse
+def main(cfg: DictConfig) -> int:
+    """Fine-tune Phi-3; see the top of this file."""
+    if cfg.get("plan"):
+        print_plan(cfg)
+        return 0
+    return finetune(cfg)
 
 
 if __name__ == "__main__":

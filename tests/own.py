@@ -48,6 +48,7 @@ RUN = (
     "batch_size=1",
     "gradient_accumulation_steps=2",
     "epochs=3",
+    "lr_scheduler.num_warmup_steps=1",
     "val_fraction=0.2",
     "run_val_every_n_steps=2",
     "save_every_n_steps=1",

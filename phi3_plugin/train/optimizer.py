@@ -66,8 +66,9 @@ def with_warmup(shape: Callable[[int, int], float]) -> Schedule:
 
     Returns:
         What a recipe hands the optimizer, new or restored from a checkpoint, and the steps of the
-        whole run. The warm-up is a number of steps or a share of all, rounded up. ``last_epoch`` is
-        the number of steps made, less one, if the recipe knows.
+        whole run. The warm-up is a number of steps or a share of all, rounded up; a run of fewer
+        than `FEW_STEPS` has none of a share. ``last_epoch`` is the number of steps made, less one,
+        if the recipe knows.
     """
 
     def schedule(
@@ -82,8 +83,9 @@ def with_warmup(shape: Callable[[int, int], float]) -> Schedule:
         if wrong:
             raise ConfigError("\n".join(wrong))
         share = math.ceil(num_training_steps * warmup_ratio)
-        # Not the last step as well: a run of one step would have a rate of 0
-        share = max(0, min(share, num_training_steps - 1))
+        # The first step of a warm-up has a rate of 0, in transformers too, with whose rates ours
+        # agree. Of few steps none is to spare.
+        share = 0 if num_training_steps < FEW_STEPS else min(share, num_training_steps - 1)
         warmup = share if num_warmup_steps is None else num_warmup_steps
         # Here, since torchtune's recipes tell nobody else how many steps they make
         if warmup >= num_training_steps:

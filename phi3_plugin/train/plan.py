@@ -444,7 +444,7 @@ def planned_lines(s: Settings, devices: int, device: torch.device) -> list[str]:
     except ConfigError:
         best = at(layers)  # the table shows what is missing
     if limit is None:
-        limit, limit_name = _free(device, devices), "free now"
+        limit, limit_name = memory_free_on(device, devices), "free now"
 
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(count for count, learns in sizes if learns)
@@ -517,7 +517,8 @@ def memory_free() -> int | None:
     return None
 
 
-def _free(device: torch.device, processes: int) -> int | None:
+def memory_free_on(device: torch.device, processes: int) -> int | None:
+    """Return the bytes that one of so many processes can take, where the system says so."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = memory_free()

@@ -17,7 +17,7 @@ from tests.cli.test_tune import BIN, NAMES, READ_REGISTRY, RECIPE, command
 SWITCHES = ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
 OFF = dict.fromkeys(SWITCHES, "0")
 VERBS = ["ls", "cp", "run", "validate", "cat"]
-OURS = ["download", "inspect-data", "evaluate", "generate", "chat", "adapter", "import-config"]
+OURS = [*cli.RECIPES, "train", "download", "generate", "chat", "adapter", "import-config"]
 
 
 @pytest.fixture

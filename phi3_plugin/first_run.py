@@ -1,0 +1,500 @@
+"""A run of which only the data is known: `phi3-tune train my_chats.csv`.
+
+What is not said is decided here, by data, model and device, and becomes a YAML of our recipe like
+any other: OUTPUT/config.yaml, which `tune run phi3_lora_finetune --config` runs as well.
+"""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, cast
+
+from phi3_plugin import hub
+from phi3_plugin.config import checkpoint_folder, read_config
+from phi3_plugin.errors import ConfigError
+from phi3_plugin.options import TrainOptions, spelled
+from phi3_plugin.terminal import for_stdout, harmless
+
+if TYPE_CHECKING:
+    import torch
+    from omegaconf import DictConfig
+
+    from phi3_plugin.settings import Settings
+    from phi3_plugin.train.data import RunData
+    from phi3_plugin.train.plan import Estimate
+
+TEMPLATE = "phi3_mini_lora_1gpu"
+"""The config whose keys are taken where nothing else is said; it serves every model of the family,
+as sizes come from the checkpoint."""
+
+EPOCHS = 3
+STEPS = 10
+"""Of an epoch at least, where the samples suffice."""
+MOST = 16
+"""Samples of a step at most."""
+AT_ONCE = 4
+"""Samples that a device sees at once at most."""
+SPARE = 0.9
+"""Share of the free memory that may be planned with; Python and its libraries take the rest."""
+SURVEYED = 20_000
+"""Samples up to which each is looked at for warnings: it must not keep a user waiting."""
+
+
+def run(o: TrainOptions) -> int:
+    """Fine-tune, or print the YAML, and return the exit code."""
+    return train(o, {})
+
+
+def train(o: TrainOptions, settings: Mapping[str, Any]) -> int:
+    """Fine-tune, and return the exit code.
+
+    Args:
+        o: What was typed.
+        settings: Keys of the YAML with their values, dotted.
+    """
+    draft = Draft(o, settings)
+    if not o.print_config:
+        for line in lines_of(draft.cfg):
+            print(line, flush=True)  # before anything slow is imported
+    plan = planned(draft)
+    cfg, output = draft.cfg, Path(str(draft.cfg.output_dir))
+    if o.print_config:
+        print(for_stdout(text_of(cfg)), end="")
+        return 0
+    for line in plan.lines:
+        print(line, flush=True)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "config.yaml"
+    file.write_text(text_of(cfg), "utf-8")
+    code = launched(file, o.nproc_per_node) if o.nproc_per_node > 1 else started(cfg)
+    if code:
+        again = command("phi3-tune", "train", o.source, "--output", str(output))
+        print(f"To go on: {again}")
+        return code
+    print("\nWhat to type next:")
+    for what, typed in next_commands(cfg, plan):
+        print(f"  # {what}\n  {typed}")
+    return 0
+
+
+def started(cfg: "DictConfig") -> int:
+    """Make the run in this process."""
+    recipe = import_module("phi3_plugin.recipes.lora_finetune")
+    return int(recipe.finetune(cfg, is_announced=True))
+
+
+def launched(file: Path, processes: int) -> int:
+    """Make the run in processes of their own, started by torchrun."""
+    from phi3_plugin import cli
+
+    words = ["run", "--nproc_per_node", str(processes), "phi3_lora_finetune", "--config", str(file)]
+    try:
+        cli.tune(words)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+# The YAML, as far as it was said
+
+
+class Draft:
+    """A configuration, and which of its keys were said by somebody."""
+
+    def __init__(self, o: TrainOptions, settings: Mapping[str, Any]) -> None:
+        """Read config, flags, keys and settings, of which the later ones come first."""
+        from omegaconf import OmegaConf
+
+        self.processes = o.nproc_per_node
+        self.qlora = o.qlora
+        earlier = o.output_dir / "config.yaml" if o.output_dir else None
+        name = o.config or (str(earlier) if earlier and earlier.is_file() else None)
+        cfg: Any = OmegaConf.load(config_file(name or TEMPLATE))
+        self._said = {"optimizer.lr"} if name else set[str]()
+        if name:
+            self._said |= {key for key in cfg if cfg.get(key) is not None}
+        flags = {
+            "checkpoint_dir": o.base or cfg.get("checkpoint_dir") or hub.DEFAULT_BASE,
+            "dataset.source": o.source,
+            "output_dir": None if o.output_dir is None else str(o.output_dir),
+            "epochs": o.epochs,
+            "optimizer.lr": o.lr,
+        }
+        cfg = with_words(cfg, o.keys)
+        for key, value in {**flags, **settings}.items():
+            if value is not None or key in settings:
+                OmegaConf.update(cfg, key, value, force_add=True)
+                self._said.add(key)
+        for word in o.keys:
+            self._said.add(word.lstrip("~").partition("=")[0])
+        if cfg.get("output_dir") is None:
+            cfg.output_dir = folder_for(o.source)
+        self.cfg = cfg
+
+    def is_said(self, key: str) -> bool:
+        """Whether a key, a part of it or the section it stands in was said."""
+        return any(
+            said == key or said.startswith(f"{key}.") or key.startswith(f"{said}.")
+            for said in self._said
+        )
+
+    def choose(self, key: str, value: Any) -> None:
+        """Set a key unless it was said."""
+        from omegaconf import OmegaConf
+
+        if not self.is_said(key):
+            OmegaConf.update(self.cfg, key, value, force_add=True)
+
+
+def config_file(name: str) -> Path:
+    """Return the file of a config by its name or path.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = Path(str(import_module("phi3_plugin.configs").__file__)).parent
+    file = folder / f"{name.removesuffix('.yaml')}.yaml"
+    if not file.is_file() or os.path.dirname(name):
+        raise ConfigError(
+            f"--config: {name} is neither a file nor a config; `tune ls` lists those."
+        )
+    return file
+
+
+def with_words(cfg: "DictConfig", words: tuple[str, ...]) -> "DictConfig":
+    """Return a configuration with the ``key=value`` of a command line.
+
+    Raises:
+        ConfigError: A word is none; all of them.
+    """
+    wrong = [word for word in words if not re.fullmatch(r"~[\w.]+|[\w.]+=.*", word, re.DOTALL)]
+    if wrong:
+        raise ConfigError(
+            "\n".join(f"{word!r} is no key=value, such as epochs=2." for word in wrong)
+        )
+    if not words:
+        return cfg
+    from omegaconf import OmegaConf
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+
+    container: Any = OmegaConf.to_container(cfg, resolve=False)
+    try:
+        return cast("DictConfig", _merge_yaml_and_cli_args(Namespace(**container), list(words)))
+    except Exception as error:  # of OmegaConf, whose values are YAML
+        raise ConfigError(f"{' '.join(words)}: {str(error).splitlines()[0]}") from error
+
+
+def folder_for(source: str) -> str:
+    """Return a name for the folder of a run that is not there yet: of its data and of now."""
+    stem = Path(source).name.partition(".")[0]
+    name = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem) or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return name if not Path(name).exists() else f"{name}-{os.getpid()}"
+
+
+def text_of(cfg: "DictConfig") -> str:
+    """Return the YAML of a run."""
+    from omegaconf import OmegaConf
+
+    head = "# tune run phi3_lora_finetune --config THIS_FILE; docs/recipe.md explains every key.\n"
+    return head + OmegaConf.to_yaml(cfg)
+
+
+# What data, model and device decide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do."""
+
+    lines: list[str]
+    """For a terminal."""
+    settings: "Settings"
+    has_validation: bool
+
+
+def planned(draft: Draft) -> Plan:
+    """Decide what was not said, and return what the run is going to do."""
+    import torch
+
+    from phi3_plugin import settings
+    from phi3_plugin.train.data import load_data, validation_share
+    from phi3_plugin.train.world import pick_device
+
+    cfg = draft.cfg
+    device = pick_device(cfg.get("device"), 0)
+    draft.choose("epochs", EPOCHS)
+    note = choose_precision(draft, device)
+    # Weights are not needed yet, and what is wrong with the settings is said before they come
+    small = small_folder(str(cfg.checkpoint_dir))
+    read = settings.read(at(cfg, small), draft.processes)
+    data = load_data(read, draft.processes)
+    samples = len(data.order.dataset) + (len(data.order_val.dataset) if data.order_val else 0)
+    choose_batches(draft, len(data.order.dataset))
+    if data.order_val and read.val_fraction is None and not read.dataset_val:
+        whole = range(samples) if not read.dataset.get("packed") else data.order.dataset
+        draft.choose("val_fraction", round(validation_share(read, whole) or 0.05, 4))
+    read = settings.read(at(cfg, small), draft.processes)
+    data = load_data(read, draft.processes)
+    if data.order_val:
+        draft.choose("run_val_every_n_steps", min(50, data.order.steps_per_epoch))
+    longest = longest_of(data)
+    best, free = choose_memory(draft, small, device, longest)
+    read = settings.read(at(cfg, small), draft.processes)
+    data = load_data(read, draft.processes)
+
+    def shown(name: str, text: str) -> list[str]:
+        return wrapped(f"  {name:<8}", text)
+
+    count, trained = parameters(read)
+    kind = "QLoRA" if is_quantized(read) else "LoRA" if trained < count else "all weights"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    many = f"{draft.processes} x " if draft.processes > 1 else ""
+    order, held = data.order, data.order_val
+    each = f"{order.per_step} {'pack' if read.dataset.get('packed') else 'sample'}"
+    held_out = f"{len(held.dataset):,} held out" if held else "none held out"
+    lines = [
+        *shown("device", f"{many}{where}, {read.dtype}{note}"),
+        *shown("trained", f"{trained:,} of {count:,} parameters ({trained / count:.2%}), {kind}"),
+        *shown("samples", f"{len(order.dataset):,}, {held_out}"),
+        *shown(
+            "steps",
+            f"{data.total_steps:,} of {each}{'s' if order.per_step > 1 else ''}, "
+            f"{read.epochs} {'epochs' if read.epochs > 1 else 'epoch'}",
+        ),
+        *shown("memory", memory_in_words(best, free, read)),
+    ]
+    for warning in warnings_of(read, data, draft.processes):
+        lines += wrapped("  ! ", warning)
+    return Plan(lines, read, held is not None)
+
+
+def small_folder(base: str) -> Path:
+    """Return the folder of a base, of which a model of the Hub has its configuration alone."""
+    if hub.is_repository(base):
+        return hub.checkpoint(base, weights=False)
+    return checkpoint_folder(base)
+
+
+def at(cfg: "DictConfig", folder: Path) -> "DictConfig":
+    """Return a configuration with another folder of the base."""
+    from omegaconf import OmegaConf
+
+    return cast("DictConfig", OmegaConf.merge(cfg, {"checkpoint_dir": str(folder)}))
+
+
+def choose_precision(draft: Draft, device: "torch.device") -> str:
+    """Choose fp32 where a device computes bf16 by detours, and return why."""
+    import torch
+
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        draft.choose("dtype", "fp32")
+        if not draft.is_said("dtype"):  # fp32 weights are twice as large
+            draft.choose("model._component_", "phi3_plugin.models.qlora_phi3")
+            return " over NF4: this card has no bf16"
+    elif device.type == "cpu" and not cpu_has_bf16():
+        draft.choose("dtype", "fp32")
+        if draft.is_said("dtype") and draft.cfg.dtype == "bf16":
+            return ", which this processor has no instructions for: dtype=fp32 is many times faster"
+        return ": this processor has no instructions for bf16"
+    return ""
+
+
+def cpu_has_bf16() -> bool:
+    """Whether products in bf16 are the processor's own: by detours they take a hundred times."""
+    import platform
+
+    import torch
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    cpu: Any = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def choose_batches(draft: Draft, samples: int) -> None:
+    """Choose how many samples a step sees: 16, or so few that an epoch has ten steps."""
+    wanted = 1 << max(0, int(math.log2(max(1, min(MOST, samples // STEPS)))))
+    share = max(1, wanted // draft.processes)
+    cfg = draft.cfg
+    if draft.is_said("gradient_accumulation_steps"):
+        times = cfg.gradient_accumulation_steps
+        draft.choose("batch_size", max(1, min(AT_ONCE, share // times)))
+    draft.choose("batch_size", min(AT_ONCE, share))
+    draft.choose("gradient_accumulation_steps", max(1, share // cfg.batch_size))
+
+
+def longest_of(data: "RunData") -> int:
+    """Return the tokens of the longest sample or pack."""
+    dataset = data.order.dataset
+    if hasattr(dataset, "size"):
+        return int(dataset.size)
+    if hasattr(dataset, "lengths"):
+        return int(dataset.lengths.max())
+    return max(len(dataset[i]["tokens"]) for i in range(len(dataset)))
+
+
+def choose_memory(
+    draft: Draft, small: Path, device: "torch.device", longest: int
+) -> tuple["Estimate", int | None]:
+    """Choose what a device has the memory for, the fastest first.
+
+    Args:
+        draft: Of the run.
+        small: Folder with config.json.
+        device: One of the run's.
+        longest: Tokens of the longest sample.
+
+    Returns:
+        What it takes, and the bytes that are free, where the system says so.
+    """
+    from phi3_plugin import settings
+    from phi3_plugin.train.plan import estimated, memory_free_on
+
+    cfg = draft.cfg
+    free = memory_free_on(device, draft.processes)
+    models = ["phi3_plugin.models.lora_phi3", "phi3_plugin.models.qlora_phi3"]
+    if draft.is_said("model._component_") or draft.cfg.model._component_ not in models:
+        models = [cfg.model._component_]
+    elif draft.qlora or cfg.model._component_ == models[1]:
+        models = models[1:]
+    recompute = [False, True]
+    if draft.is_said("enable_activation_checkpointing") or draft.is_said("memory_budget"):
+        recompute = [cfg.get("enable_activation_checkpointing", False)]
+    size, times = cfg.batch_size, cfg.gradient_accumulation_steps
+    ways = [(model, again, size, times) for model in models for again in recompute]
+    if not draft.is_said("batch_size") and not draft.is_said("gradient_accumulation_steps"):
+        ways += [(models[-1], recompute[-1], 1, size * times)] if size > 1 else []
+    for model, again, one, more in ways:
+        draft.choose("model._component_", model)
+        draft.choose("enable_activation_checkpointing", again)
+        draft.choose("batch_size", one)
+        draft.choose("gradient_accumulation_steps", more)
+        s = settings.read(at(cfg, small), draft.processes)
+        s = replace(s, tokenizer={**s.tokenizer, "max_seq_len": longest})
+        best = estimated(s, device, max(1, draft.processes // s.fsdp_replicas), 0)
+        if free is None or best.total <= SPARE * free:
+            break
+    return best, free
+
+
+def is_quantized(s: "Settings") -> bool:
+    """Whether the base's weights are in NF4."""
+    name = str(s.model["_component_"]).rpartition(".")[2]
+    return bool(s.model.get("quantize_base", name.startswith("qlora_")))
+
+
+def parameters(s: "Settings") -> tuple[int, int]:
+    """Return how many parameters the model has, and how many of them are trained."""
+    from phi3_plugin.train.plan import on_meta
+
+    sizes = [(p.numel(), p.requires_grad) for p in on_meta(s).parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+
+
+def memory_in_words(best: "Estimate", free: int | None, s: "Settings") -> str:
+    """Return what a step takes, and whether that is there."""
+    from phi3_plugin.train.plan import in_gib
+
+    text = f"{in_gib(best.total)} GiB predicted at most"
+    if s.enable_activation_checkpointing:
+        text += ", layers recomputed"
+    if free is None:
+        return text
+    text += f", {in_gib(free)} free"
+    if best.total > SPARE * free:
+        text += (
+            ": IT MAY NOT FIT. Lower tokenizer.max_seq_len or batch_size, or share the model among "
+            "more devices with --nproc-per-node"
+        )
+    return text
+
+
+def warnings_of(s: "Settings", data: "RunData", processes: int) -> Iterator[str]:
+    """Yield what an inspection would say to act on."""
+    from phi3_plugin.inspect import advice, statistics, survey, unpacked
+    from phi3_plugin.train.data import FEW_STEPS
+
+    dataset = unpacked(data.order.dataset)
+    if len(dataset) <= SURVEYED:
+        samples = survey(dataset, data.tokenizer.stop_tokens)
+        for problem in advice(statistics(s, data, samples, processes)):
+            if "is padding" not in problem.text:  # which only torchtune's recipes compute
+                yield f"{problem.text} {problem.advice}"
+    elif data.total_steps < FEW_STEPS:
+        yield f"The whole run makes {data.total_steps} steps."
+
+
+# What is shown
+
+
+def lines_of(cfg: "DictConfig") -> list[str]:
+    """Return the first lines of the header, for which nothing slow is needed."""
+    base = str(cfg.checkpoint_dir)
+    config = read_config(small_folder(base))
+    sizes = f"{config.num_hidden_layers} layers of width {config.hidden_size:,}"
+    source = cfg.dataset.source
+    return [
+        *wrapped("  model   ", f"{base}, {sizes}"),
+        *wrapped("  data    ", source if isinstance(source, str) else spelled(source)),
+        *wrapped("  output  ", str(cfg.output_dir)),
+    ]
+
+
+def wrapped(before: str, text: str) -> list[str]:
+    """Return a text in lines of the terminal's width, with a name before the first."""
+    width = max(40, min(100, shutil.get_terminal_size().columns - 1))
+    text, after = for_stdout(harmless(text)), " " * len(before)
+    return wrap(text, width, initial_indent=before, subsequent_indent=after)
+
+
+def next_commands(cfg: "DictConfig", plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield what a user may want to do with the result, and what to type for it."""
+    base, output = str(cfg.checkpoint_dir), str(cfg.output_dir)
+    adapter = os.path.join(output, "final")
+    if is_whole(plan.settings):
+        yield "talk to it", command("phi3-tune", "chat", "--base", adapter)
+        return
+    how = [*(["--quantize"] if is_quantized(plan.settings) else [])]
+    how += ["--dtype", "fp32"] if plan.settings.dtype == "fp32" else []
+    yield "talk to it", command("phi3-tune", "chat", "--base", base, "--adapter", adapter, *how)
+    rows = "what was held out" if plan.has_validation else "what it was trained on"
+    scores = all(find_spec(name) for name in ("rouge_score", "sacrebleu"))
+    yield (
+        f"base and adapter on {rows}",
+        command(
+            *("phi3-tune", "evaluate", "--config", os.path.join(output, "config.yaml")),
+            *(f"adapter={adapter}", f"output_dir={os.path.join(output, 'evaluation')}"),
+            *([] if scores else ["answers=False"]),
+        ),
+    )
+    yield (
+        "base and adapter as one model",
+        command(
+            *("phi3-tune", "adapter", "merge", adapter, "--base", base),
+            *("--output", os.path.join(output, "merged")),
+        ),
+    )
+
+
+def is_whole(s: "Settings") -> bool:
+    """Whether all weights are trained."""
+    from phi3_plugin.settings import WHOLE_MODELS
+
+    return s.model["_component_"] in WHOLE_MODELS
+
+
+def command(*words: str) -> str:
+    """Return words as they are typed."""
+    return shlex.join(words)
