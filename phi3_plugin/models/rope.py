@@ -122,7 +122,7 @@ class RotaryEmbedding(nn.Module):
         """
         if self.switch is not None:
             shift = torch.tensor([self.switch if end > self.switch else 0 for end in ends])
-            by_token = shift.repeat_interleave(torch.tensor(lengths))
+            by_token = shift.repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
             positions = positions + by_token.to(positions.device)
         return self._at(positions, dtype)
 

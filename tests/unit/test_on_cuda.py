@@ -1,0 +1,283 @@
+"""A dry run on CUDA without CUDA: shapes, dtypes and devices of all that a GPU would compute.
+
+Under torch's FakeTensorMode a tensor has a device and no numbers, so that nothing takes memory and
+the widths are the published ones. An index left on the CPU, two devices in one product, a kernel
+told the wrong shapes: all are errors there as on a GPU. Two things are missing where torch was
+built for the CPU. The guards by which C++ chooses a device are two lines that a compiler makes.
+And the autograd engine asks for a real accelerator, so our own backward functions, which alone may
+confuse devices, are called by hand.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtune.training import set_default_dtype
+
+import phi3_plugin
+from phi3_plugin.config import parse_config
+from phi3_plugin.models import attention, nf4
+from phi3_plugin.models.cache import serve
+from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
+from phi3_plugin.models.nf4 import rows_of
+from phi3_plugin.models.phi3 import adapted
+from phi3_plugin.train.losses import sft
+from phi3_plugin.train.model import prepare
+from phi3_plugin.train.optimizer import parameter_groups
+from phi3_plugin.train.step import with_targets
+from tests.family import VARIANTS, published
+
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
+"""
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory):
+    """Let C++ choose a device that is not there."""
+    if torch.cuda.is_available():
+        return
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+    folder, torch_folder = tmp_path_factory.mktemp("guard"), Path(torch.__file__).parent
+    (folder / "guard.cpp").write_text(GUARD)
+    options = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"]
+    files = ["guard.cpp", "-o", "guard.so", f"-L{torch_folder / 'lib'}", "-lc10"]
+    subprocess.run([compiler, *options, *files], cwd=folder, check=True, capture_output=True)
+    ctypes.CDLL(str(folder / "guard.so"))
+
+
+@pytest.fixture
+def backward(guard, monkeypatch):
+    """Run each of our functions forward and backward by hand; return the names of those that ran.
+
+    A gradient must be where its input is, in its shape and dtype.
+    """
+    ran = set()
+
+    def by_hand(function):
+        def apply(*inputs):
+            needed = [torch.is_tensor(x) and x.requires_grad for x in inputs]
+            ctx = SimpleNamespace(needs_input_grad=needed)
+            ctx.mark_dirty = lambda *_: None
+            ctx.save_for_backward = lambda *saved: setattr(ctx, "saved_tensors", saved)
+            with torch.no_grad():
+                out = function.forward(ctx, *inputs)
+                if not any(needed):
+                    return out
+                grads = function.backward(ctx, torch.empty_like(out))
+            grads = grads if isinstance(grads, tuple) else (grads,)
+            for x, needs, grad in zip(inputs, needed, grads, strict=True):
+                if needs:
+                    about = [(value.device, value.shape, value.dtype) for value in (x, grad)]
+                    assert about[0] == about[1], function.__name__
+            ran.add(function.__name__)
+            return out.requires_grad_()
+
+        return apply
+
+    for function in own_functions():
+        monkeypatch.setattr(function, "apply", by_hand(function))
+
+    def gradients(_outputs, inputs, _grads=None, **_options):
+        several = isinstance(inputs, tuple)
+        found = tuple(torch.empty_like(x) for x in (inputs if several else (inputs,)))
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", gradients)
+    return ran
+
+
+def own_functions():
+    found = torch.autograd.Function.__subclasses__()
+    return [function for function in found if function.__module__.startswith("phi3_plugin.")]
+
+
+@contextmanager
+def fake():
+    """Compute without numbers; what is kept from call to call is forgotten afterwards."""
+    try:
+        with FakeTensorMode() as mode:
+            yield mode
+    finally:
+        nf4._memory.of.clear()
+        for kept in (attention.causal_band, attention._windowed_blocks, nf4._fours):
+            kept.cache_clear()
+
+
+def a_model(variant="mini-4k", dtype=torch.bfloat16, *, targets=TARGETS, **settings):
+    """Build two layers of a checkpoint's own widths there, ready to be trained."""
+    config = parse_config({**published(variant), "num_hidden_layers": 2})
+    keys = {"apply_lora_to_mlp": True, **settings}
+    with set_default_dtype(dtype), CUDA:  # as World.build does
+        return prepare(adapted(config, LoRASettings(targets, **keys)), adapter_dtype="fp32")
+
+
+def a_batch():
+    """Return two documents in one row, as a step hands them to the model."""
+    tokens = torch.arange(100)[None]
+    labels = torch.where(tokens % 3 == 0, tokens, -100)
+    batch = with_targets({"tokens": tokens, "labels": labels})
+    return {**batch, "lengths": (60, 40)}
+
+
+def moved(mode, batch):
+    return {k: mode.from_tensor(v).to(CUDA) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+WAYS = {
+    "lora": {},
+    "dropout": {"lora_dropout": 0.1},
+    "qlora": {"quantize_base": True},
+    "dora": {"use_dora": True},
+    "qdora": {"use_dora": True, "quantize_base": True},
+    "other layers in NF4": {
+        "targets": ["o_proj"],
+        "quantize_base": True,
+        "apply_lora_to_mlp": False,
+    },
+    "parts": {"targets": ["q_proj", "v_proj", "up_proj", "o_proj", "down_proj"]},
+    "head": {"apply_lora_to_output": True},
+    "embedding": {"apply_lora_to_embedding": True},
+    "whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+def train(mode, model, batch):
+    """Run what a step runs on the device, but for the way back through torch's own operations."""
+    loss = sft(model(**moved(mode, batch)), batch)
+    assert (loss.device, loss.dtype, loss.requires_grad) == (CUDA, torch.float32, True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 16.0))
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    kept = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    assert {x.device for x in (norm, *kept, *trained)} == {CUDA}
+
+
+EXACTLY = pytest.param(torch.float32, id="fp32", marks=pytest.mark.exhaustive)
+PRECISIONS = [pytest.param(torch.bfloat16, id="bf16"), EXACTLY]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step(backward, way, dtype):
+    batch = a_batch()
+    with fake() as mode:
+        model = a_model(dtype=dtype, **WAYS[way])
+        tensors = [*model.parameters(), *model.buffers()]
+        assert {x.device for x in tensors} == {CUDA}
+        train(mode, model, batch)
+    expected = {function.__name__ for function in own_functions()}
+    expected -= {"_FrozenHead" if way in ("head", "whole") else "_TrainedHead"}
+    expected -= {"_NF4Linear"} if way != "other layers in NF4" else set()
+    assert backward == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_of_each_checkpoint(backward, variant):
+    batch = a_batch()
+    with fake() as mode:
+        train(mode, a_model(variant), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_documents_take_the_kernel_that_knows_their_dtype(guard, monkeypatch, dtype):
+    asked = []
+    monkeypatch.setattr(attention.Documents, "by_kernel", lambda *_: asked.append(1))
+    with fake():
+        qkv = torch.empty(1, 50, 96, 96, dtype=dtype, device=CUDA)
+        attention.Documents((20, 30), qkv, qkv).attend(qkv, [32, 32, 32], 2047)
+    assert bool(asked) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "quantize", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["plain", "nf4"]
+)
+@torch.no_grad()
+def test_answers(guard, variant, dtype, quantize):
+    """Prompts side by side, then a token for each of them, then one of them read on."""
+    with fake():
+        model = a_model(variant, dtype, quantize_base=quantize).eval()
+        serve(model)
+        cache = model.cache(2)
+        for rows, lengths in [((0, 1), (7, 2100)), ((0, 1), (1, 1)), ((1,), (3,))]:
+            step = model.step(cache, rows, lengths)
+            tokens = torch.zeros(1, sum(lengths), dtype=torch.int64, device=CUDA)
+            logits = model(tokens, step=step)
+            assert (logits.device, len(logits)) == (CUDA, len(rows))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("quantize", [False, True], ids=["plain", "nf4"])
+def test_weights_are_put_there(guard, quantize, stored):
+    with fake():
+        model = a_model(quantize_base=quantize)
+        layer = model.layers[0].attn.qkv_proj.weight.detach()
+        weight = torch.empty(layer.shape, dtype=stored, device="cpu")
+        assert rows_of(weight, layer, 0, 1, CUDA).device == CUDA
+        if not quantize:  # of a shard, whose rows are made anew
+            assert rows_of(weight, layer.to("meta"), 1, 2, CUDA).device == CUDA
+
+
+@pytest.mark.parametrize("window", [None, 2047])
+def test_a_block_mask(guard, monkeypatch, window):
+    """torchtune packs with one on a GPU."""
+    monkeypatch.setattr(attention, "_flex", lambda device: attention.flex_attention)
+    with fake():
+        mask = attention.create_block_mask(causal, 1, None, 3000, 3000, device=CUDA)
+        seen = attention.windowed(mask, 3000, 3000, 0, window, CUDA)
+        assert seen.kv_num_blocks.device == CUDA
+
+
+def causal(batch, head, query, key):
+    return query >= key
+
+
+ELSEWHERE = {
+    "settings.py": "what a YAML may say; asks torch whether there is a GPU",
+    "options.py": "the text of an option",
+    "load.py": "a docstring",
+    "first_run.py": "whether a plan for a GPU is asked for",
+    "train/monitor.py": "asks the allocator for its peak",
+    "train/world.py": "chooses the device, and names it to NCCL, to the mesh and to its generator",
+    "train/plan.py": "asks the driver what memory is free, and waits for a step that it tries",
+    "pages/report.py": "the name of the card",
+    "checkpoint/files.py": "what was read is on the CPU",
+    "generate.py": "the kind of device for which autocast is off",
+}
+"""Files that ask for the device and compute nothing by it that could be run without one."""
+
+BRANCHES = {
+    "models/nf4.py": ["DEQUANTIZED_AT_ONCE if codes", "if codes.device.type"],
+    "models/attention.py": ["_flex(q.device.type)", 'qkv.device.type == "cuda"'],
+    "models/cache.py": ["twice = q.shape[2] == 1", "plain = weight.device.type"],
+}
+"""Those that decide how something is computed; the tests above run them."""
+
+
+def test_every_place_that_asks_for_the_device_is_known():
+    folder = Path(phi3_plugin.__file__).parent
+    found = {}
+    for file in folder.rglob("*.py"):
+        lines = file.read_text("utf-8").splitlines()
+        asks = [line for line in lines if re.search(r"cuda|device\.type", line)]
+        if asks:
+            found[file.relative_to(folder).as_posix()] = asks
+    assert found.keys() == ELSEWHERE.keys() | BRANCHES.keys()
+    for file, pieces in BRANCHES.items():
+        assert len(found[file]) == len(pieces), found[file]
+        assert all(piece in line for piece, line in zip(pieces, found[file], strict=True))
