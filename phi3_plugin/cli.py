@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from phi3_plugin import hook, options
 from phi3_plugin.errors import Phi3Error
 from phi3_plugin.options import Flags
-from phi3_plugin.terminal import show_error
+from phi3_plugin.terminal import end_stopped, show_error
 
 
 class Verb(NamedTuple):
@@ -75,6 +75,15 @@ TUNE = {
 
 def main() -> None:
     """Run `phi3-tune` with the command line of this process."""
+    try:
+        _main()
+    except KeyboardInterrupt:
+        if os.environ.get("PHI3_PLUGIN_TRACEBACK") == "1":
+            raise
+        end_stopped()
+
+
+def _main() -> None:
     hook.register()
     words = sys.argv[1:]
     asks_for_help = bool({"-h", "--help"} & {*words})
@@ -97,9 +106,6 @@ def _run(name: str, given: dict[str, Any]) -> int:
     try:
         chosen = options.read_options(verb.options, given, f"phi3-tune {name}")
         return int(import_module(f"phi3_plugin.{verb.module}").run(chosen))
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
     except Phi3Error as error:
         if os.environ.get("PHI3_PLUGIN_TRACEBACK") == "1":
             raise

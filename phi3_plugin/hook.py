@@ -220,15 +220,23 @@ def _check_recipes(parse: ModuleType) -> None:
 
 
 def _show_errors_as_a_line() -> None:
-    """Let a Phi3Error that nobody caught end the process with its message, not a traceback."""
+    """Let a Phi3Error that nobody caught end the process with its message, not a traceback.
+
+    And Ctrl-C, where a recipe of ours was asked for and is not listening yet.
+    """
     stock = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         from phi3_plugin.errors import Phi3Error
-        from phi3_plugin.terminal import show_error
+        from phi3_plugin.launch import spellings
+        from phi3_plugin.terminal import end_stopped, show_error
 
-        if isinstance(error, Phi3Error) and os.environ.get("PHI3_PLUGIN_TRACEBACK") != "1":
+        if os.environ.get("PHI3_PLUGIN_TRACEBACK") == "1":
+            stock(kind, error, trace)
+        elif isinstance(error, Phi3Error):
             show_error(error)
+        elif isinstance(error, KeyboardInterrupt) and spellings(_recipe_files()) & {*sys.argv}:
+            end_stopped()
         else:
             stock(kind, error, trace)
 

@@ -33,7 +33,7 @@ def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection
         configs: The names of our configs.
     """
     stock_config, stock_distributed = run.Run._get_config, run.Run._run_distributed
-    ours = {spelling for name, file in recipes.items() for spelling in _spellings(name, file)}
+    ours = spellings(recipes)
 
     def _get_config(self: Any, config_str: str, specific_recipe: Any) -> Any:
         stem, suffix = os.path.splitext(config_str)
@@ -62,8 +62,13 @@ def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection
             args.signals_to_handle = ",".join(name for name in handled if name != "SIGHUP")
         # `phi3-tune` starts itself in the workers, with the recipe after the verb.
         recipe = args.recipe_args[1] if args.recipe == "phi3_plugin.cli" else args.recipe
-        with signals_for_workers() if recipe in ours else contextlib.nullcontext():
+        if recipe not in ours:
             stock_distributed(self, args, is_builtin)
+            return
+        with ending_at_once(), signals_for_workers() as asked:
+            stock_distributed(self, args, is_builtin)
+            if asked:
+                sys.exit(0)
 
     run.Run._get_config = _get_config
     run.Run._run_distributed = _run_distributed
@@ -103,24 +108,47 @@ def change_ls(ls: Any, recipes: Collection[str], configs: Collection[str]) -> No
     ls.List._ls_cmd = _ls_cmd
 
 
-def _spellings(name: str, file: Path) -> tuple[str, ...]:
-    """Return what a recipe is called by its name, and by the path that works from anywhere."""
-    path = f"phi3_plugin/recipes/{file.stem}"
-    return name, str(file), f"{path}.py", path.replace("/", ".")
+def spellings(recipes: Mapping[str, Path]) -> set[str]:
+    """Return what recipes are called by their names, and by the paths that work from anywhere."""
+    found = {*recipes, *map(str, recipes.values())}
+    for file in recipes.values():
+        found |= {f"phi3_plugin/recipes/{file.name}", f"phi3_plugin.recipes.{file.stem}"}
+    return found
 
 
 @contextlib.contextmanager
-def signals_for_workers() -> Iterator[None]:
-    """Within it, torchrun passes the first signal of three on to its workers and waits for them.
+def ending_at_once() -> Iterator[None]:
+    """Leave out, at a sys.exit, the seconds in which Python takes itself apart.
+
+    Within it the process is a command's alone, and nobody waits for more of it.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if not isinstance(end.code, int):  # a text, to be printed
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                stream.flush()
+        os._exit(end.code)
+
+
+@contextlib.contextmanager
+def signals_for_workers() -> Iterator[list[signal.Signals]]:
+    """Within it, torchrun lets its workers end at the first of three signals, and waits for them.
 
     SIGTERM, SIGINT and SIGHUP, which a closed terminal sends.
 
     By itself torchrun ends with an error and kills workers that need more than 30 seconds. That is
-    still what a second signal does, and a signal before there are workers. A worker that is not
-    yet listening dies of the signal it is passed; then torchrun ends as for any failed worker.
+    still what a second signal does, and a signal before there are workers. Workers get a SIGTERM
+    for any: one that is not listening yet, for it imports, dies of that without a word.
     A worker that ends with 130, for nothing is to be saved, is no failure: the command does too.
     A worker that failed has said why; torchrun's account of it is shown if it was killed instead.
+
+    Yields:
+        The signal, once it has come.
     """
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -132,23 +160,32 @@ def signals_for_workers() -> Iterator[None]:
         stock(workers)
         _listen(workers, asked)
 
-    log = logging.getLogger(PContext.__module__)
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # which worker is sent which signal, and who failed first
+    # They say which worker is sent which signal, and who failed first
+    logs = [logging.getLogger(module.__module__) for module in (PContext, SimpleElasticAgent)]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     PContext.start = start  # type: ignore[assignment, method-assign]
     try:
-        yield
+        yield asked
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         if asked and STOPPED in codes:  # torchrun ends the others when the first has ended
             raise SystemExit(STOPPED) from None
         _, first = error.get_first_failure()
+        if asked and first.exitcode == -signal.SIGTERM:
+            _say(f"{asked[0].name}: stopped before the run began.")
+            raise SystemExit(STOPPED) from None
         if first.exitcode < 0:  # the number of a signal
             raise
         raise SystemExit(first.exitcode) from None
+    except SignalException as error:  # torchrun has ended the workers
+        _say(f"{signal.Signals(error.sigval).name}: stopped at once.")
+        raise SystemExit(STOPPED) from None
     finally:
         PContext.start = stock  # type: ignore[method-assign]
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _listen(workers: Any, asked: list[signal.Signals]) -> None:
@@ -166,12 +203,15 @@ def _listen(workers: Any, asked: list[signal.Signals]) -> None:
         asked.append(signal.Signals(number))
         for each, handler in of_torchrun.items():
             signal.signal(each, handler)
-        text = f"{asked[0].name} goes to the workers, to save and end. Repeat it to cut them short."
-        with contextlib.suppress(OSError):  # print() fails if the signal came within another one
-            os.write(2, f"phi3_plugin: {text}\n".encode())
+        _say(f"{asked[0].name} goes to the workers, to save and end. Repeat it to cut them short.")
         # Torchrun gives workers a session of their own, so Ctrl-C in a terminal comes this way too.
         for worker in workers.subprocess_handlers.values():
-            worker.proc.send_signal(number)  # not sent to one that has ended
+            worker.proc.send_signal(signal.SIGTERM)  # not sent to one that has ended
 
     for number in of_torchrun:
         signal.signal(number, pass_on)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # print() fails if a signal came within another one
+        os.write(2, f"phi3_plugin: {text}\n".encode())

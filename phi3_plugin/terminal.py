@@ -11,7 +11,9 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+
+from phi3_plugin.launch import STOPPED
 
 INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 """Unicode categories of what shows nothing, looks like a space, or changes how others show."""
@@ -59,6 +61,13 @@ def show_error(error: BaseException) -> None:
     if len(shown) < len(text):
         shown += f" … and {len(text) - len(shown):,} characters more (PHI3_PLUGIN_TRACEBACK=1)"
     print(shown, file=sys.stderr, flush=True)
+
+
+def end_stopped() -> NoReturn:
+    """End a command that Ctrl-C has met where it had nothing to say of its own, in one line."""
+    with suppress(OSError):  # the terminal may be gone
+        print("\nphi3_plugin: stopped.", file=sys.stderr, flush=True)
+    os._exit(STOPPED)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from phi3_plugin.checkpoint.peft import export_adapter, export_model
 from phi3_plugin.data.order import held_out, shares
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.generate import answers_in_training
+from phi3_plugin.launch import ending_at_once
 from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import proof_of_run
@@ -61,7 +62,7 @@ from phi3_plugin.train.resume import (
 )
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
 from phi3_plugin.train.step import train_step, validate
-from phi3_plugin.train.stop import Stop, at_once
+from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
 
 
@@ -436,11 +437,17 @@ def is_due(step: int, every: int | None) -> bool:
 
 def finetune(cfg: DictConfig, *, is_announced: bool = False) -> int:
     """Make a run, see `Finetune`, and return the exit code."""
-    with at_once(), outlived():
+    with ending_at_once(), outlived():
         recipe = Finetune(cfg, is_announced=is_announced)
-        recipe.setup()
-        recipe.train()
-        recipe.finish()
+        recipe.stop.is_command = True
+        try:
+            recipe.setup()
+            recipe.train()
+            recipe.finish()
+        finally:
+            recipe.stop.close()
+        if recipe.stop.interrupted:
+            sys.exit(0)
     return 0
 
 

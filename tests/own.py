@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,14 +79,12 @@ def own_run(*settings: str, cwd: Path, processes: int = 1) -> subprocess.Complet
 @contextmanager
 def started(*settings: str, cwd: Path, config: Path = CONFIG) -> Iterator[Finetune]:
     """Set the recipe up inside the test; paths are in ``cwd``."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     recipe = Finetune(merged(*settings, cwd=cwd, config=config))
     try:
         recipe.setup()
         yield recipe
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        recipe.stop.close()
 
 
 def finished(*settings: str, cwd: Path, config: Path = CONFIG) -> Path:

@@ -1,13 +1,9 @@
 """When a run ends before its last step."""
 
-import itertools
 import os
 import signal
-import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,22 +18,6 @@ SOON = 0.7
 """Seconds in which Python acts on a signal by itself, unless a library's call holds it up."""
 
 
-@contextmanager
-def at_once() -> Iterator[None]:
-    """Leave out the seconds in which Python takes itself apart when a signal has ended the run.
-
-    Within it the process is a command's, and need not outlive the run.
-    """
-    Stop.is_command = True
-    try:
-        yield
-    except SystemExit as end:
-        if end.code != STOPPED:
-            raise
-        sys.stdout.flush()
-        os._exit(STOPPED)
-
-
 class Stop:
     """Why the run is to stop after the step it is at; all processes agree.
 
@@ -47,7 +27,7 @@ class Stop:
     """
 
     is_command = False
-    """Whether the process may be ended where threads that still compute would hold it up."""
+    """Whether the process is the run's alone, and may end though threads still compute."""
 
     def __init__(
         self, world: World, output_dir: Path, *, patience: int | None, max_nonfinite: int
@@ -68,15 +48,26 @@ class Stop:
         self._is_ending = False
         self._handled = 0  # signals, by the handler
         self.reason: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_IGN and number == signal.SIGHUP:
-                continue  # nohup: the run outlives its terminal
-            signal.signal(number, self._on_signal)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: it outlives its terminal
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
         # Python's handlers wait for a call into a library to return. This pipe does not.
-        heard, wakes = os.pipe()
-        os.set_blocking(wakes, False)
-        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+        heard, self._wakes = os.pipe()
+        os.set_blocking(self._wakes, False)
+        self._woke_before = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._listen, args=(heard,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leave signals to whom they came before, once the run is over."""
+        signal.set_wakeup_fd(self._woke_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._closed.set()
+        os.close(self._wakes)
+        self._thread.join()
 
     @property
     def interrupted(self) -> bool:
@@ -124,7 +115,7 @@ class Stop:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._handled += 1
-        if self._is_training and not (self._signal and number == signal.SIGINT):
+        if self._waits(number):
             self._wait_for_the_step(number)
             return
         self._is_ending = True
@@ -134,20 +125,29 @@ class Stop:
         raise SystemExit(STOPPED)
 
     def _listen(self, heard: int) -> None:
-        """Act where the handler above cannot, within a call into a library."""
-        for count in itertools.count(1):
-            number = os.read(heard, 1)[0]
-            time.sleep(SOON)
-            if signal.getsignal(number) != self._on_signal:
-                return  # the run is over, and signals are somebody else's
-            if self._handled >= count:
-                if self._is_ending and Stop.is_command:
+        """Act where the handler above cannot, within a call into a library; until :meth:`close`."""
+        with os.fdopen(heard, "rb", buffering=0) as pipe:
+            come = 0
+            while byte := pipe.read(1):
+                number = byte[0]
+                if number not in self._before:
+                    continue
+                come += 1
+                # Once the other processes end, what this one waits for from them is a traceback
+                at_once = self._world.size > 1 and not self._waits(number)
+                if self._closed.wait(0 if at_once else SOON):
+                    return
+                if self._handled >= come:
+                    if self._is_ending and self.is_command:
+                        os._exit(STOPPED)
+                elif self._waits(number):
+                    self._wait_for_the_step(number)
+                else:
+                    self._say_end(number)
                     os._exit(STOPPED)
-            elif self._is_training:
-                self._wait_for_the_step(number)
-            else:
-                self._say_end(number)
-                os._exit(STOPPED)
+
+    def _waits(self, number: int) -> bool:
+        return self._is_training and not (self._signal and number == signal.SIGINT)
 
     def _wait_for_the_step(self, number: int) -> None:
         if self._signal is None:

@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from phi3_plugin import cli, options
+from phi3_plugin import cli, hook, options
 from phi3_plugin.errors import ConfigError
 from tests.cli.test_tune import BIN, NAMES, READ_REGISTRY, RECIPE, command
 
@@ -225,19 +226,46 @@ def test_values_that_cannot_be_are_an_error_of_ours(phi3_tune):
     assert "top_p: 2.0 must be" in out and "min_p: -1.0 must be" in out
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "last"),
-    [
-        (ConfigError("top_k: -1 is wrong."), 1, "phi3_plugin: ConfigError: top_k: -1 is wrong."),
-        (KeyboardInterrupt(), 130, "Stopped."),
-    ],
-)
-def test_verbs_with_a_parser_end_in_a_line(phi3_tune, monkeypatch, error, code, last):
-    def import_module(name):
+def raising(error):
+    """Return a function that raises it, whatever it is called with."""
+
+    def function(*_, **__):
         raise error
 
-    monkeypatch.setattr("phi3_plugin.cli.import_module", import_module)
-    assert phi3_tune("chat", "--base", "b") == (code, last + "\n")
+    return function
+
+
+def test_verbs_with_a_parser_end_in_a_line(phi3_tune, monkeypatch):
+    error = ConfigError("top_k: -1 is wrong.")
+    monkeypatch.setattr("phi3_plugin.cli.import_module", raising(error))
+    line = "phi3_plugin: ConfigError: top_k: -1 is wrong.\n"
+    assert phi3_tune("chat", "--base", "b") == (1, line)
+
+
+@pytest.mark.parametrize("words", [("chat", "--base", "b"), ("run", "phi3_evaluate")])
+def test_ctrl_c_while_it_imports_is_a_line(phi3_tune, monkeypatch, words):
+    for name in ("import_module", "as_tune"):
+        monkeypatch.setattr(cli, name, raising(KeyboardInterrupt()))
+    monkeypatch.setattr("os._exit", sys.exit)
+    assert phi3_tune(*words) == (130, "\nphi3_plugin: stopped.\n")
+    monkeypatch.setenv("PHI3_PLUGIN_TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt):
+        phi3_tune(*words)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "is_ours"), [("phi3_evaluate", True), ("lora_finetune_single_device", False)]
+)
+def test_ctrl_c_under_tune_is_a_line_where_a_recipe_of_ours_was_asked_for(
+    recipe, is_ours, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "excepthook", lambda *_: print("as ever", file=sys.stderr))
+    monkeypatch.setattr(sys, "argv", ["tune", "run", recipe, "--config", "phi3_mini_lora"])
+    monkeypatch.setattr("os._exit", raising(SystemExit))
+    hook._show_errors_as_a_line()
+    with suppress(SystemExit):
+        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == ("\nphi3_plugin: stopped.\n" if is_ours else "as ever\n")
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has the stderr

@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from phi3_plugin.launch import signals_for_workers
+from phi3_plugin.launch import STOPPED, ending_at_once, signals_for_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has it
 
@@ -78,20 +78,20 @@ def test_the_first_signal_is_for_the_workers(start, number, tmp_path, capfd):
         signal.raise_signal(number)
         result = workers.wait(timeout=30, period=0.05)
     assert result and not result.is_failed()
-    assert heard(tmp_path) == [number.name] * 2
+    assert heard(tmp_path) == ["SIGTERM"] * 2  # which ends one that is not listening at once
     assert f"phi3_plugin: {number.name} goes to the workers" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("first", BOTH, ids=lambda number: number.name)
 @pytest.mark.parametrize("second", BOTH, ids=lambda number: number.name)
-def test_the_second_signal_is_for_torchrun(start, first, second):
-    with signals_for_workers():
+def test_the_second_signal_ends_them_and_the_command(start, first, second, capfd):
+    with pytest.raises(SystemExit) as ended, signals_for_workers():
         workers = start(DEAF)
         signal.raise_signal(first)
         assert workers.wait(timeout=0.2, period=0.05) is None
-        with pytest.raises(SignalException) as stopped:
-            signal.raise_signal(second)
-    assert stopped.value.sigval == second
+        signal.raise_signal(second)
+    assert ended.value.code == STOPPED
+    assert capfd.readouterr().err.endswith(f"phi3_plugin: {second.name}: stopped at once.\n")
 
 
 def test_a_worker_that_has_ended_is_left_out(start, tmp_path):
@@ -120,7 +120,7 @@ def test_after_a_signal_no_worker_is_started_anew(start):
         start(DEAF)
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(SignalException, match="Not restarted after SIGINT"):
-            start(LISTENING)
+            start(LISTENING)  # torchrun takes it as its own
 
 
 def test_only_signals_that_torchrun_handles_are_passed_on(start, handlers, monkeypatch):
@@ -157,7 +157,8 @@ def test_torchrun_is_unchanged_afterwards(start):
         ((1, 1), False, 1),
         ((3, -signal.SIGTERM), False, 3),  # the others are ended by torchrun
         ((-signal.SIGKILL, 1), False, None),
-        ((-signal.SIGTERM, -signal.SIGTERM), True, None),
+        ((-signal.SIGTERM, -signal.SIGTERM), True, 130),  # they were not listening yet
+        ((-signal.SIGTERM, -signal.SIGTERM), False, None),
     ],
 )
 def test_what_workers_have_said_is_not_said_again(start, codes, asked, end):
@@ -231,3 +232,20 @@ def test_nodes_that_meet_and_single_ones_are_launched(launch):
     meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:29511")
     assert launch("tune", "--nnodes", "2", *meeting, OURS[0])
     assert launch("tune", "--nnodes", "1", OURS[0])
+
+
+@pytest.mark.parametrize("code", [0, 3, STOPPED])
+def test_a_command_does_not_wait_for_python_to_take_itself_apart(code, monkeypatch):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    with ending_at_once():
+        sys.exit(code)
+    assert ended == [code]
+
+
+def test_a_command_that_ends_by_itself_or_with_a_text_is_left_alone(monkeypatch):
+    monkeypatch.setattr("os._exit", lambda code: pytest.fail("it ended"))
+    with ending_at_once():
+        pass
+    with pytest.raises(SystemExit, match="text"), ending_at_once():
+        sys.exit("text")

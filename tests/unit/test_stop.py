@@ -1,8 +1,10 @@
 """When a run ends before its last step."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from phi3_plugin.errors import DataError
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.train import checkpoints
-from phi3_plugin.train.stop import NO_IMPROVEMENT, SOON, Stop
+from phi3_plugin.train.stop import NO_IMPROVEMENT, Stop
 from phi3_plugin.train.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -18,11 +20,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @pytest.fixture
 def stop(tmp_path):
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield Stop(World("cpu"), tmp_path, patience=2, max_nonfinite=3)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signal.set_wakeup_fd(-1)
+    stop = Stop(World("cpu"), tmp_path, patience=2, max_nonfinite=3)
+    yield stop
+    stop.close()
 
 
 def test_a_run_goes_on_unless_there_is_a_reason(stop):
@@ -58,14 +58,23 @@ def test_under_nohup_a_closed_terminal_is_not_listened_to(tmp_path, stop):
     assert not again.now()
     signal.raise_signal(signal.SIGHUP)
     assert not again.now()
+    again.close()
 
 
-def test_a_run_that_is_over_leaves_signals_to_others(stop):
-    heard = []
-    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    signal.raise_signal(signal.SIGTERM)
-    time.sleep(SOON + 0.3)  # until then it would end this process
-    assert heard == [signal.SIGTERM]
+def test_a_run_that_is_over_leaves_signals_to_whom_they_came_before(tmp_path):
+    heard, threads = [], threading.active_count()
+    pipes = len(os.listdir("/proc/self/fd"))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        stop = Stop(World("cpu"), tmp_path, patience=None, max_nonfinite=3)
+        stop.now()
+        signal.raise_signal(signal.SIGTERM)
+        stop.close()  # while the thread still looks whether Python's handler acts
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, pipes)
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_whoever_repeats_ctrl_c_does_not_wait_for_the_step(stop):
