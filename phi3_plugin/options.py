@@ -378,7 +378,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 _SECRET = re.compile(
-    r"key|token|secret|passw|credential|(^|[^a-z])auth(?!ors?([^a-z]|$))", re.IGNORECASE
+    r"key|token|secret|passw|pwd|credential|(^|[^a-z])auth(?!ors?([^a-z]|$))", re.IGNORECASE
 )
 _NO_SECRETS = ("tokenizer", "sample_max_new_tokens", "max_new_tokens", "skip_special_tokens")
 HIDDEN = "(not shown)"

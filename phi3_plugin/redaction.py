@@ -15,13 +15,15 @@ from omegaconf.resolvers import oc
 from phi3_plugin.options import HIDDEN, is_secret, resolved
 
 _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^{}]*\}")
+_LOGIN = re.compile(r"(?<=://)[^/?#\s@]*@")
+"""In an address: a name, a password, or a token in the place of both."""
 
 
 def redacted(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration in plain Python, resolved but for what is nobody else's business.
 
     ``${oc.env:NAME}`` stands as it is, wherever its value would. Values of keys that look secret,
-    such as ``api_key`` or ``auth``, are `HIDDEN`, whatever their type.
+    such as ``api_key`` or ``auth``, are `HIDDEN`, whatever their type; so is a login in an address.
 
     Args:
         cfg: YAML and command line merged.
@@ -41,6 +43,8 @@ def _hidden(value: Any, key: str, within: bool = False) -> Any:
         return {name: _hidden(item, str(name), secret) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_hidden(item, key, secret) for item in value]
+    if isinstance(value, str):
+        value = _LOGIN.sub(f"{HIDDEN}@", value)
     is_spelled = isinstance(value, str) and _FROM_ENVIRONMENT.fullmatch(value)
     return HIDDEN if secret and value is not None and not is_spelled else value
 

@@ -71,3 +71,26 @@ def test_an_escaped_interpolation_is_resolved_once():
 def test_a_complaint_of_a_key_does_not_show_its_secret():
     text = unknown_key("metric_logger.api_key", "hunter2", "DiskLogger", ["log_dir"])
     assert "hunter2" not in text and text.startswith(f"metric_logger.api_key: {HIDDEN} is given")
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("https://bob:s3cr3t@host:80/a@b", "https://(not shown)@host:80/a@b"),
+        ("postgres://${oc.env:USER}:pw@host", "postgres://(not shown)@host"),
+        (
+            "see hf://hf_abc@datasets/x and s3://bucket/k",
+            "see hf://(not shown)@datasets/x and s3://bucket/k",
+        ),
+        ("https://host/a?mail=a@b.c", "https://host/a?mail=a@b.c"),
+    ],
+)
+def test_no_login_of_an_address_is_shown(given, shown, monkeypatch):
+    monkeypatch.setenv("USER", "bob")
+    cfg = OmegaConf.create(
+        {"metric_logger": {"tracking_uri": given}, "dataset": {"source": [given]}}
+    )
+    assert redacted(cfg) == {
+        "metric_logger": {"tracking_uri": shown},
+        "dataset": {"source": [shown]},
+    }
