@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -158,6 +159,9 @@ CHARACTERS_AT_ONCE = 1 << 16
 
 EXPECTED_JSON = "Expected one list of objects, or one object a line."
 
+LONGEST_LINE = 100_000_000
+"""Characters of a line at most: a small packed file can hold one that fills the memory."""
+
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -228,11 +232,18 @@ def is_spread(text: str) -> bool:
     return "\n" in text[:end]
 
 
-def lines(stream: Iterable[str]) -> Iterator[tuple[int, Any]]:
+def lines(stream: IO[str]) -> Iterator[tuple[int, Any]]:
     """Return each line that is not blank: its number, and its value or why there is none."""
     # The stream breaks lines at \n, \r\n and \r. str.splitlines would break at U+2028 and the
     # like, which JSON may hold as they are
-    return ((n, _value(line)) for n, line in enumerate(stream, 1) if not line.isspace())
+    read = partial(stream.readline, LONGEST_LINE)
+    for number, line in enumerate(iter(read, ""), 1):
+        if len(line) == LONGEST_LINE and not line.endswith("\n"):
+            while line and not line.endswith("\n"):
+                line = read()
+            yield number, DataError(f"the line has more than {LONGEST_LINE:,} characters")
+        elif not line.isspace():
+            yield number, _value(line)
 
 
 def elements(text: str) -> Iterator[Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from glob import glob
+from glob import escape, glob
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -445,7 +445,9 @@ def local_files(source: str, split: str | None = None, subset: str | None = None
             files = chosen
             split = None
     elif set("*?[") & set(source):
-        files = [file for file in map(Path, glob(str(path), recursive=True)) if file.is_file()]
+        there = next(folder for folder in path.parents if folder.is_dir())  # a name, whatever in it
+        pattern = os.path.join(escape(str(there)), path.relative_to(there))
+        files = [file for file in map(Path, glob(pattern, recursive=True)) if file.is_file()]
         passed_over = []
     elif HUB_NAME.fullmatch(source) and not suffix_of(source) and not _is_mistyped(source):
         return None

@@ -280,7 +280,8 @@ def test_where_a_list_is_broken(text, says):
     ],
 )
 def test_what_json_allows_and_we_do_not_is_one_rows_error(text, says):
-    found = [*elements(f"[1, {text}, 2]"), *(value for _, value in lines(["1", text, "2"]))]
+    stream = io.StringIO(f"1\n{text}\n2")
+    found = [*elements(f"[1, {text}, 2]"), *(value for _, value in lines(stream))]
     assert found[0::3] == [1, 1]
     assert found[2::3] == [2, 2]
     assert all(isinstance(value, DataError) and says in str(value) for value in found[1::3])
@@ -288,15 +289,25 @@ def test_what_json_allows_and_we_do_not_is_one_rows_error(text, says):
 
 @pytest.mark.parametrize("line", [DEEP, '{"a": ' + DEEP + "}", '{"a"', "{'a': 1}", "\ufeff{}", "]"])
 def test_a_broken_line_is_one_rows_error(line):
-    (_, first), (_, error), (_, last) = lines(["1", line, "2"])
+    (_, first), (_, error), (_, last) = lines(io.StringIO(f"1\n{line}\n2"))
     assert (first, last) == (1, 2)
     assert isinstance(error, DataError)
     assert str(error).startswith("broken JSON: ")
 
 
 def test_what_python_reads_though_json_has_it_not():
-    (_, found) = next(lines(['[NaN, -Infinity, 1e999, "\\ud800"]']))
+    (_, found) = next(lines(io.StringIO('[NaN, -Infinity, 1e999, "\\ud800"]')))
     assert str(found) == "[nan, -inf, inf, '\\ud800']"
+
+
+@pytest.mark.parametrize("end", ["\n", "\n{}\n", ""])
+def test_a_line_that_could_fill_the_memory_is_not_held(end, monkeypatch):
+    monkeypatch.setattr("phi3_plugin.data.rows.LONGEST_LINE", 50)
+    long = json.dumps({"a": "x" * 500})
+    (_, first), (number, error), *rest = lines(io.StringIO(f'{{"b": 1}}\n{long}{end}'))
+    assert first == {"b": 1} and number == 2
+    assert isinstance(error, DataError) and "more than 50 characters" in str(error)
+    assert rest == ([(3, {})] if "{" in end else [])
 
 
 def test_lines_are_those_of_the_stream():

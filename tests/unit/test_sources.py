@@ -45,6 +45,8 @@ def test_folder_and_glob_are_read_in_order(data):
     assert values("data") == [B, A, C]
     (data / "b.jsonl").rename(data / "b[1].jsonl")
     assert values("data/b[1].jsonl") == [A, C]
+    data.rename("[data] 1")
+    assert values("[data] 1") == values("[data] 1/*.json*") == [B, A, C]
 
 
 def test_home_is_expanded(data, monkeypatch):
