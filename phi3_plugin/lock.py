@@ -42,7 +42,7 @@ class FolderLock:
         """
         self._folder = folder
         self._holder = folder / HOLDER
-        self._is_new = not folder.exists()
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         file = folder.resolve() / LOCK
         self._lock = FileLock(file, timeout=WAIT, is_singleton=True, thread_local=False)
         try:
@@ -75,9 +75,9 @@ class FolderLock:
         if self._lock.lock_counter == 1:
             self._holder.unlink(missing_ok=True)
             Path(self._lock.lock_file).unlink(missing_ok=True)
-            if self._is_new:
-                with suppress(OSError):  # there is something in it
-                    self._folder.rmdir()
+            with suppress(OSError):  # there is something in it
+                for path in self._made:
+                    path.rmdir()
         self._lock.release()
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ from omegaconf.resolvers import oc
 
 from phi3_plugin.options import HIDDEN, is_secret, resolved
 
-_FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^{}]*\}")
+_FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^{},]*\}")
 _LOGIN = re.compile(r"(?<=://)[^/?#\s@]*@")
 """In an address: a name, a password, or a token in the place of both."""
 
@@ -30,6 +30,12 @@ def redacted(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """
     with _environment_as_spelled():
         return {key: _hidden(value, key) for key, value in resolved(cfg).items()}
+
+
+def redacted_as_spelled(cfg: DictConfig) -> DictConfig:
+    """Return a configuration without its secrets that can be run again: nothing is resolved."""
+    spelled: Any = OmegaConf.to_container(cfg)
+    return OmegaConf.create({key: _hidden(value, key) for key, value in spelled.items()})
 
 
 def as_config(values: Mapping[str, Any]) -> DictConfig:

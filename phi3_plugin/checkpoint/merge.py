@@ -30,6 +30,7 @@ from phi3_plugin.checkpoint.peft import (
     copy_tokenizer,
     front_matter,
     markdown_table,
+    set_dtype,
     targets_of,
 )
 from phi3_plugin.config import GENERATION, Phi3Config, generation_config, read_config, read_json
@@ -222,7 +223,7 @@ def _write_settings(folder: Path, checkpoint_dir: Path, dtype: str, *, untied: b
     copy_tokenizer(checkpoint_dir, folder)
     keys = read_json(checkpoint_dir / "config.json")
     keys.pop("auto_map", None)  # names code files that are not in this folder, nor needed
-    keys["dtype" if "dtype" in keys else "torch_dtype"] = dtype
+    set_dtype(keys, dtype)
     if untied:
         keys["tie_word_embeddings"] = False
     for name, content in (("config.json", keys), (GENERATION, generation_config(checkpoint_dir))):

@@ -105,8 +105,22 @@ def export_model(folder: Path, weights: Mapping[str, Tensor], checkpoint_dir: Pa
         weights: All of the model, our names.
         checkpoint_dir: Folder of the base model, for tokenizer and configuration.
     """
-    write_weights(folder, {n: v.nbytes for n, v in weights.items()}, weights.__getitem__)
+    sizes = {name: weight.nbytes for name, weight in weights.items()}
+    write_weights(folder, sizes, weights.__getitem__)
     copy_tokenizer(checkpoint_dir, folder)
+    largest = weights[max(sizes, key=lambda name: sizes[name])]
+    keys = read_json_object(checkpoint_dir / "config.json")
+    set_dtype(keys, str(largest.dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+
+
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Let a config.json say in which precision its weights are: others load them in that one.
+
+    transformers has called it ``torch_dtype``, which it still reads, and since 4.56 ``dtype``.
+    """
+    for key in {"dtype", "torch_dtype"} & {*config} or {"torch_dtype"}:
+        config[key] = dtype
 
 
 def base_name(checkpoint_dir: Path) -> str:

@@ -4,8 +4,10 @@ The checkpointer's folders are those of :mod:`phi3_plugin.train.checkpoints`, on
 """
 
 import logging
+import os
 import re
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,8 @@ from phi3_plugin.checkpoint.peft import (
 )
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import CheckpointError, ConfigError, MissingFileError, OutputError
+from phi3_plugin.lock import FolderLock
+from phi3_plugin.redaction import redacted_as_spelled
 from phi3_plugin.train.checkpoints import STATE, Exporter, load_state, problem_of, save
 
 log = logging.getLogger(__name__)
@@ -100,7 +104,8 @@ class Phi3Checkpointer:
         Raises:
             ConfigError: A key is not set or cannot be honoured.
             MissingFileError: There is no checkpoint, or nothing to resume from.
-            OutputError: The output folder cannot be written or holds another run.
+            OutputError: The output folder cannot be written, holds another run, or another process
+                has it.
         """
         if not save_adapter_weights_only:
             raise ConfigError(
@@ -123,6 +128,9 @@ class Phi3Checkpointer:
             )
         self._output_dir = Path(output_dir).expanduser()
         check_output(self._output_dir, self._checkpoint_dir)
+        if int(os.environ.get("RANK", 0)) == 0:  # it writes for all; several may share a folder
+            lock = FolderLock(self._output_dir, "output_dir")
+            weakref.finalize(self, lock.release)
         self.model_type = model_type
         self._layout = layout
         self._targets = lora_attn_modules
@@ -362,7 +370,7 @@ class DiskLogger:
                 self._file = folder / f"log_{int(time.time())}.txt"
                 print(f"Writing logs to {self._file}")
                 if self._config is not None:
-                    save_config(self._config)
+                    save_config(redacted_as_spelled(self._config))
             append_whole(self._file, line.encode())
         except OSError as error:
             raise OutputError(

@@ -1,16 +1,20 @@
 """What torchtune's recipes get: epoch folders that PEFT loads, whole or absent, and a logger."""
 
 import json
+import multiprocessing
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Phi3ForCausalLM
+from transformers import AutoConfig, Phi3ForCausalLM
 
 from phi3_plugin.checkpoint import Phi3Checkpointer
 from phi3_plugin.checkpoint.base import load_base_weights, split_weights
+from phi3_plugin.checkpoint.peft import export_model
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import (
     AdapterError,
@@ -26,6 +30,7 @@ from phi3_plugin.train import DiskLogger
 from tests.adapters import load_adapter
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
+FORK = multiprocessing.get_context("fork")
 STATE = {"optimizer": {"state": {}}, "seed": 7, "epochs_run": 1, "total_epochs": 3}
 
 
@@ -198,6 +203,32 @@ def test_an_output_folder_that_cannot_be_written(base, where, tmp_path):
         Phi3Checkpointer(base, tmp_path / where)
 
 
+def hold(base, out, held, end):
+    """Be a recipe that has made its checkpointer, until told to end."""
+    checkpointer = Phi3Checkpointer(base, out)
+    held.set()
+    end.wait()
+    del checkpointer
+
+
+def test_one_recipe_at_a_time_has_an_output_folder(base, tmp_path, monkeypatch):
+    held, end = FORK.Event(), FORK.Event()
+    other = FORK.Process(target=hold, args=(base, tmp_path / "out", held, end))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(OutputError, match=rf"output_dir: .*process {other.pid} on host"):
+        Phi3Checkpointer(base, tmp_path / "out")
+    with monkeypatch.context() as worker:
+        worker.setenv("RANK", "1")  # which writes nothing
+        Phi3Checkpointer(base, tmp_path / "out")
+    end.set()
+    other.join()
+    two = [Phi3Checkpointer(base, tmp_path / "out") for _ in range(2)]  # one of a reference model
+    saved(base, tmp_path / "out", trained_model(base))
+    del two
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["epoch_0"]
+
+
 def test_checking_the_output_folder_leaves_nothing(base, tmp_path):
     Phi3Checkpointer(base, tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
@@ -290,6 +321,22 @@ def test_transformers_computes_what_was_trained(published, sizes, layout, tmp_pa
         torch.testing.assert_close(ours, theirs(input_ids=batch).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("names", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"], []])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_others_load_a_whole_model_in_the_precision_it_was_saved_in(base, names, dtype, tmp_path):
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((copy / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    (copy / "config.json").write_text(json.dumps({**config, **dict.fromkeys(names, "float16")}))
+    (tmp_path / "out").mkdir()
+    weights = {name: weight.to(dtype) for name, weight in load_base_weights(base).items()}
+    export_model(tmp_path / "out", weights, copy)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    text = str(dtype).removeprefix("torch.")
+    assert written == {**config, **dict.fromkeys(names or ["torch_dtype"], text)}
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype is dtype
+
+
 def test_resume_gives_back_the_trained_weights(base, tmp_path):
     weights = whole_model(base).state_dict()
     saved_whole(base, tmp_path, weights, intermediate=True)
@@ -371,13 +418,17 @@ def test_nothing_is_written_before_the_first_step(tmp_path):
 
 def test_steps_and_settings_are_written(tmp_path):
     logger = DiskLogger(tmp_path)
-    logger.log_config(OmegaConf.create({"output_dir": str(tmp_path), "seed": 3}))
+    more = {"api_key": "hunter2", "hf_token": "${oc.env:TOKEN}", "auth": "${oc.env:A,hunter2}"}
+    config = {"output_dir": "${base}", "base": str(tmp_path), "seed": 3, "logger": more}
+    logger.log_config(OmegaConf.create(config))
     logger.log_dict({"loss": 1.5, "lr": 0.1}, step=1)
     logger.log("loss", 1.25, step=2)
     logger.close()
     (file,) = (tmp_path / "logs").iterdir()
     assert file.read_text() == "Step 1 | loss:1.5 lr:0.1 \nStep 2 | loss:1.25\n"
-    assert "seed: 3" in (tmp_path / "torchtune_config.yaml").read_text()
+    kept = (tmp_path / "torchtune_config.yaml").read_text()
+    assert "seed: 3" in kept and "output_dir: ${base}" in kept and "${oc.env:TOKEN}" in kept
+    assert "hunter2" not in kept
 
 
 def test_a_log_on_a_full_disk_is_one_error_and_no_half_line(tmp_path, monkeypatch):
