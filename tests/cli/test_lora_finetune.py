@@ -181,6 +181,14 @@ def test_fused_adamw_is_adamw(whole, plain, cwd):
     learned(metrics(cwd / "out"), metrics(whole), 1e-6)
 
 
+@pytest.fixture(params=some(["eager", "compiled"], quick={"eager"}))
+def step_is(request):
+    """How torchao's step runs; to compile it takes half a minute."""
+    with torch.compiler.set_stance("force_eager" if request.param == "eager" else "default"):
+        yield
+
+
+@pytest.mark.usefixtures("step_is")
 @pytest.mark.parametrize("component", [TORCHAO, BITSANDBYTES])
 def test_eight_bits_learn_what_adamw_learns(component, whole, plain, cwd):
     """The rank is 16 and the width 256: A and B have 4096 values or more, so 8 bits hold them."""
@@ -194,6 +202,7 @@ def test_eight_bits_learn_what_adamw_learns(component, whole, plain, cwd):
     assert max(sizes) < 2.6
 
 
+@pytest.mark.usefixtures("step_is")
 @pytest.mark.parametrize("component", [TORCHAO, BITSANDBYTES, PAGED])
 def test_a_resumed_run_with_eight_bits_ends_in_the_same_bits(component, plain, cwd):
     """The first checkpoint is written while training goes on: it must own what it writes."""

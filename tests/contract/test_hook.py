@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from tests.chosen import some
 from tests.warm import run_python
 
 # What a process can see of torch and torchao, torchtune aside.
@@ -65,7 +66,10 @@ def snapshot(tmp_path_factory):
     return run_python(SNAPSHOT, tmp_path_factory.mktemp("with"))
 
 
-@pytest.mark.parametrize("switch", ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+@pytest.mark.parametrize(
+    "switch",
+    some(["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"], {"PHI3_PLUGIN_AUTOLOAD"}),
+)
 def test_a_process_without_torchtune_sees_no_difference(fresh_python, snapshot, switch):
     with_plugin = json.loads(snapshot)
     without = json.loads(fresh_python(SNAPSHOT, **{switch: "0"}))
@@ -76,7 +80,7 @@ def test_a_process_without_torchtune_sees_no_difference(fresh_python, snapshot, 
     assert with_plugin == without
 
 
-@pytest.mark.parametrize("first", ["torch", "torchao", "torchtune"])
+@pytest.mark.parametrize("first", some(["torch", "torchao", "torchtune"], {"torchao", "torchtune"}))
 def test_torchtune_works_whichever_is_imported_first(fresh_python, first):
     fresh_python(f"import {first}\n{USE_TORCHTUNE}")
 

@@ -33,7 +33,7 @@ def small_model(variant):
 
 SECOND = ("mini-128k", "medium-4k")
 """Like 3.5-mini but for its numbers, and in test_logits.py on both sides of the window."""
-LONG_QUICK = ("3.5-mini", "phi-4-mini", "medium-128k")
+LONG_QUICK = ("3.5-mini", "phi-4-mini")
 
 
 @pytest.fixture(scope="module", params=some(VARIANTS, [v for v in VARIANTS if v not in SECOND]))

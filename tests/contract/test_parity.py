@@ -118,7 +118,7 @@ def stock_recipe(cfg):
     return module.LoRAFinetuneRecipeSingleDevice(cfg)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "qlora"])
+@pytest.mark.parametrize("variant", some(["lora", "dora", "qlora"], quick={"lora", "qlora"}))
 def test_the_run_is_that_of_torchtunes_recipe(variant, cwd, monkeypatch):
     """Where torchtune drops no sample: eight rows, in their order, in steps of four."""
     (cwd / "rows.jsonl").unlink()

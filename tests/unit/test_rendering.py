@@ -21,7 +21,7 @@ ENDLESS = [
     "{% macro f() %}{% for a in 'a'*999999999 %}{{ a }}{% endfor %}{% endmacro %}{{ f()|length }}",
 ]
 ENDLESS += [
-    pytest.param(source, marks=pytest.mark.slow)
+    pytest.param(source, marks=[pytest.mark.slow, pytest.mark.exhaustive])
     for source in (
         "{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n else '' }}{% endmacro %}{{ f(60) }}",
         "{% for a in messages[0].content * 9999 %}{% for b in 'b'*99999 %}{% endfor %}{% endfor %}",
