@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.dataset import ChatDataset, messages_of_rows
 from phi3_plugin.data.formats import make_turn
@@ -730,13 +732,15 @@ def verdict(numbers: Sequence[Result]) -> tuple[str, str]:
     return f"The adapter is {sign} than the base in {where}.", sign
 
 
-def terminal_report(evaluation: Evaluation, numbers: Sequence[Result], page: str) -> str:
+def terminal_report(
+    evaluation: Evaluation, numbers: Sequence[Result], page: Path | None = None
+) -> str:
     """Return what a terminal shows.
 
     Args:
         evaluation: What was evaluated.
         numbers: Of it.
-        page: Where the page with all of it lies.
+        page: Where the page with all of it lies, if there is one.
     """
     both = ADAPTER in evaluation.outcomes
     title = f"Evaluation: {count(len(evaluation.samples), 'sample')}"
@@ -766,12 +770,15 @@ def terminal_report(evaluation: Evaluation, numbers: Sequence[Result], page: str
         f"Answers of the {name}: {text}." for name, text in evaluation.endings_in_words().items()
     ]
     lines += [f"Note: {note}" for note in evaluation.notes]
-    return "\n".join([*lines, f"All of it: {page}"]) + "\n"
+    lines += [f"All of it: {page}"] if page else []
+    return "\n".join(lines) + "\n"
 
 
 # The files of an evaluation.
 
 SAMPLES, PAGE, RESULTS = "samples.jsonl", "evaluation.html", "results.json"
+PART, PREVIOUS = f"{SAMPLES}.part", "samples.previous.jsonl"
+"""Answers as they come, and those of an evaluation before that ended early."""
 EVALUATION_FILES = (SAMPLES, PAGE, RESULTS)
 """In the order in which they get their names: who finds the results finds the rest."""
 
@@ -787,6 +794,59 @@ def refuse_earlier(folder: Path) -> None:
             f"output_dir: {folder} already holds an evaluation ({', '.join(earlier)}). Choose "
             "another folder, or replace it with overwrite=True."
         )
+
+
+class AnswersSoFar:
+    """Answers in a file as they come: what is left of an evaluation that ends early.
+
+    Where several processes answer, each has a file: samples.jsonl.part, samples.jsonl.part-1, …
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        """Write nothing yet.
+
+        Args:
+            folder: Of the evaluation.
+            rank: Of this process.
+        """
+        self.file = folder / (PART if not rank else f"{PART}-{rank}")
+        self.count = 0
+        self._fails = False
+
+    def add(self, model: str, sample: EvalSample, answer: Answer) -> None:
+        """Write an answer of a model; where that fails, say so once and go on."""
+        row = {"model": model, "where": sample.where, "prompt": sample.prompt}
+        row |= {"reference": sample.reference, "answer": answer.text, "ended": answer.reason}
+        if self._fails:
+            return
+        try:
+            append_whole(self.file, as_line(row).encode("utf-8", "replace"))
+            self.count += 1
+        except OSError as error:
+            self._fails = True
+            print(f"{self.file} cannot be written: {error.strerror or error}.", file=sys.stderr)
+
+
+def set_aside(folder: Path) -> str:
+    """Keep the answers of an evaluation that has ended early, and say so if there are any.
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+    if not (parts := sorted(folder.glob(f"{PART}*"))):
+        return ""
+    try:
+        answers = b"".join(part.read_bytes() for part in parts)
+        (folder / PREVIOUS).write_bytes(answers)
+        for part in parts:
+            part.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"output_dir: {folder} cannot be written: {error.strerror or error}. Choose a folder "
+            "that you may write to."
+        ) from error
+    number = count(len(answers.splitlines()), "answer")
+    return f"An evaluation ended early here. Its {number} are in {folder / PREVIOUS} now."
 
 
 def samples_text(evaluation: Evaluation) -> str:

@@ -174,7 +174,7 @@ def signals_for_workers() -> Iterator[list[signal.Signals]]:
             raise SystemExit(STOPPED) from None
         _, first = error.get_first_failure()
         if asked and first.exitcode == -signal.SIGTERM:
-            _say(f"{asked[0].name}: stopped before the run began.")
+            _say(f"{asked[0].name}: stopped.")
             raise SystemExit(STOPPED) from None
         if first.exitcode < 0:  # the number of a signal
             raise

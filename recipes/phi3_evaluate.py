@@ -32,11 +32,14 @@ from phi3_plugin.evaluate import (
     BASE,
     PACKAGES,
     PAGE,
+    PART,
     RESULTS,
     SAMPLES,
+    AnswersSoFar,
     Evaluation,
     EvaluationData,
     Outcome,
+    Result,
     Scorer,
     by_document,
     evaluation_data,
@@ -45,6 +48,7 @@ from phi3_plugin.evaluate import (
     results,
     results_text,
     samples_text,
+    set_aside,
     terminal_report,
     token_scores,
 )
@@ -97,40 +101,61 @@ def evaluate(
         world: All processes.
         shown: The configuration, redacted.
     """
+    if world.is_main and (text := set_aside(s.output_dir)):
+        print(text, file=sys.stderr)
     tokenizer = instantiate(s.tokenizer)
     positions = read_config(s.checkpoint_dir).max_position_embeddings if o.answers else None
     data = evaluation_data(s, tokenizer, o.max_samples, positions)
 
+    so_far = AnswersSoFar(s.output_dir, world.rank)
+    facts = facts_of(s, o, data, scorer, world, shown)
     outcomes: dict[str, list[Outcome]] = {}
-    for name, model in models(s, o):
-        losses = gathered(world, token_sums(name, model, data, s.batch_size, world))
-        answers: dict[int, Any] = {}
-        if scorer:
-            size = o.generation_batch_size
-            generator = Generator(model, tokenizer, o.generation, batch_size=size)
-            answers = gathered(world, scored(name, generator, data, scorer, world))
-            del generator
-        outcomes[name] = []
-        for i, sample in enumerate(data.samples):
-            loss, hits = losses[i]
-            answer, scores = answers.get(i, (None, None))
-            outcomes[name].append(Outcome(loss, hits, sample.labelled, answer, scores))
-        del model  # or it would be there beside the next ones
+    try:
+        for name, model in models(s, o):
+            losses = gathered(world, token_sums(name, model, data, s.batch_size, world))
+            answers: dict[int, Any] = {}
+            if scorer:
+                size = o.generation_batch_size
+                generator = Generator(model, tokenizer, o.generation, batch_size=size)
+                answers = gathered(world, scored(name, generator, data, scorer, world, so_far))
+                del generator
+            outcomes[name] = []
+            for i, sample in enumerate(data.samples):
+                loss, hits = losses[i]
+                answer, scores = answers.get(i, (None, None))
+                outcomes[name].append(Outcome(loss, hits, sample.labelled, answer, scores))
+            del model  # or it would be there beside the next ones
+    except BaseException as error:
+        if world.is_main:
+            if outcomes and isinstance(error, Exception):  # of the adapter's turn
+                show(Evaluation(data.samples, outcomes, facts), scorer, s.seed)
+            if so_far.count:
+                print(f"\nThe answers so far are kept in {so_far.file}.", file=sys.stderr)
+        raise
 
     if world.is_main:
-        facts = facts_of(s, o, data, scorer, world, shown)
         evaluation = Evaluation(data.samples, outcomes, facts)
         answers_text = samples_text(evaluation)
         with kept(answers_text):
-            numbers = results(evaluation, measures(scorer), seed=s.seed)
-            text = terminal_report(evaluation, numbers, str(s.output_dir / PAGE))
-            print(for_stdout(harmless(text)), end="", flush=True)
+            numbers = show(evaluation, scorer, s.seed, s.output_dir / PAGE)
             files = {
                 SAMPLES: answers_text,
                 PAGE: page_of_evaluation(evaluation, numbers, count=o.worst),
                 RESULTS: results_text(evaluation, numbers, s.seed),
             }
             write_files(s.output_dir, files, "Make room, or set another output_dir.")
+        for part in s.output_dir.glob(f"{PART}*"):  # all of it is in samples.jsonl now
+            part.unlink()
+
+
+def show(
+    evaluation: Evaluation, scorer: Scorer | None, seed: int, page: Path | None = None
+) -> list[Result]:
+    """Print the table, and return what it says; the page has all of it."""
+    numbers = results(evaluation, measures(scorer), seed=seed)
+    text = terminal_report(evaluation, numbers, page)
+    print(for_stdout(harmless(text)), end="", flush=True)
+    return numbers
 
 
 @contextmanager
@@ -218,7 +243,12 @@ def token_sums(
 
 
 def scored(
-    name: str, generator: Generator, data: EvaluationData, scorer: Scorer, world: World
+    name: str,
+    generator: Generator,
+    data: EvaluationData,
+    scorer: Scorer,
+    world: World,
+    so_far: AnswersSoFar,
 ) -> Iterator[tuple[int, Any]]:
     """Yield this process's answers with their scores, as they come."""
     asked = [i for i, sample in enumerate(data.samples) if sample.prompt_ids]
@@ -226,7 +256,9 @@ def scored(
     prompts = [data.samples[i].prompt_ids for i in mine]
     with progress_bar(f"{name}: answers", len(mine), world) as bar:
         for answer in generator.answers(prompts, numbers=mine):
-            scores = scorer.score(answer.text, data.samples[answer.index].reference)
+            sample = data.samples[answer.index]
+            so_far.add(name, sample, answer)
+            scores = scorer.score(answer.text, sample.reference)
             yield answer.index, (answer, scores)
             bar.update()
 
@@ -273,7 +305,7 @@ def main(cfg: DictConfig) -> int:
         measure(cfg)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            print("\nphi3_evaluate: stopped, and nothing was written.", file=sys.stderr)
+            print("\nphi3_evaluate: stopped.", file=sys.stderr)
         return STOPPED
     return 0
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 
 import pytest
 from phi3_plugin.recipes import phi3_evaluate as recipe
@@ -189,15 +190,49 @@ def test_an_adapter_that_cannot_be_used_is_told_first(evaluate, cwd, trained, mo
         evaluate(f"output_dir={cwd / 'base' / 'eval'}")
 
 
-def test_stopped(evaluate, cwd, trained, capsys, monkeypatch):
+def test_stopped_before_the_first_answer(evaluate, cwd, trained, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Generator, "answers", stop)
     cfg = merged(*TINY, "output_dir=eval", "max_samples=1", cwd=cwd)
     assert recipe.main.__wrapped__(cfg) == 130
-    assert capsys.readouterr().err.endswith("phi3_evaluate: stopped, and nothing was written.\n")
+    assert capsys.readouterr().err.endswith("phi3_evaluate: stopped.\n")
     assert not (cwd / "eval").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_the_base_has_answered_is_kept_if_the_adapter_fails(
+    error, evaluate, cwd, trained, capsys, monkeypatch
+):
+    def broken(s, o, models=recipe.models):
+        for name, model in models(s, o):
+            if name == "adapter":
+                raise error
+            yield name, model
+
+    cfg = merged(*TINY, "output_dir=eval", SHORT, f"adapter={trained / 'final'}", cwd=cwd)
+    cfg.max_samples = 3
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "models", broken)
+        with suppress(RuntimeError):
+            assert recipe.main.__wrapped__(cfg) == 130
+    out, said = capsys.readouterr()
+    file = cwd / "eval" / "samples.jsonl.part"
+    assert f"The answers so far are kept in {file}." in said
+    answers = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [answer["model"] for answer in answers] == ["base"] * 3
+    assert out.startswith("Evaluation: 3 samples") == (error is RuntimeError)  # its table
+    assert not [name for name in EVALUATION_FILES if (cwd / "eval" / name).exists()]
+
+    assert recipe.main.__wrapped__(cfg) == 0
+    previous = cwd / "eval" / "samples.previous.jsonl"
+    assert f"ended early here. Its 3 answers are in {previous} now." in capsys.readouterr().err
+    assert [json.loads(line) for line in previous.read_text("utf-8").splitlines()] == answers
+    samples = (cwd / "eval" / "samples.jsonl").read_text("utf-8").splitlines()
+    known = {(a["where"], a["answer"]) for a in answers}
+    assert {(s["where"], s["base"]["answer"]) for s in map(json.loads, samples)} == known
+    assert not file.exists()
 
 
 @pytest.mark.slow
