@@ -133,8 +133,14 @@ class Reads(NamedTuple):
 
 READS_NOTHING = Reads()
 
+TRAIN_FLAGS = ("weight", "train", "loss", "loss_mask", "trainable", "training", "masked")
+"""Fields that say whether a message is trained on: of OpenAI, Axolotl, ms-swift, verl and others.
+
+The last one, torchtune's, says that it is not.
+"""
+
 MESSAGE_FIELDS = frozenset(
-    ("role", "content", "from", "value", "tools", "tool_calls", "weight", "train")
+    ("role", "content", "from", "value", "tools", "tool_calls", *TRAIN_FLAGS)
 )
 """What is read of a message for itself."""
 
@@ -572,7 +578,7 @@ UNREAD_FIELDS = {
         ),
         "content, or remove it",
     ),
-    **dict.fromkeys(("loss", "train_detail"), "train: true or false"),
+    "train_detail": "train: true or false",
 }
 """Fields of a message that change what is learned and that nothing here reads; what to write.
 
@@ -663,7 +669,6 @@ class MessageList:
             role = self._role(speaker, mapped)
             content = _joined(role, column(message, FIELDS[key]))
         for name in message:
-            # False is what `loss` says of a message that is not learned
             if name in UNREAD_FIELDS and message[name] not in (None, "", [], {}):
                 advice = f"write it as {UNREAD_FIELDS[name]}"
                 raise DataError(f"a message has {name}, which nothing reads; {advice}")
@@ -712,15 +717,16 @@ class MessageList:
 
 
 def _train_flag(message: Mapping[str, Any]) -> bool | None:
-    """Return what a message says about being trained on, by ``weight`` or ``train``."""
-    weight, train = message.get("weight"), message.get("train")
-    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
-        raise DataError(f"weight is {short_repr(weight)}, expected 0 or 1")
-    if train is not None and not isinstance(train, bool):
-        raise DataError(f"train is {short_repr(train)}, expected true or false")
-    if weight is not None and train is not None and bool(weight) is not train:
-        raise DataError(f"weight is {short_repr(weight)} and train is {train}: remove one")
-    return train if weight is None else bool(weight)
+    """Return what a message says about being trained on, by its `TRAIN_FLAGS`."""
+    flags = {name: message[name] for name in TRAIN_FLAGS if message.get(name) is not None}
+    for name, value in flags.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise DataError(f"{name} is {short_repr(value)}, expected 0 or 1, false or true")
+    wanted = {bool(value) is not (name == "masked") for name, value in flags.items()}
+    if len(wanted) > 1:
+        said = " and ".join(f"{name} is {short_repr(value)}" for name, value in flags.items())
+        raise DataError(f"{said}: remove one")
+    return next(iter(wanted), None)
 
 
 def _joined(role: str, content: Any) -> Any:

@@ -273,6 +273,13 @@ def test_fields_that_would_be_lost(name):
         ({"train": False}, False),
         ({"train": True, "weight": 1}, True),
         ({"train": None}, None),
+        ({"train": 1}, True),
+        ({"loss": False}, False),
+        ({"trainable": False}, False),
+        ({"training": True}, True),
+        ({"loss_mask": 0}, False),
+        ({"masked": True}, False),
+        ({"masked": False, "loss": True}, True),
     ],
 )
 def test_weight_and_train(fields, expected):
@@ -285,7 +292,8 @@ def test_weight_and_train(fields, expected):
         ({"weight": 0.5}, r"weight is 0\.5, expected 0 or 1"),
         ({"weight": "1"}, "weight is '1', expected 0 or 1"),
         ({"weight": float("nan")}, "weight is nan, expected 0 or 1"),
-        ({"train": 1}, "train is 1, expected true or false"),
+        ({"loss": 0.5}, r"loss is 0\.5, expected 0 or 1, false or true"),
+        ({"masked": True, "train": True}, "train is True and masked is True: remove one"),
         ({"train": True, "weight": 0}, "weight is 0 and train is True: remove one"),
     ],
 )
