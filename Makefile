@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: setup demo demo-distributed test test-all check
+.PHONY: setup demo demo-distributed test test-all check docs release
 
 setup: $(STAMP)
 
@@ -35,3 +35,19 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not exhaustive"
+
+# The pages need neither torch nor this package installed: an environment of their own.
+docs:
+	test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && \
+	.venv-docs/bin/python -m pip install --quiet 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'; }
+	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --quiet --strict
+
+# What is published: built from a clean copy of the last commit, checked, and listed. Uploads nothing.
+release: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build 'twine>=6'
+	rm -rf build/release dist && mkdir -p build/release
+	git archive HEAD | tar -x -C build/release
+	$(BIN)/python -m build --outdir dist build/release
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m zipfile --list dist/*.whl
+	tar --list --file dist/*.tar.gz

@@ -84,6 +84,13 @@ def test_installing_and_removing_leaves_torchtune_untouched(wheel, tmp_path):
     found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout.split() == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
 
+    # Inside a clone its folder comes first, with `recipes` and `configs` beside it.
+    code = f"import phi3_plugin.recipes as recipes; print(recipes.__file__); {code}"
+    inside = subprocess.run(
+        [python, "-c", code], cwd=wheel.parent, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert inside == [str(wheel.parent / "recipes" / "__init__.py"), found.stdout.strip()]
+
     pip("--python", python, "uninstall", "--yes", "phi3-plugin")
     assert hashes(tmp_path / "env") == before
 
