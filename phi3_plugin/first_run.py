@@ -52,15 +52,19 @@ SURVEYED = 20_000
 
 def run(o: TrainOptions) -> int:
     """Fine-tune, or print the YAML, and return the exit code."""
-    return train(o, {})
+    code, _ = train(o, {}, is_command=True)
+    return code
 
 
-def train(o: TrainOptions, settings: Mapping[str, Any]) -> int:
-    """Fine-tune, and return the exit code.
+def train(
+    o: TrainOptions, settings: Mapping[str, Any], *, is_command: bool = False
+) -> tuple[int, Path]:
+    """Fine-tune, and return the exit code and the folder of the run.
 
     Args:
         o: What was typed.
         settings: Keys of the YAML with their values, dotted.
+        is_command: Whether the process may end with the run.
     """
     draft = Draft(o, settings)
     if not o.print_config:
@@ -70,27 +74,26 @@ def train(o: TrainOptions, settings: Mapping[str, Any]) -> int:
     cfg, output = draft.cfg, Path(str(draft.cfg.output_dir))
     if o.print_config:
         print(for_stdout(text_of(cfg)), end="")
-        return 0
+        return 0, output
     for line in plan.lines:
         print(line, flush=True)
     output.mkdir(parents=True, exist_ok=True)
     file = output / "config.yaml"
     file.write_text(text_of(cfg), "utf-8")
-    code = launched(file, o.nproc_per_node) if o.nproc_per_node > 1 else started(cfg)
+    if o.nproc_per_node > 1:
+        code = launched(file, o.nproc_per_node)
+    else:
+        recipe = import_module("phi3_plugin.recipes.lora_finetune")
+        make = recipe.finetune_as_command if is_command else recipe.finetune
+        code = make(cfg, is_announced=True)
     if code:
         again = command("phi3-tune", "train", o.source, "--output", str(output))
         print(f"To go on: {again}")
-        return code
-    print("\nWhat to type next:")
-    for what, typed in next_commands(cfg, plan):
-        print(f"  # {what}\n  {typed}")
-    return 0
-
-
-def started(cfg: "DictConfig") -> int:
-    """Make the run in this process."""
-    recipe = import_module("phi3_plugin.recipes.lora_finetune")
-    return int(recipe.finetune(cfg, is_announced=True))
+    elif is_command:
+        print("\nWhat to type next:")
+        for what, typed in next_commands(cfg, plan):
+            print(f"  # {what}\n  {typed}")
+    return code, output
 
 
 def launched(file: Path, processes: int) -> int:

@@ -8,6 +8,7 @@ What generates, evaluates and checks starts here.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torchtune.training import set_default_dtype
 
+from phi3_plugin import CallableModule
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import A, B, open_weights, refuse_other_base
 from phi3_plugin.checkpoint.files import StoredTensor
@@ -219,3 +221,6 @@ def _shared(given: nn.Module, model: nn.Module, device: torch.device) -> dict[st
                 "sharing: the model was loaded with another dtype or quantize, or elsewhere."
             )
     return {name: theirs[name] for name in theirs.keys() & ours.keys()}
+
+
+sys.modules[__name__].__class__ = CallableModule
