@@ -11,9 +11,8 @@ Nothing heavy is imported before a call needs it.
 """
 
 import json
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +78,7 @@ def train(
         "qlora": bool(qlora),
         "config": None if config is None else str(config),
     }
-    with _signals_as_they_were():
-        code, folder = first_run.train(read_options(TrainOptions, given, "train"), settings)
+    code, folder = first_run.train(read_options(TrainOptions, given, "train"), settings)
     if code:
         raise KeyboardInterrupt
     return folder / "final"
@@ -245,18 +243,3 @@ def _base_of(adapter: Path) -> str | None:
         name = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
         return name.get("base_model_name_or_path") or None
     return None
-
-
-@contextmanager
-def _signals_as_they_were() -> Iterator[None]:
-    """Give signals back to a program, or a notebook, that a run has listened to."""
-    numbers = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    wakeup = signal.set_wakeup_fd(-1)
-    signal.set_wakeup_fd(wakeup)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(wakeup)

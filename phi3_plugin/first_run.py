@@ -9,9 +9,11 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,8 +24,9 @@ from typing import TYPE_CHECKING, Any, cast
 from phi3_plugin import hub
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import ConfigError
+from phi3_plugin.launch import ending_at_once
 from phi3_plugin.options import TrainOptions, spelled
-from phi3_plugin.terminal import for_stdout, harmless
+from phi3_plugin.terminal import for_stdout, harmless, outlived
 
 if TYPE_CHECKING:
     import torch
@@ -80,16 +83,18 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     file = output / "config.yaml"
     file.write_text(text_of(cfg), "utf-8")
-    if o.nproc_per_node > 1:
-        code = launched(file, o.nproc_per_node)
-    else:
-        recipe = import_module("phi3_plugin.recipes.lora_finetune")
-        make = recipe.finetune_as_command if is_command else recipe.finetune
-        code = make(cfg, is_announced=True)
-    if code:
-        again = command("phi3-tune", "train", o.source, "--output", str(output))
-        print(f"To go on: {again}")
-    elif is_command:
+    with ending_at_once() if is_command else nullcontext(), outlived():
+        if o.nproc_per_node > 1:
+            code = launched(file, o.nproc_per_node)
+        else:
+            recipe = import_module("phi3_plugin.recipes.lora_finetune")
+            code = recipe.finetune(cfg, is_announced=True, is_command=is_command)
+        if code:
+            again = command("phi3-tune", "train", o.source, "--output", str(output))
+            print(f"To go on: {again}")
+            if is_command:
+                sys.exit(code)
+    if is_command and not code:
         print("\nWhat to type next:")
         for what, typed in next_commands(cfg, plan):
             print(f"  # {what}\n  {typed}")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 """What a worker returns that was stopped and has said so."""
+SAVED = 128 + signal.SIGTERM
+"""And one that has saved before."""
 
 
 def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection[str]) -> None:
@@ -143,6 +145,7 @@ def signals_for_workers() -> Iterator[list[signal.Signals]]:
     still what a second signal does, and a signal before there are workers. Workers get a SIGTERM
     for any: one that is not listening yet, for it imports, dies of that without a word.
     A worker that ends with 130, for nothing is to be saved, is no failure: the command does too.
+    One that has saved ends with 143, and the command with the number of the signal that came.
     A worker that failed has said why; torchrun's account of it is shown if it was killed instead.
 
     Yields:
@@ -170,6 +173,8 @@ def signals_for_workers() -> Iterator[list[signal.Signals]]:
         yield asked
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
+        if asked and SAVED in codes:
+            raise SystemExit(128 + asked[0]) from None
         if asked and STOPPED in codes:  # torchrun ends the others when the first has ended
             raise SystemExit(STOPPED) from None
         _, first = error.get_first_failure()

@@ -9,6 +9,7 @@ happens. The loop is `Finetune.train`. What differs between one process and many
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -395,6 +396,18 @@ class Finetune:
         if self.s.prove and self.is_lora:
             print(proof_of_run(folder, self.s.checkpoint_dir))
 
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with: 128 and the number of the signal that interrupted the run.
+
+        So a command that follows it is not run, and a job scheduler starts it again. One process of
+        a machine says so: the launcher ends the others when the first has failed.
+        """
+        is_finished = self.finished or self.state.step == self.data.total_steps
+        if is_finished or int(os.environ.get("LOCAL_RANK", 0)):
+            return 0
+        return self.stop.exit_code
+
     def say_finished(self) -> None:
         """Say that there is nothing to do; no file changes."""
         self.world.close()
@@ -435,20 +448,23 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def finetune(cfg: DictConfig, *, is_announced: bool = False) -> int:
-    """Make a run, see `Finetune`, and return the exit code."""
-    with ending_at_once(), outlived():
-        recipe = Finetune(cfg, is_announced=is_announced)
-        recipe.stop.is_command = True
-        try:
-            recipe.setup()
-            recipe.train()
-            recipe.finish()
-        finally:
-            recipe.stop.close()
-        if recipe.stop.interrupted:
-            sys.exit(0)
-    return 0
+def finetune(cfg: DictConfig, *, is_announced: bool = False, is_command: bool = False) -> int:
+    """Make a run and return the exit code.
+
+    Args:
+        cfg: As for `Finetune`.
+        is_announced: As for `Finetune`.
+        is_command: Whether the process is the run's alone.
+    """
+    recipe = Finetune(cfg, is_announced=is_announced)
+    recipe.stop.is_command = is_command
+    try:
+        recipe.setup()
+        recipe.train()
+        recipe.finish()
+    finally:
+        recipe.stop.close()
+    return recipe.exit_code
 
 
 @config.parse
@@ -457,7 +473,11 @@ def main(cfg: DictConfig) -> int:
     if cfg.get("plan"):
         print_plan(cfg)
         return 0
-    return finetune(cfg)
+    with ending_at_once(), outlived():
+        code = finetune(cfg, is_command=True)
+        if code:
+            sys.exit(code)
+    return 0
 
 
 if __name__ == "__main__":

@@ -74,6 +74,13 @@ class Stop:
         """Whether somebody stopped the run, rather than the run itself."""
         return self.reason not in (None, NO_IMPROVEMENT)
 
+    @property
+    def exit_code(self) -> int:
+        """What a command ends with whose run was stopped by a signal: 128 and its number."""
+        if not self.interrupted:
+            return 0
+        return 128 + signal.Signals[self._signal or "SIGTERM"].value
+
     def after_validation(self, stale: int) -> None:
         """Stop if the last so many validations brought no improvement."""
         if self._patience and stale >= self._patience:

@@ -65,6 +65,7 @@ def test_a_signal_ends_the_run_after_its_step(
         patch.setattr(lora_finetune, where, send)
         stopped = train(cwd, *RARELY)
     assert stopped.state.step == step
+    assert stopped.exit_code == (0 if step == 9 else 128 + number)
     last = capsys.readouterr().out.splitlines()[-1].strip()
     if step == 9:
         assert last == f"Saved {cwd / 'out' / 'final'}."
@@ -103,9 +104,10 @@ def signalled(number, *settings, cwd, processes):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_from_the_command_line_a_signal_is_a_success(number, whole, cwd):
+def test_from_the_command_line_the_exit_code_names_the_signal(number, whole, cwd):
+    """The run has saved; a command that waits for its result must not go on."""
     code, said = signalled(number, *RUN, *RARELY, cwd=cwd, processes=1)
-    assert code == 0, said
+    assert code == 128 + number, said
     assert said.splitlines()[-1].endswith("Repeat the command with resume=auto to go on.")
     train(cwd, *RARELY, "resume=auto")
     assert_same_end(cwd / "out", whole)
@@ -124,7 +126,7 @@ def test_two_processes_whose_launcher_gets_a_signal_end_in_the_same_bits_too(
 ):
     settings = (*RUN, *RARELY, *OF_TWO)
     code, said = signalled(number, *settings, cwd=cwd, processes=2)
-    assert code == 0, said
+    assert code == 128 + number, said
     assert "Repeat the command with resume=auto to go on." in said
     assert "Traceback" not in said and "SignalException" not in said, said
     done = own_run(*settings, "resume=auto", cwd=cwd, processes=2)
