@@ -127,7 +127,8 @@ class Finetune:
         if not self.finished or moved(self.differences):
             self.setup_data()
             if saved:
-                self.check_data(saved)
+                with checkpoints.going_on(self.last.folder):
+                    self.check_data(saved)
         if self.finished:
             return
         self.setup_model(saved)
@@ -159,6 +160,8 @@ class Finetune:
         """Find out which settings differ from a checkpoint's; refuse what cannot be honoured."""
         check_base(folder, saved["base_hash"], self.s.checkpoint_dir)
         self.state = TrainState(**saved["train"])
+        if self.state.step != saved["step"]:
+            raise ValueError(f"train.step: is {self.state.step}, expected {saved['step']}")
         self.differences = changes_of(saved["settings"], self.settings)
         extended = any(change.key in ENDS for change in self.differences)
         if folder.name == checkpoints.FINAL and not extended:

@@ -84,7 +84,10 @@ RUN_STATE: Mapping[str, Any] = {
     "step": int,
     "optimizer": {"kind": str, "state": dict},
     "random": list,
-    "train": {"step": int, "best": float, "stale": int, "validated": int},
+    "train": {
+        **{"step": int, "best": float, "stale": int, "validated": int},
+        **{"answers_before": dict, "changes": list},
+    },
     "data": dict,
     "held_out": object,
     "base_hash": str,

@@ -334,7 +334,10 @@ WHOLE = {
     "step": 1,
     "optimizer": {"kind": "AdamW", "state": {}},
     "random": [],
-    "train": {"step": 1, "best": 0.5, "stale": 0, "validated": 0},
+    "train": {
+        **{"step": 1, "best": 0.5, "stale": 0, "validated": 0},
+        **{"answers_before": {}, "changes": []},
+    },
     "data": {},
     "held_out": None,
     "base_hash": "",

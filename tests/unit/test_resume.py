@@ -1,17 +1,20 @@
 """A run that goes on with other settings: they hold from there on, or are refused, and told."""
 
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.options import OnResume, marks
 from phi3_plugin.settings import HINTS
+from phi3_plugin.train import checkpoints
 from phi3_plugin.train.monitor import History
 from phi3_plugin.train.optimizer import replay
 from phi3_plugin.train.resume import changes_of, moved, record, told
@@ -291,6 +294,85 @@ def test_other_validation_data_is_refused(whole, cwd):
         recipe.data = type(recipe.data)(**{**vars(recipe.data), "order_val": None})
         with pytest.raises(CheckpointError, match="validation data would change from"):
             recipe.check_data({**saved, "held_out": {"samples": len(order_val.dataset)}})
+
+
+# A state that is damaged
+
+
+def rewritten(damage):
+    """Return what writes a state anew, with the hash that belongs to it."""
+
+    def write(folder):
+        file = folder / checkpoints.STATE
+        state = torch.load(file, weights_only=True)
+        damage(state, file)
+        files = {checkpoints.STATE: hashlib.sha256(file.read_bytes()).hexdigest()}
+        (folder / checkpoints.HASHES).write_text(json.dumps({"step": 2, "files": files}))
+
+    return write
+
+
+def without(state, file):
+    del state["random"]
+    torch.save(state, file)
+
+
+def of_other_types(state, file):
+    state["train"]["answers_before"] = ["Yes."]
+    state["optimizer"]["state"] = None
+    torch.save(state, file)
+
+
+def of_other_data(state, file):
+    state["data"]["samples"] = torch.ones(3)
+    torch.save(state, file)
+
+
+def of_another_step(state, file):
+    state["train"]["step"] = -7
+    torch.save(state, file)
+
+
+def of_another_shape(state, file):
+    state["adapter"]["trained"] = {name: t[:1] for name, t in state["adapter"]["trained"].items()}
+    torch.save(state, file)
+
+
+def a_list(state, file):
+    torch.save([state], file)
+
+
+def no_archive(state, file):
+    file.write_text("<html>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "damage",
+    [without, of_other_types, of_other_data, of_another_step, of_another_shape, a_list, no_archive],
+)
+def test_a_state_that_is_none_is_one_error_that_names_it(damage, whole, cwd):
+    leave_until(2, whole, cwd / "out")
+    rewritten(damage)(cwd / "out" / "step_000002")
+    before = files(cwd / "out")
+    with (
+        pytest.raises(CheckpointError, match=r"step_000002") as caught,
+        started(*RUN, "resume=auto", cwd=cwd),
+    ):
+        pass
+    assert "state.pt" in str(caught.value) or damage is of_another_shape
+    assert files(cwd / "out") == before
+
+
+@pytest.mark.slow
+def test_a_state_that_is_cut_short_is_passed_over_for_the_one_before_it(whole, cwd, capsys):
+    leave_until(2, whole, cwd / "out")
+    file = cwd / "out" / "step_000002" / checkpoints.STATE
+    file.write_bytes(file.read_bytes()[:1000])
+    with started(*RUN, "resume=auto", cwd=cwd) as recipe:
+        assert recipe.state.step == 1
+    said = capsys.readouterr().err
+    assert f"resume: skipped {file.parents[1]}: resume/state.pt has changed" in said
 
 
 # Another base of equal shapes
