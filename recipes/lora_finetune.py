@@ -388,8 +388,6 @@ class Finetune:
             self.report(folder)
         self.monitor.close()
         self.world.close()
-        if self.lock:
-            self.lock.release()
         if not self.world.is_main:
             return
         if interrupted:
@@ -414,14 +412,18 @@ class Finetune:
     def say_finished(self) -> None:
         """Say that there is nothing to do; no file changes."""
         self.world.close()
-        if self.lock:
-            self.lock.release()
         if self.world.is_main:
             print(
                 f"{self.s.output_dir} holds this run, finished after {self.state.step} steps: "
                 f"{self.last.folder}. Nothing was trained or written. Raise max_steps or epochs to "
                 "train on, or set another output_dir for another run."
             )
+
+    def close(self) -> None:
+        """Leave signals and the folder to others, however the run has ended."""
+        self.stop.close()
+        if self.lock:
+            self.lock.release()
 
     def report(self, folder: Path) -> None:
         """Write the page that tells what the run did; every process answers the questions."""
@@ -466,7 +468,7 @@ def finetune(cfg: DictConfig, *, is_announced: bool = False, is_command: bool = 
         recipe.train()
         recipe.finish()
     finally:
-        recipe.stop.close()
+        recipe.close()
     return recipe.exit_code
 
 

@@ -84,7 +84,7 @@ def started(*settings: str, cwd: Path, config: Path = CONFIG) -> Iterator[Finetu
         recipe.setup()
         yield recipe
     finally:
-        recipe.stop.close()
+        recipe.close()
 
 
 def finished(*settings: str, cwd: Path, config: Path = CONFIG) -> Path:

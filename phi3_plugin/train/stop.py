@@ -5,6 +5,7 @@ import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,10 @@ class Stop:
         self._is_ending = False
         self._handled = 0  # signals, by the handler
         self.reason: str | None = None
+        self._closed = threading.Event()
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals are for the main thread; a program that trains in another has its own
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: it outlives its terminal
             numbers.append(signal.SIGHUP)
@@ -56,12 +61,13 @@ class Stop:
         heard, self._wakes = os.pipe()
         os.set_blocking(self._wakes, False)
         self._woke_before = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
-        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._listen, args=(heard,), daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Leave signals to whom they came before, once the run is over."""
+        if not self._before:
+            return
         signal.set_wakeup_fd(self._woke_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -149,9 +155,12 @@ class Stop:
                         os._exit(STOPPED)
                 elif self._waits(number):
                     self._wait_for_the_step(number)
-                else:
+                elif self.is_command:
                     self._say_end(number)
                     os._exit(STOPPED)
+                else:  # somebody's Python, which lives on
+                    text = "the run ends when the call into a library that it is in returns."
+                    self._say(f"{signal.Signals(number).name}: {text}")
 
     def _waits(self, number: int) -> bool:
         return self._is_training and not (self._signal and number == signal.SIGINT)

@@ -86,7 +86,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_and_the_run_starts_anew(
         with pytest.raises(SystemExit) as end:
             train(cwd, *RARELY)
     assert end.value.code == STOPPED
-    assert [path for path in (cwd / "out").iterdir() if not path.name.startswith(".lock")] == []
+    assert not (cwd / "out").exists()
     assert train(cwd, *RARELY, "resume=auto").last.folder is None
     assert_same_end(cwd / "out", whole)
 

@@ -77,6 +77,30 @@ def test_a_run_that_is_over_leaves_signals_to_whom_they_came_before(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_program_that_trains_in_another_thread_keeps_its_signals(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+
+    def train():
+        stop = Stop(World("cpu"), tmp_path, patience=None, max_nonfinite=3)
+        assert not stop.now()
+        stop.close()
+        ended.append(signal.getsignal(signal.SIGINT))
+
+    ended = []
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert ended == [before]
+
+
+def test_a_run_within_somebodys_python_does_not_end_that(stop, capfd, monkeypatch):
+    monkeypatch.setattr("phi3_plugin.train.stop.SOON", 0.0)
+    monkeypatch.setattr("os._exit", lambda code: pytest.fail("it ended"))
+    os.write(stop._wakes, bytes([signal.SIGINT]))  # as while Python's own handler cannot act
+    while "SIGINT: the run ends when the call into a library" not in capfd.readouterr().err:
+        time.sleep(0.01)
+
+
 def test_whoever_repeats_ctrl_c_does_not_wait_for_the_step(stop):
     stop.now()
     signal.raise_signal(signal.SIGTERM)
@@ -90,7 +114,8 @@ from pathlib import Path
 import torch
 from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
-Stop(World("cpu"), Path("out"), patience=None, max_nonfinite=3)
+stop = Stop(World("cpu"), Path("out"), patience=None, max_nonfinite=3)
+stop.is_command = True
 print("ready", flush=True)
 torch.linalg.svd(torch.ones(6000, 6000))  # for a minute
 """
