@@ -60,7 +60,7 @@ PROMPTS = ["Add: one plus two", "Add: six plus one", "seven"]
 ASKED = (
     *TINY,
     f"sample_prompts={json.dumps(PROMPTS)}",
-    "sample_max_new_tokens=9",
+    "sample_max_new_tokens=5",
     "val_fraction=0.2",
     "run_val_every_n_steps=2",
     "batch_size=2",

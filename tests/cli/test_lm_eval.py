@@ -9,8 +9,8 @@ from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.proof import load_with_peft
 from tests.adapters import PARTS, adapter
+from tests.cli.test_docs import ROOT, blocks, shell
 from tests.own import WORDS
-from tests.test_docs import ROOT, blocks, shell
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'phi3-plugin[lm_eval]'")
 from lm_eval.api.instance import Instance
