@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
-from phi3_plugin import hook, options
+from phi3_plugin import __version__, hook, options
 from phi3_plugin.errors import Phi3Error
 from phi3_plugin.options import Flags
 from phi3_plugin.terminal import end_stopped, show_error
@@ -84,6 +84,10 @@ def main() -> None:
 
 
 def _main() -> None:
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how a word goes on
+        import argcomplete
+
+        argcomplete.autocomplete(parsers()[0])
     hook.register()
     words = sys.argv[1:]
     asks_for_help = bool({"-h", "--help"} & {*words})
@@ -113,14 +117,23 @@ def _run(name: str, given: dict[str, Any]) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        word = re.match(r"unrecognized arguments: (--?[\w-]+(?:=.*)?)", message)
+        if word and self.prog.endswith(" train"):
+            message = options.no_key(word[1].split()[0])
+        self.exit(2, f"{self.prog}: error: {message} See {self.prog} --help.\n")
+
+
 # What can be typed: the fields of the dataclasses, with the text under each as its help.
 
 
-def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """Return the parser of the whole command line, and those of `COMMANDS` in it."""
-    top = argparse.ArgumentParser(
-        prog="phi3-tune", description="torchtune's command line, with Phi-3."
-    )
+    top = _Parser(prog="phi3-tune", description="torchtune's command line, with Phi-3.")
+    top.add_argument("--version", action="version", version=f"phi3-tune {__version__}")
     commands = top.add_subparsers(title="subcommands", required=True, metavar="VERB")
     for name, (usage, does) in TUNE.items():
         commands.add_parser(

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from phi3_plugin import hub
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.launch import ending_at_once
-from phi3_plugin.options import TrainOptions, spelled
+from phi3_plugin.options import TrainOptions, spelled, with_words, yaml_file
 from phi3_plugin.terminal import for_stdout, harmless, outlived
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class Draft:
         self.qlora = o.qlora
         earlier = o.output_dir / "config.yaml" if o.output_dir else None
         name = o.config or (str(earlier) if earlier and earlier.is_file() else None)
-        cfg: Any = OmegaConf.load(config_file(name or TEMPLATE))
+        cfg = yaml_file(config_file(name or TEMPLATE))
         self._said = {"optimizer.lr"} if name else set[str]()
         if name:
             self._said |= {key for key in cfg if cfg.get(key) is not None}
@@ -179,29 +178,6 @@ def config_file(name: str) -> Path:
             f"--config: {name} is neither a file nor a config; `tune ls` lists those."
         )
     return file
-
-
-def with_words(cfg: "DictConfig", words: tuple[str, ...]) -> "DictConfig":
-    """Return a configuration with the ``key=value`` of a command line.
-
-    Raises:
-        ConfigError: A word is none; all of them.
-    """
-    wrong = [word for word in words if not re.fullmatch(r"~[\w.]+|[\w.]+=.*", word, re.DOTALL)]
-    if wrong:
-        raise ConfigError(
-            "\n".join(f"{word!r} is no key=value, such as epochs=2." for word in wrong)
-        )
-    if not words:
-        return cfg
-    from omegaconf import OmegaConf
-    from torchtune.config._utils import _merge_yaml_and_cli_args
-
-    container: Any = OmegaConf.to_container(cfg, resolve=False)
-    try:
-        return cast("DictConfig", _merge_yaml_and_cli_args(Namespace(**container), list(words)))
-    except Exception as error:  # of OmegaConf, whose values are YAML
-        raise ConfigError(f"{' '.join(words)}: {str(error).splitlines()[0]}") from error
 
 
 def folder_for(source: str) -> str:

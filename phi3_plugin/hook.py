@@ -4,6 +4,7 @@ torch calls :func:`install` at the end of its own import (entry point group ``to
 in every process of the environment. So this file uses the standard library alone, does nothing
 but add one import finder, and never raises. The finder looks only at names in torchtune:
 
+    torchtune                   first: two kinds of torchao's warnings are no longer shown
     torchtune.<any>             first: torchao gets the names that torchtune 0.6.1 imports
     torchtune._recipe_registry  afterwards: our configs are registered
     torchtune._cli.run, .ls     afterwards: `tune run` and `tune ls` are changed (launch.py)
@@ -20,6 +21,7 @@ import os
 import sys
 import warnings
 from copy import copy
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +105,8 @@ class _TorchtuneFinder:
         """Return None, so that the next finder goes on, except for modules we act on afterwards."""
         # torchtune/__init__ imports torchao before its own submodules, and torchao imports torch.
         # Only here is it certain that torchao is complete, whichever of the three came first.
+        if name == "torchtune":
+            _guarded(_quiet_torchao)
         if not name.startswith("torchtune."):
             return None
         if not self.torchao_is_ready:
@@ -136,6 +140,23 @@ def _act_after(spec: ModuleSpec, action: Callable[[ModuleType], None]) -> None:
 
     loader.exec_module = exec_module
     spec.loader = loader
+
+
+def _quiet_torchao() -> None:
+    """Leave out what torchao says whenever it is imported, and of which nothing follows.
+
+    That kernels for other machines cannot be loaded, and that it registers enums as torch no longer
+    needs it. Everything else is shown.
+    """
+    import logging
+
+    def says_more(record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        is_kernel = text.startswith("Failed to load ") and ".so: " in text
+        return not is_kernel and "is an Enum subclass and is now natively supported" not in text
+
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(says_more)
 
 
 def _alias_torchao() -> None:
@@ -208,13 +229,20 @@ def _change_ls(ls: ModuleType) -> None:
 
 
 def _check_recipes(parse: ModuleType) -> None:
-    """Let every recipe refuse, before its first step, what it cannot do with our parts."""
+    """Let every recipe refuse, before its first step, what it cannot read or do with our parts."""
     stock = parse.parse
 
     def checked(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
+        from phi3_plugin.options import check_command
         from phi3_plugin.train.stock_recipes import checked as check
 
-        return stock(check(recipe_main))  # type: ignore[no-any-return]
+        run = stock(check(recipe_main))
+
+        def main(*args: Any, **kwargs: Any) -> Any:
+            check_command(sys.argv[1:])
+            return run(*args, **kwargs)
+
+        return wraps(recipe_main)(main)
 
     parse.parse = checked  # type: ignore[attr-defined]
 

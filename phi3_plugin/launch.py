@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection
         configs: The names of our configs.
     """
     stock_config, stock_distributed = run.Run._get_config, run.Run._run_distributed
+    stock_run = run.Run._run_cmd
     ours = spellings(recipes)
 
     def _get_config(self: Any, config_str: str, specific_recipe: Any) -> Any:
@@ -72,8 +74,30 @@ def change_run(run: ModuleType, recipes: Mapping[str, Path], configs: Collection
             if asked:
                 sys.exit(0)
 
+    def _run_cmd(self: Any, args: Any) -> None:
+        if self._get_recipe(args.recipe) is None and not is_module(args.recipe):
+            from phi3_plugin.errors import ConfigError
+            from phi3_plugin.options import closest
+
+            meant = closest(args.recipe, [recipe.name for recipe in run.get_all_recipes()])
+            advice = f"Did you mean {meant}?" if meant else "`tune ls` lists the recipes."
+            raise ConfigError(f"{args.recipe} is neither a recipe nor a file. {advice}")
+        stock_run(self, args)
+
+    run.Run._run_cmd = _run_cmd
     run.Run._get_config = _get_config
     run.Run._run_distributed = _run_distributed
+
+
+def is_module(name: str) -> bool:
+    """Whether Python finds a recipe that is named as a file or as a module."""
+    module = name.removesuffix(".py").replace("/", ".")
+    if os.path.isfile(name) or os.path.isfile(module.replace(".", "/") + ".py"):
+        return True
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def change_ls(ls: Any, recipes: Collection[str], configs: Collection[str]) -> None:

@@ -8,7 +8,8 @@ mistake at once, under the key as it was typed. The standard library alone: `--h
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -191,6 +192,88 @@ def read_options(cls: type[_T], given: Mapping[str, Any], owner: str = "this rec
     if found := option_problems(cls, given, owner):
         raise ConfigError("\n".join(found))
     return made(cls, given)
+
+
+def yaml_file(file: str | Path) -> Any:
+    """Return the configuration in a YAML file.
+
+    Raises:
+        ConfigError: It is not there, or is no YAML with keys.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        cfg = OmegaConf.load(file)
+    except OSError as error:
+        if error.strerror is None:  # OmegaConf's, of a file that holds a number
+            raise ConfigError(f"--config: {file} is no YAML with keys.") from error
+        raise ConfigError(
+            f"--config: {file} cannot be read ({error.strerror}). Give a file or the name of a "
+            "config; `tune ls` lists those."
+        ) from error
+    except Exception as error:  # of yaml and OmegaConf, of many kinds
+        raise ConfigError(f"--config: {file} is no YAML: {_in_a_line(error)}") from error
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"--config: {file} is no YAML with keys.")
+    return cfg
+
+
+def with_words(cfg: Any, words: Sequence[str]) -> Any:
+    """Return a configuration with the ``key=value`` of a command line.
+
+    Raises:
+        ConfigError: A word is none, all of them; or a value is no YAML.
+    """
+    wrong = [word for word in words if not re.fullmatch(r"~[\w.]+|[\w.]+=.*", word, re.DOTALL)]
+    if wrong:
+        raise ConfigError("\n".join(map(no_key, wrong)))
+    if not words:
+        return cfg
+    from omegaconf import OmegaConf
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+
+    container: Any = OmegaConf.to_container(cfg, resolve=False)
+    for word in words:
+        try:
+            merged = _merge_yaml_and_cli_args(Namespace(**container), [word])
+        except Exception as error:  # of yaml and OmegaConf, of many kinds
+            text = f"{word}: it cannot be read ({_in_a_line(error)}). Are its quotes closed?"
+            raise ConfigError(text) from error
+        container = OmegaConf.to_container(merged, resolve=False)
+    return OmegaConf.create(container)
+
+
+def no_key(word: str) -> str:
+    """Return the problem of a word that was to be a ``key=value``."""
+    if dashed := re.fullmatch(r"--?([\w.-]+)(=.*)?", word, re.DOTALL):
+        key, value = dashed[1].replace("-", "_"), dashed[2] or "=VALUE"
+        return f"{word}: keys are typed without dashes, as {key}{value}."
+    return f"{word!r} is no key=value, such as epochs=2."
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Refuse the words of a recipe's command line that torchtune would answer with a traceback.
+
+    Raises:
+        ConfigError: The config cannot be read, a word is no ``key=value``, or a value no YAML.
+    """
+    rest, config = [], None
+    following = iter(words)
+    for word in following:
+        if word in ("-h", "--help"):
+            return
+        if word == "--config":
+            config = next(following, None)
+        elif word.startswith("--config="):
+            config = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if config is not None:
+        with_words(yaml_file(config), rest)
 
 
 def _set(given: Mapping[str, Any] | None) -> dict[str, Any]:

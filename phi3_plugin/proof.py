@@ -200,5 +200,13 @@ def load_with_peft(
 def load_base_with_hf(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """Return the base model as ``transformers`` loads it, on the CPU, in evaluation mode."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
 
-    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype).eval()
+    # A bar of theirs would stand between lines of ours
+    shows_bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype).eval()
+    finally:
+        if shows_bars:
+            hf_logging.enable_progress_bar()

@@ -317,10 +317,8 @@ class Finetune:
         )
 
     def on_saved(self, name: str, step: int) -> None:
-        """Say that a checkpoint is whole, and who can serve it."""
+        """Note that a checkpoint is whole."""
         self.monitor.saved(name, step)
-        if self.is_lora:
-            print(served_by(self.s.output_dir / name))
 
     def state_dict(self, trained: dict[str, Tensor]) -> dict[str, Any]:
         """Return what a resumed run needs to end in the same bits.
@@ -390,6 +388,8 @@ class Finetune:
         self.world.close()
         if not self.world.is_main:
             return
+        if self.is_lora:
+            print(served_by(folder))
         if interrupted:
             print(f"Saved {folder}. Repeat the command with resume=auto to go on.")
             return

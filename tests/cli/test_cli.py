@@ -1,5 +1,6 @@
 """`phi3-tune`: `tune` under another name, with our names in it whatever the start-up hook does."""
 
+import logging
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import phi3_plugin
 from phi3_plugin import cli, hook, options
 from phi3_plugin.errors import ConfigError
 from tests.cli.test_tune import BIN, NAMES, READ_REGISTRY, RECIPE, command
@@ -276,7 +278,9 @@ def test_the_evaluation_takes_every_run_and_many_processes(phi3_tune, torchrun):
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has the stderr
 @pytest.mark.parametrize("recipe", ["lora_finetune_distributed", "folder/mine.py"])
-def test_workers_are_phi3_tune_with_the_words_as_typed(phi3_tune, torchrun, recipe):
+def test_workers_are_phi3_tune_with_the_words_as_typed(phi3_tune, torchrun, recipe, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.py").touch()
     words = [recipe, "--config", "phi3_mini_lora", "seed=1"]
     phi3_tune("run", "--nnodes", "1", "--nproc_per_node=2", *words)
     (args,) = torchrun
@@ -332,3 +336,47 @@ def test_a_worker_of_torchrun_says_what_is_wrong_in_one_line(tmp_path):
     assert "phi3_plugin: ConfigError: " in done.stderr
     assert "batch_size: -1 must be a whole number above 0" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("train x.csv --batch_size=2", "--batch_size=2: keys are typed without dashes, as batch_"),
+        ("train", "phi3-tune train: error: the following arguments are required: DATA"),
+        ("chat --bsae x", "phi3-tune chat: error: "),
+        ("gone", "phi3-tune: error: argument VERB: invalid choice: 'gone'"),
+    ],
+)
+def test_a_mistake_is_one_line(phi3_tune, words, line):
+    code, out = phi3_tune(*words.split())
+    assert code == 2 and out.count("\n") == 1 and line in out
+
+
+def test_version(phi3_tune):
+    assert phi3_tune("--version") == (0, f"phi3-tune {phi3_plugin.__version__}\n")
+
+
+def test_a_shell_is_told_how_a_word_goes_on(phi3_tune, monkeypatch):
+    asked = []
+
+    def autocomplete(parser):
+        asked.append(parser.prog)
+        sys.exit(0)
+
+    argcomplete = SimpleNamespace(autocomplete=autocomplete)
+    monkeypatch.setitem(sys.modules, "argcomplete", argcomplete)
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    assert phi3_tune("tra")[0] == 0
+    assert asked == ["phi3-tune"]
+
+
+def test_torchaos_warnings_are_not_shown_and_others_are(caplog):
+    import torchtune  # noqa: F401
+
+    kernel, enum = logging.getLogger("torchao"), logging.getLogger("torch.utils._pytree")
+    kernel.warning("Failed to load /x/_C_mxfp8.so: Could not load this library: /x/_C_mxfp8.so")
+    enum.warning("%s is an Enum subclass and is now natively supported by torch.compile", 1)
+    assert caplog.messages == []
+    kernel.warning("Something else")
+    kernel.warning("Failed to load a model")
+    assert caplog.messages == ["Something else", "Failed to load a model"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from phi3_plugin.errors import ConfigError
 from tests import warm
 from tests.chosen import some
 
@@ -195,6 +196,30 @@ def test_a_slash_path_to_a_recipe_becomes_its_module(tune, monkeypatch, torchrun
     monkeypatch.setattr(sys, "path", [*sys.path])  # `run` appends the folder
     tune("run", *torchrun, BY_PATH, "--config", "x")
     assert seen == ["phi3_plugin.recipes.lora_finetune"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "advice"),
+    [
+        ("phi3_lora_finetun", "Did you mean phi3_lora_finetune?"),
+        ("gone.py", "is neither a recipe nor a file."),
+        ("my/gone.py", "is neither a recipe nor a file."),
+        ("phi3_plugin/recipes/gone.py", "is neither"),
+    ],
+)
+def test_a_mistyped_recipe_is_one_line(tune, recipe, advice):
+    with pytest.raises(ConfigError) as error:
+        tune("run", recipe, "--config", "phi3_mini_lora")
+    assert advice in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", ["epochs 3", "--epochs=3", "dataset.source='x", "epochs"])
+def test_what_cannot_be_read_is_one_line_before_anything_is_done(tune, word, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # `run` appends the folder
+    for config in ("phi3_mini_lora", "gone.yaml"):
+        with pytest.raises(ConfigError) as error:
+            tune("run", OURS, "--config", config, word)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -1,8 +1,13 @@
 """A run of which only the data is known: what is chosen, and by what."""
 
+import fcntl
 import json
+import pty
 import re
 import shlex
+import struct
+import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
@@ -160,7 +165,7 @@ def test_the_warnings_of_an_inspection(draft):
     assert "padding" not in text
 
 
-@pytest.mark.parametrize("word", ["epochs", "epochs 3", "--epochs=3", "=3"])
+@pytest.mark.parametrize("word", ["epochs", "epochs 3", "=3"])
 def test_a_word_that_is_no_key(draft, word):
     with pytest.raises(ConfigError, match="is no key=value"):
         draft(word)
@@ -218,3 +223,71 @@ def test_from_a_file_to_an_adapter_and_on(cwd):
     assert done.returncode == 0, done.stderr
     again = warm.run("phi3-tune", *words, cwd=cwd)
     assert again.returncode == 0 and "finished after 30 steps" in again.stdout, again.stderr
+
+
+class Screen:
+    """A terminal of some columns on which a run writes; says what stood on it in the end."""
+
+    def __init__(self, columns):
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        self.columns, self.text, self.overwritten = columns, "", []
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return self.slave
+
+    encoding = "utf-8"
+
+    def lines(self):
+        """Play it back: returns, line ends, the cursor up, and the erasing of a line."""
+        rows, row, column = [""], 0, 0
+        for part in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|.", self.text, re.DOTALL):
+            if part == "\r":
+                column = 0
+            elif part == "\n":
+                row, column = row + 1, 0
+                rows += [""] * (row + 1 - len(rows))
+            elif part == "\x1b[A":
+                row -= 1
+            elif part.startswith("\x1b"):
+                rows[row] = rows[row][:column]
+            else:
+                rows[row] = rows[row][:column].ljust(column) + part + rows[row][column + 1 :]
+                column += 1
+        return [line.rstrip() for line in rows]
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_what_is_shown_in_a_terminal_is_clean(draft, columns, monkeypatch):
+    draft()  # goes to its folder
+    screen = Screen(columns)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    keys = ("val_fraction=0.1", "run_val_every_n_steps=3", "max_steps=6", "save_every_n_steps=2")
+    o = options(*keys, "dtype=fp32", "enable_activation_checkpointing=True", output_dir="out")
+    code, _ = first_run.train(o, {"memory_budget": None}, is_command=True)
+    monkeypatch.undo()
+    lines = screen.lines()
+    assert code == 0
+    assert lines[0].startswith("  model   base")
+    header = lines[: next(i for i, line in enumerate(lines) if line.startswith("  memory")) + 1]
+    assert all(len(line) < columns for line in header), lines
+    # Nothing stands behind a bar, and what is said stands at the beginning of a line
+    assert all(line.endswith("tok/s") for line in lines if " tok/s" in line), lines
+    said = ("step 3/6  validation loss", "step 6/6  validation loss", "Wrote out/report.html.")
+    said += ("final: PEFT loads", "Saved out/final.", "Proof: ", "What to type next:")
+    for text in said:
+        assert sum(line.startswith(text) for line in lines) == 1, (text, lines)
+    known = ("  ", "100%", "step ", *said)
+    assert [line for line in lines if line and not line.startswith(known)] == []

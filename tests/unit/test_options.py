@@ -18,7 +18,10 @@ from phi3_plugin.options import (
     PromptOptions,
     Sampling,
     Texts,
+    check_command,
     read_options,
+    with_words,
+    yaml_file,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -162,3 +165,47 @@ def test_a_tilde_is_the_home_folder_in_every_path_of_a_command(cls, keys, monkey
     given = {**required, **dict.fromkeys(keys, "~/x")}
     read = options.read_options(cls, given)
     assert {str(getattr(read, key)) for key in keys} == {"/home/me/x"}
+
+
+# Words of a command line
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("epochs", "'epochs' is no key=value, such as epochs=2."),
+        ("epochs 3", "'epochs 3' is no key=value"),
+        ("--epochs=3", "--epochs=3: keys are typed without dashes, as epochs=3."),
+        ("--batch-size", "--batch-size: keys are typed without dashes, as batch_size=VALUE."),
+        ("a='x", "a='x: it cannot be read ("),
+        ("a=[1", "a=[1: it cannot be read ("),
+    ],
+)
+def test_a_word_that_cannot_be_read_is_one_line(tmp_path, word, line):
+    (tmp_path / "c.yaml").write_text("epochs: 1\n")
+    with pytest.raises(ConfigError) as error:
+        check_command(["--config", str(tmp_path / "c.yaml"), "seed=1", word])
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "3", "a: 1\n\tb: 2\n", "\x00"])
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"^--config: .*c\.yaml is no YAML") as error:
+        check_command([f"--config={tmp_path / 'c.yaml'}"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_that_is_not_there_is_one_line(tmp_path):
+    for name in ("gone.yaml", "."):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            check_command(["--config", str(tmp_path / name)])
+    check_command(["--config", "gone.yaml", "--help"])
+
+
+def test_words_are_merged_as_torchtune_does(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {_component_: a.b, rank: 8}\nlr: 1e-4\nout: ${lr}\n")
+    words = ["model=c.d", "model.rank=4", "~lr", "stop=['a', b]"]
+    merged = OmegaConf.to_container(with_words(yaml_file(tmp_path / "c.yaml"), words))
+    assert merged["model"] == {"_component_": "c.d", "rank": 4}
+    assert (merged["out"], merged["stop"]) == ("${lr}", ["a", "b"])
