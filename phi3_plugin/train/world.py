@@ -41,8 +41,8 @@ class World:
             replicas: Whole copies of the model, each sharded over as many processes.
 
         Raises:
-            ConfigError: The device is not there, there are more processes than devices, or they
-                cannot be divided into that many copies.
+            ConfigError: The device is not there, there are more processes than devices, they
+                cannot be divided into that many copies, or no launcher started them.
         """
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -59,7 +59,14 @@ class World:
             end_with_launcher()
             # Object gathering and barriers on the CPU, gradients on the GPU.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend)
+            try:
+                dist.init_process_group(backend)
+            except ValueError as error:
+                raise ConfigError(
+                    f"WORLD_SIZE is {self.size} in the environment, and a launcher sets more: "
+                    f"{error}. Start with tune run --nproc_per_node {self.size}, or unset "
+                    "WORLD_SIZE to train in one process."
+                ) from error
         if self.shards > 1 and replicas == 1:
             self.mesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
         elif self.shards > 1:

@@ -131,6 +131,13 @@ def test_a_device_that_is_not_there_is_one_clear_line(gpus, device, place, messa
         World(device)
 
 
+def test_a_variable_that_a_scheduler_left_behind_is_one_clear_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2 .* tune run --nproc_per_node 2"):
+        World("cpu")
+
+
 @pytest.mark.parametrize(("size", "replicas"), [(1, 2), (3, 2), (2, 4)])
 def test_copies_that_cannot_be_shared_out_are_refused(size, replicas, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(size))
