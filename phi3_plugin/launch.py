@@ -199,11 +199,12 @@ def signals_for_workers() -> Iterator[list[signal.Signals]]:
         codes = {failure.exitcode for failure in error.failures.values()}
         if asked and SAVED in codes:
             raise SystemExit(128 + asked[0]) from None
-        if asked and STOPPED in codes:  # torchrun ends the others when the first has ended
-            raise SystemExit(STOPPED) from None
         _, first = error.get_first_failure()
-        if asked and first.exitcode == -signal.SIGTERM:
-            _say(f"{asked[0].name}: stopped.")
+        # torchrun ends the others when the first has ended, by a SIGTERM
+        if asked and (STOPPED in codes or first.exitcode == -signal.SIGTERM):
+            main = error.failures.get(0)
+            if main is None or main.exitcode != STOPPED:  # else it has said so, for all
+                _say(f"{asked[0].name}: stopped.")
             raise SystemExit(STOPPED) from None
         if first.exitcode < 0:  # the number of a signal
             raise

@@ -161,7 +161,7 @@ def test_torchrun_is_unchanged_afterwards(start):
         ((-signal.SIGTERM, -signal.SIGTERM), False, None),
     ],
 )
-def test_what_workers_have_said_is_not_said_again(start, codes, asked, end):
+def test_what_workers_have_said_is_not_said_again(start, codes, asked, end, capfd):
     failures = {
         rank: ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file="none")
         for rank, code in enumerate(codes)
@@ -175,6 +175,8 @@ def test_what_workers_have_said_is_not_said_again(start, codes, asked, end):
             signal.raise_signal(signal.SIGINT)
         raise ChildFailedError("recipe", failures)
     assert end is None or ended.value.code == end
+    is_said = end == STOPPED and codes[0] != STOPPED  # which the first one does, for all
+    assert capfd.readouterr().err.endswith("phi3_plugin: SIGINT: stopped.\n") == is_said
 
 
 @pytest.fixture
