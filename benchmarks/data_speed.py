@@ -98,7 +98,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def bare(args: argparse.Namespace) -> dict[str, float]:
     """Encode texts that are rendered already."""
     from phi3_plugin.data import phi3_tokenizer
-    from phi3_plugin.data.formats import make_turn
+    from phi3_plugin.data.turns import make_turn
 
     tokenizer = phi3_tokenizer(args.checkpoint)
     pairs = [json.loads(line) for line in args.source.read_text("utf-8").splitlines()]

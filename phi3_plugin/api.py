@@ -152,7 +152,7 @@ def generate(
     Raises:
         Phi3Error: A prompt or an option cannot be used; what, and what to do.
     """
-    from phi3_plugin.data.formats import make_turn
+    from phi3_plugin.data.turns import make_turn
     from phi3_plugin.generate import Generator
     from phi3_plugin.models.cache import serve
     from phi3_plugin.options import Sampling, read_options

@@ -15,8 +15,8 @@ import torch
 from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.formats import Turn, make_turn
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
+from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
 from phi3_plugin.generate import Generator
 from phi3_plugin.load import load_model
@@ -46,7 +46,7 @@ SAME_ANSWER = (
     "At temperature 0 the answer would be the same. Start with --temperature 0.7 to vary it."
 )
 
-SOON = 3.0
+SECOND_PRESS = 3.0
 """Seconds within which a second Ctrl-C leaves; a later one may clear another line."""
 
 
@@ -82,7 +82,7 @@ def talk(chat: "ChatSession") -> int:
                 print()
             return 0
         except KeyboardInterrupt:
-            if time.monotonic() - interrupted < SOON or not is_terminal():
+            if time.monotonic() - interrupted < SECOND_PRESS or not is_terminal():
                 print()
                 return 0 if is_terminal() else 130
             tell("\n(Ctrl-C again leaves, as Ctrl-D and /exit do.)")

@@ -292,7 +292,7 @@ def _wrong_keys(keys: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: {spelled(keys[key])} is not supported yet; only {value!r} is."
 
 
-MOST = {
+LARGEST_SIZES = {
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
     "num_attention_heads": 1 << 10,
@@ -309,8 +309,8 @@ def _wrong_sizes(sizes: Mapping[str, Any]) -> Iterator[str]:
     hints = get_type_hints(Phi3Config, include_extras=True)
     for key, value in sizes.items():
         yield from mistakes(key, value, hints[key])
-        if key in MOST and is_whole(value, least=MOST[key] + 1):
-            yield f"{key}: {_shortened(value)} must be at most {MOST[key]}."
+        if key in LARGEST_SIZES and is_whole(value, least=LARGEST_SIZES[key] + 1):
+            yield f"{key}: {_shortened(value)} must be at most {LARGEST_SIZES[key]}."
     for above, below in (
         ("hidden_size", "num_attention_heads"),
         ("num_attention_heads", "num_key_value_heads"),
@@ -411,7 +411,7 @@ def _wrong_scaling(
     original = keys.get("original_max_position_embeddings", ORIGINAL)
     if not is_whole(original, least=2):
         yield f"original_max_position_embeddings: {original!r} must be at least 2."
-    elif original > (most := MOST["original_max_position_embeddings"]):
+    elif original > (most := LARGEST_SIZES["original_max_position_embeddings"]):
         yield f"original_max_position_embeddings: {_shortened(original)} must be at most {most}."
     inner = rope.get("original_max_position_embeddings", original)
     if inner != original:

@@ -22,8 +22,8 @@ from phi3_plugin import CallableModule
 from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.dataset import ChatDataset, messages_of_rows
-from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.order import hold_out
+from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
 from phi3_plugin.inspect import arrays, is_chat_dataset, place_of, source_name

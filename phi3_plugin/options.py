@@ -689,7 +689,7 @@ class InspectOptions:
 
 RUNTIMES = ("PEFT", "vLLM", "llama.cpp")
 Form = Literal["peft", "peft-patterns", "torchtune", "loralib", "gguf"]
-Targets = Literal["as-published", "as-intended", "as-intended-parts"]
+PublishedTargets = Literal["as-published", "as-intended", "as-intended-parts"]
 
 
 def _groups(value: Any) -> list[bool] | None:
@@ -786,6 +786,6 @@ class ImportConfigOptions:
     """JSON object with both dictionaries"""
     output: Annotated[Folder, Flags(("-o", "--output"), "OUT.yaml")]
     """must not be there yet"""
-    targets: Targets = "as-published"
+    targets: PublishedTargets = "as-published"
     """what q_proj, k_proj and their like mean, which a Phi-3 has only fused: nothing, as PEFT reads
     them (default); the fused layers; or their parts"""

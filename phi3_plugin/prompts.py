@@ -15,9 +15,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from phi3_plugin.data.formats import MessageList, Reads, Turn, kind, make_turn, with_system_prompt
+from phi3_plugin.data.columns import with_system_prompt
+from phi3_plugin.data.formats import MessageList
 from phi3_plugin.data.rows import lines
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
+from phi3_plugin.data.turns import Reads, Turn, kind, make_turn
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
 from phi3_plugin.options import PromptOptions, Sampling, closest
@@ -98,7 +100,7 @@ def too_long(tokens: int, positions: int) -> str:
 
 JSONL, TEXT = (".jsonl", ".ndjson"), (".txt",)
 PROMPT_KEYS = ("prompt", "messages")
-MOST_PROBLEMS = 10
+MOST_BAD_ROWS = 10
 """Problems that are told; more are counted."""
 
 
@@ -139,8 +141,8 @@ def read_prompts(o: PromptOptions, tokenizer: Phi3Tokenizer, positions: int) -> 
             prompts.append(Prompt(row, array("i", ids)))
         except DataError as error:
             problems.append(f"{where}: {error}")
-    if len(problems) > MOST_PROBLEMS:
-        problems[MOST_PROBLEMS:] = [f"... and {len(problems) - MOST_PROBLEMS:,} more."]
+    if len(problems) > MOST_BAD_ROWS:
+        problems[MOST_BAD_ROWS:] = [f"... and {len(problems) - MOST_BAD_ROWS:,} more."]
     if problems:
         raise DataError("\n".join(["Not every prompt can be answered.", *problems]))
     if not prompts:

@@ -50,7 +50,7 @@ from phi3_plugin.train.optimizer import (
 )
 from phi3_plugin.train.plan import give_memory_back, print_plan, recomputed_for
 from phi3_plugin.train.resume import (
-    ENDS,
+    FINISHING_KEYS,
     Change,
     changes_of,
     check_base,
@@ -163,7 +163,7 @@ class Finetune:
         if self.state.step != saved["step"]:
             raise ValueError(f"train.step: is {self.state.step}, expected {saved['step']}")
         self.differences = changes_of(saved["settings"], self.settings)
-        extended = any(change.key in ENDS for change in self.differences)
+        extended = any(change.key in FINISHING_KEYS for change in self.differences)
         if folder.name == checkpoints.FINAL and not extended:
             self.check_finished(folder)
         check_changes(folder, self.differences)

@@ -15,13 +15,13 @@ from torchtune.utils import log_rank_zero
 
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.findings import CUT_AWAY, DROPPED, TOO_LONG, Findings, UnusedRow
-from phi3_plugin.data.formats import Written, key_names
 from phi3_plugin.data.order import held_out_mask, repeats
 from phi3_plugin.data.packing import Packs, StockPacks
 from phi3_plugin.data.preparation import Preparation, SampleOptions
 from phi3_plugin.data.sources import Source, SourceOptions, read_sources, source_conflicts
 from phi3_plugin.data.store import Store, cached
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
+from phi3_plugin.data.turns import Written, key_names
 from phi3_plugin.errors import ConfigError, DataError
 from phi3_plugin.options import Kind, Seed, Share, Switch, made, option_problems, takes
 from phi3_plugin.terminal import harmless

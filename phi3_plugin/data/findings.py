@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torchtune.utils import log_rank_zero
 
-from phi3_plugin.data.formats import key_names
+from phi3_plugin.data.turns import key_names
 from phi3_plugin.errors import DataError
 from phi3_plugin.terminal import harmless
 

@@ -1,148 +1,49 @@
 """From a row of data to a conversation.
 
 `FORMATS`, at the end, lists the shapes of rows that are read: a new one is a line there, and a
-class like those before it where none fits. `BESIDE` says which other columns may be a part of a
-conversation, and what each format does with them.
+class like those before it where none fits. `BESIDE` in columns.py says which other columns may be
+a part of a conversation, and what each format does with them.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from reprlib import repr as shortened
 from string import Formatter
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
-from phi3_plugin.config import strict_json
-from phi3_plugin.errors import DataError
-
-ROLES = ("system", "user", "assistant")
-"""The roles that every format of data rows has; a chat template may know others."""
-
-
-class Turn(NamedTuple):
-    """One checked message of a conversation."""
-
-    role: str
-    content: str
-    trained: bool
-    """Whether the loss counts the content and the token that ends it: decided here for what the
-    assistant says, and by ``dataset.train_on`` for all."""
-    tools: str | None = None
-    """Description of the tools that the assistant may call, as the template writes it."""
-    wanted: bool | None = None
-    """What the row itself asks for, by ``weight`` or ``train``; None where it does not say."""
-    stands_in: bool = False
-    """Whether the row has no such message: a system message that is there for the tools alone."""
-    fields: str = ""
-    """Other fields of the message that the chat template reads (``name``, …), a JSON object."""
-    variables: str = ""
-    """What else of the row it reads (``documents``, …), a JSON object; every turn has the same."""
-
-
-class Written(NamedTuple):
-    """A conversation that the data holds as one text, in the words of the chat template."""
-
-    text: str
-    said: tuple[tuple[int, int], ...] | None
-    """[start, end) of what the assistant says; None: the chat template's own marks tell."""
-
-
-Chat = Sequence[Turn] | Written
-"""One row of data, read."""
-
-ROLE = re.compile(r"\w[\w-]*")
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def make_turn(
-    role: object,
-    content: object,
-    trained: bool | None = None,
-    tools: object = None,
-    wanted: bool | None = None,
-) -> Turn:
-    """Check one message.
-
-    Args:
-        role: Who speaks; whether the template knows the role shows when it is rendered.
-        content: What is said.
-        trained: Whether the loss counts it; by default what the assistant says counts.
-        tools: Text, or None.
-        wanted: What the row itself says about that.
-
-    Raises:
-        DataError: The role is not a word, or the content or the tools are not text.
-    """
-    # Templates write the role where special tokens are: text in it could speak for another
-    if not isinstance(role, str) or not ROLE.fullmatch(role):
-        raise DataError(f"unknown role {role!r}, expected a word such as {', '.join(ROLES)}")
-    text = _text(f"the {role} content", content)
-    described = None if tools is None else _text(f"tools of the {role} message", tools)
-    counts = role == "assistant" if trained is None else trained
-    return Turn(role, text, counts, described, wanted)
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} is {kind(value)}, expected a string")
-    if not value.isascii() and SURROGATE.search(value):
-        raise DataError(f"{name} is not valid Unicode: it has half a surrogate pair")
-    return value
-
-
-class Reads(NamedTuple):
-    """What a chat template reads beside role, content and tools of the messages."""
-
-    fields: frozenset[str] | None = frozenset()
-    """Of a message; None is every one."""
-    variables: frozenset[str] = frozenset()
-    """Of the row, under the same names."""
-
-    def __bool__(self) -> bool:
-        """Whether it reads anything."""
-        return self != READS_NOTHING
-
-    def of_message(self, message: Mapping[str, Any]) -> str:
-        """Return the fields of a message that are read, as `Turn` holds them."""
-        names = [
-            name
-            for name in message
-            if name not in MESSAGE_FIELDS and (self.fields is None or name in self.fields)
-        ]
-        return _as_json("a message", {name: message[name] for name in names}) if names else ""
-
-    def without(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the row but for what reaches the template as it is."""
-        if not self.variables:
-            return row
-        return {name: row[name] for name in row if name not in self.variables}
-
-    def of_row(self, turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
-        """Give the turns what is read of the row."""
-        names = [name for name in self.variables if row.get(name) not in (None, "")]
-        if not names:
-            return list(turns)
-        values = {name: row[name] for name in names}
-        if isinstance(tools := values.get("tools"), str):
-            values["tools"] = _from_json("tools", tools)
-        variables = _as_json("a row", values)
-        return [turn._replace(variables=variables) for turn in turns]
-
-
-READS_NOTHING = Reads()
-
-TRAIN_FLAGS = ("weight", "train", "loss", "loss_mask", "trainable", "training", "masked")
-"""Fields that say whether a message is trained on: of OpenAI, Axolotl, ms-swift, verl and others.
-
-The last one, torchtune's, says that it is not.
-"""
-
-MESSAGE_FIELDS = frozenset(
-    ("role", "content", "from", "value", "tools", "tool_calls", *TRAIN_FLAGS)
+from phi3_plugin.data.columns import (
+    ADVISE_COLUMNS,
+    ADVISE_MESSAGES,
+    ASKING,
+    BESIDE,
+    MEDIA,
+    filled,
+    filled_but,
+    refuse_beside,
+    tools_text,
+    unread_columns,
+    with_columns_beside,
 )
-"""What is read of a message for itself."""
+from phi3_plugin.data.turns import (
+    READS_NOTHING,
+    ROLES,
+    TRAIN_FLAGS,
+    Chat,
+    Reads,
+    Turn,
+    Written,
+    as_json,
+    checked_text,
+    column,
+    from_json,
+    key_names,
+    kind,
+    make_turn,
+    printable,
+    short_repr,
+)
+from phi3_plugin.errors import DataError
 
 
 class Format(Protocol):
@@ -169,176 +70,6 @@ class Format(Protocol):
         """
 
 
-# Columns beside a conversation
-
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-
-BESIDE = {
-    "system": "system",
-    "system_prompt": "system",
-    "tools": "tools",
-    **dict.fromkeys(("context", "input", "history"), "prompt"),
-    **dict.fromkeys(("functions", *MEDIA), "unread"),
-}
-"""Columns that may be a part of a conversation, and which. What the formats do with filled ones:
-
-=================  ==================  ==================  =====================  =======
-format             system              tools               prompt                 unread
-=================  ==================  ==================  =====================  =======
-lists of messages  read                read                a note, passed over    refused
-preference         read                read                ``input`` may be read  refused
-two columns        refused             refused             refused                refused
-alpaca             ``system`` is read  refused             ``input`` is read      refused
-text               must be in it       must be in it       a note, passed over    refused
-=================  ==================  ==================  =====================  =======
-
-What is refused stops the run, or counts as a bad row, instead of being dropped silently.
-"""
-
-NOTHING = ("[]", "{}", "null")
-"""How some data sets write that there is nothing, beside null and the empty text."""
-
-ADVISE_COLUMNS = (
-    "name the columns to read with dataset.columns, or write the prompt with dataset.prompt, as in "
-    "'{instruction}\\n\\n{context}'"
-)
-
-ADVISE_MESSAGES = (
-    "write it in a message, or say that it is not to be read: dataset.columns={{messages: {}}}"
-)
-
-
-def _filled(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    return [name for name in names if row.get(name) and row[name] not in NOTHING]
-
-
-def _refuse(names: Sequence[str], advice: str) -> None:
-    if names:
-        raise DataError(f"there is a {names[0]!r} too, which this format would drop; {advice}")
-
-
-MATERIAL = (
-    *("document", "passage", "paragraph", "article", "evidence", "knowledge", "snippet", "chunk"),
-    *("choice", "option", "candidate", "schema", "table", "ddl", "premise", "hypothesis", "fact"),
-    *("background", "context", "attachment", "retrieved", "excerpt", "transcript"),
-)
-"""Words in the name of a column that holds what a question is about; also in the plural."""
-
-CHOICE = re.compile(r"(op|opt|option|choice|distractor|ending)[_ ]?[a-f1-9]", re.IGNORECASE)
-CHOICE_LETTER = re.compile("[A-F]", re.IGNORECASE)
-"""Names of columns that each hold one of several answers to choose from."""
-
-ASKING = (
-    *("prompt", "instruction", "question", "query", "input", "hint", "story", "persona", "problem"),
-    *("scenario", "sentence", "sentence1", "sentence2", "body", "title", "description", "task"),
-)
-"""Names of columns that ask; beside a list of messages they are notes about it."""
-
-OF_NOTES = (
-    *(
-        "id",
-        "ids",
-        "index",
-        "name",
-        "names",
-        "length",
-        "len",
-        "count",
-        "num",
-        "type",
-        "url",
-        "urls",
-    ),
-    *("source", "hash", "lang", "language", "score", "embedding", "date", "path", "version"),
-)
-"""Last words of the names of columns that only tell about something, such as ``document_id``."""
-
-
-def _is_filled(value: Any) -> bool:
-    return value is False or value == 0 or (bool(value) and value not in NOTHING)
-
-
-def _filled_but(row: Mapping[str, Any], read: Iterable[str]) -> list[str]:
-    """Return the filled columns that are not read."""
-    read = {*read}
-    return [name for name in row if name not in read and _is_filled(row[name])]
-
-
-def _unread(
-    row: Mapping[str, Any], read: Iterable[str], asking: Iterable[str], advice: str
-) -> list[str]:
-    """Return the filled columns that are not read, and refuse those of the prompt."""
-    names = _filled_but(row, read)
-    letters = [name for name in names if CHOICE_LETTER.fullmatch(name)]
-    for name in names:
-        is_choice = CHOICE.fullmatch(name) or (len(letters) > 1 and name in letters)
-        is_prompt = name in asking or is_choice or _is_material(name)
-        if is_prompt and isinstance(row[name], str | list | dict):
-            raise DataError(
-                f"there is a {_printable(name)!r} too, which looks like a part of the prompt and "
-                f"is not read; {advice}"
-            )
-    return names
-
-
-def _is_material(name: str) -> bool:
-    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    if words[-1] in OF_NOTES:
-        return False
-    return any(word in MATERIAL or word.removesuffix("s") in MATERIAL for word in words)
-
-
-def with_columns_beside(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
-    """Add what columns beside a list of messages say: the system message and the tools.
-
-    Raises:
-        DataError: They are there twice, or a column holds what no format here reads.
-    """
-    if row.keys().isdisjoint(BESIDE):
-        return list(turns)
-    unread = [name for name in row if BESIDE.get(name) == "unread"]
-    _refuse(_filled(row, unread), "remove it")
-    return _with_tools(_with_system(turns, row), row.get("tools"))
-
-
-def _with_system(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
-    names = [name for name, part in BESIDE.items() if part == "system" and row.get(name)]
-    beside = {turn.content: turn for turn in (make_turn("system", row[name]) for name in names)}
-    listed = {turn.content for turn in turns if turn.role == "system"}
-    if beside.keys() <= listed:
-        return list(turns)
-    if listed or len(beside) > 1:
-        raise DataError("there is a column for the system message and another system message")
-    return [*beside.values(), *turns]
-
-
-def _with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
-    if not tools or tools in NOTHING:
-        return turns
-    first = next((i for i, turn in enumerate(turns) if turn.role == "system"), None)
-    if first is None:
-        turns = [make_turn("system", "")._replace(stands_in=True), *turns]
-        first = 0
-    system = turns[first]
-    if system.tools:
-        raise DataError("there is a column 'tools' and a system message that has tools")
-    turns[first] = system._replace(
-        tools=_text(f"tools of the {system.role} message", _tools_text(tools))
-    )
-    return turns
-
-
-def with_system_prompt(turns: Sequence[Turn], prompt: str) -> list[Turn]:
-    """Put a system message in front of a conversation that has none of its own."""
-    system = [turn for turn in turns if turn.role == "system"]
-    if not system:
-        variables = turns[-1].variables if turns else ""
-        return [make_turn("system", prompt)._replace(variables=variables), *turns]
-    return [
-        turn._replace(content=prompt, stands_in=False) if turn.stands_in else turn for turn in turns
-    ]
-
-
 # Rows that keep a conversation in columns of text
 
 
@@ -359,15 +90,17 @@ class Columns:
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read system, user and assistant message, in this order; an empty system is none."""
         if not self.refused.isdisjoint(row):
-            _refuse(_filled(row, [name for name in row if name in self.refused]), ADVISE_COLUMNS)
+            refuse_beside(
+                filled(row, [name for name in row if name in self.refused]), ADVISE_COLUMNS
+            )
         texts = [(role, column(row, self.names[role])) for role in ROLES if role in self.names]
         return [make_turn(role, text) for role, text in texts if text or role != "system"]
 
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Return what is not read; where the user named the columns, nothing is refused."""
         if not self.refused:
-            return _filled_but(row, self.names.values())
-        return _unread(row, {*self.names.values(), *BESIDE}, ASKING, ADVISE_COLUMNS)
+            return filled_but(row, self.names.values())
+        return unread_columns(row, {*self.names.values(), *BESIDE}, ASKING, ADVISE_COLUMNS)
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -408,7 +141,9 @@ class Alpaca:
         """Read the system, the user and the assistant message."""
         user, assistant = self.columns.read(row)
         if row.get("input"):
-            user = user._replace(content=f"{user.content}\n Input: {_text('input', row['input'])}")
+            user = user._replace(
+                content=f"{user.content}\n Input: {checked_text('input', row['input'])}"
+            )
         if not row.get("system"):
             return [user, assistant]
         return [make_turn("system", row["system"]), user, assistant]
@@ -434,7 +169,7 @@ class Dolly(Columns):
         """Read the user and the assistant message."""
         user, assistant = super().read(row)
         if row.get("context"):
-            context = _text("context", row["context"])
+            context = checked_text("context", row["context"])
             user = user._replace(content=f"{user.content}\n\n{context}")
         return [user, assistant]
 
@@ -476,7 +211,7 @@ class PromptText:
 
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Return the columns that the user did not name."""
-        return _filled_but(row, [*prompt_columns(self.text), *self.names.values()])
+        return filled_but(row, [*prompt_columns(self.text), *self.names.values()])
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -501,7 +236,7 @@ def _in_prompt(value: Any) -> str:
         return ""
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
         value = "\n".join(value)
-    return value if isinstance(value, str) else _as_json("a column", value, ensure_ascii=False)
+    return value if isinstance(value, str) else as_json("a column", value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -517,18 +252,18 @@ class TextColumn:
 
     def read(self, row: Mapping[str, Any]) -> Written:
         """Read the text; the marks in it tell later who says what."""
-        text = _text(f"the {self.name} content", column(row, self.name))
-        for name in _filled(row, BESIDE):
+        text = checked_text(f"the {self.name} content", column(row, self.name))
+        for name in filled(row, BESIDE):
             value = row[name]
             part = BESIDE[name]
             is_in_text = part != "unread" and isinstance(value, str) and value.strip() in text
             if part != "prompt" and not is_in_text:
-                _refuse([name], "write it in the text, or remove the column")
+                refuse_beside([name], "write it in the text, or remove the column")
         return Written(text, None)
 
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Return the other columns: what the text was made of, or notes about it."""
-        return _filled_but(row, [self.name])
+        return filled_but(row, [self.name])
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -622,11 +357,11 @@ class MessageList:
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Return the columns beside the list that are not read: notes, as a rule."""
         if self.names is not None:
-            return _filled_but(row, [self.column, *self.names.values()])
+            return filled_but(row, [self.column, *self.names.values()])
         read = (self.column, *(name for name, part in BESIDE.items() if part != "prompt"))
-        notes = [name for name in row if BESIDE.get(name) == "prompt" and _filled(row, [name])]
+        notes = [name for name in row if BESIDE.get(name) == "prompt" and filled(row, [name])]
         advice = ADVISE_MESSAGES.format(self.column)
-        return [*notes, *_unread(row, (*read, *notes), (), advice)]
+        return [*notes, *unread_columns(row, (*read, *notes), (), advice)]
 
     def listed(self, messages: Any, name: str) -> list[Turn]:
         """Read a list of messages.
@@ -635,7 +370,7 @@ class MessageList:
             DataError: It is no list, is empty, or a message is broken.
         """
         if isinstance(messages, str) and messages.lstrip().startswith("["):
-            messages = _from_json(name, messages)  # as in a table of texts
+            messages = from_json(name, messages)  # as in a table of texts
         if not isinstance(messages, list):
             raise DataError(f"{name} is {kind(messages)}, expected a list")
         if not messages:
@@ -658,7 +393,7 @@ class MessageList:
         if mapped and speaker == CALLS:
             role = "assistant"
             calls = column(message, FIELDS[key])
-            calls = _from_json(CALLS, calls) if isinstance(calls, str) else calls
+            calls = from_json(CALLS, calls) if isinstance(calls, str) else calls
             content = self._with_calls(None, calls if isinstance(calls, list) else [calls])
         elif calls:
             role = self._role(speaker, mapped)
@@ -672,7 +407,7 @@ class MessageList:
             if name in UNREAD_FIELDS and message[name] not in (None, "", [], {}):
                 advice = f"write it as {UNREAD_FIELDS[name]}"
                 raise DataError(f"a message has {name}, which nothing reads; {advice}")
-        tools = _tools_text(message.get("tools"))
+        tools = tools_text(message.get("tools"))
         turn = make_turn(role, content, tools=tools, wanted=_train_flag(message))
         fields = self.reads.of_message(message)
         return turn._replace(fields=fields) if fields else turn
@@ -708,7 +443,7 @@ class MessageList:
             raise DataError(f"tool_calls is {kind(calls)}, expected a list")
         if content is not None and not isinstance(content, str):
             raise DataError(f"the content beside tool_calls is {kind(content)}, expected a string")
-        written = _as_json("tool_calls", [_call(call) for call in calls], ensure_ascii=False)
+        written = as_json("tool_calls", [_call(call) for call in calls], ensure_ascii=False)
         return (content or "") + self.tool_calls.replace("{}", written)
 
     def __str__(self) -> str:
@@ -739,7 +474,7 @@ def _joined(role: str, content: Any) -> Any:
         text = part.get("text") if isinstance(part, dict) else None
         if form != "text" or not isinstance(text, str):
             raise DataError(
-                f"the {_printable(role)} content is list, expected a string or parts such as "
+                f"the {printable(role)} content is list, expected a string or parts such as "
                 f"{{type: text, text: …}}; one part is {short_repr(form)}"
             )
         texts.append(text)
@@ -752,29 +487,10 @@ def _call(call: Any) -> dict[str, Any]:
         raise DataError("a tool call has no name, expected {name, arguments}")
     arguments = inner.get("arguments")
     if isinstance(arguments, str):
-        arguments = _from_json("arguments of a tool call", arguments)
+        arguments = from_json("arguments of a tool call", arguments)
     if not isinstance(arguments, dict):
         raise DataError(f"arguments of a tool call is {kind(arguments)}, expected an object")
     return {"name": inner["name"], "arguments": arguments}
-
-
-def _tools_text(tools: Any) -> Any:
-    # As Phi-4-mini's model card writes them: the template puts text between <|tool|> and <|/tool|>
-    return _as_json("tools", tools) if isinstance(tools, list | dict) else tools
-
-
-def _as_json(name: str, value: Any, ensure_ascii: bool = True) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{name} cannot be written as JSON: {error}") from error
-
-
-def _from_json(name: str, text: str) -> Any:
-    try:
-        return strict_json(text, unique=True)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is broken JSON: {error}") from error
 
 
 # Rows of a better and a worse answer, of which the better one is learned
@@ -800,7 +516,7 @@ class Preference(MessageList):
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the prompt and the chosen answer; the rejected one is not looked at."""
-        _refuse(_filled(row, ("context", "history")), ADVISE_COLUMNS)
+        refuse_beside(filled(row, ("context", "history")), ADVISE_COLUMNS)
         chosen = row.get(self.column)
         if isinstance(chosen, list):
             turns = self.listed(chosen, self.column)
@@ -821,7 +537,7 @@ class Preference(MessageList):
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Return what is not read."""
         read = (self.column, "rejected", *PROMPTS, *BESIDE)
-        return _unread(row, read, (), ADVISE_COLUMNS)
+        return unread_columns(row, read, (), ADVISE_COLUMNS)
 
     def _prompt(self, prompt: Any) -> list[Turn]:
         if isinstance(prompt, list):
@@ -870,7 +586,7 @@ class OpenAIPreference(MessageList):
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Return what is not read."""
         read = ("input", self.column, "non_preferred_output")
-        return _unread(row, read, (), ADVISE_MESSAGES.format("input"))
+        return unread_columns(row, read, (), ADVISE_MESSAGES.format("input"))
 
     def __str__(self) -> str:
         """Show the shape in an error message."""
@@ -894,7 +610,7 @@ class PromptAnswer(MessageList):
         """Read the prompt and the answer."""
         if not self._lists(row):
             return self.texts.read(row)
-        _refuse(_filled(row, ("context", "input", "history")), ADVISE_COLUMNS)
+        refuse_beside(filled(row, ("context", "input", "history")), ADVISE_COLUMNS)
         prompt, answer = column(row, "prompt"), column(row, self.column)
         before = self._said("prompt", "user", prompt)
         after = self._said(self.column, "assistant", answer)
@@ -969,69 +685,6 @@ def in_small_letters(row: Mapping[str, Any]) -> dict[str, Any]:
     if len(small) < len(row):
         raise DataError(f"names of columns differ only in capitals: {key_names(row)}")
     return small
-
-
-# Answers that are not to be learned
-
-VERDICTS = (
-    *("label", "kto_tag", "desirable", "is_desirable", "preferred", "is_preferred", "accepted"),
-    *("is_accepted", "thumbs_up", "is_good", "liked"),
-)
-"""Columns that say whether an answer is wanted, as in data for KTO."""
-
-RATINGS = (
-    *("rating", "score", "thumbs", "stars", "reward", "feedback", "quality", "helpfulness"),
-    *("correctness", "overall_score"),
-)
-"""Columns that say how good an answer is."""
-
-SAYS_NO = (
-    *("false", "no", "0", "-1", "bad", "undesirable", "rejected", "thumbs_down", "down"),
-    *("negative", "dislike", "disliked"),
-)
-
-
-def refuse_unwanted(row: Mapping[str, Any], format: Format, filter: str | None) -> None:
-    """Refuse an answer that the row itself calls a bad one, or whose rating nobody looked at.
-
-    Args:
-        row: As it was read.
-        format: How it is read; in pairs of answers the better one is known.
-        filter: Decides about the ratings that it names.
-
-    Raises:
-        DataError: The answer is not to be learned, or it is not said whether.
-    """
-    inner = format.format if isinstance(format, AnyCase) else format
-    if isinstance(inner, Preference | OpenAIPreference):
-        return
-    for name, value in row.items():
-        plain = name.strip().lower()
-        if plain not in VERDICTS and plain not in RATINGS:
-            continue
-        if isinstance(inner, Columns | PromptText) and name in inner.names.values():
-            continue
-        is_named = filter is not None and re.search(rf"\b{re.escape(name)}\b", filter)
-        says_no = value is False or (isinstance(value, str) and value.strip().lower() in SAYS_NO)
-        if plain in VERDICTS and (says_no or (value in (0, -1) and not is_named)):
-            test = f"{name}.lower() is eq('true')" if isinstance(value, str) else name
-            raise DataError(
-                f"{name} is {short_repr(value)}: the answer is not to be learned; leave such rows "
-                f'out, as with dataset.filter="{test}"'
-            )
-        if plain in RATINGS and not is_named and _is_rating(value):
-            test = "ne" if isinstance(value, str) else "ge"
-            raise DataError(
-                f"there is a {name!r}, and nothing says which answers are good enough to be "
-                f'learned; set dataset.filter, as in "{name} is {test}({short_repr(value)})", or '
-                f'"{name} is defined" for all'
-            )
-
-
-def _is_rating(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(re.fullmatch(r"\s*-?\d+([.,]\d+)?\s*", value)) or value.lower() in SAYS_NO
-    return isinstance(value, int | float)
 
 
 # The formats by name, and which of them rows have
@@ -1178,41 +831,3 @@ def _fitting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def known_formats() -> str:
     """List the formats and their shapes, for an error message."""
     return "Known formats:" + "".join(f"\n  {name} ({shape})" for name, shape in FORMATS.items())
-
-
-# What a row or a message holds, and how errors name it
-
-NAMES_LISTED = 20
-"""An error names no more keys than this."""
-
-
-def kind(value: object) -> str:
-    """Name the type of a JSON value for an error message."""
-    return "null" if value is None else type(value).__name__
-
-
-def column(row: Mapping[str, Any], name: str) -> Any:
-    """Return a column of a row, or a field of a message.
-
-    Raises:
-        DataError: It has none of this name.
-    """
-    if name not in row:
-        raise DataError(f"there is no {name!r}; the keys are: {key_names(row)}")
-    return row[name]
-
-
-def key_names(keys: Iterable[str]) -> str:
-    """Write keys for an error message, whatever they hold."""
-    names = [_printable(str(key)) for key in keys]
-    return ", ".join([*names[:NAMES_LISTED], *(["…"] if len(names) > NAMES_LISTED else [])])
-
-
-def short_repr(value: Any) -> str:
-    """Write a value for an error message, shortened."""
-    return _printable(shortened(value))
-
-
-def _printable(text: str) -> str:
-    # A terminal cannot show half a surrogate pair
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from phi3_plugin.data.collate import IGNORED, Sample
-from phi3_plugin.data.formats import Chat, Turn, Written, column
+from phi3_plugin.data.turns import Chat, Turn, Written, column
 from phi3_plugin.errors import DataError
 
 # Shapes: N samples, G groups

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from phi3_plugin.data.columns import with_system_prompt
 from phi3_plugin.data.findings import (
     BLANK_ANSWER,
     BROKEN,
@@ -36,25 +37,15 @@ from phi3_plugin.data.findings import (
     Findings,
     UnusedRow,
 )
-from phi3_plugin.data.formats import (
-    USUAL_ROLES,
-    Chat,
-    Format,
-    Reads,
-    Turn,
-    Written,
-    advise_roles,
-    pick_format,
-    refuse_unwanted,
-    unknown_role,
-    with_system_prompt,
-)
+from phi3_plugin.data.formats import USUAL_ROLES, Format, advise_roles, pick_format, unknown_role
 from phi3_plugin.data.order import group_of
 from phi3_plugin.data.rows import Row
 from phi3_plugin.data.sources import Filtered, FilterFailed, Source
 from phi3_plugin.data.store import ChatRow, StoreWriter
 from phi3_plugin.data.template import Rendered
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, TokenizedChats, Tokens
+from phi3_plugin.data.turns import Chat, Reads, Turn, Written
+from phi3_plugin.data.unwanted import refuse_unwanted
 from phi3_plugin.errors import DataError
 from phi3_plugin.options import AnyText, Kind, Switch
 

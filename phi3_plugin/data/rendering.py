@@ -5,7 +5,7 @@ everything but time and memory. One whose syntax shows that it takes little of b
 published one of the family, runs in this process. Any other runs in a child, which ends when it
 takes too much::
 
-    ChatTemplate.write -> render -- cheap ------------> _written
+    ChatTemplate.write -> write_text -- cheap ------------> _written
                                  `- _Child --pipe--> main -> _written    (this file as a program)
 
 The child needs Jinja and the standard library alone, so it starts in a tenth of a second.
@@ -45,7 +45,7 @@ CHARACTERS = 1_000_000
 CHARACTERS_OF_ONE = 20
 """It may write so many characters, and so many more for each that it is given."""
 
-SECONDS = 3
+RENDERING_SECONDS = 3
 """Of computing that a child may take for one conversation; more for a long one."""
 CHARACTERS_A_SECOND = 2_000_000
 MEMORY = 1 << 30
@@ -56,7 +56,7 @@ class RenderingError(Exception):
     """The template fails, or does not come to an end."""
 
 
-def render(source: str, variables: Mapping[str, Any]) -> str:
+def write_text(source: str, variables: Mapping[str, Any]) -> str:
     """Return what a template writes.
 
     Args:
@@ -250,7 +250,7 @@ class _Child:
             process.communicate()
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """Render a conversation, as `render` does."""
+        """Render a conversation, as `write_text` does."""
         request = json.dumps([source, variables]).encode() + b"\n"
         with self._lock:
             if self._process is None:
@@ -284,7 +284,7 @@ class _Child:
 
 def _ending(code: int) -> str:
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"it computes without end, or for more than {SECONDS} s"
+        return f"it computes without end, or for more than {RENDERING_SECONDS} s"
     return f"it takes more than {MEMORY >> 20} MB of memory, or ended with {code}"
 
 
@@ -299,7 +299,7 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = SECONDS + len(line) // CHARACTERS_A_SECOND
+        seconds = RENDERING_SECONDS + len(line) // CHARACTERS_A_SECOND
         limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
         source, variables = json.loads(line)

@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from phi3_plugin.data.formats import kind
+from phi3_plugin.data.turns import kind
 from phi3_plugin.errors import DataError
 
 
@@ -154,7 +154,7 @@ def _check_utf8(text: str) -> None:
 
 # JSON: one value a line, or the elements of one list
 
-CHARACTERS_AT_ONCE = 1 << 16
+HEAD_CHARACTERS = 1 << 16
 """Characters of a JSON file that are read at once."""
 
 EXPECTED_JSON = "Expected one list of objects, or one object a line."
@@ -165,16 +165,16 @@ LONGEST_LINE = 100_000_000
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
-WRAPPERS = ("data", "rows", "train", "examples", "samples", "instances", "items", "records")
+LIST_KEYS = ("data", "rows", "train", "examples", "samples", "instances", "items", "records")
 """Keys of a file that is one object, under which its rows may be listed."""
 
-WRAPPED = re.compile(rf'"({"|".join(WRAPPERS)})"\s*:\s*\[\s*\{{')
+WRAPPED = re.compile(rf'"({"|".join(LIST_KEYS)})"\s*:\s*\[\s*\{{')
 
 
 def _json_rows(file: Path) -> Placed:
     # A list is told from lines by its bracket: many .json files are JSON lines
     with _opened(file) as stream:
-        head = stream.read(CHARACTERS_AT_ONCE).lstrip()
+        head = stream.read(HEAD_CHARACTERS).lstrip()
     listed = head.startswith("[")
     if head.startswith("{") and WRAPPED.search(head):
         with _opened(file) as stream:
@@ -210,7 +210,7 @@ def _wrapped_rows(text: str, file: Path) -> list[Any] | None:
     except (ValueError, RecursionError):
         return None  # several objects, or none
     listed = [key for key in value if isinstance(value[key], list)]
-    if len(listed) != 1 or listed[0] not in WRAPPERS:
+    if len(listed) != 1 or listed[0] not in LIST_KEYS:
         return None
     strict = _value(text)  # what it refuses cannot be told from the rows beside it
     if isinstance(strict, DataError):

@@ -15,14 +15,7 @@ from typing import Annotated, Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phi3_plugin.data.formats import (
-    FORMATS,
-    ROLE,
-    ROLES,
-    key_names,
-    known_formats,
-    prompt_columns,
-)
+from phi3_plugin.data.formats import FORMATS, known_formats, prompt_columns
 from phi3_plugin.data.rows import (
     SUFFIXES_IN_WORDS,
     Row,
@@ -32,6 +25,7 @@ from phi3_plugin.data.rows import (
     suffix_of,
     without_added,
 )
+from phi3_plugin.data.turns import ROLE, ROLES, key_names
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError
 from phi3_plugin.options import (
     Advice,

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from torchtune.utils import log_rank_zero
 
 from phi3_plugin.data.findings import Findings
-from phi3_plugin.data.formats import Chat
 from phi3_plugin.data.tokenizer import TokenizedChats, Tokens
+from phi3_plugin.data.turns import Chat
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,15 @@ from typing import Any, NamedTuple
 from jinja2 import nodes
 from jinja2.meta import find_undeclared_variables
 
-from phi3_plugin.data.formats import ROLES, Reads, Turn, Written, make_turn
-from phi3_plugin.data.rendering import BOUNDS, NOW, RenderingError, environment, is_cheap, render
+from phi3_plugin.data.rendering import (
+    BOUNDS,
+    NOW,
+    RenderingError,
+    environment,
+    is_cheap,
+    write_text,
+)
+from phi3_plugin.data.turns import ROLES, Reads, Turn, Written, make_turn
 from phi3_plugin.errors import DataError, TokenizerError
 
 TOKEN = re.compile(r"<\|[^<>|]*\|>")
@@ -42,7 +49,7 @@ PROBES = (([USER], True), ([USER, ASSISTANT], False), ([USER, ASSISTANT] * 2, Fa
 """Conversations that every chat template can be expected to render, and what is asked for."""
 
 UNCLEAR = "turns cannot be told apart"
-ADVICE = "Check that it is the template of this checkpoint's own revision."
+CHECK_REVISION = "Check that it is the template of this checkpoint's own revision."
 
 
 class Piece(NamedTuple):
@@ -110,7 +117,7 @@ class ChatTemplate:
                 if dropped:
                     raise DataError(f"{UNCLEAR}: the chat template leaves out {dropped[0]}")
             except DataError as error:
-                raise TokenizerError(f"{self.file}: {error}. {ADVICE}") from error
+                raise TokenizerError(f"{self.file}: {error}. {CHECK_REVISION}") from error
 
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Rendered:
         """Render a conversation.
@@ -170,7 +177,7 @@ class ChatTemplate:
             **self.special_tokens,
         }
         try:
-            return render(self.source, variables)
+            return write_text(self.source, variables)
         except RenderingError as error:
             raise DataError(f"the chat template failed: {error}") from error
 
@@ -562,7 +569,7 @@ def _template_pieces(
         raise TokenizerError(
             f"{template.file}: the chat template writes {text[:20]!r} after a message that is "
             "trained on, and no added token of tokenizer.json: the model would never learn to "
-            f"stop. {ADVICE}"
+            f"stop. {CHECK_REVISION}"
         )
     rest = text[end.end() :]
     return [Piece(end[0], True), *([Piece(rest, False)] if rest else [])]

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from torchtune.utils import log_rank_zero
 
-from phi3_plugin.data.formats import Turn, make_turn
 from phi3_plugin.data.template import Piece, Rendered, token_pattern
+from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.data.vocabulary import Vocabulary, naming, read_vocabulary
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
 from phi3_plugin.options import Count, made, option_problems, takes

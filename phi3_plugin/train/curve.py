@@ -11,7 +11,7 @@ from torchtune.training import metric_logging
 
 from phi3_plugin.settings import component
 
-NOTE = "logger.json"
+CURVES = "logger.json"
 """In the folder of a run: its logger, and what the service calls the run."""
 
 
@@ -63,14 +63,14 @@ def open_logger(
     if run is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"logger": kind.__name__, "run": run})
-        (output_dir / NOTE).write_text(text + "\n", encoding="utf-8")
+        (output_dir / CURVES).write_text(text + "\n", encoding="utf-8")
     return logger
 
 
 def _run_of(output_dir: Path, logger: str) -> str | None:
     """Return what the service calls the run, if the same logger has noted it."""
     try:
-        note = json.loads((output_dir / NOTE).read_text(encoding="utf-8"))
+        note = json.loads((output_dir / CURVES).read_text(encoding="utf-8"))
         return str(note["run"]) if note["logger"] == logger else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -415,7 +415,7 @@ def _flops(operation: Any, args: Any, out: Any) -> int:
 
 # What `plan` prints.
 
-SECONDS = 1.0
+MEASURED_SECONDS = 1.0
 """For which matrix products are measured."""
 
 
@@ -535,7 +535,7 @@ def _rate(model: Any, device: torch.device, dtype: torch.dtype, tokens: int) -> 
         x = torch.rand(min(tokens, 4096), shape[1], dtype=dtype, device=device)
         F.linear(x, weight)  # the first one sets up
         begin, spent = time.perf_counter(), 0.0
-        while spent < SECONDS / len(shapes):
+        while spent < MEASURED_SECONDS / len(shapes):
             F.linear(x, weight)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -20,7 +20,7 @@ from phi3_plugin.options import OnResume, PartsOnResume, marks, resolved, spelle
 from phi3_plugin.redaction import redacted
 from phi3_plugin.settings import HINTS, Settings, component
 
-ENDS = ("epochs", "max_steps", "early_stop_patience")
+FINISHING_KEYS = ("epochs", "max_steps", "early_stop_patience")
 """Keys that decide when a run is finished."""
 
 DEFAULTS = {

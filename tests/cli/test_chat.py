@@ -102,7 +102,7 @@ def test_an_interrupt_long_after_another_clears_a_line_and_no_more(monkeypatch):
     typed, heard = Typed(KeyboardInterrupt, KeyboardInterrupt, "four", EOFError), []
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr(phi3_chat, "is_terminal", lambda: True)
-    monkeypatch.setattr(phi3_chat, "SOON", 0.0)
+    monkeypatch.setattr(phi3_chat, "SECOND_PRESS", 0.0)
     assert talk(SimpleNamespace(take=lambda text: heard.append(text) or True)) == 0
     assert heard == ["four"] and not typed.events
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 from phi3_plugin.recipes import phi3_evaluate as recipe
 
-from phi3_plugin.data.formats import make_turn
+from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError, OutputError
 from phi3_plugin.evaluate import EVALUATION_FILES, Scorer
 from phi3_plugin.generate import Generator

@@ -10,7 +10,7 @@ from torchtune.data import Message
 from transformers import AutoTokenizer
 
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.formats import make_turn
+from phi3_plugin.data.turns import make_turn
 from tests.assets import assets_dir
 from tests.variants import ENDS, FROM_ASSETS, PHI4_MINI, phi4_mini
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi3_plugin.data.formats import FORMATS, Turn, Written, pick_format
+from phi3_plugin.data.formats import FORMATS, pick_format
 from phi3_plugin.data.order import group_of
 from phi3_plugin.data.rows import SUFFIXES, Row, file_rows
+from phi3_plugin.data.turns import Turn, Written
 from phi3_plugin.errors import DataError
 from tests.assets import assets_dir
 

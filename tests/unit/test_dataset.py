@@ -32,9 +32,9 @@ from phi3_plugin.data.findings import (
     TRUNCATED,
     UNUSABLE,
 )
-from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.preparation import Preparation
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
+from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from tests import warm
 from tests.chosen import some

@@ -7,17 +7,13 @@ import pytest
 from phi3_plugin.data.formats import (
     CALLS,
     FORMATS,
-    NAMES_LISTED,
     SHAREGPT_ROLES,
     UNREAD_FIELDS,
     AnyCase,
-    Written,
-    key_names,
-    make_turn,
     pick_format,
-    refuse_unwanted,
-    short_repr,
 )
+from phi3_plugin.data.turns import NAMES_LISTED, Written, key_names, make_turn, short_repr
+from phi3_plugin.data.unwanted import refuse_unwanted
 from phi3_plugin.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}

@@ -15,9 +15,9 @@ from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.data import findings as f
 from phi3_plugin.data.collate import pad_right
 from phi3_plugin.data.dataset import messages_of_rows
-from phi3_plugin.data.formats import Reads
 from phi3_plugin.data.packing import Packs, StockPacks
 from phi3_plugin.data.template import ChatTemplate
+from phi3_plugin.data.turns import Reads
 from phi3_plugin.errors import DataError
 from phi3_plugin.inspect import (
     GROUPED,

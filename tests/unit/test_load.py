@@ -16,7 +16,7 @@ from phi3_plugin.checkpoint.loralib import write_loralib
 from phi3_plugin.checkpoint.peft import export_adapter
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
-from phi3_plugin.data.formats import make_turn
+from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import (
     AdapterError,
     CheckpointError,

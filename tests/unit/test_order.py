@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_plugin.data.formats import Written, make_turn
 from phi3_plugin.data.order import group_of, held_out_mask, repeats
+from phi3_plugin.data.turns import Written, make_turn
 from phi3_plugin.errors import DataError
 
 U, A, S = make_turn("user", "u"), make_turn("assistant", "a"), make_turn("system", "s")

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from phi3_plugin.data import phi3_tokenizer, rendering
-from phi3_plugin.data.formats import make_turn
-from phi3_plugin.data.rendering import RenderingError, is_cheap, render
+from phi3_plugin.data.rendering import RenderingError, is_cheap, write_text
+from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import TokenizerError
 from tests.variants import APRIL, CHATML, MEDIUM, MINI, PHI4, PHI4_MINI, PHI35, edit_json
 
@@ -48,17 +48,17 @@ def test_a_template_without_end_is_refused_within_seconds(source):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     with pytest.raises(RenderingError, match=REFUSED):
-        render(source, GIVEN)
+        write_text(source, GIVEN)
     assert time.process_time() - start < 3  # the child's time is limited by itself
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # in KB
     assert not is_cheap(source)
-    assert render("{{ messages|tojson }}", GIVEN).startswith('[{"role": "user"')  # a new child
+    assert write_text("{{ messages|tojson }}", GIVEN).startswith('[{"role": "user"')  # a new child
 
 
 @pytest.mark.parametrize("source", ["{{ " + "(" * 5000, "{{ " + "1+" * 30_000 + "1 }}", "{% if"])
 def test_a_template_that_cannot_be_parsed_is_one_error(source):
     with pytest.raises(RenderingError):
-        render(source, GIVEN)
+        write_text(source, GIVEN)
 
 
 def test_the_error_names_the_file(folder):
@@ -70,7 +70,7 @@ def test_the_error_names_the_file(folder):
 def test_published_templates_run_in_this_process(monkeypatch):
     assert all(map(is_cheap, [MINI, PHI35, MEDIUM, APRIL, CHATML, PHI4, PHI4_MINI]))
     monkeypatch.setattr(rendering, "_CHILD", None)
-    assert render(MINI, GIVEN).endswith("<|end|>\n</s>")
+    assert write_text(MINI, GIVEN).endswith("<|end|>\n</s>")
 
 
 CHEAP = [
@@ -98,10 +98,10 @@ COSTLY = [
 
 @pytest.mark.parametrize("source", CHEAP)
 def test_a_child_writes_the_same(source, monkeypatch):
-    here = render(source, GIVEN)
+    here = write_text(source, GIVEN)
     assert is_cheap(source)
     monkeypatch.setattr(rendering, "is_cheap", lambda _: False)
-    assert render(source, GIVEN) == here
+    assert write_text(source, GIVEN) == here
 
 
 @pytest.mark.parametrize("source", COSTLY)
@@ -111,26 +111,26 @@ def test_what_may_cost_is_not_cheap(source):
 
 def test_the_time_is_the_same_in_the_child():
     for _ in range(2):
-        now = render("{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}", GIVEN)
+        now = write_text("{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}", GIVEN)
         assert now == rendering.NOW.strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 def test_a_long_conversation_in_the_child():
     long = [make_turn("user", "x" * 4_000_000)._asdict()]
-    assert len(render("{{ messages | tojson }}", {"messages": long})) > 4_000_000
+    assert len(write_text("{{ messages | tojson }}", {"messages": long})) > 4_000_000
 
 
 def test_a_process_that_was_forked_off_has_a_child_of_its_own():
     source = "{{ messages | tojson }}"
-    text = render(source, GIVEN)
+    text = write_text(source, GIVEN)
     mine = rendering._CHILD._process.pid
     if (pid := os.fork()) == 0:
-        same = render(source, GIVEN) == text and rendering._CHILD._process.pid != mine
+        same = write_text(source, GIVEN) == text and rendering._CHILD._process.pid != mine
         rendering._CHILD.end()
         os._exit(0 if same else 1)
     assert os.waitpid(pid, 0)[1] == 0
-    assert render(source, GIVEN) == text
+    assert write_text(source, GIVEN) == text
     os.kill(mine, signal.SIGKILL)
     with pytest.raises(RenderingError, match="without end"):
-        render(source, GIVEN)
-    assert render(source, GIVEN) == text
+        write_text(source, GIVEN)
+    assert write_text(source, GIVEN) == text

@@ -8,8 +8,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.formats import Turn, make_turn
 from phi3_plugin.data.template import ChatTemplate, Piece, token_pattern
+from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.errors import DataError, TokenizerError
 from tests.variants import (
     APRIL,

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from phi3_plugin.compare import hf_tokens
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.formats import make_turn
 from phi3_plugin.data.template import Piece
 from phi3_plugin.data.tokenizer import Disguise
+from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
 from tests.assets import assets_dir
 from tests.contract.test_ids import CONTENT, SPECIAL, TURNS, dicts

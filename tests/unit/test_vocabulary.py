@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.data.formats import make_turn
+from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import ConfigError, MissingFileError, TokenizerError
 from tests.variants import DECODER, MINI, PHI35, edit_json, phi4_mini
 
