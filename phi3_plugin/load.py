@@ -160,8 +160,13 @@ def empty_model(
     return model, values
 
 
-def keys_for(adapter: Adapter, sizes: Phi3Config) -> dict[str, Any]:
+def keys_for(adapter: Adapter, sizes: Phi3Config, *, use_rslora: bool = False) -> dict[str, Any]:
     """Return the keys of our builder for a model with the ranks and scales of an adapter.
+
+    Args:
+        adapter: See above.
+        sizes: Of the model.
+        use_rslora: How the keys are to say the scales.
 
     Raises:
         AdapterError: No keys of a model say where the adapter is.
@@ -172,7 +177,7 @@ def keys_for(adapter: Adapter, sizes: Phi3Config) -> dict[str, Any]:
         set(adapter.saved),
         layers=sizes.num_hidden_layers,
         use_dora=adapter.is_dora,
-        use_rslora=False,
+        use_rslora=use_rslora,
     )
 
 

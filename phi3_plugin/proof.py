@@ -24,6 +24,9 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """How far logits may be apart, as a part of the largest, before the proof fails: the order of
 sums differs. Tiny models agree to 1e-6 in fp32."""
 
+TWICE = ".modules_to_save.weight"
+"""How PEFT ends the second name of a weight that was trained whole."""
+
 # Shapes: B batch, S sequence, V vocabulary
 
 
@@ -186,8 +189,16 @@ def load_with_peft(
         raise NotLoadedError(f"PEFT does not load {adapter_dir}. It says {why}") from error
     places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     names = load_peft_weights(str(adapter_dir), device="cpu")
-    # Beside an adapter of the embedding or the head PEFT also keeps the base's own weight.
-    stored = {name for name in names if not name.endswith(".base_layer.weight")}
+    # Of embedding and head PEFT also keeps the base's own weight beside an adapter, and where the
+    # vocabulary was resized the weights themselves; one that is trained whole is then there twice.
+    weights = set(model.state_dict())
+    stored = {
+        name
+        for name in names
+        if not name.endswith(".base_layer.weight")
+        and name not in weights
+        and not (name.endswith(TWICE) and name.replace(TWICE, ".weight") in names)
+    }
     if places != stored:
         missing, unexpected = sorted(places - stored), sorted(stored - places)
         raise NotLoadedError(

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torchtune import config
 
@@ -30,6 +31,7 @@ from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError
 from phi3_plugin.load import keys_for
+from phi3_plugin.models import lora_phi3
 from phi3_plugin.options import (
     AdapterOptions,
     CheckOptions,
@@ -120,7 +122,10 @@ def import_(o: ImportOptions) -> int:
     check_unwritten(o)
     adapter = adapter_given(o)
     try:
-        keys = keys_for(adapter, read_config(o.checkpoint_dir))
+        rslora = bool(adapter.origin.get("rslora"))
+        keys = keys_for(adapter, read_config(o.checkpoint_dir), use_rslora=rslora)
+        with torch.device("meta"):  # whatever training would refuse is refused here
+            lora_phi3(o.checkpoint_dir, **keys)
     except AdapterError as error:
         raise AdapterError(f"{error} `convert --to peft-patterns` makes a folder of it.") from error
     write_peft(o, adapter, patterns=True)

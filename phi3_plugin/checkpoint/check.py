@@ -27,7 +27,7 @@ from phi3_plugin.checkpoint.base import (
     expected_shapes,
 )
 from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
-from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS
+from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, folders_within
 from phi3_plugin.checkpoint.peft_config import (
     BASE_KEEPING_STARTS,
     PeftConfig,
@@ -61,6 +61,7 @@ VERDICTS: dict[str, tuple[str, str | None, str | None, str | None]] = {
     "start that PEFT repeats": (
         "init_lora_weights: PEFT changes the base by {} again when it loads this; others do not",
         LOADS, MISREAD, MISREAD),
+    "pissa": ("init_lora_weights: PiSSA is refused", None, REJECTED, None),
     "no target": ("no module of a Phi-3 is in target_modules", REJECTED, None, None),
     "not a target": (
         "not in target_modules or not in a Phi-3, so PEFT passes over their tensors silently: {}",
@@ -89,7 +90,9 @@ VERDICTS: dict[str, tuple[str, str | None, str | None, str | None]] = {
         "this base has no head of its own, so its adapter finds no tensor", None, None, REJECTED),
     "tied embedding": (
         "the head is the embedding's tensor, and would get its adapter too", None, None, MISREAD),
-    "one scale": ("patterns are ignored: {}", None, MISSCALED, None),
+    "one scale": (
+        "0.32 reads rank_pattern and alpha_pattern, but older versions ignored them: {}",
+        None, LOADS, None),
     "alpha over rank": ("alpha_pattern and use_rslora are ignored: {}", None, None, MISSCALED),
 }  # fmt: skip
 """What an adapter may be like: why that matters, and what PEFT, vLLM and llama.cpp then do; None
@@ -217,6 +220,8 @@ def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tupl
     start = keys.get("init_lora_weights", True)
     if isinstance(start, str) and start not in BASE_KEEPING_STARTS:
         yield "start that PEFT repeats" if start in REPEATED_STARTS else "start", repr(start)
+        if start.startswith("pissa"):
+            yield "pissa", ""
     if max([keys.get("r", 0), *adapter.ranks.values()]) > VLLM_RANKS[-1]:
         yield "rank above vLLM's", str(VLLM_RANKS[-1])
     alpha = keys.get("lora_alpha")
@@ -262,6 +267,11 @@ def _shape_problems(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[
             if layer is not None and size != layer:
                 here = f"{module} is {list(layer)} in this base"
                 yield f"{here}, the adapter is for {list(size)}"
+    for module in adapter.with_kind("saved"):
+        own = sizes.get(f"{module}.weight", sizes.get("model.embed_tokens.weight"))
+        stored = adapter.tensors[module]["saved"].shape
+        if module in ("model.embed_tokens", "lm_head") and own not in (None, stored):
+            yield f"{module} is {list(own or ())} in this base, and {list(stored)} in the file"
     if alone:
         yield f"A or B is missing: {listed(alone)}"
     if wrong:
@@ -375,9 +385,10 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
     file, weights = folder / CONFIG, folder / WEIGHTS
     if not file.is_file():
         lacks = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
+        within = folders_within(folder)
+        advice = " `phi3-tune adapter import` makes one of files of torchtune's and loralib's."
         raise MissingFileError(
-            f"{folder} {lacks}: it is not an adapter folder of PEFT. `phi3-tune adapter "
-            "import` makes one of files of torchtune's and loralib's."
+            f"{folder} {lacks}: it is not an adapter folder of PEFT.{within or advice}"
         )
     keys = read_json_object(file, AdapterError)
     if problems := [*unsupported(keys, JUDGED), *wrong_values(keys), *_wrong_names(keys)]:
@@ -397,11 +408,12 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
         ending = next((ending for ending in TENSOR_KINDS if name.endswith(ending)), None)
         if ending is None or not name.startswith(PEFT_PREFIX):
             unknown.append(name)
-        else:
-            module = name.removeprefix(PEFT_PREFIX).removesuffix(ending)
+        module = name.removeprefix(PEFT_PREFIX).removesuffix(ending or "")
+        # vLLM and llama.cpp read names without PEFT's prefix, too
+        if ending is not None and (name.startswith(PEFT_PREFIX) or is_adaptable(module)):
             tensors.setdefault(module, {})[TENSOR_KINDS[ending]] = tensor
     check_patterns(file, tensors)
-    return PeftFolder(PeftConfig(file, keys), tensors, tuple(unknown))
+    return PeftFolder(PeftConfig(file, keys, tuple(tensors)), tensors, tuple(unknown))
 
 
 def _wrong_names(keys: Mapping[str, Any]) -> Iterator[str]:

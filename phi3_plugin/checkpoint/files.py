@@ -394,9 +394,10 @@ def _from_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = strict_json(text, unique=True)
     except ValueError as error:
         raise AdapterError(f"{file}: its header is broken: {error}. Copy it again.") from error
-    if not isinstance(header, dict) or not all(isinstance(h, dict) for h in header.values()):
+    # MLX writes null where there is none
+    metadata = (header.pop("__metadata__", None) or {}) if isinstance(header, dict) else None
+    if metadata is None or not all(isinstance(h, dict) for h in (metadata, *header.values())):
         raise AdapterError(f"{file}: its header is no table of tensors. Copy it again.")
-    metadata = header.pop("__metadata__", {})
     for name, about in header.items():
         if (kind := about.get("dtype")) not in ("F32", "BF16", "F16"):
             what = f"{file}: {quoted(name)} is {quoted(kind)}"

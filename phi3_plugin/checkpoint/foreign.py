@@ -35,12 +35,13 @@ from phi3_plugin.checkpoint.base import (
 )
 from phi3_plugin.checkpoint.files import quoted, read_tensors
 from phi3_plugin.checkpoint.loralib import EnableLora, loralib_content, ungrouped
-from phi3_plugin.checkpoint.peft import CONFIG, NOTE, WEIGHTS, parsed_object
+from phi3_plugin.checkpoint.peft import CONFIG, NOTE, WEIGHTS, folders_within, parsed_object
 from phi3_plugin.checkpoint.peft_config import (
     PeftConfig,
     is_alpha,
     problem_list,
     read_peft_config,
+    refuse_unsupported,
 )
 from phi3_plugin.checkpoint.torchtune import split_content
 from phi3_plugin.config import Phi3Config, read_json_object
@@ -90,9 +91,12 @@ def read_adapter(
         files = [file / name for name in FILES if (file / name).is_file()]
         if not files:
             names = ", ".join(FILES)
-            raise MissingFileError(f"{path} has none of {names}: it is not an adapter folder.")
+            problem = f"{path} has none of {names}: it is not an adapter folder."
+            raise MissingFileError(f"{problem}{folders_within(file)}")
         file = files[0]
     tensors, metadata = read_tensors(file)
+    if (beside := file.with_name(CONFIG)).is_file():
+        refuse_unsupported(beside)  # before names that only such a feature has
     _refuse_merged(tensors, file)
     content = _content(tensors, config, file)
     _check_copies(content.copies, config, base, file)
@@ -139,7 +143,7 @@ def _of_peft(
     if not beside.is_file():
         scales = _scales(adapter.ranks, _known_alpha(alpha, file), {})
         return replace(adapter, scales=scales), None, write
-    peft = read_peft_config(beside)
+    peft = read_peft_config(beside, map(hf_name, adapter.ranks))
     if alpha is not None and alpha != peft.keys["lora_alpha"]:
         said = peft.keys["lora_alpha"]
         raise AdapterError(f"alpha: {alpha}, but {beside} says {said}. Leave it out.")
@@ -247,8 +251,13 @@ WHOLE, COPY = ".weight", ".base_layer.weight"
 """Of a module that is trained whole; and of the copy of the base that PEFT puts beside adapters on
 embedding and head."""
 
-WRAPPERS = (PEFT_PREFIX, "module.", "_orig_mod.", "_fsdp_wrapped_module.")
-"""What PEFT, DDP, torch.compile and FSDP put before names."""
+REPLACED = ".original_module.weight"
+"""Of the base's weight beside one that is trained whole, which computes in its place. PEFT writes
+it, and the trained one twice, where the vocabulary was resized."""
+
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DDP, torch.compile, FSDP and activation checkpointing put into names, before each module
+that they wrap."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +282,10 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
     endings = sorted((*ENDINGS, COPY, WHOLE), key=len, reverse=True)
     for name, value in tensors.items():
         plain = _unwrapped(name)
+        if (
+            plain.endswith(REPLACED) and plain.removesuffix(REPLACED) in known
+        ):  # what modules_to_save stands for
+            continue
         ending = next((ending for ending in endings if plain.endswith(ending)), "")
         module = known.get(plain.removesuffix(ending), "") if ending else ""
         group = {COPY: copies, WHOLE: saved}.get(ending, low)
@@ -283,7 +296,8 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
         if ending in ENDINGS:
             program, own = ENDINGS[ending]
             programs.add(program)
-        if module + own in group:
+        again = group.get(module + own)
+        if again is not None and not (group is saved and torch.equal(again, value)):
             problems.append(f"{name!r}: {module + own} is there twice")
         group[module + own] = value
     _refuse(problems, file)
@@ -308,8 +322,9 @@ def aliases(config: Phi3Config) -> dict[str, str]:
 
 def _unwrapped(name: str) -> str:
     """Return a name without wrappers and without PEFT's name of the adapter."""
-    while prefix := next((p for p in WRAPPERS if name.startswith(p)), None):
-        name = name.removeprefix(prefix)
+    name = ".".join(word for word in name.split(".") if word not in WRAPPERS)
+    while name.startswith(PEFT_PREFIX):
+        name = name.removeprefix(PEFT_PREFIX)
     for written in (".modules_to_save.default", ".modules_to_save", ".default"):
         if name.endswith((written, f"{written}.weight")):
             head, _, tail = name.rpartition(written)

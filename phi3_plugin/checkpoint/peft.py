@@ -307,12 +307,21 @@ def load_note(folder: Path) -> dict[str, Any]:
     """
     file = folder / WEIGHTS
     if not file.is_file():
-        raise MissingFileError(f"{folder} has no {WEIGHTS}: it is not an adapter folder.")
+        problem = f"{folder} has no {WEIGHTS}: it is not an adapter folder."
+        raise MissingFileError(f"{problem}{folders_within(folder)}")
     try:
         with safe_open(file, framework="pt") as tensors:
             return parsed_object((tensors.metadata() or {}).get(NOTE, "{}"))
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged or cut short: {error}. Copy it again.") from error
+
+
+def folders_within(folder: Path) -> str:
+    """Say which folders in one are adapters, as PEFT saves those that have a name; or nothing."""
+    inside = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG}"))
+    if not inside:
+        return ""
+    return f" Give {' or '.join(inside[:3])}, which {'are' if inside[1:] else 'is one'}."
 
 
 def parsed_object(text: str) -> dict[str, Any]:

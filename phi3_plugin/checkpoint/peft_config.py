@@ -35,8 +35,11 @@ LONGEST_PATTERN = 300
 BRANCHES = 2
 """How many alternatives and wildcards one may hold: time grows with the power of it."""
 
+LIMITED_PATTERNS = 16
+"""Of patterns with more, which are matched under a time limit."""
+
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
+    "bias": ("none", "lora_only"),  # of layers that a Phi-3 has without one
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
     "use_qalora": (False,),
@@ -53,6 +56,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Features of PEFT that change what is computed, and what they must be besides absent or null."""
 
+MERGED_BY_PEFT = ("ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT")
+PEFT_MERGES = "PEFT itself can put it into the base: merge_and_unload(), then save_pretrained()."
+
 BASE_KEEPING_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Starting points that leave the base as it is; after others, such as PiSSA, the adapter belongs to
 a base that was changed."""
@@ -67,6 +73,7 @@ IRRELEVANT_KEYS = {
     *("layers_pattern", "inference_mode", "revision", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "runtime_config", "ensure_weight_tying"),
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # ms-swift's
 }
 """What the tensors say themselves, or what only training reads."""
 
@@ -77,6 +84,8 @@ class PeftConfig:
 
     file: Path
     keys: Mapping[str, Any]
+    modules: tuple[str, ...] = ()
+    """Hugging Face's names of those that have an adapter."""
 
     def rank(self, module: str) -> int:
         """Return the rank of a module, by Hugging Face's name."""
@@ -97,18 +106,29 @@ class PeftConfig:
         Source: PEFT 0.21.2, get_pattern_key of utils/other.py; 8 is its default.
         """
         for name, value in (self.keys.get(pattern) or {}).items():
-            if _compiled(name).match(module):
+            if self._fits(name, module):
                 return value
         return self.keys.get(key, 8)
 
+    def _fits(self, pattern: str, module: str) -> bool:
+        if (compiled := _compiled(pattern)) is not None:
+            return bool(compiled.match(module))
+        names = self.modules if module in self.modules else (module,)
+        return module in matched(rf"(.*\.)?({pattern})", names)
+
 
 @lru_cache(2 * PATTERN_NAMES)  # re itself remembers 512, fewer than a file may hold
-def _compiled(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({name})$")
+def _compiled(name: str) -> re.Pattern[str] | None:
+    """Return what finds the modules of a pattern; None if that needs a limit."""
+    return re.compile(rf"(.*\.)?({name})$") if is_plain(name) else None
 
 
-def read_peft_config(file: Path) -> PeftConfig:
+def read_peft_config(file: Path, modules: Iterable[str] = ()) -> PeftConfig:
     """Read adapter_config.json of an adapter that is to be computed.
+
+    Args:
+        file: See above.
+        modules: Hugging Face's names of those that have an adapter.
 
     Raises:
         AdapterError: It is broken, or the adapter needs what we do not compute; each is listed, up
@@ -119,7 +139,7 @@ def read_peft_config(file: Path) -> PeftConfig:
     problems = [*unsupported(keys), *_unknown(keys), *needed, *wrong_values(keys)]
     if problems:
         raise AdapterError(f"{file} cannot be used:\n{problem_list(problems, 20)}")
-    return PeftConfig(file, keys)
+    return PeftConfig(file, keys, tuple(modules))
 
 
 def problem_list(problems: Sequence[str], most: int) -> str:
@@ -130,12 +150,23 @@ def problem_list(problems: Sequence[str], most: int) -> str:
 
 def unsupported(keys: Mapping[str, Any], known: Collection[str] = ()) -> Iterator[str]:
     """Yield the features of PEFT that change what is computed, but for those that are known."""
-    if keys.get("peft_type", "LORA") != "LORA":
-        yield f"peft_type: {quoted(keys['peft_type'])}, only LORA adapters are computed."
+    if (kind := keys.get("peft_type", "LORA")) != "LORA":
+        merged = f" {PEFT_MERGES}" if kind in MERGED_BY_PEFT else ""
+        yield f"peft_type: {quoted(kind)}, only LORA adapters are computed.{merged}"
     for key, allowed in UNSUPPORTED.items():
         value = keys.get(key)
         if key not in known and value is not None and value not in (*allowed, {}, []):
             yield f"{key}: {quoted(value)} is a feature that is not computed here."
+
+
+def refuse_unsupported(file: Path) -> None:
+    """Refuse an adapter with features that change what is computed, and are not computed here.
+
+    Raises:
+        AdapterError: It has some, and each is named; or the file is broken.
+    """
+    if problems := [*unsupported(read_json_object(file, AdapterError))]:
+        raise AdapterError(f"{file} cannot be used:\n{problem_list(problems, 20)}")
 
 
 def _unknown(keys: Mapping[str, Any]) -> Iterator[str]:
@@ -186,8 +217,12 @@ def wrong_values(keys: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(pattern, dict) or len(pattern) > PATTERN_NAMES:
             yield f"{key}: must be an object of at most {PATTERN_NAMES} names."
             continue
+        limited = [name for name in pattern if is_limited(name)]
+        if len(limited) > LIMITED_PATTERNS:
+            most = f"at most {LIMITED_PATTERNS} names"
+            yield f"{key}: {most} may have more than {BRANCHES} wildcards."
         for name, value in pattern.items():
-            if not is_good(value) or not is_plain(name):
+            if not is_good(value) or not (is_plain(name) or is_limited(name)):
                 yield (
                     f"{key}: {quoted(name)}: {quoted(value)} is not read. Use modules' names, and "
                     "numbers above 0."
@@ -269,3 +304,9 @@ def is_plain(pattern: str, branches: int = BRANCHES) -> bool:
         return bool(PLAIN_PATTERN.fullmatch(pattern) and re.compile(pattern))
     except re.error:
         return False
+
+
+def is_limited(pattern: str) -> bool:
+    """Whether one is too long to be plain, but matched under a time limit."""
+    wildcards = sum(map(pattern.count, "*+("))
+    return pattern.count("(") <= BRANCHES < wildcards and is_plain(pattern, 2 * wildcards)

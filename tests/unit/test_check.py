@@ -87,6 +87,11 @@ def rename(config, tensors):
         tensors[name(0, "self_attn.q_proj", kind)] = tensors.pop(name(0, kind=kind))
 
 
+def without_prefix(config, tensors):
+    for key in [*tensors]:
+        tensors[key.removeprefix("base_model.model.")] = tensors.pop(key)
+
+
 def put_nan(_, tensors):
     tensors[name()][0, 0] = float("nan")
 
@@ -103,11 +108,11 @@ def unknown(_, tensors):
 CASES = {
     "plain": ({}, None, (LOADS, LOADS, LOADS)),
     "rslora": ({"use_rslora": True}, None, (LOADS, LOADS, MISSCALED)),
-    "rank_pattern": ({"rank_pattern": {"o_proj": 2}}, None, (LOADS, MISSCALED, LOADS)),
+    "rank_pattern": ({"rank_pattern": {"o_proj": 2}}, None, (LOADS, LOADS, LOADS)),
     "alpha_pattern": (
         {"alpha_pattern": {"o_proj": 2}},
         None,
-        (LOADS, MISSCALED, MISSCALED),
+        (LOADS, LOADS, MISSCALED),
     ),
     "patterns that cancel": (
         {"alpha_pattern": {"o_proj": 4}, "rank_pattern": {"o_proj": 2}},
@@ -117,7 +122,7 @@ CASES = {
     "pattern of one layer": (
         {"alpha_pattern": {r"layers\.1\.self_attn\.o_proj": 3}},
         None,
-        (LOADS, MISSCALED, MISSCALED),
+        (LOADS, LOADS, MISSCALED),
     ),
     "dora": ({"use_dora": True}, None, (LOADS, REJECTED, REJECTED)),
     "dora, unsaid": (
@@ -149,7 +154,7 @@ CASES = {
     ),
     "excluded": ({}, set_key(exclude_modules=["o_proj"]), (MISREAD, LOADS, LOADS)),
     "not targeted": ({}, set_key(target_modules=["o_proj"]), (MISREAD, LOADS, LOADS)),
-    "pissa": ({"init_lora_weights": "pissa"}, None, (LOADS, MISREAD, MISREAD)),
+    "pissa": ({"init_lora_weights": "pissa"}, None, (LOADS, REJECTED, MISREAD)),
     "no target": ({}, set_key(target_modules=["w1"]), (REJECTED, LOADS, LOADS)),
     "another's names": ({}, rename, (MISREAD, REJECTED, REJECTED)),
     "no task_type": ({}, drop_key("task_type"), (LOADS, LOADS, LOADS)),
@@ -158,6 +163,7 @@ CASES = {
     "no B": ({}, drop_tensor(name(kind="lora_B.weight")), (REJECTED,) * 3),
     "wrong shape": ({}, transpose, (REJECTED,) * 3),
     "nan": ({}, put_nan, (MISREAD,) * 3),
+    "names without PEFT's prefix": ({}, without_prefix, (MISREAD, LOADS, LOADS)),
     "unknown name": ({}, unknown, (MISREAD, REJECTED, REJECTED)),
 }
 
@@ -190,7 +196,8 @@ def test_reasons_name_what_is_wrong(saved):
     assert peft.use == f"PeftModel.from_pretrained(base, {str(saved())!r})"
     (reason,) = vllm.reasons
     assert "model.layers.0.self_attn.o_proj would count 0.5 times, 3 modules so" in reason
-    assert "convert --to peft" in vllm.use
+    assert "older versions ignored them" in reason
+    assert "convert --to gguf" in llama.use
     assert llama.status == MISSCALED
 
 

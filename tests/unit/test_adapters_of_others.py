@@ -1,0 +1,226 @@
+"""Adapters as other programs write them: read as PEFT computes them, or refused by feature."""
+
+import json
+import struct
+
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Phi3ForCausalLM
+
+from phi3_plugin.checkpoint.check import LOADS, REJECTED, verdicts
+from phi3_plugin.checkpoint.foreign import read_adapter
+from phi3_plugin.config import read_config
+from phi3_plugin.errors import AdapterError, MissingFileError
+from phi3_plugin.proof import PROVEN, proven
+from tests.adapters import base_folder
+from tests.commands import adapter
+
+TOKENS = torch.arange(3, 20)[None]
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PATTERN = r".*\.layers\.1\..*(qkv_proj|o_proj)$"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    for name in ("mini", "tied"):
+        base_folder(name, folder / name)
+    model = AutoModelForCausalLM.from_pretrained(folder / "mini", dtype=torch.float32)
+    model.resize_token_embeddings(155)
+    model.save_pretrained(folder / "resized")
+    return folder
+
+
+def run(keys):
+    return adapter({key: str(value) for key, value in keys.items()})
+
+
+def made(base, folder, settings=None, rows=None, **keys):
+    """Let PEFT write an adapter of random numbers; return its logits."""
+    keys = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj"], **keys}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows:
+        model.resize_token_embeddings(rows)
+    model = get_peft_model(model, settings or LoraConfig(task_type="CAUSAL_LM", **keys)).eval()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        return model(input_ids=TOKENS).logits
+
+
+def merged(base, folder, out):
+    """Return transformers' logits of our merged model."""
+    run({"verb": "merge", "adapter": folder, "checkpoint_dir": base, "output_dir": out})
+    with torch.no_grad():
+        return Phi3ForCausalLM.from_pretrained(out, dtype=torch.float32)(input_ids=TOKENS).logits
+
+
+def changed(folder, **keys):
+    said = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**said, **keys}))
+
+
+EXACT = {
+    "patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {PATTERN: 8},
+        "alpha_pattern": {PATTERN: 32},
+    },
+    "bias of layers without one": {"bias": "lora_only"},
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_what_changes_nothing_or_can_be_computed_merges(bases, tmp_path, case):
+    theirs = made(bases / "mini", tmp_path / "adapter", **EXACT[case])
+    ours = merged(bases / "mini", tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_keys_of_swift_that_only_training_reads_are_passed_over(bases, tmp_path):
+    made(bases / "mini", tmp_path)
+    changed(tmp_path, lorap_emb_lr=1e-6, lora_dtype="bfloat16", lorap_lr_ratio=16.0)
+    assert read_adapter(tmp_path, config=read_config(bases / "mini")).ranks
+
+
+def test_many_patterns_that_need_a_limit_are_refused(bases, tmp_path):
+    made(bases / "mini", tmp_path)
+    changed(tmp_path, rank_pattern={f".*.*.*{i}": 4 for i in range(17)})
+    with pytest.raises(AdapterError, match="rank_pattern: at most 16 names"):
+        read_adapter(tmp_path, config=read_config(bases / "mini"))
+
+
+def test_a_pattern_that_takes_long_is_refused(bases, tmp_path):
+    made(bases / "mini", tmp_path)
+    changed(tmp_path, rank_pattern={".*" * 30 + "x": 4})
+    with pytest.raises(AdapterError, match="takes more than"):
+        read_adapter(tmp_path, config=read_config(bases / "mini"))
+
+
+def test_metadata_may_be_null(bases, tmp_path):
+    theirs = made(bases / "mini", tmp_path / "adapter")
+    file = tmp_path / "adapter" / WEIGHTS
+    data = file.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = {**json.loads(data[8 : 8 + length]), "__metadata__": None}
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    ours = merged(bases / "mini", tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_orig_mod.base_model.model.model._fsdp_wrapped_module.layers.{}.{}",
+        "base_model.model._orig_mod.model.layers.{}._checkpoint_wrapped_module.{}",
+        "module.base_model.model.model.layers.{}.module.{}",
+    ],
+)
+def test_wrappers_within_names_are_left_out(bases, tmp_path, name):
+    made(bases / "mini", tmp_path)
+    config = read_config(bases / "mini")
+    before = read_adapter(tmp_path, config=config)
+    tensors = {}
+    for key, value in load_file(tmp_path / WEIGHTS).items():
+        _, _, rest = key.partition("layers.")
+        tensors[name.format(*rest.split(".", 1))] = value
+    save_file(tensors, tmp_path / WEIGHTS)
+    again = read_adapter(tmp_path, config=config)
+    assert all(torch.equal(again.tensors[key], value) for key, value in before.tensors.items())
+
+
+# A vocabulary that was resized
+
+
+@pytest.mark.parametrize("keys", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}])
+def test_rows_of_new_tokens_are_merged_and_proven(bases, tmp_path, keys):
+    theirs = made(bases / "resized", tmp_path / "adapter", rows=160, **keys)
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(bases / "resized", dtype=torch.float32)
+    torch.manual_seed(1)
+    model.resize_token_embeddings(160, mean_resizing=False)
+    model.save_pretrained(base)
+    ours = merged(base, tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert verdicts(tmp_path / "adapter", read_config(base))[0].status == LOADS
+    assert proven(base, tmp_path / "adapter", "fp32").status == PROVEN
+
+
+@pytest.mark.parametrize("keys", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}])
+def test_rows_that_the_base_has_not_are_told(bases, tmp_path, keys):
+    made(bases / "mini", tmp_path, rows=170, **keys)
+    peft, *_ = verdicts(tmp_path, read_config(bases / "mini"))
+    assert peft.status == REJECTED
+    assert "lm_head is [160, 64] in this base, and [170, 64] in the file" in peft.reasons
+
+
+def test_one_weight_under_two_names_must_be_one(bases, tmp_path):
+    made(bases / "resized", tmp_path, rows=160, modules_to_save=["embed_tokens", "lm_head"])
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"output\.weight is there twice"):
+        read_adapter(tmp_path, config=read_config(bases / "mini"))
+
+
+# What is not computed is named
+
+
+OTHERS = {
+    "LOHA": LoHaConfig(target_modules=["o_proj"], r=4, init_weights=False),
+    "IA3": IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_are_named_and_peft_merges_them_as_said(bases, tmp_path, kind):
+    made(bases / "mini", tmp_path / "adapter", OTHERS[kind])
+    with pytest.raises(AdapterError, match=rf"peft_type: '{kind}'.*merge_and_unload") as error:
+        read_adapter(tmp_path / "adapter", config=read_config(bases / "mini"))
+    assert "base that it was trained on" not in str(error.value)
+    base = AutoModelForCausalLM.from_pretrained(bases / "mini", dtype=torch.float32)
+    PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+
+
+def test_biases_are_named(bases, tmp_path):
+    made(bases / "mini", tmp_path, lora_bias=True)
+    with pytest.raises(AdapterError, match="lora_bias: True is a feature") as error:
+        read_adapter(tmp_path, config=read_config(bases / "mini"))
+    assert "base that it was trained on" not in str(error.value)
+
+
+@pytest.mark.parametrize("verb", ["merge", "check"])
+def test_the_folder_of_a_named_adapter_is_named(bases, tmp_path, verb):
+    made(bases / "mini", tmp_path / "named" / "sft")
+    given = {"verb": verb, "adapter": tmp_path / "named", "checkpoint_dir": bases / "mini"}
+    with pytest.raises(MissingFileError, match=r"Give .*named/sft, which is one"):
+        run({**given, **({"output_dir": tmp_path / "out"} if verb == "merge" else {})})
+
+
+# What import prints, training takes
+
+
+def test_import_says_rslora_as_it_was_trained(bases, tmp_path, capsys):
+    made(bases / "mini", tmp_path / "adapter", use_rslora=True, r=12, lora_alpha=7)
+    out = tmp_path / "out"
+    given = {"adapter": tmp_path / "adapter", "checkpoint_dir": bases / "mini", "output_dir": out}
+    run({"verb": "import", **given})
+    lines = capsys.readouterr().out.splitlines()
+    assert {"    lora_rank: 12", "    lora_alpha: 7", "    use_rslora: True"} <= {*lines}
+    assert not any("pattern" in line for line in lines)
+
+
+def test_import_refuses_what_training_would(bases, tmp_path):
+    made(bases / "tied", tmp_path / "adapter", modules_to_save=["lm_head"])
+    out = tmp_path / "out"
+    given = {"adapter": tmp_path / "adapter", "checkpoint_dir": bases / "tied", "output_dir": out}
+    with pytest.raises(AdapterError, match=r"modules_to_save: .* this checkpoint ties them"):
+        run({"verb": "import", **given})
+    assert not out.exists()
