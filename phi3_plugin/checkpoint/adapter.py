@@ -97,7 +97,8 @@ class Adapter:
 
 # One rank and one integer alpha.
 #
-# vLLM ignores rank and alpha patterns, llama.cpp the latter, and PEFT declares alpha an integer.
+# Older versions of vLLM ignore rank and alpha patterns, llama.cpp the latter, and PEFT declares
+# alpha an integer.
 # So modules of a smaller rank are padded with zeros, which is exact, and B carries what an integer
 # alpha cannot say. Where that rounds, the few bits that division does not bring back are kept as
 # text in the note, with the rank and scale that each module had.

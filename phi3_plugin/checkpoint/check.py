@@ -4,7 +4,8 @@ Read from the sources of the runtimes, of which only PEFT is run in our tests:
 
     PEFT       0.21.2, tuners/lora, utils/save_and_load.py
     vLLM       main of 2026, lora/peft_helper.py, lora/lora_model.py, lora/utils.py,
-               config/lora.py, models/phi3.py, models/llama.py
+               config/lora.py, models/phi3.py, models/llama.py; 0.32 was run for patterns,
+               PiSSA and names without PEFT's prefix
     llama.cpp  0b03ada, convert_lora_to_gguf.py; src/llama-adapter.{h,cpp}, src/llama-graph.cpp
 """
 
