@@ -37,10 +37,12 @@ check: setup
 	$(PYTEST) -m "not slow and not exhaustive"
 
 # The pages need neither torch nor this package installed: an environment of their own.
-docs:
-	test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && \
+.venv-docs/bin/mkdocs:
+	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet -c constraints.txt \
-	'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'; }
+	'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'
+
+docs: .venv-docs/bin/mkdocs
 	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --quiet --strict
 
 # What is published: built from a clean copy of the last commit, checked, and listed. Uploads nothing.
