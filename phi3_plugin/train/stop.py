@@ -168,8 +168,10 @@ class Stop:
     def _wait_for_the_step(self, number: int) -> None:
         if self._signal is None:
             self._signal = signal.Signals(number).name
-            text = "the run saves and ends after this step. Ctrl-C ends it at once."
-            self._say(f"{self._signal}: {text}")
+            self._say(
+                f"{self._signal}: the run saves and ends after this step, or the validation or "
+                "save that it is at. Ctrl-C ends it at once."
+            )
 
     def _say_end(self, number: int) -> None:
         self._say(
