@@ -136,7 +136,7 @@ def test_rows_that_predict_nothing_give_a_loss_of_zero(bases):
     ("variant", "recompute"),
     some(
         [(variant, n) for variant in ("lora", "dora", "split") for n in (0, 1)],
-        quick={("lora", 0), ("dora", 1), ("split", 0)},
+        quick={("dora", 1), ("split", 0)},
     ),
 )
 def test_compiled_it_computes_the_same(variant, recompute, backend, bases, monkeypatch):

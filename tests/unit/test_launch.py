@@ -189,6 +189,9 @@ def launch(monkeypatch, tmp_path):
 
     from phi3_plugin import cli
 
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.py").touch()
+
     def launch(command: str, *words: str) -> list:
         seen = []
         launch.handled = []

@@ -32,6 +32,7 @@ from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.optimizer import parameter_groups
 from phi3_plugin.train.step import with_targets
+from tests.chosen import some
 from tests.family import VARIANTS, published
 
 GUARD = """
@@ -167,6 +168,8 @@ def train(mode, model, batch):
 
 
 EXACTLY = pytest.param(torch.float32, id="fp32", marks=pytest.mark.exhaustive)
+QUICK = ("phi-4-mini", "medium-128k")
+"""Tied and with partial rotation; grouped heads and LongRoPE; mini-4k is that of the steps."""
 PRECISIONS = [pytest.param(torch.bfloat16, id="bf16"), EXACTLY]
 
 
@@ -185,7 +188,7 @@ def test_a_step(backward, way, dtype):
     assert backward == expected
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", some(VARIANTS, QUICK))
 def test_a_step_of_each_checkpoint(backward, variant):
     batch = a_batch()
     with fake() as mode:
@@ -203,7 +206,7 @@ def test_documents_take_the_kernel_that_knows_their_dtype(guard, monkeypatch, dt
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", some(VARIANTS, QUICK))
 @pytest.mark.parametrize(
     "quantize", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["plain", "nf4"]
 )
@@ -251,6 +254,7 @@ ELSEWHERE = {
     "settings.py": "what a YAML may say; asks torch whether there is a GPU",
     "options.py": "the text of an option",
     "load.py": "a docstring",
+    "api.py": "a docstring",
     "first_run.py": "whether a plan for a GPU is asked for",
     "train/monitor.py": "asks the allocator for its peak",
     "train/world.py": "chooses the device, and names it to NCCL, to the mesh and to its generator",
