@@ -20,9 +20,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @pytest.fixture
 def stop(tmp_path):
+    hangs_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where tests run under nohup
     stop = Stop(World("cpu"), tmp_path, patience=2, max_nonfinite=3)
     yield stop
     stop.close()
+    signal.signal(signal.SIGHUP, hangs_up)
 
 
 def test_a_run_goes_on_unless_there_is_a_reason(stop):
