@@ -40,6 +40,7 @@ class Verb(NamedTuple):
 COMMANDS = {
     "train": Verb(options.TrainOptions, "first_run"),
     "download": Verb(options.DownloadOptions, "hub"),
+    "push": Verb(options.PushOptions, "upload"),
     "generate": Verb(options.PromptOptions, "recipes.phi3_generate"),
     "chat": Verb(options.ChatOptions, "chat"),
     "adapter check": Verb(options.CheckOptions, "recipes.phi3_adapter"),

@@ -34,6 +34,13 @@ def is_repository(name: str | Path) -> bool:
     return REPOSITORY.fullmatch(str(name)) is not None and not os.path.exists(name)
 
 
+def has_token() -> bool:
+    """Whether there is a token, in HF_TOKEN or of a login."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
 @cache
 def checkpoint(name: str, *, weights: bool = True) -> Path:
     """Return the folder of a model of the Hub, downloaded if it is not in the cache.

@@ -496,6 +496,22 @@ class DownloadOptions:
     """folder to download to (default: the Hub's cache, where its name is enough to find it)"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Upload an adapter or a model to the Hub, whose repository is made if there is none.
+
+    HF_TOKEN, or what `hf auth login` keeps, says who uploads. resume/, which only going on with a
+    run needs, stays here.
+    """
+
+    folder: Annotated[Folder, Flags(metavar="FOLDER")]
+    """such as my_adapter/final"""
+    name: Annotated[Name, Flags(metavar="USER/NAME")]
+    """the repository"""
+    private: Switch = False
+    """a repository that is made is seen by its owner alone"""
+
+
 # A run of which only the data is known.
 
 

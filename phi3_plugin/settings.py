@@ -23,7 +23,7 @@ from torchtune.config._utils import _get_component_from_path
 from phi3_plugin import options
 from phi3_plugin.config import checkpoint_folder
 from phi3_plugin.errors import ConfigError, MissingFileError
-from phi3_plugin.hub import is_repository
+from phi3_plugin.hub import REPOSITORY, has_token, is_repository
 from phi3_plugin.options import (
     Advice,
     AnyText,
@@ -80,6 +80,13 @@ Resume = Annotated[
     Kind(
         "auto, never or a checkpoint folder that exists",
         lambda v: isinstance(v, str) and (v in ("auto", "never") or Path(v).is_dir()),
+    ),
+]
+Repository = Annotated[
+    str,
+    Kind(
+        "a name of the Hub's, USER/NAME",
+        lambda v: isinstance(v, str) and REPOSITORY.fullmatch(v) is not None,
     ),
 ]
 
@@ -208,6 +215,8 @@ class Settings:
     prove: Annotated[Switch, OnResume.FREE] = True
     """Compare the final adapter's logits in PEFT with ours, if PEFT is installed and memory is
     there."""
+    push_to_hub: Annotated[Repository | None, OnResume.FREE] = None
+    """USER/NAME: upload the result to the Hub, see docs/hub.md."""
 
 
 HINTS = get_type_hints(Settings, include_extras=True)
@@ -297,6 +306,7 @@ def settings_problems(
     return [
         *found,
         *logger_problems(given.get("metric_logger")),
+        *upload_problems(given.get("push_to_hub")),
         *_checkpointer(given),
         *stock_problems(given),
         *conflicts(given, processes),
@@ -495,6 +505,15 @@ def logger_problems(section: Any) -> Iterator[str]:
         yield (
             f"metric_logger._component_: {spelled(name)} needs the package {package}, which is not "
             f"installed. Run: pip install {package}, or use phi3_plugin.train.DiskLogger."
+        )
+
+
+def upload_problems(name: str | None) -> Iterator[str]:
+    """Say at the start what an upload at the end would lack."""
+    if name and not has_token():
+        yield (
+            f"push_to_hub: {name} is to be uploaded, and there is no token. Give one that may write "
+            "as HF_TOKEN, or run 'hf auth login'."
         )
 
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import config
 
-from phi3_plugin import settings
+from phi3_plugin import settings, upload
 from phi3_plugin.checkpoint.base import known_hash
 from phi3_plugin.checkpoint.check import served_by
 from phi3_plugin.checkpoint.files import check_output
@@ -396,6 +396,8 @@ class Finetune:
         print(f"Saved {folder}.")
         if self.s.prove and self.is_lora:
             print(proof_of_run(folder, self.s.checkpoint_dir))
+        if self.s.push_to_hub:
+            print(f"Uploaded to {upload.push(folder, self.s.push_to_hub)}.")
 
     @property
     def exit_code(self) -> int:

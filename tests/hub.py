@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,10 @@ class Hub(ThreadingHTTPServer):
         """Bytes of a file after which each connection breaks."""
         self.asked: list[str] = []
         """Method and path of each request."""
+        self.uploaded: dict[str, dict[str, bytes]] = {}
+        """Files by the name of the model."""
+        self.refuses: int | None = None
+        """Status of every upload."""
 
     @property
     def endpoint(self) -> str:
@@ -60,6 +65,30 @@ class Handler(BaseHTTPRequestHandler):
             self.say(404, {"error": "not found"})
 
     do_HEAD = do_GET
+
+    def do_POST(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append(f"{self.command} {path}")
+        lines = self.rfile.read(int(self.headers["Content-Length"])).decode().splitlines()
+        if self.server.refuses or self.headers["Authorization"] != "Bearer good":
+            self.say(self.server.refuses or 401, {"error": "not you, or not now"})
+        elif path == "/api/repos/create":
+            made = json.loads(lines[0])
+            self.say(200, {"url": f"{self.server.endpoint}/{made['organization']}/{made['name']}"})
+        elif path == "/api/validate-yaml":
+            self.say(200, {"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            files = json.loads(lines[0])["files"]
+            answer = {"uploadMode": "regular", "shouldIgnore": False}
+            self.say(200, {"files": [{"path": file["path"], **answer} for file in files]})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            values = [entry["value"] for entry in map(json.loads, lines) if entry["key"] == "file"]
+            files = {value["path"]: b64decode(value["content"]) for value in values}
+            self.server.uploaded[match[1]] = files
+            url = f"{self.server.endpoint}/{match[1]}/commit/1"
+            self.say(200, {"success": True, "commitOid": "1" * 40, "commitUrl": url})
+        else:
+            self.say(404, {"error": "not found"})
 
     def say(self, status: int, content: object, **headers: str) -> None:
         body = json.dumps(content).encode()

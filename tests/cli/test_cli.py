@@ -20,7 +20,7 @@ from tests.cli.test_tune import BIN, NAMES, READ_REGISTRY, RECIPE, command
 SWITCHES = ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
 OFF = dict.fromkeys(SWITCHES, "0")
 VERBS = ["ls", "cp", "run", "validate", "cat"]
-OURS = [*cli.RECIPES, "train", "download", "generate", "chat", "adapter", "import-config"]
+OURS = [*cli.RECIPES, "train", "download", "push", "generate", "chat", "adapter", "import-config"]
 
 
 @pytest.fixture

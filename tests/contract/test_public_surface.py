@@ -85,7 +85,8 @@ KEYS = {
         "enable_activation_offloading fsdp_cpu_offload fsdp_reshard_after_forward fsdp_replicas "
         "save_every_n_steps save_every_epoch save_total_limit save_in_background resume "
         "checkpointer run_val_every_n_steps early_stop_patience keep_best metric_logger "
-        "log_every_n_steps sample_prompts sample_max_new_tokens plan report prove"
+        "log_every_n_steps sample_prompts sample_max_new_tokens plan report prove "
+        "push_to_hub"
     ),
     EvaluateOptions: words(
         "adapter check_base answers generation generation_batch_size max_samples worst overwrite"
@@ -125,6 +126,7 @@ COMMANDS = {
         "--print-config --nproc-per-node"
     ),
     "download": words("name -o --output --output-dir"),
+    "push": words("folder name --private"),
 }
 """`phi3-tune`: what is typed by its place or as a flag."""
 

@@ -81,6 +81,7 @@ OTHERS = {
     "plan": (True, FREE),
     "report": (False, FREE),
     "prove": (False, FREE),
+    "push_to_hub": ("user/name", FREE),
 }
 """Every key of a run, and the parts of its sections that differ from the section: another value
 than that of the config, and what becomes of it."""
