@@ -2,7 +2,7 @@
 
     from phi3_plugin.load import load
 
-    model, tokenizer = load("Phi-3-mini-4k", "my_adapter/epoch_0")
+    model, tokenizer = load("Phi-3-mini-4k", "my_adapter/final")
 
 What generates, evaluates and checks starts here.
 """

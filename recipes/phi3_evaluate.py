@@ -1,7 +1,7 @@
 """Tell whether a fine-tune made the model better: base and adapter on data that was held out.
 
     tune run phi3_evaluate --config phi3_mini_lora checkpoint_dir=BASE output_dir=eval \
-      adapter=my_adapter/epoch_0 dataset.source=evaluation_data.jsonl
+      adapter=my_adapter/final dataset.source=evaluation_data.jsonl
 
 It takes the configuration of a run as it is, and the keys of `phi3_plugin.options.EvaluateOptions`.
 Without `adapter` the base is evaluated alone. Writes samples.jsonl, results.json and

@@ -28,6 +28,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DRIVER = f"torchrun --standalone --nproc_per_node 2 {ROOT / 'tests' / 'stock_distributed.py'}"
 OFTEN = ("README", "recipe", "evaluate", "generate", "inspect", "serving", "speed")
 """Pages that every run of the tests types; `make test-all` types the others too."""
+PUBLISHED = "microsoft/Phi-3-mini-4k-instruct"
 NOT_RUN = ("make demo", "pip install")  # the demo has a test of its own; installing needs a network
 
 TINY_SPLIT = """
@@ -57,10 +58,14 @@ def as_run_here(code):
     code = re.sub(r"(phi3_lora_finetune --config [\w/.-]+)", r"\1 max_steps=2", code)
     code = re.sub(r"( lora_\w+_device --config [\w/.-]+)", r"\1 max_steps_per_epoch=2", code)
     code = re.sub(r"(phi3-tune train \S+)", r"\1 max_steps=2", code)
+    if "--base" not in code:
+        code = code.replace("phi3-tune train ", "phi3-tune train --base Phi-3-mini-4k ")
+    code = re.sub(r"(evaluate --config \S+config.yaml)", r"\1 generation.max_new_tokens=16", code)
+    code = re.sub(r"^(tune download|pip install|python3 -m venv) .*$", "", code, flags=re.MULTILINE)
+    code = code.replace(PUBLISHED, "Phi-3-mini-4k")
     code = code.replace("phi3-tune generate ", "phi3-tune generate --max-new-tokens 16 ")
     code = code.replace("--config phi3_generate ", "--config phi3_generate max_new_tokens=16 ")
-    lines = [line for line in code.splitlines() if not line.startswith("tune download")]
-    return "\n".join(lines)
+    return code
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +85,7 @@ def place(tmp_path_factory):
     with (cwd / "my_pairs.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("ask", "reply"), *pairs])
     (cwd / "tiny_split.py").write_text(TINY_SPLIT)
-    (training,) = (code for code in blocks(PAGES[0], "bash") if "tune download" in code)
-    shell(as_run_here(training), cwd)
+    shell(as_run_here(blocks(PAGES[0], "bash")[1]), cwd)
     return cwd
 
 
@@ -113,8 +117,9 @@ def commands():
     found = {}
     for page in (*filter(often, PAGES), *PAGES):
         for i, code in enumerate(blocks(page, "bash")):
-            training = page == PAGES[0] and "tune download" in code  # that of the fixture
-            if not code.startswith(NOT_RUN) and not training and code not in found:
+            if code.startswith(NOT_RUN) or code == blocks(PAGES[0], "bash")[1]:
+                continue  # the README's second block is that of the fixture
+            if code not in found:
                 rare = marks(page) or (pytest.mark.exhaustive if "AdamW8bit" in code else ())
                 found[code] = pytest.param(code, id=f"{page.stem}-{i}", marks=rare)
     return list(found.values())
@@ -144,7 +149,7 @@ def test_every_run_left_an_adapter(place):
     ],
 )
 def test_python_code_runs(page, place):
-    code = "\n".join(blocks(page, "python"))
+    code = "\n".join(blocks(page, "python")).replace(PUBLISHED, "Phi-3-mini-4k")
     done = warm.run("python", "-c", code, cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -173,7 +178,7 @@ def test_configs_say_the_same_commands_as_the_readme():
         header = file.read_text().partition("checkpoint_dir: null")[0]
         assert f"--config {file.stem} " in header
         if "Phi-3-mini-4k" in header:
-            assert blocks(PAGES[0], "bash")[2].splitlines()[0] in header
+            assert blocks(ROOT / "docs" / "torchtune.md", "bash")[0].splitlines()[0] in header
 
 
 def test_each_member_of_the_family_has_its_configs():
