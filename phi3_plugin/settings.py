@@ -512,8 +512,8 @@ def upload_problems(name: str | None) -> Iterator[str]:
     """Say at the start what an upload at the end would lack."""
     if name and not has_token():
         yield (
-            f"push_to_hub: {name} is to be uploaded, and there is no token. Give one that may write "
-            "as HF_TOKEN, or run 'hf auth login'."
+            f"push_to_hub: {name} is to be uploaded, and there is no token. Give one that may "
+            "write as HF_TOKEN, or run 'hf auth login'."
         )
 
 

@@ -32,7 +32,7 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
         raise ConfigError(f"{name!r} is no name of the Hub's. Give USER/NAME.")
     if not any((folder / file).is_file() for file in (CONFIG, "config.json")):
         raise MissingFileError(
-            f"{folder} holds neither an adapter nor a model. Give a folder such as my_adapter/final."
+            f"{folder} holds neither an adapter nor a model. Give one such as my_adapter/final."
         )
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -11,6 +11,7 @@ import csv
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,7 @@ def as_run_here(code):
     code = re.sub(r"(phi3_lora_finetune --config [\w/.-]+)", r"\1 max_steps=2", code)
     code = re.sub(r"( lora_\w+_device --config [\w/.-]+)", r"\1 max_steps_per_epoch=2", code)
     code = re.sub(r"(phi3-tune train \S+)", r"\1 max_steps=2", code)
-    if "--base" not in code:
-        code = code.replace("phi3-tune train ", "phi3-tune train --base Phi-3-mini-4k ")
+    code = re.sub(r"(phi3-tune train (?!.*--base))", r"\1--base Phi-3-mini-4k ", code)
     code = re.sub(r"(evaluate --config \S+config.yaml)", r"\1 generation.max_new_tokens=16", code)
     code = re.sub(r"^(tune download|pip install|python3 -m venv) .*$", "", code, flags=re.MULTILINE)
     code = code.replace(PUBLISHED, "Phi-3-mini-4k")
@@ -121,6 +121,8 @@ def commands():
                 continue  # the README's second block is that of the fixture
             if code not in found:
                 rare = marks(page) or (pytest.mark.exhaustive if "AdamW8bit" in code else ())
+                if "TensorBoardLogger" in code and find_spec("tensorboard") is None:
+                    rare = pytest.mark.skip("needs the extra 'tensorboard'")
                 found[code] = pytest.param(code, id=f"{page.stem}-{i}", marks=rare)
     return list(found.values())
 

@@ -48,7 +48,7 @@ def test_a_base_of_the_hub_keeps_its_name(hub, adapter):
 
 def test_without_a_token(hub, adapter, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(OutputError, match="there is no token.*HF_TOKEN"):
+    with pytest.raises(OutputError, match=r"there is no token.*HF_TOKEN"):
         push(adapter, NAME)
 
 
