@@ -1,10 +1,12 @@
-"""Which combinations `make test` runs; `make test-all` runs the rest as well."""
+"""Which combinations and how many examples `make test` runs; `make test-all` runs them all."""
 
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 
 def some(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
@@ -22,6 +24,16 @@ def some(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
         )
         for value in values
     ]
+
+
+def examples(number: int) -> settings:
+    """Return the settings of hypothesis for that many examples, of which `make test` tries a third.
+
+    They are other ones in each run.
+    """
+    number = number if os.environ.get("PHI3_COLD") == "1" else number // 3
+    health = list(HealthCheck)
+    return settings(max_examples=number, deadline=None, suppress_health_check=health)
 
 
 def _name(value: Any) -> str:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchtune.data import Message
 from transformers import AutoTokenizer
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.turns import make_turn
 from tests.assets import assets_dir
+from tests.chosen import examples
 from tests.variants import ENDS, FROM_ASSETS, PHI4_MINI, phi4_mini
 
 SPECIAL = (
@@ -24,7 +25,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 CONTENT = st.lists(st.sampled_from(FRAGMENTS) | TEXT, max_size=4).map("".join)
 ROLE = st.sampled_from(["system", "user", "assistant"])
 TURNS = st.lists(st.tuples(ROLE, CONTENT), min_size=1, max_size=20)
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = examples(60)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.data.findings import DROPPED
 from phi3_plugin.errors import ConfigError, DataError
-from tests.contract.test_rows_fuzzed import JSON, QUICK, ROWS, rows
+from tests.contract.test_rows_fuzzed import JSON, MANY, ROWS, rows
 from tests.variants import MEDIUM, write_checkpoint
 
 OPTIONS = st.fixed_dictionaries(
@@ -45,7 +45,7 @@ def checkpoint(request, tmp_path_factory):
     options=OPTIONS,
     limit=st.sampled_from([1, 4, 12, 40, 400, 400]),
 )
-@QUICK
+@MANY
 def test_every_row_is_a_sample_or_counted(
     checkpoint, tmp_path_factory, lines, many, options, limit
 ):

@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3_plugin.data.formats import FORMATS, pick_format
@@ -15,6 +15,7 @@ from phi3_plugin.data.rows import SUFFIXES, Row, file_rows
 from phi3_plugin.data.turns import Turn, Written
 from phi3_plugin.errors import DataError
 from tests.assets import assets_dir
+from tests.chosen import examples
 
 WORDS = (
     *("messages", "conversations", "prompt", "response", "chosen", "rejected", "instruction"),
@@ -62,7 +63,7 @@ ROWS = (
     {"text": "t"},
 )
 
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = examples(150)
 
 
 def places(value):
@@ -114,7 +115,7 @@ def refused_or_read(read):
 
 
 @pytest.mark.parametrize("tool_calls", [None, "<{}>"])
-@QUICK
+@MANY
 @given(row=rows())
 def test_rows_of_every_format(tool_calls, row):
     for name in FORMATS:
@@ -128,7 +129,7 @@ def test_rows_of_every_format(tool_calls, row):
     refused_or_read(lambda: pick_format(None, columns, [row]).read(row))
 
 
-@QUICK
+@MANY
 @given(row=st.dictionaries(WORD, JSON, max_size=4))
 def test_rows_of_no_format(row):
     for format in FORMATS.values():
@@ -181,7 +182,7 @@ def damaged(content, seed):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
 @pytest.mark.parametrize("packed", ["no", "before", "after"])
-@QUICK
+@MANY
 @given(seed=st.integers(0, 2**32))
 def test_damaged_files(tmp_path_factory, suffix, packed, seed):
     whole = contents(suffix)
@@ -196,7 +197,7 @@ def test_damaged_files(tmp_path_factory, suffix, packed, seed):
 
 
 @pytest.mark.parametrize("suffix", [s for s in SUFFIXES if s not in (".parquet", ".arrow")])
-@QUICK
+@MANY
 @given(content=st.binary(max_size=60) | st.text(max_size=40).map(str.encode))
 def test_files_of_anything(tmp_path_factory, suffix, content):
     file = tmp_path_factory.getbasetemp() / f"anything{suffix}"
