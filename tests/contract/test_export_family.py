@@ -16,13 +16,14 @@ from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_base_with_hf, load_with_peft
 from tests.adapters import load_adapter
+from tests.chosen import some
 from tests.family import VARIANTS, published, sizes
 from tests.oracles import hf_model, save_checkpoint
 
 RANK, ALPHA = 4, 12
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module")
 def base(request, tmp_path_factory):
     keys, small = published(request.param), sizes(request.param)
     if request.param == "mini-128k-april":  # transformers 5.23 loads no "su" at all
@@ -70,7 +71,11 @@ def save(folder: Path, adapter, base: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+EACH = [(variant, dora) for variant in VARIANTS for dora in (False, True)]
+QUICK = [(v, dora) for v, dora in EACH if not dora or v in ("medium-128k", "phi-4-mini")]
+
+
+@pytest.mark.parametrize(("base", "dora"), some(EACH, QUICK), indirect=["base"])
 def test_adapter_and_merged_model_compute_what_we_compute(base, dora, tmp_path, said):
     model, adapter = trained(base, dora)
     folder = save(tmp_path / "adapter", adapter, base)
@@ -93,6 +98,7 @@ def test_adapter_and_merged_model_compute_what_we_compute(base, dora, tmp_path, 
     assert (ours - without).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("base", VARIANTS, indirect=True)
 def test_a_tied_embedding_is_saved_once(base, tmp_path):
     tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
     export_model(tmp_path, load_base_weights(base), base)
