@@ -173,7 +173,7 @@ def last_step(out: Path) -> int:
 def compare(one: Path, other: Path) -> dict[str, bool]:
     """Say what of two runs is the same to the last bit."""
     adapters = [load_file(folder / run.FINAL / WEIGHTS) for folder in (one, other)]
-    states = [run.load_state(folder / run.FINAL) for folder in (one, other)]
+    states = [run.load_state(folder / run.FINAL, run.RUN_STATE) for folder in (one, other)]
     for state in states:
         del state["settings"]  # they differ in `resume`
     return {
