@@ -242,7 +242,13 @@ def planned(draft: Draft) -> Plan:
         return wrapped(f"  {name:<8}", text)
 
     count, trained = parameters(read)
-    kind = "QLoRA" if is_quantized(read) else "LoRA" if trained < count else "all weights"
+    kind = (
+        "QLoRA"
+        if settings.is_quantized(read.model)
+        else "LoRA"
+        if trained < count
+        else "all weights"
+    )
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     many = f"{draft.processes} x " if draft.processes > 1 else ""
     order, held = data.order, data.order_val
@@ -373,12 +379,6 @@ def choose_memory(
     return best, free
 
 
-def is_quantized(s: "Settings") -> bool:
-    """Whether the base's weights are in NF4."""
-    name = str(s.model["_component_"]).rpartition(".")[2]
-    return bool(s.model.get("quantize_base", name.startswith("qlora_")))
-
-
 def parameters(s: "Settings") -> tuple[int, int]:
     """Return how many parameters the model has, and how many of them are trained."""
     from phi3_plugin.train.plan import on_meta
@@ -445,12 +445,14 @@ def wrapped(before: str, text: str) -> list[str]:
 
 def next_commands(cfg: "DictConfig", plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield what a user may want to do with the result, and what to type for it."""
+    from phi3_plugin.settings import is_quantized
+
     base, output = str(cfg.checkpoint_dir), str(cfg.output_dir)
     adapter = os.path.join(output, "final")
-    if is_whole(plan.settings):
+    if trains_all_weights(plan.settings):
         yield "talk to it", command("phi3-tune", "chat", "--base", adapter)
         return
-    how = [*(["--quantize"] if is_quantized(plan.settings) else [])]
+    how = [*(["--quantize"] if is_quantized(plan.settings.model) else [])]
     how += ["--dtype", "fp32"] if plan.settings.dtype == "fp32" else []
     yield "talk to it", command("phi3-tune", "chat", "--base", base, "--adapter", adapter, *how)
     rows = "what was held out" if plan.has_validation else "what it was trained on"
@@ -472,7 +474,7 @@ def next_commands(cfg: "DictConfig", plan: Plan) -> Iterator[tuple[str, str]]:
     )
 
 
-def is_whole(s: "Settings") -> bool:
+def trains_all_weights(s: "Settings") -> bool:
     """Whether all weights are trained."""
     from phi3_plugin.settings import WHOLE_MODELS
 

@@ -242,6 +242,12 @@ def read(cfg: DictConfig, processes: int | None = None) -> Settings:
     return options.made(Settings, given)
 
 
+def is_quantized(model: Mapping[str, Any]) -> bool:
+    """Whether a run with this model trains over a base in NF4."""
+    name = str(model["_component_"]).rpartition(".")[2]
+    return bool(model.get("quantize_base", name.startswith("qlora_")))
+
+
 def read_beside(
     cfg: DictConfig, own: type[_T], processes: int | None = None
 ) -> tuple[Settings, _T]:

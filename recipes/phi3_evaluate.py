@@ -61,7 +61,7 @@ from phi3_plugin.options import EvaluateOptions
 from phi3_plugin.pages import versions, write_files
 from phi3_plugin.pages.evaluation import page_of_evaluation
 from phi3_plugin.redaction import redacted
-from phi3_plugin.settings import Settings, read_beside
+from phi3_plugin.settings import Settings, is_quantized, read_beside
 from phi3_plugin.terminal import for_stdout, harmless
 from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.plan import give_memory_back
@@ -198,12 +198,6 @@ def is_whole_model(folder: Path | None) -> bool:
         and (folder / "config.json").is_file()
         and not (folder / ADAPTER_CONFIG).is_file()
     )
-
-
-def is_quantized(model: Mapping[str, Any]) -> bool:
-    """Whether a run with this model trains over a base in NF4."""
-    name = str(model["_component_"]).rpartition(".")[2]
-    return bool(model.get("quantize_base", name.startswith("qlora_")))
 
 
 def models(s: Settings, o: EvaluateOptions) -> Iterator[tuple[str, nn.Module]]:
