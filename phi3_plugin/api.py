@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "generate", "load", "train"]
 
-Message = Mapping[str, Any]
+Conversation = Sequence[Mapping[str, Any]]
 
 
 def train(
@@ -127,7 +127,7 @@ def load(
 def generate(
     model: "nn.Module",
     tokenizer: "Phi3Tokenizer",
-    prompts: str | Sequence[Message] | Sequence[str | Sequence[Message]],
+    prompts: str | Conversation | Sequence[str | Conversation],
     *,
     system: str | None = None,
     batch_size: int = 8,

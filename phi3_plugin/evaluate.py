@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from phi3_plugin import CallableModule
+from phi3_plugin.callable_module import CallableModule
 from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.dataset import ChatDataset, messages_of_rows

@@ -199,7 +199,7 @@ def text_of(cfg: "DictConfig") -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Decisions:
     """What a run is going to do."""
 
     lines: list[str]
@@ -208,7 +208,7 @@ class Plan:
     has_validation: bool
 
 
-def planned(draft: Draft) -> Plan:
+def planned(draft: Draft) -> Decisions:
     """Decide what was not said, and return what the run is going to do."""
     import torch
 
@@ -229,10 +229,9 @@ def planned(draft: Draft) -> Plan:
     if data.order_val and read.val_fraction is None and not read.dataset_val:
         whole = range(samples) if not read.dataset.get("packed") else data.order.dataset
         draft.choose("val_fraction", round(validation_share(read, whole) or 0.05, 4))
-    read = settings.read(at(cfg, small), draft.processes)
-    data = load_data(read, draft.processes)
     if data.order_val:
-        draft.choose("run_val_every_n_steps", min(50, data.order.steps_per_epoch))
+        per_step = cfg.batch_size * cfg.gradient_accumulation_steps * draft.processes
+        draft.choose("run_val_every_n_steps", min(50, -(-len(data.order.dataset) // per_step)))
     longest = longest_of(data)
     best, free = choose_memory(draft, small, device, longest)
     read = settings.read(at(cfg, small), draft.processes)
@@ -267,7 +266,7 @@ def planned(draft: Draft) -> Plan:
     ]
     for warning in warnings_of(read, data, draft.processes):
         lines += wrapped("  ! ", warning)
-    return Plan(lines, read, held is not None)
+    return Decisions(lines, read, held is not None)
 
 
 def small_folder(base: str) -> Path:
@@ -443,7 +442,7 @@ def wrapped(before: str, text: str) -> list[str]:
     return wrap(text, width, initial_indent=before, subsequent_indent=after)
 
 
-def next_commands(cfg: "DictConfig", plan: Plan) -> Iterator[tuple[str, str]]:
+def next_commands(cfg: "DictConfig", plan: Decisions) -> Iterator[tuple[str, str]]:
     """Yield what a user may want to do with the result, and what to type for it."""
     from phi3_plugin.settings import is_quantized
 

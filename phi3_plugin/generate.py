@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.data import Message
 
-from phi3_plugin import CallableModule
+from phi3_plugin.callable_module import CallableModule
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import CheckpointError, DataError
 from phi3_plugin.options import Sampling

@@ -26,7 +26,7 @@ SMALL = (
     "chat_template*",
 )
 """Configuration and tokenizer, as the models of the family have them."""
-WEIGHTS = ("model.safetensors", "model-*.safetensors")
+SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 
 
 def is_repository(name: str | Path) -> bool:
@@ -54,7 +54,7 @@ def checkpoint(name: str, *, weights: bool = True) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    wanted = [*SMALL, *WEIGHTS] if weights else [*SMALL]
+    wanted = [*SMALL, *SAFETENSORS] if weights else [*SMALL]
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         if _is_whole(folder, weights):  # huggingface_hub does not know of what others have cached
@@ -150,7 +150,7 @@ def run(o: Any) -> int:
     """Download a model of the Hub and print its folder."""
     if not REPOSITORY.fullmatch(o.name):
         raise MissingFileError(f"{o.name} is no name of the Hub's, such as {DEFAULT_BASE}.")
-    folder = download(o.name, [*SMALL, *WEIGHTS], o.output_dir)
+    folder = download(o.name, [*SMALL, *SAFETENSORS], o.output_dir)
     if o.output_dir is not None:  # adapters name their base by it, as after `tune download`
         text = json.dumps({"repo_id": o.name})
         (folder / "original_repo_id.json").write_text(text, "utf-8")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torchtune.training import set_default_dtype
 
-from phi3_plugin import CallableModule
+from phi3_plugin.callable_module import CallableModule
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import A, B, open_weights, refuse_other_base
 from phi3_plugin.checkpoint.files import StoredTensor

@@ -168,7 +168,7 @@ def demo(folder: Path, processes: int) -> int:
         "run_val_every_n_steps": 64,
         "sample_prompts": f'["{ASKED}"]',
     }
-    tune(command, settings, log, show_progress)
+    run_tune(command, settings, log, show_progress)
     adapter = result / "final"
     text = (result / "metrics.jsonl").read_text("utf-8")
     losses = [line["loss"] for line in map(json.loads, text.splitlines()) if "loss" in line]
@@ -192,7 +192,7 @@ def demo(folder: Path, processes: int) -> int:
         "adapter": adapter,
         "generation.max_new_tokens": 2 * LENGTH,
     }
-    tune(["run", "phi3_evaluate", "--config", "phi3_demo"], settings, log, show_table)
+    run_tune(["run", "phi3_evaluate", "--config", "phi3_demo"], settings, log, show_table)
     numbers = json.loads((folder / EVALUATION / "results.json").read_text("utf-8"))
     match = numbers["measures"]["exact"]
     code = judge(in_peft, [match[name]["value"] / 100 for name in ("base", "adapter")], losses)
@@ -273,7 +273,7 @@ TABLE = re.compile(r" {12,}base|(Loss|Token accuracy|ROUGE-L |Exact match)")
 """Lines of the evaluation that the demo shows."""
 
 
-def tune(
+def run_tune(
     command: Sequence[str], settings: dict[str, Any], log: Path, show: Callable[[str], None]
 ) -> None:
     """Run ``tune``, and show the command before it.

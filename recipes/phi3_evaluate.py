@@ -128,7 +128,7 @@ def evaluate(
     except BaseException as error:
         if world.is_main:
             if outcomes and isinstance(error, Exception):  # of the adapter's turn
-                show(Evaluation(data.samples, outcomes, facts), scorer, s.seed)
+                show_measures(Evaluation(data.samples, outcomes, facts), scorer, s.seed)
             if so_far.count:
                 print(f"\nThe answers so far are kept in {so_far.file}.", file=sys.stderr)
         raise
@@ -137,7 +137,7 @@ def evaluate(
         evaluation = Evaluation(data.samples, outcomes, facts)
         answers_text = samples_text(evaluation)
         with kept(answers_text):
-            numbers = show(evaluation, scorer, s.seed, s.output_dir / PAGE)
+            numbers = show_measures(evaluation, scorer, s.seed, s.output_dir / PAGE)
             files = {
                 SAMPLES: answers_text,
                 PAGE: page_of_evaluation(evaluation, numbers, count=o.worst),
@@ -148,7 +148,7 @@ def evaluate(
             part.unlink()
 
 
-def show(
+def show_measures(
     evaluation: Evaluation, scorer: Scorer | None, seed: int, page: Path | None = None
 ) -> list[Result]:
     """Print the table, and return what it says; the page has all of it."""

@@ -21,6 +21,7 @@ from phi3_plugin.errors import (
     OutputError,
     Phi3Error,
 )
+from phi3_plugin.hub import INDEX
 
 # Names. ``{}`` is the number of the layer.
 
@@ -270,7 +271,6 @@ def refuse_other_names(weights: Iterable[str], expected: Iterable[str]) -> None:
 
 # Reading a checkpoint folder
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 

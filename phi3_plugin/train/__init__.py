@@ -2,7 +2,7 @@
 
 import sys
 
-from phi3_plugin import CallableModule
+from phi3_plugin.callable_module import CallableModule
 from phi3_plugin.train.optimizer import constant_with_warmup, cosine_with_warmup, linear_with_warmup
 from phi3_plugin.train.stock import DiskLogger
 

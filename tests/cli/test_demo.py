@@ -128,7 +128,7 @@ def test_a_command_that_fails_ends_with_the_reason(tmp_path, capsys, monkeypatch
     program.chmod(0o755)
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     with pytest.raises(CheckpointError, match=r"(?s)run x ended with exit code 3.*no such file"):
-        demo.tune(["run", "x"], {"key": "a b"}, tmp_path / "log", demo.show_progress)
+        demo.run_tune(["run", "x"], {"key": "a b"}, tmp_path / "log", demo.show_progress)
     shown = capsys.readouterr().out
     assert "$ tune run x \\\n      'key=a b'" in shown
     assert [line.split("loss ")[1] for line in shown.splitlines() if "loss" in line] == [
