@@ -100,7 +100,8 @@ def load(
 
     Args:
         checkpoint_dir: The base model: its name on the Hub, or its folder.
-        adapter: Folder or file of an adapter of PEFT, torchtune, loralib or this package.
+        adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib
+            or this package.
         dtype: bf16 or fp32, of base and adapter; a processor without bf16 needs fp32.
         device: cpu or cuda; None takes what the machine has.
         quantize: Store the base in NF4, as QLoRA trains over it.
@@ -190,12 +191,12 @@ def evaluate(
     """Measure base and adapter on the same samples, as `phi3-tune evaluate` does.
 
     Args:
-        adapter: Its folder, such as `train` returns.
+        adapter: Its folder, such as `train` returns, or its name on the Hub.
         data: As for `train`; None is what the run of the adapter held out, or if that was nothing
             what it was trained on.
         base: The base model: its name on the Hub, or its folder; None is the adapter's own.
         output: Folder for evaluation.html, results.json and samples.jsonl; None is ``evaluation``
-            beside the adapter. What is there is replaced.
+            beside the adapter, or here for one of the Hub. What is there is replaced.
         max_samples: The first so many samples; None is all.
         answers: False measures loss and accuracy alone, which takes no time beside answers.
         **settings: Any other key of the YAML, as for `train`, or of the evaluation, such as
@@ -214,11 +215,12 @@ def evaluate(
 
     from phi3_plugin import first_run
 
-    folder = Path(adapter)
+    folder = hub.adapter(str(adapter))
     of_run = folder.parent / "config.yaml"
     file = of_run if of_run.is_file() else first_run.config_file(first_run.TEMPLATE)
     cfg: Any = OmegaConf.load(file)
-    out = folder.parent / "evaluation" if output is None else Path(output)
+    beside = folder.parent if str(folder) == str(adapter) else Path()  # of the Hub's, the cache
+    out = beside / "evaluation" if output is None else Path(output)
     given = {
         "checkpoint_dir": base or cfg.get("checkpoint_dir") or _base_of(folder),
         "dataset.source": data,

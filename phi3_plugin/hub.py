@@ -28,6 +28,8 @@ SMALL = (
 """Configuration and tokenizer, as the models of the family have them."""
 SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 
+OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
 
 def is_repository(name: str | Path) -> bool:
     """Whether a name is one of the Hub's, and of no folder here."""
@@ -52,16 +54,46 @@ def checkpoint(name: str, *, weights: bool = True) -> Path:
     Raises:
         MissingFileError: It is not in the cache and cannot be downloaded; why, and what to do.
     """
+    wanted = [*SMALL, *SAFETENSORS] if weights else [*SMALL]
+    folder = _cached(name, wanted)
+    if folder and _is_whole(folder, weights):  # others may have cached less of it
+        return folder
+    return download(name, wanted)
+
+
+@cache
+def adapter(name: str) -> Path:
+    """Return the folder of an adapter: one of the Hub is downloaded if it is not in the cache.
+
+    Args:
+        name: A path, or a name of the Hub. What looks like either is a path if its first part is a
+            folder here: a run's own may not have ended yet.
+
+    Raises:
+        MissingFileError: It cannot be downloaded, or is no adapter; why, and what to do.
+    """
+    if not is_repository(name) or Path(name).parent.is_dir():
+        return Path(name)
+    wanted = [*OF_ADAPTER, *SMALL]
+    folder = _cached(name, wanted)
+    if folder is None or not all((folder / file).is_file() for file in OF_ADAPTER):
+        folder = download(name, wanted)
+    missing = [file for file in OF_ADAPTER if not (folder / file).is_file()]
+    if missing:
+        raise MissingFileError(
+            f"{name} has no {' and no '.join(missing)} on the Hub: it is no adapter in "
+            "safetensors. Give an adapter's name, or its folder."
+        )
+    return folder
+
+
+def _cached(name: str, wanted: list[str]) -> Path | None:
     from huggingface_hub import snapshot_download
 
-    wanted = [*SMALL, *SAFETENSORS] if weights else [*SMALL]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        if _is_whole(folder, weights):  # huggingface_hub does not know of what others have cached
-            return folder
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
     except OSError:
-        pass
-    return download(name, wanted)
+        return None
 
 
 def download(name: str, wanted: list[str], to: Path | None = None) -> Path:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torchtune.training import set_default_dtype
 
+from phi3_plugin import hub
 from phi3_plugin.callable_module import CallableModule
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import A, B, open_weights, refuse_other_base
@@ -52,8 +53,8 @@ def load(
 
     Args:
         checkpoint_dir: Folder of the base model.
-        adapter: Folder or file of an adapter of PEFT, torchtune, loralib or this package; it
-            stays beside the base weights.
+        adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib
+            or this package; it stays beside the base weights.
         dtype: bf16 or fp32, of base and adapter.
         device: cpu or cuda; None takes what the machine has.
         quantize: Store the base in NF4, as QLoRA trains over it.
@@ -135,14 +136,15 @@ def empty_model(
     values: dict[str, Any] = {**open_weights(base)}
     config, read = read_config(base), None
     if adapter:
-        read = read_adapter(Path(adapter), config=config, base=base)
+        folder = hub.adapter(str(adapter))
+        read = read_adapter(folder, config=config, base=base)
         if read.origin.get("lora_init") == "loftq" and not quantize:
             raise AdapterError(
                 f"{adapter} was started by LoftQ and belongs to the base in NF4; over the original "
                 "weights it computes something else. Load it with quantize=True."
             )
         if check_base:
-            refuse_other_base(Path(adapter), read.base_hash, read.base, base)
+            refuse_other_base(folder, read.base_hash, read.base, base)
         values |= {**read.tensors, **read.saved}
     model: nn.Module
     try:

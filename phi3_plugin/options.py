@@ -128,11 +128,19 @@ def _checkpoint(name: str) -> Path:
     return hub.checkpoint(name) if hub.is_repository(name) else Path(name)
 
 
+def _adapter(name: str) -> Path:
+    from phi3_plugin import hub
+
+    return hub.adapter(name)
+
+
 AnyText = Annotated[str, _TEXT]
 Name = Annotated[str, _NAME]
 Folder = Annotated[Path, _PATH]
 Checkpoint = Annotated[Path, Kind(_TEXT.words, _is_name, _checkpoint)]
 """A folder, or the name of a model of the Hub, which is downloaded to one."""
+AdapterFolder = Annotated[Path, Kind(_TEXT.words, _is_name, _adapter)]
+"""A folder or file, or the name of an adapter of the Hub, which is downloaded to one."""
 Texts = Annotated[list[str], Kind("a list of texts, as in ['one', 'two']", _are_texts, list)]
 Switch = Annotated[bool, Kind("True or False", lambda v: type(v) is bool)]
 Count = Annotated[int, Kind("a whole number above 0", partial(is_whole, least=1))]
@@ -605,8 +613,8 @@ class AnswerOptions(Sampling):
 
     checkpoint_dir: Base
     """base model: its name on the Hub, or the folder it was downloaded to"""
-    adapter: Annotated[Folder | None, Flags(("--adapter",), "DIR")] = None
-    """folder of an adapter, ours or anyone's"""
+    adapter: Annotated[AdapterFolder | None, Flags(("--adapter",), "DIR")] = None
+    """an adapter, ours or anyone's: its folder, or its name on the Hub"""
     dtype: Dtype = "bf16"
     """what is computed in (default: bf16)"""
     device: Name | None = None
@@ -671,7 +679,7 @@ class PromptOptions(GenerateOptions):
 class EvaluateOptions:
     """Measure a model on held-out data."""
 
-    adapter: Folder | None = None
+    adapter: AdapterFolder | None = None
     """of any origin; or a whole model that was fine-tuned. null evaluates the base alone"""
     check_base: Switch = True
     """refuse an adapter that says it was made for other base weights"""
@@ -725,8 +733,8 @@ class CheckOptions:
     With the base at hand, compare its logits in PEFT and here. Ends with 1 if it is broken.
     """
 
-    adapter: Annotated[Folder, Flags(metavar="ADAPTER")]
-    """folder of the adapter"""
+    adapter: Annotated[AdapterFolder, Flags(metavar="ADAPTER")]
+    """the adapter: its folder, or its name on the Hub"""
     checkpoint_dir: Annotated[Checkpoint | None, BASE_FLAGS] = None
     """base model: its name on the Hub, or the folder it was downloaded to"""
     runtime: Annotated[
@@ -749,8 +757,8 @@ class CheckOptions:
 class AdapterOptions:
     """An adapter that is made into something else: from where, over which base, to where."""
 
-    adapter: Annotated[Folder, Flags(metavar="ADAPTER")]
-    """folder of the adapter, or its file"""
+    adapter: Annotated[AdapterFolder, Flags(metavar="ADAPTER")]
+    """the adapter: its folder or file, or its name on the Hub"""
     checkpoint_dir: Base
     """base model: its name on the Hub, or the folder it was downloaded to"""
     output_dir: Annotated[Folder, Flags(("-o", "--output"), "OUT")]

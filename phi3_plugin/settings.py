@@ -25,6 +25,7 @@ from phi3_plugin.config import checkpoint_folder
 from phi3_plugin.errors import ConfigError, MissingFileError
 from phi3_plugin.hub import REPOSITORY, has_token, is_repository
 from phi3_plugin.options import (
+    AdapterFolder,
     Advice,
     AnyText,
     Checkpoint,
@@ -134,7 +135,7 @@ class Settings:
     seed: Annotated[Seed, OnResume.CONTENT] = 0
     """null is 0."""
 
-    init_adapter: Annotated[Folder | None, OnResume.REFUSED] = None
+    init_adapter: Annotated[AdapterFolder | None, OnResume.REFUSED] = None
     """An adapter, anyone's, to train on from; the model's keys must be those that it fits."""
     epochs: Annotated[Count, OnResume.HONOURED] = 1
     max_steps: Annotated[Count | None, OnResume.HONOURED] = None
@@ -592,7 +593,7 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
                 )
 
     if isinstance(adapter := get("init_adapter"), str):
-        if not Path(adapter).exists():
+        if not Path(adapter).exists() and not is_repository(adapter):
             yield f"init_adapter: {adapter!r} is not there. Give the folder of an adapter."
         init = get("model", {}).get("lora_init") if isinstance(get("model"), dict) else None
         if init in ("gaussian", "pissa"):

@@ -184,9 +184,10 @@ def client(hub: Hub, cache: Path, monkeypatch, **constants: object) -> None:
     """Let huggingface_hub ask this server alone, in this process, with an empty cache."""
     import huggingface_hub.constants as of_hub
 
-    from phi3_plugin.hub import checkpoint
+    from phi3_plugin.hub import adapter, checkpoint
 
     checkpoint.cache_clear()
+    adapter.cache_clear()
     url = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     chosen = {"ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": False}
     for name, value in {

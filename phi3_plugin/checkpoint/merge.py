@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchtune.training import set_default_dtype
 
+from phi3_plugin import hub
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
@@ -239,5 +240,8 @@ def _write_card(folder: Path, base: str, adapter: Adapter, rows: Mapping[str, An
         facts["trained whole"] = ", ".join(sorted(adapter.saved))
     table = markdown_table("merged", {**facts, **rows})
     matter = front_matter(base, "transformers", ["phi3", "torchtune"])
-    text = MERGED_CARD.format(matter=matter, title=" ".join(base.split()), kind=kind, table=table)
+    title = (
+        base if hub.REPOSITORY.fullmatch(base) else Path(base).name
+    )  # others have no such folder
+    text = MERGED_CARD.format(matter=matter, title=title, kind=kind, table=table)
     (folder / "README.md").write_text(text, encoding="utf-8")

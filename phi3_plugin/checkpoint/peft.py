@@ -1,6 +1,7 @@
 """Adapters in the layout of Hugging Face PEFT, written so that every runtime reads them alike."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter, defaultdict
@@ -287,10 +288,12 @@ def front_matter(base: str, library: str, tags: Sequence[str]) -> str:
 
 
 def markdown_table(title: str, rows: Mapping[str, Any]) -> str:
-    """Return rows of names and values in Markdown."""
+    """Return rows of names and values in Markdown; of a file elsewhere on this machine its name."""
     lines = [f"| {title} | |", "|---|---|"]
     for key, value in rows.items():
-        cell = str(value).replace("|", "\\|").replace("\n", " ")
+        text = str(value)  # cards are published
+        text = os.path.basename(text) if text.startswith(("/", "~")) else text
+        cell = text.replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {key} | {cell} |")
     return "\n".join(lines)
 

@@ -68,6 +68,18 @@ def test_configuration_without_weights(hub):
     assert (checkpoint_folder(NAME) / SHARD).is_file()  # nor is that taken for whole
 
 
+def test_what_is_no_adapter_is_refused_by_name(hub):
+    with pytest.raises(MissingFileError, match=rf"^{NAME} has no adapter_config.json and no "):
+        models.adapter(NAME)
+
+
+def test_a_path_of_an_adapter_that_is_not_there_yet_asks_nobody(hub, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert models.adapter("run/final") == Path("run/final")
+    assert models.adapter("a/b/c") == Path("a/b/c")
+    assert not hub.asked
+
+
 def test_a_download_goes_on_where_it_broke_off(hub, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
     hub.cut_after = 5000

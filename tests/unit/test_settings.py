@@ -579,8 +579,8 @@ def test_offloading_needs_a_gpu_and_recompute(problems, settings, monkeypatch):
 
 
 def test_an_adapter_to_start_from_must_be_there_and_start_alone(problems, tmp_path):
-    (line,) = problems("init_adapter=no/such")
-    assert line.startswith("init_adapter: 'no/such' is not there.")
+    (line,) = problems("init_adapter=no/such/folder")
+    assert line.startswith("init_adapter: 'no/such/folder' is not there.")
     (line,) = problems(f"init_adapter={tmp_path}", "model.lora_init=gaussian")
     assert line.endswith("conflicts with lora_init: 'gaussian'. Keep one.")
 

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from phi3_plugin.errors import ConfigError, MissingFileError, OutputError
+from phi3_plugin.load import load
+from phi3_plugin.options import AnswerOptions, read_options
 from phi3_plugin.upload import push
+from tests import own
 from tests.hub import client, serving
 
 NAME = "somebody/mine"
@@ -82,3 +86,22 @@ def test_what_cannot_be_uploaded_asks_nobody(hub, adapter, tmp_path):
     with pytest.raises(MissingFileError, match="neither an adapter nor a model"):
         push(tmp_path, NAME)
     assert not hub.asked
+
+
+def test_a_run_ends_in_an_upload_and_serves_by_that_name(hub, tmp_path, monkeypatch, capsys):
+    own.tiny_inputs(tmp_path, 4)
+    run = own.train(tmp_path, "max_steps=3", f"push_to_hub={NAME}")
+    assert f"Uploaded to {hub.endpoint}/{NAME}." in capsys.readouterr().out
+    final, files = run.s.output_dir / "final", hub.uploaded[NAME]
+    assert files["adapter_model.safetensors"] == (final / "adapter_model.safetensors").read_bytes()
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    hub.models[NAME] = tmp_path / "repository"
+    for name, content in files.items():
+        (hub.models[NAME] / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.models[NAME] / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    ids = torch.arange(9)[None]
+    (ours, _), (theirs, _) = (load("base", a, dtype="fp32") for a in (final, NAME))
+    assert torch.equal(ours(ids), theirs(ids))
+    o = read_options(AnswerOptions, {"checkpoint_dir": "base", "adapter": NAME})
+    assert (o.adapter / "adapter_config.json").is_file()
