@@ -100,8 +100,8 @@ def load(
 
     Args:
         checkpoint_dir: The base model: its name on the Hub, or its folder.
-        adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib
-            or this package.
+        adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib,
+            mlx-lm or this package.
         dtype: bf16 or fp32, of base and adapter; a processor without bf16 needs fp32.
         device: cpu or cuda; None takes what the machine has.
         quantize: Store the base in NF4, as QLoRA trains over it.

@@ -28,7 +28,8 @@ SMALL = (
 """Configuration and tokenizer, as the models of the family have them."""
 SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 
-OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
+"""The last are the weights as mlx-lm names them, in the place of PEFT's."""
 
 
 def is_repository(name: str | Path) -> bool:
@@ -76,15 +77,22 @@ def adapter(name: str) -> Path:
         return Path(name)
     wanted = [*OF_ADAPTER, *SMALL]
     folder = _cached(name, wanted)
-    if folder is None or not all((folder / file).is_file() for file in OF_ADAPTER):
+    if folder is None or _missing_of_adapter(folder):
         folder = download(name, wanted)
-    missing = [file for file in OF_ADAPTER if not (folder / file).is_file()]
-    if missing:
+    if missing := _missing_of_adapter(folder):
         raise MissingFileError(
             f"{name} has no {' and no '.join(missing)} on the Hub: it is no adapter in "
             "safetensors. Give an adapter's name, or its folder."
         )
     return folder
+
+
+def _missing_of_adapter(folder: Path) -> list[str]:
+    config, weights, theirs = OF_ADAPTER
+    missing = [] if (folder / config).is_file() else [config]
+    if not any((folder / file).is_file() for file in (weights, theirs)):
+        missing.append(weights)
+    return missing
 
 
 def _cached(name: str, wanted: list[str]) -> Path | None:

@@ -53,8 +53,8 @@ def load(
 
     Args:
         checkpoint_dir: Folder of the base model.
-        adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib
-            or this package; it stays beside the base weights.
+        adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib,
+            mlx-lm or this package; it stays beside the base weights.
         dtype: bf16 or fp32, of base and adapter.
         device: cpu or cuda; None takes what the machine has.
         quantize: Store the base in NF4, as QLoRA trains over it.

@@ -712,7 +712,7 @@ class InspectOptions:
 # What the verbs of `phi3-tune adapter` read.
 
 RUNTIMES = ("PEFT", "vLLM", "llama.cpp")
-Form = Literal["peft", "peft-patterns", "torchtune", "loralib", "gguf"]
+Form = Literal["peft", "peft-patterns", "torchtune", "loralib", "gguf", "mlx"]
 PublishedTargets = Literal["as-published", "as-intended", "as-intended-parts"]
 
 
@@ -779,7 +779,7 @@ class ConvertOptions(AdapterOptions):
     to: Form
     """a folder of PEFT's that every runtime reads alike; one that keeps each module's rank and
     alpha, for PEFT alone; a folder for torchtune's Phi-3; a .pt or .safetensors file for loralib;
-    a .gguf file for llama.cpp"""
+    a .gguf file for llama.cpp; a folder for mlx-lm"""
     merged_linear: Switch = False
     """loralib: qkv_proj and gate_up_proj are MergedLinear"""
 
@@ -796,7 +796,7 @@ class MergeOptions(AdapterOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions(AdapterOptions):
-    """Write a PEFT folder from an adapter of torchtune, loralib or PEFT, to go on training it."""
+    """Write a PEFT folder from an adapter of torchtune, loralib, mlx-lm or PEFT, to train it on."""
 
     rank: Annotated[int, Kind("a whole number", is_whole)] | None = None
     """refuse tensors of another rank"""

@@ -26,6 +26,7 @@ from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf import write_gguf
 from phi3_plugin.checkpoint.loralib import write_loralib
 from phi3_plugin.checkpoint.merge import merge_into
+from phi3_plugin.checkpoint.mlx import mlx_differs, write_mlx
 from phi3_plugin.checkpoint.peft import export_adapter, load_note
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
@@ -94,9 +95,14 @@ def convert(o: ConvertOptions) -> int:
             write_torchtune(folder / "adapter_model.pt", adapter, sizes)
     elif o.to == "loralib":
         write_loralib(out, adapter, sizes, merged_linear=o.merged_linear)
+    elif o.to == "mlx":
+        with whole_folder(out) as folder:
+            write_mlx(folder, adapter, o.checkpoint_dir)
     else:
         write_gguf(out, adapter, o.checkpoint_dir)
     print(f"Wrote {out}.")
+    for line in mlx_differs(o.checkpoint_dir) if o.to == "mlx" else ():
+        print(f"Note: {line}")
     return 0
 
 

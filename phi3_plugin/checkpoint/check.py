@@ -28,6 +28,7 @@ from phi3_plugin.checkpoint.base import (
     expected_shapes,
 )
 from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
+from phi3_plugin.checkpoint.mlx import is_mlx
 from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, folders_within
 from phi3_plugin.checkpoint.peft_config import (
     BASE_KEEPING_STARTS,
@@ -390,6 +391,11 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
         advice = " `phi3-tune adapter import` makes one of files of torchtune's and loralib's."
         raise MissingFileError(
             f"{folder} {lacks}: it is not an adapter folder of PEFT.{within or advice}"
+        )
+    if is_mlx(file):
+        raise AdapterError(
+            f"{folder} is an adapter of mlx-lm, which alone loads it as it is. `phi3-tune adapter "
+            "import` makes a folder of it that can be checked."
         )
     keys = read_json_object(file, AdapterError)
     if problems := [*unsupported(keys, JUDGED), *wrong_values(keys), *_wrong_names(keys)]:

@@ -1,4 +1,4 @@
-"""Read an adapter from whatever program wrote it: PEFT, torchtune, loralib, or this one."""
+"""Read an adapter from whatever program wrote it: PEFT, torchtune, loralib, mlx-lm, or this one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,6 +35,7 @@ from phi3_plugin.checkpoint.base import (
 )
 from phi3_plugin.checkpoint.files import quoted, read_tensors
 from phi3_plugin.checkpoint.loralib import EnableLora, loralib_content, ungrouped
+from phi3_plugin.checkpoint.mlx import MLX_WEIGHTS, is_mlx, of_mlx
 from phi3_plugin.checkpoint.peft import CONFIG, NOTE, WEIGHTS, folders_within, parsed_object
 from phi3_plugin.checkpoint.peft_config import (
     PeftConfig,
@@ -47,7 +48,7 @@ from phi3_plugin.checkpoint.torchtune import split_content
 from phi3_plugin.config import Phi3Config, read_json_object
 from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 
-FILES = (WEIGHTS, "adapter_model.pt", "adapter_model.bin")
+FILES = (WEIGHTS, "adapter_model.pt", "adapter_model.bin", MLX_WEIGHTS)
 """What is looked for in a folder, the first that is there."""
 
 Writer = Callable[[Adapter], FileContent]
@@ -71,8 +72,8 @@ def read_adapter(
     package wrote gives what was saved, bit for bit, unless it was changed since.
 
     Args:
-        path: A folder of PEFT or torchtune; or a .safetensors, .pt or .bin file of theirs, or of
-            loralib's ``lora_state_dict``.
+        path: A folder of PEFT, torchtune or mlx-lm; or a .safetensors, .pt or .bin file of theirs,
+            or of loralib's ``lora_state_dict``.
         config: Of the base model.
         base: Its folder. With it, what the file repeats of the base's weights is compared.
         alpha: What the file does not say: loralib's never do, nor do torchtune's of Phi-3. The
@@ -95,23 +96,33 @@ def read_adapter(
             raise MissingFileError(f"{problem}{folders_within(file)}")
         file = files[0]
     tensors, metadata = read_tensors(file)
-    if (beside := file.with_name(CONFIG)).is_file():
-        refuse_unsupported(beside)  # before names that only such a feature has
-    _refuse_merged(tensors, file)
-    content = _content(tensors, config, file)
-    _check_copies(content.copies, config, base, file)
-    if content.program == "loralib":
+    beside = file.with_name(CONFIG)
+    content = None if is_mlx(beside) else _checked_content(tensors, file, config, base)
+    program = content.program if content else "mlx-lm"
+    if program != "loralib" and enable_lora is not None:
+        raise AdapterError(f"enable_lora: is for files of loralib, but {file} is {program}'s.")
+    if content is None:
+        found, note, write = of_mlx(tensors, metadata, beside, alpha, config)
+        _check_tensors(found.tensors, {}, config, file)
+    elif program == "loralib":
         found, note, write = _of_loralib(content, file, metadata, alpha, enable_lora, config)
-    elif enable_lora is not None:
-        raise AdapterError(
-            f"enable_lora: is for files of loralib, but {file} is {content.program}'s."
-        )
     else:
         found, note, write = _of_peft(content, file, metadata, alpha, config)
     adapter = _as_written(found, note, config, write)
     if wrong := [m for m, r in adapter.ranks.items() if rank not in (None, r)]:
         raise AdapterError(f"rank: {rank}, but {wrong[0]} of {file} has {adapter.ranks[wrong[0]]}.")
     return adapter
+
+
+def _checked_content(
+    tensors: Mapping[str, Tensor], file: Path, config: Phi3Config, base: Path | None
+) -> "Content":
+    if (beside := file.with_name(CONFIG)).is_file():
+        refuse_unsupported(beside)  # before names that only such a feature has
+    _refuse_merged(tensors, file)
+    content = _content(tensors, config, file)
+    _check_copies(content.copies, config, base, file)
+    return content
 
 
 def _refuse_merged(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -327,6 +327,7 @@ FILES = [
     ("peft", "out", {}),
     ("peft-patterns", "out", {}),
     ("torchtune", "out", {}),
+    ("mlx", "out", {}),
     ("loralib", "out.pt", {}),
     ("loralib", "out.safetensors", {"merged_linear": True}),
 ]
@@ -348,6 +349,18 @@ def test_a_file_for_llama_cpp(demo, tmp_path):
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     assert reader.fields["adapter.lora.alpha"].contents() == 8
     assert len(reader.tensors) == 2 * 4 * 4
+
+
+def test_an_adapter_of_mlx_is_told_apart_imported_and_merged(demo, tmp_path, capsys):
+    assert convert(demo, "mlx", tmp_path / "mlx", "dora") == 0
+    assert "Note: mlx-lm has no sliding window" in capsys.readouterr().out
+    given = {"adapter": str(tmp_path / "mlx"), "checkpoint_dir": str(demo / "base")}
+    with pytest.raises(AdapterError, match="is an adapter of mlx-lm, which alone loads it as it"):
+        run({"verb": "check", **given})
+    for verb in ("import", "merge"):
+        assert run({"verb": verb, **given, "output_dir": str(tmp_path / verb)}) == 0
+    assert run({"verb": "check", **given, "adapter": str(tmp_path / "import")}) == 0
+    assert "Proof:" in capsys.readouterr().out
 
 
 def test_dora_for_llama_cpp_is_to_be_merged(demo, tmp_path):

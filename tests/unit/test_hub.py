@@ -73,6 +73,16 @@ def test_what_is_no_adapter_is_refused_by_name(hub):
         models.adapter(NAME)
 
 
+def test_the_weights_of_an_adapter_may_be_named_as_mlx_does(hub, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("adapter_config.json", "adapters.safetensors", "0000100_adapters.safetensors"):
+        (theirs / name).write_text("{}")
+    hub.models["somebody/mlx"] = theirs
+    found = {file.name for file in models.adapter("somebody/mlx").iterdir()}
+    assert found == {"adapter_config.json", "adapters.safetensors"}
+
+
 def test_a_path_of_an_adapter_that_is_not_there_yet_asks_nobody(hub, tmp_path):
     (tmp_path / "run").mkdir()
     assert models.adapter("run/final") == Path("run/final")
