@@ -27,7 +27,7 @@ from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
 from phi3_plugin.inspect import arrays, is_chat_dataset, place_of, source_name
-from phi3_plugin.pages import count
+from phi3_plugin.pages.numbers import MINUS, count, number
 from phi3_plugin.prompts import as_line, too_long
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import instantiate
@@ -449,6 +449,16 @@ class Evaluation:
             if counts
         }
 
+    @property
+    def ranked_by(self) -> str:
+        """By what answers are ranked, in words; see :meth:`Outcome.rank`."""
+        numeric = ["numeric" in scores.values for o in self.last if (scores := o.scores)]
+        first = "exact match"
+        if any(numeric):
+            first = "right number"
+            first += "" if all(numeric) else " (exact match where the reference has none)"
+        return f"{first}, then chrF"
+
     def worst(self, most: int) -> list[int]:
         """Return the samples that the last model answered wrongly, the worst first."""
         ranks = {i: self.last[i].rank() for i in self.answered}
@@ -544,21 +554,6 @@ class Measure:
     by_sample: bool = True
     """Whether it means something of one sample."""
 
-    def text(self, number: float, *, signed: bool = False) -> str:
-        """Return a number as it is shown."""
-        if not math.isfinite(number):
-            return "–"
-        digits = self.digits if abs(number) < 1e4 else 0
-        number = round(number, digits) + 0.0  # there is no -0.00
-        return f"{number:{'+' if signed else ''},.{digits}f}"
-
-    def interval_text(self, interval: Interval, *, signed: bool = False) -> str:
-        """Return an interval as it is shown; nothing where there is none."""
-        if not math.isfinite(interval.low):
-            return ""
-        low, high = (self.text(end, signed=signed) for end in (interval.low, interval.high))
-        return f"{low} to {high}"
-
 
 def measures(scorer: Scorer | None) -> list[Measure]:
     """Return what is measured; without a scorer, of the labelled tokens alone."""
@@ -603,6 +598,23 @@ class Result:
     difference: Interval | None = None
     """Adapter less base."""
     shares: Shares | None = None
+
+    @property
+    def digits(self) -> int:
+        """After the point in each of its numbers: none where all are large."""
+        smallest = min(abs(interval.value) for interval in self.models.values())
+        return self.measure.digits if smallest < 1000 else 0
+
+    def text(self, value: float, *, signed: bool = False) -> str:
+        """Return one of its numbers as it is shown."""
+        return number(value, self.digits, signed=signed)
+
+    def interval_text(self, interval: Interval, *, signed: bool = False) -> str:
+        """Return an interval as it is shown; nothing where there is none."""
+        if not math.isfinite(interval.low):
+            return ""
+        low, high = (self.text(end, signed=signed) for end in (interval.low, interval.high))
+        return f"{low} to {high}"
 
     @property
     def verdict(self) -> str:
@@ -751,14 +763,15 @@ def terminal_report(
     rows = [["", *head]]
     for result in numbers:
         measure, base, difference = result.measure, result.models[BASE], result.difference
-        row = [measure.title, measure.text(base.value)]
+        row = [measure.title, result.text(base.value)]
         if difference is None:
-            row.append(measure.interval_text(base))
+            row.append(result.interval_text(base))
         else:
-            row.append(measure.text(result.models[ADAPTER].value))
-            row.append(measure.text(difference.value, signed=True))
-            row += [measure.interval_text(difference, signed=True), result.verdict]
-        rows.append(row)
+            row.append(result.text(result.models[ADAPTER].value))
+            row.append(result.text(difference.value, signed=True))
+            row += [result.interval_text(difference, signed=True), result.verdict]
+        # Not every terminal's encoding has a minus
+        rows.append([cell.replace(MINUS, "-") for cell in row])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [title, str(evaluation.facts.get("evaluated", "")), ""]
     for first, *rest in rows:

@@ -95,7 +95,9 @@ def train(
                 sys.exit(code)
     if is_command and not code:
         print("\nWhat to type next:")
-        for what, typed in next_commands(cfg, plan):
+        base, final = str(cfg.checkpoint_dir), output / "final"
+        typed_next = next_commands(plan.settings, base, final, has_validation=plan.has_validation)
+        for what, typed in typed_next:
             print(f"  # {what}\n  {typed}")
     return code, output
 
@@ -442,33 +444,43 @@ def wrapped(before: str, text: str) -> list[str]:
     return wrap(text, width, initial_indent=before, subsequent_indent=after)
 
 
-def next_commands(cfg: "DictConfig", plan: Decisions) -> Iterator[tuple[str, str]]:
-    """Yield what a user may want to do with the result, and what to type for it."""
+def next_commands(
+    s: "Settings", base: str, adapter: Path, *, has_validation: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield what a user may want to do with the result, and what to type for it.
+
+    Args:
+        s: Of the run.
+        base: Name or folder of the base, as it was typed.
+        adapter: Folder of the result.
+        has_validation: Whether samples were held out.
+    """
     from phi3_plugin.settings import is_quantized
 
-    base, output = str(cfg.checkpoint_dir), str(cfg.output_dir)
-    adapter = os.path.join(output, "final")
-    if trains_all_weights(plan.settings):
-        yield "talk to it", command("phi3-tune", "chat", "--base", adapter)
+    if trains_all_weights(s):
+        yield "talk to it", command("phi3-tune", "chat", "--base", str(adapter))
         return
-    how = [*(["--quantize"] if is_quantized(plan.settings.model) else [])]
-    how += ["--dtype", "fp32"] if plan.settings.dtype == "fp32" else []
-    yield "talk to it", command("phi3-tune", "chat", "--base", base, "--adapter", adapter, *how)
-    rows = "what was held out" if plan.has_validation else "what it was trained on"
-    scores = all(find_spec(name) for name in ("rouge_score", "sacrebleu"))
-    yield (
-        f"base and adapter on {rows}",
-        command(
-            *("phi3-tune", "evaluate", "--config", os.path.join(output, "config.yaml")),
-            *(f"adapter={adapter}", f"output_dir={os.path.join(output, 'evaluation')}"),
-            *([] if scores else ["answers=False"]),
-        ),
-    )
+    how = [*(["--quantize"] if is_quantized(s.model) else [])]
+    how += ["--dtype", "fp32"] if s.dtype == "fp32" else []
+    chat = ("phi3-tune", "chat", "--base", base, "--adapter", str(adapter), *how)
+    yield "talk to it", command(*chat)
+    file = s.output_dir / "config.yaml"
+    if file.is_file():  # a run of `tune` has none
+        rows = "what was held out" if has_validation else "what it was trained on"
+        scores = all(find_spec(name) for name in ("rouge_score", "sacrebleu"))
+        yield (
+            f"base and adapter on {rows}",
+            command(
+                *("phi3-tune", "evaluate", "--config", str(file)),
+                *(f"adapter={adapter}", f"output_dir={s.output_dir / 'evaluation'}"),
+                *([] if scores else ["answers=False"]),
+            ),
+        )
     yield (
         "base and adapter as one model",
         command(
-            *("phi3-tune", "adapter", "merge", adapter, "--base", base),
-            *("--output", os.path.join(output, "merged")),
+            *("phi3-tune", "adapter", "merge", str(adapter), "--base", base),
+            *("--output", str(s.output_dir / "merged")),
         ),
     )
 

@@ -31,7 +31,7 @@ from phi3_plugin.data.order import Order
 from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
-from phi3_plugin.pages import count, percent
+from phi3_plugin.pages.numbers import count, percent
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import FEW_STEPS, RunData
 

@@ -23,7 +23,8 @@ from phi3_plugin.data.turns import Reads, Turn, kind, make_turn
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
 from phi3_plugin.options import PromptOptions, Sampling, closest
-from phi3_plugin.pages import count, write_files
+from phi3_plugin.pages import write_files
+from phi3_plugin.pages.numbers import count
 
 STDIN = "-"
 """Names standard input, and as an output standard output."""

@@ -11,6 +11,7 @@ happens. The loop is `Finetune.train`. What differs between one process and many
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,10 +27,12 @@ from phi3_plugin import settings, upload
 from phi3_plugin.checkpoint.base import known_hash
 from phi3_plugin.checkpoint.check import served_by
 from phi3_plugin.checkpoint.files import check_output
-from phi3_plugin.checkpoint.peft import export_adapter, export_model
+from phi3_plugin.checkpoint.peft import base_name, export_adapter, export_model
 from phi3_plugin.data.order import held_out, shares
 from phi3_plugin.errors import CheckpointError
+from phi3_plugin.first_run import next_commands
 from phi3_plugin.generate import answers_in_training
+from phi3_plugin.inspect import unpacked
 from phi3_plugin.launch import ending_at_once
 from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.phi3 import PRECISIONS
@@ -433,19 +436,28 @@ class Finetune:
         after = self.answers if is_answered else self.answer()
         if not self.world.is_main:
             return
-        from phi3_plugin.pages.report import write_report  # brings matplotlib
+        from phi3_plugin.pages.report import Outcome, write_report  # brings matplotlib
 
+        step, total = self.state.step, self.data.total_steps
+        shown, held = redacted(self.cfg), self.data.order_val
+        typed = next_commands(
+            self.s, shown["checkpoint_dir"], folder, has_validation=held is not None
+        )
         page = write_report(
             self.s.output_dir,
             model=self.model,
-            settings=redacted(self.cfg),
+            settings=shown,
             changes=told(self.state.changes),
             adapter=folder,
-            ending=self.stop.reason,
+            base=Path(base_name(self.s.checkpoint_dir)).name,
+            outcome=Outcome(step, total, self.stop.reason, time.strftime("%Y-%m-%d")),
+            samples=len(unpacked(self.data.order.dataset)),
+            held_out=len(unpacked(held.dataset)) if held else 0,
             answers=[
                 (prompt, self.state.answers_before.get(prompt, ""), answer)
                 for prompt, answer in zip(self.s.sample_prompts, after, strict=True)
             ],
+            next_commands=list(typed),
         )
         self.monitor.say(f"Wrote {page}.")
 

@@ -140,7 +140,7 @@ def evaluate(
             numbers = show_measures(evaluation, scorer, s.seed, s.output_dir / PAGE)
             files = {
                 SAMPLES: answers_text,
-                PAGE: page_of_evaluation(evaluation, numbers, count=o.worst),
+                PAGE: page_of_evaluation(evaluation, numbers, most=o.worst),
                 RESULTS: results_text(evaluation, numbers, s.seed),
             }
             write_files(s.output_dir, files, "Make room, or set another output_dir.")

@@ -1,7 +1,5 @@
 """Numbers of a made-up data set, for what shows them, and what reads the pages that do."""
 
-import base64
-import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
@@ -94,16 +92,12 @@ class Page(HTMLParser):
 
     @property
     def charts(self):
-        return [value for tag, name, value in self.attributes if (tag, name) == ("img", "alt")]
+        return [v for tag, name, v in self.attributes if (tag, name) == ("svg", "aria-label")]
 
 
 def check_fetches_nothing(page):
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    for _, name, value in page.attributes:
-        if name in ("src", "href", "srcset"):
-            assert value.startswith("data:image/svg+xml;base64,")
-            svg = base64.b64decode(value.partition(",")[2]).decode()
-            assert "<image" not in svg and not re.search(r'href="(?!#)', svg)
+    assert not {"src", "href", "srcset"} & {name for _, name, _ in page.attributes}
     policy = next(value for _, name, value in page.attributes if value and "default-src" in value)
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"

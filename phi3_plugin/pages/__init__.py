@@ -34,23 +34,12 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: harmless(value) if type(value) is str else value,
     )
-    return environment.get_template(template).render(values)
+    return environment.get_template(template).render(values, columns=_columns)
 
 
-def percent(share: float) -> str:
-    """Write a share; what is not nothing, or not all, does not look like it."""
-    if share <= 0 or share >= 1:
-        return f"{100 * share:.0f} %"
-    if share < 0.0005:
-        return "<0.1 %"
-    if share > 0.9995:
-        return ">99.9 %"
-    return f"{100 * share:.{0 if 0.0995 <= share < 0.995 else 1}f} %"
-
-
-def count(number: int, one: str) -> str:
-    """Write how many there are of something."""
-    return f"{number:,} {one if number == 1 else one + 's'}"
+def _columns(tiles: int, most: int = 4) -> int:
+    """Return how many tiles a row has, so that the rows are about equally full."""
+    return -(-tiles // -(-max(1, tiles) // most)) or 1
 
 
 def dotted(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

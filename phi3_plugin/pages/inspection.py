@@ -2,13 +2,14 @@
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from phi3_plugin.data.findings import DROPPED, NOTICED, Findings
 from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, advice, source_name
-from phi3_plugin.pages import count, percent, render, write_files
+from phi3_plugin.pages import render, write_files
+from phi3_plugin.pages.numbers import count, number, percent
 from phi3_plugin.terminal import harmless
 
 # The numbers in words
@@ -197,9 +198,21 @@ def page_of(stats: Statistics, samples: Sequence[Shown]) -> str:
         lengths_text=lengths_text(stats),
         most=max(bin.samples for bin in stats.lengths.bins),
         tables=tables(stats),
-        facts=list(facts(stats)),
+        facts=_grouped(facts(stats)),
+        number=number,
+        count=count,
         samples=[(sample_title(one, stats), one, _tokens(one.units)) for one in samples],
     )
+
+
+def _grouped(listed: Iterable[Fact]) -> list[tuple[str, list[Fact]]]:
+    """Return facts under their labels; one without belongs to the one before it."""
+    groups: list[tuple[str, list[Fact]]] = []
+    for fact in listed:
+        if fact.label:
+            groups.append((fact.label, []))
+        groups[-1][1].append(fact)
+    return groups
 
 
 def _tokens(units: Sequence[Unit]) -> list[Token | str]:
@@ -327,9 +340,9 @@ class Terminal:
             ("<|special, trained|>", Ansi.TURNED, Ansi.GREEN),
         )
         yield "  " + "  ".join(self._paint(text, *codes) for text, *codes in legend)
-        for number, sample in enumerate(samples[:SAMPLES_SHOWN], 1):
+        for place, sample in enumerate(samples[:SAMPLES_SHOWN], 1):
             yield ""
-            yield from self._wrapped(f"{number}. {sample_title(sample, stats)}")
+            yield from self._wrapped(f"{place}. {sample_title(sample, stats)}")
             lines = list(self._sample(sample))
             hidden = len(lines) - HEAD_LINES - TAIL_LINES
             if hidden > 1:
@@ -343,13 +356,13 @@ class Terminal:
         if sample.from_start:
             yield from border
         line, used, trained = "", 0, False
-        for number, unit in enumerate(sample.units):
+        for place, unit in enumerate(sample.units):
             for part in _parts(seen(unit.text), self.width - 2):
                 if used and (unit.trained != trained or used + columns(part) > self.width - 2):
                     yield self._line(line, trained)
                     line, used = "", 0
                 trained = unit.trained
-                line += self._paint(part, *_codes(unit, number))
+                line += self._paint(part, *_codes(unit, place))
                 used += columns(part)
                 if part.endswith("⏎"):
                     yield self._line(line, trained)
@@ -404,12 +417,12 @@ def _parts(text: str, room: int) -> Iterator[str]:
     yield part
 
 
-def _codes(unit: Unit, number: int) -> tuple[str, ...]:
+def _codes(unit: Unit, place: int) -> tuple[str, ...]:
     # Every other token differs a little, so that their borders can be seen
     if unit.special:
         return (Ansi.TURNED, Ansi.GREEN) if unit.trained else (Ansi.MAGENTA,)
     color = Ansi.GREEN if unit.trained else Ansi.PLAIN
-    return (color,) if number % 2 else (color, Ansi.UNDERLINED)
+    return (color,) if place % 2 else (color, Ansi.UNDERLINED)
 
 
 def _padded(text: str, room: int) -> str:

@@ -1,29 +1,62 @@
 """What a training run did: ``report.html``, and its losses as a picture."""
 
-import base64
-import io
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, fields
+from inspect import Parameter, signature
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib import style
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import nn
 
+from phi3_plugin.inspect import source_name
 from phi3_plugin.pages import dotted, render, versions, write_files
+from phi3_plugin.pages.charts import NOISY, VALIDATION, Curve, Point, chart, picture
+from phi3_plugin.pages.numbers import count, number
+from phi3_plugin.settings import Settings, component
+from phi3_plugin.terminal import harmless
 from phi3_plugin.train.monitor import CHANGED, RESUMED, SKIPPED, History, clock_face
 
 Line = Mapping[str, Any]
 """A line of metrics.jsonl."""
 
-Point = tuple[int, float]
-"""A step and the value there."""
+CHARTS = {
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
+}
+"""Drawn beside the losses, by key."""
+
+
+class Outcome(NamedTuple):
+    """How far a run has come."""
+
+    steps: int
+    """That were made."""
+    total: int
+    """That were to be made."""
+    ending: str | None
+    """What ended it before its last step; None if nothing did."""
+    date: str
+    """When it ended."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its steps were made."""
+        return self.steps >= self.total
+
+    def in_words(self) -> str:
+        """Return all but the date, in a sentence."""
+        steps = f"{number(self.steps)} of {count(self.total, 'step')}"
+        if self.is_finished:
+            return f"Finished: {steps}."
+        return f"Stopped after {steps}: {self.ending}."
 
 
 def write_report(
@@ -33,8 +66,12 @@ def write_report(
     settings: Mapping[str, Any],
     changes: Mapping[str, str],
     adapter: Path,
-    ending: str | None,
+    base: str,
+    outcome: Outcome,
+    samples: int,
+    held_out: int,
     answers: Sequence[tuple[str, str, str]],
+    next_commands: Sequence[tuple[str, str]],
 ) -> Path:
     """Write ``report.html``, which needs no other file, and ``loss.png`` beside it.
 
@@ -46,8 +83,12 @@ def write_report(
         settings: As the user gave them, redacted.
         changes: By dotted key, the values of settings that changed on the way.
         adapter: Folder of the last checkpoint.
-        ending: What ended the run before its last step; None if nothing did.
+        base: Name of what was trained, on the Hub or of its folder.
+        outcome: How far the run has come.
+        samples: That were trained on.
+        held_out: Samples that were validated on.
         answers: Prompt, answer before and answer after, of each sample question.
+        next_commands: What a user may want to do next, and what to type for it.
 
     Returns:
         The page.
@@ -64,13 +105,15 @@ def write_report(
         for line in _to_the_last_questions(history)
         if "answers" in line
     ]
+    title = f"{base} on {_data_name(settings)}"
     page = render(
         "report.html.j2",
-        ending=ending,
-        tiles=list(_tiles(history)),
-        loss=_chart("Loss", losses, WIDE, NARROW) if losses else None,
+        title=title,
+        outcome=outcome,
+        tiles=list(_tiles(history, samples, held_out)),
+        loss=chart("Loss", losses) if losses else None,
         charts=[
-            _chart(title, [Curve(title, points, BLUE)], SMALL)
+            chart(title, [Curve(title, points)], from_zero=True)
             for key, title in CHARTS.items()
             if (points := series(history, key))
         ],
@@ -82,11 +125,16 @@ def write_report(
         modules=Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in adapted),
         trainable=sum(size for size, trained in sizes if trained),
         parameters=sum(size for size, _ in sizes),
-        settings=list({**dict(dotted(settings)), **changes}.items()),
+        settings=list(_settings(settings, changes)),
         versions={**versions("torchao"), "device": device_name()},
+        next=next_commands,
+        number=number,
+        count=count,
     )
-    picture = {"loss.png": _draw("Loss", losses, WIDE, "png")} if losses else {}
-    write_files(folder, {"report.html": page, **picture}, "The run is unharmed.")
+    files: dict[str, str | bytes] = {"report.html": page}
+    if losses:
+        files["loss.png"] = picture(harmless(title), losses)
+    write_files(folder, files, "The run is unharmed.")
     if not losses:
         (folder / "loss.png").unlink(missing_ok=True)  # that of an earlier run
     return folder / "report.html"
@@ -96,28 +144,40 @@ def device_name() -> str:
     """Return the device as its user knows it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')}"
 
 
-def _tiles(history: Sequence[Line]) -> Iterator[tuple[str, str]]:
+def _data_name(settings: Mapping[str, Any]) -> str:
+    """Return what a run was trained on, files without their folders."""
+    names = source_name(settings["dataset"]).split(", ")
+    names = [os.path.basename(name.rstrip("/")) or name for name in names]
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return ", ".join(names[: 2 if more else 3]) + more
+
+
+def _tiles(history: Sequence[Line], samples: int, held_out: int) -> Iterator[tuple[str, str]]:
     events = Counter(line.get("event") for line in history)
     if losses := series(history, "loss"):
         window = _window(losses)
-        label = f", mean of {window:,} steps" if window > 1 else ""
-        yield f"Final training loss{label}", f"{running_mean(losses, window)[-1][1]:.4f}"
+        label = f", mean of {number(window)} steps" if window > 1 else ""
+        yield f"Final training loss{label}", number(running_mean(losses, window)[-1][1], 4)
     if losses := series(history, "val_loss"):
         step, best = min(losses, key=lambda point: point[1])
-        yield f"Best validation loss, step {step:,}", f"{best:.4f}"
-    yield "Steps", f"{max((step for step, _ in series(history, 'step')), default=0):,}"
+        yield f"Best validation loss, step {number(step)}", number(best, 4)
+        if perplexity := dict(series(history, "val_perplexity")).get(step):
+            yield "Validation perplexity", number(perplexity, 3)
+    yield "Samples", number(samples)
+    yield "Held out", number(held_out)
     if tokens := series(history, "tokens"):
-        yield "Tokens", f"{sum(number for _, number in tokens):,.0f}"
+        yield "Tokens", number(sum(many for _, many in tokens))
     if seconds := series(history, "seconds"):
-        yield "Training time", clock_face(sum(number for _, number in seconds))
+        yield "Training time", clock_face(sum(many for _, many in seconds))
     if memory := series(history, "peak_memory_gib"):
-        yield "Peak memory", f"{max(number for _, number in memory):.2f} GiB"
-    yield "Skipped steps", f"{events[SKIPPED]:,}"
+        yield "Peak memory", f"{number(max(many for _, many in memory), 2)} GiB"
+    if skipped := events[SKIPPED]:
+        yield "Skipped steps", number(skipped)
     if resumed := series([line for line in history if line.get("event") == RESUMED], "step"):
-        yield "Resumed at step", " and ".join(f"{step:,}" for step, _ in resumed)
+        yield "Resumed at step", " and ".join(number(step) for step, _ in resumed)
 
 
 def _to_the_last_questions(history: Sequence[Line]) -> Sequence[Line]:
@@ -126,6 +186,48 @@ def _to_the_last_questions(history: Sequence[Line]) -> Sequence[Line]:
         if history[n].get("event") == CHANGED and history[n].get("key") == "sample_prompts":
             return history[n:]
     return history
+
+
+# Settings
+
+
+class Setting(NamedTuple):
+    """A key of the YAML, dotted, as the page shows it."""
+
+    key: str
+    value: str
+    default: str
+    """Empty where there is none."""
+    changed: bool
+    """Whether the value is not the default."""
+
+
+def _settings(settings: Mapping[str, Any], changes: Mapping[str, str]) -> Iterator[Setting]:
+    defaults = _defaults(settings)
+    for key, value in {**dict(dotted(settings)), **changes}.items():
+        known = key if key in defaults else key.partition(".")[0]
+        default = defaults.get(known, "")
+        differs = known in defaults and (key != known or value != default)
+        yield Setting(key, value, default, differs or key in changes)
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the default of each key that has one: the recipe's, or that of the component."""
+    values: dict[str, Any] = {}
+    for field in fields(Settings):
+        if field.default is not MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            values[field.name] = field.default_factory()
+    defaults = dict(dotted(values))
+    for key, section in settings.items():
+        if isinstance(section, Mapping) and "_component_" in section:
+            with suppress(ValueError):  # written in C: nothing is known of its arguments
+                parameters = signature(component(section["_component_"])).parameters.items()
+                known = {k: p.default for k, p in parameters if p.default is not Parameter.empty}
+                known.pop("source", None)  # null, though it has to be given
+                defaults |= dict(dotted(known, key))
+    return defaults
 
 
 # Curves
@@ -153,93 +255,11 @@ def _window(losses: list[Point]) -> int:
     return len(losses) // 50 if len(losses) >= 200 else 1
 
 
-# Charts
-
-WIDE, NARROW, SMALL = (10.0, 3.8), (3.9, 2.8), (3.2, 2.1)
-"""Sizes in inches of 96 pixels."""
-
-BLUE, PALE, ORANGE, GREY = "#2456a6", "#b3c7e5", "#d9641e", "#5b6470"
-CHARTS = {
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_second": "Tokens per second",
-}
-STYLE = {
-    "axes.edgecolor": "#c9ced6",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": GREY,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9,
-    "grid.color": "#e8ebef",
-    "legend.frameon": False,
-    "lines.markersize": 4,
-    "path.simplify_threshold": 1.0,  # pixels; a long run has more steps than a page has
-    "savefig.dpi": 160,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "phi3_plugin",  # without it ids are random
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-}
-
-
-class Curve(NamedTuple):
-    """A line of a chart."""
-
-    label: str
-    points: list[Point]
-    color: str
-
-
 def _loss_curves(history: Sequence[Line]) -> list[Curve]:
     training, validation = series(history, "loss"), series(history, "val_loss")
-    curves = [Curve("Training loss", training, BLUE)]
+    curves = [Curve("Training loss", training)]
     if (window := _window(training)) > 1:
-        smooth = Curve(f"Mean of {window:,} steps", running_mean(training, window), BLUE)
-        curves = [curves[0]._replace(color=PALE), smooth]
-    curves.append(Curve("Validation loss", validation, ORANGE))
+        smooth = Curve(f"Mean of {number(window)} steps", running_mean(training, window))
+        curves = [curves[0]._replace(kind=NOISY), smooth]
+    curves.append(Curve("Validation loss", validation, VALIDATION))
     return [curve for curve in curves if curve.points]
-
-
-def _chart(title: str, curves: list[Curve], *sizes: tuple[float, float]) -> dict[str, Any]:
-    """Return what the template needs for a chart, drawn in each of the sizes."""
-    words = [
-        f"{curve.label}: {first:,.4g} at step {start}, {last:,.4g} at step {end}."
-        for curve in curves
-        for (start, first), (end, last) in [(curve.points[0], curve.points[-1])]
-    ]
-    pictures = [base64.b64encode(_draw(title, curves, size, "svg")).decode() for size in sizes]
-    return {"title": title, "alt": " ".join(words), "pictures": pictures}
-
-
-def _draw(title: str, curves: list[Curve], size: tuple[float, float], kind: str) -> bytes:
-    buffer = io.BytesIO()
-    with style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        for label, points, color in curves:
-            marker, width = "o" if len(points) <= 40 else None, 0.9 if color == PALE else 1.3
-            axes.plot(
-                *zip(*points, strict=True), color=color, label=label, marker=marker, linewidth=width
-            )
-        values = [value for curve in curves for _, value in curve.points]
-        if min(values) > 0 and max(values) > 50 * median(values):
-            axes.set_yscale("log")  # one spike would flatten the rest
-        elif title != "Loss":
-            axes.set_ylim(bottom=0)
-        if title == "Loss":
-            axes.set(xlabel="step", ylabel="loss")
-            axes.legend()
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        # Formats write the hour or the version unless told not to
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        # A page's card shows through, whatever its color
-        figure.savefig(buffer, format=kind, metadata=metadata, transparent=kind == "svg")
-    return buffer.getvalue()
-
-
-def _tick(value: float, _: object) -> str:
-    return f"{value:,.8f}".rstrip("0").rstrip(".")

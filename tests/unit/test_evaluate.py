@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from decimal import Decimal
@@ -27,6 +28,7 @@ from phi3_plugin.evaluate import (
     WORSE,
     EvalSample,
     Evaluation,
+    Interval,
     Outcome,
     Scorer,
     by_document,
@@ -733,17 +735,20 @@ def test_the_verdict(kinds, text, sign):
     assert got[0].startswith(text) and got[1] == sign
 
 
-def test_numbers_of_any_size(wanted):
-    loss, perplexity = (result.measure for result in results(made(), wanted)[:2])
+def test_numbers_of_a_row_have_one_precision(wanted):
+    loss, perplexity = results(made(), wanted)[:2]
     assert loss.text(1.23456) == "1.2346" and loss.text(0.5, signed=True) == "+0.5000"
-    assert loss.text(-0.00001, signed=True) == "+0.0000" and loss.text(-0.0) == "0.0000"
-    assert perplexity.text(1234567.8) == "1,234,568"
+    assert perplexity.text(1234567.8) == "1,234,567.800"
     assert perplexity.text(float("inf")) == perplexity.text(float("nan")) == "–"
+    large = {name: Interval(4e4, 3e4, math.inf) for name in (BASE, ADAPTER)}
+    assert replace(perplexity, models=large).text(1234567.8) == "1,234,568"
+    large[ADAPTER] = Interval(1.5, 1.0, 2.0)  # which decides: nothing of it is to be lost
+    assert replace(perplexity, models=large).text(4e4) == "40,000.000"
 
 
 def page_text(evaluation, count=10):
     numbers = results(evaluation, measures(Scorer()))
-    return page_of_evaluation(evaluation, numbers, count=count)
+    return page_of_evaluation(evaluation, numbers, most=count)
 
 
 @pytest.mark.parametrize("where", ["prompt", "reference", "base", "adapter"])
@@ -761,11 +766,52 @@ def test_nothing_of_a_sample_is_more_than_text(where):
 def test_lists_of_answers():
     text = page_text(made())
     assert text.index("Gained most") < text.index("Lost most") < text.index("Worst answers")
-    assert text.count("<summary>") == 3 + 2 + 2
-    assert page_text(made(), count=1).count("<summary>") == 3
-    assert page_text(made(), count=0).count("<summary>") == 0
+    assert text.count("<summary>") == 1 + 3 + 2 + 2
+    assert page_text(made(), count=1).count("<summary>") == 1 + 3
+    assert page_text(made(), count=0).count("<summary>") == 1  # that of the ROUGE variants
     text = page_text(made(adapter=False))
     assert "Gained most" not in text and "is the adapter better?" not in text
+
+
+def test_tiles_are_the_loss_and_what_ranks_the_answers():
+    words = Page(page_text(made(times=8))).words
+    for tile in (
+        "Loss, base → adapter 2.2600 → 1.2600",
+        "Right number, %, base → adapter 66.67 → 66.67",
+        "Samples 40",
+        "Answers of each model 40",
+    ):
+        assert tile in words, tile
+    exact = Page(page_text(made(rows=ROWS[3:]))).words
+    assert "Exact match, %, base → adapter 0.00 → 50.00" in exact
+    none_right = Page(page_text(made(rows=ROWS[3:4], adapter=False))).words
+    assert re.search(r" chrF \d+\.\d\d Samples 1", none_right)
+
+
+def test_what_changed_most_says_by_what():
+    words = Page(page_text(made())).words
+    by = "right number (exact match where the reference has none), then chrF."
+    assert f"The adapter's answer is better than the base's, by {by}" in words
+    assert f"Of the adapter, by {by}" in words
+    assert "right number no → yes · chrF " in words and "exact match no → no · chrF " in words
+    of_numbers = Page(page_text(made(rows=ROWS[:3]))).words
+    assert "better than the base's, by right number, then chrF." in of_numbers
+    assert "by exact match, then chrF." in Page(page_text(made(rows=ROWS[3:]))).words
+
+
+def test_variants_of_rouge_are_folded():
+    shown, _, rest = page_text(made()).partition('<details class="more">')
+    folded = rest.partition("</details>")[0]
+    assert '<th scope="row">ROUGE-L</th>' in shown
+    for name in ("ROUGE-1", "ROUGE-2", "ROUGE-Lsum"):
+        assert f'<th scope="row">{name}</th>' in folded and name not in shown
+    assert "<details class=" not in page_text(without_answers())
+
+
+def test_a_page_has_a_true_minus_and_a_terminal_what_it_can_write():
+    evaluation = made(times=8)
+    assert "−1.0000" in page_text(evaluation) and "−" not in printed(evaluation)
+    assert "-1.0000" in printed(evaluation)
 
 
 def test_the_numbers_are_there():
@@ -776,6 +822,7 @@ def test_the_numbers_are_there():
     assert "32 ended by themselves, 8 cut at generation.max_new_tokens" in page.words
     widths = [float(v) for tag, key, v in page.attributes if (tag, key) == ("rect", "width")]
     assert sum(widths) == pytest.approx(len(widths) / 3)
+    assert "100 % better, 0 %" not in page.words
 
 
 def test_long_texts_are_cut():
@@ -783,13 +830,14 @@ def test_long_texts_are_cut():
     assert "p" * LONGEST_TEXT + "… 1,234 more characters in samples.jsonl" in text
 
 
+def without_answers():
+    return Evaluation([sample("a:1", 2, "", "")], {BASE: [Outcome(1.0, 1, 2)]}, {"base": None})
+
+
 def test_without_answers():
-    evaluation = Evaluation(
-        [sample("a:1", 2, "", "")], {BASE: [Outcome(1.0, 1, 2)]}, {"base": None}
-    )
-    text = page_text(evaluation)
+    text = page_text(without_answers())
     assert "0.5000" in text and "Worst answers" not in text
-    assert "<th>base</th> <td>null</td>" in text
+    assert '<th scope="row">base</th> <td>null</td>' in text
 
 
 def test_samples_are_a_line_each():

@@ -10,9 +10,11 @@ from torch import nn
 from phi3_plugin.data.findings import BROKEN, UNUSABLE
 from phi3_plugin.errors import OutputError
 from phi3_plugin.inspect import Cut, Unit, advice
-from phi3_plugin.pages import count, percent, write_files
 from phi3_plugin.pages import inspection as shown
-from phi3_plugin.pages.report import running_mean, series, write_report
+from phi3_plugin.pages import render, write_files
+from phi3_plugin.pages.charts import NOISY, Curve, chart, picture
+from phi3_plugin.pages.numbers import count, number, percent, rounded
+from phi3_plugin.pages.report import Outcome, running_mean, series, write_report
 from phi3_plugin.redaction import redacted
 from phi3_plugin.train.resume import told
 from tests.inspected import Page, check_fetches_nothing, findings, numbers, sample
@@ -30,6 +32,87 @@ def test_shares_do_not_look_like_nothing_or_all():
 
 def test_counts():
     assert count(1, "row") == "1 row" and count(2000, "row") == "2,000 rows"
+
+
+def test_numbers_have_a_fixed_precision_and_a_true_minus():
+    assert number(1234567) == "1,234,567" and number(-0.5, 4) == "−0.5000"
+    assert number(2, 2, signed=True) == "+2.00" and number(-0.001, 2, signed=True) == "+0.00"
+    assert number(math.nan) == number(math.inf) == "–" and number(-3.2e15) == "−3.20e+15"
+
+
+def test_numbers_of_all_sizes_are_rounded():
+    values = (0, 3.0844, 0.96940001, 12345.6, 0.0001, 6.1234e-5, -2.5, 1e15, math.nan)
+    assert [rounded(value) for value in values] == [
+        *("0", "3.084", "0.9694", "12,346", "0.0001", "6.12e−05", "−2.5", "1.00e+15", "–")
+    ]
+
+
+# Every page
+
+
+@pytest.fixture(scope="module")
+def shell():
+    return render("shell.html.j2", tiles=[])
+
+
+def colors(css):
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{3,6})", css))
+
+
+def contrast(*pair):
+    """Return the contrast of two colors; WCAG 2.2, relative luminance."""
+    lights = []
+    for color in pair:
+        digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+    return max(lights) / min(lights)
+
+
+TEXTS = {
+    "ink": ("back", "card", "read", "token", "token-2"),
+    "soft": ("back", "card", "read"),
+    "purple": ("card", "read", "token", "token-2"),
+    "sign": ("token", "token-2"),
+    "blue": ("card",),
+    "stop-ink": ("stop",),
+    "warn-ink": ("warn", "card"),
+    "good-ink": ("good",),
+}
+"""Colors of texts, and those that they stand on."""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_has_contrast(shell, dark):
+    light, _, rest = shell.partition("@media screen and (prefers-color-scheme: dark)")
+    known = colors(light)
+    if dark:
+        known |= colors(rest.partition("} }")[0])
+    for text, backs in TEXTS.items():
+        for back in backs:
+            assert contrast(known[text], known[back]) >= 4.5, (text, back)
+    for drawn in ("blue", "orange", "green", "red"):  # WCAG 1.4.11
+        assert contrast(known[drawn], known["card"]) >= 3, drawn
+
+
+def test_paper_is_white_and_breaks_between_rows(shell):
+    printed = shell.partition("@media print")[2]
+    assert "prefers-color-scheme: dark" not in shell.replace("@media screen and (prefers", "")
+    rules = dict(re.findall(r"^  ([^{]+?) { ([^}]+) }", printed, re.MULTILINE))
+    assert "break-after: avoid" in rules["h1, h2, h3, summary, .note"]
+    (whole,) = [names.split(", ") for names, rule in rules.items() if "inside: avoid" in rule]
+    assert "tr" in whole and ".card" not in whole  # a table may be longer than a page
+    assert "table-header-group" in rules["thead"]
+
+
+@pytest.mark.parametrize("tiles", range(1, 13))
+def test_rows_of_tiles_are_about_equally_full(tiles):
+    page = render("shell.html.j2", tiles=[("a", "1")] * tiles)
+    columns = int(re.search(r'style="--columns: (\d+)', page)[1])
+    rows = math.ceil(tiles / columns)
+    assert columns <= 4 and rows == math.ceil(tiles / 4)
+    assert "flex: 1 1" in page  # so that the tiles of the last row fill it
 
 
 def test_files_are_written_whole_and_all_or_none(tmp_path):
@@ -214,12 +297,18 @@ def test_white_space_and_columns():
 
 CONFIG = {
     "seed": 3,
-    "dataset": {"source": "train.jsonl", "packed": True, "splits": ["a", "b"]},
-    "optimizer": {"lr": 2e-4, "betas": [0.9, 0.95], "fused": None},
+    "dataset": {
+        "_component_": "phi3_plugin.data.chat_dataset",
+        "source": "data/train.jsonl",
+        "packed": True,
+    },
+    "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-4, "betas": [0.9, 0.999]},
+    "lr_scheduler": {"_component_": "phi3_plugin.train.cosine_with_warmup"},
+    "shuffle": True,
     "steps": [{"at": 1}, {"at": 2}],
     "hf_token": "s3cret",
     "logger": {"api_key": "s3cret"},
-    "tokenizer": {"path": "p"},
+    "tokenizer": {"path": "p", "splits": ["a", "b"]},
 }
 
 
@@ -242,8 +331,12 @@ def run_report(folder, lines, *, config=CONFIG, **changes):
         "settings": redacted(config),
         "changes": {},
         "adapter": folder / "final",
-        "ending": None,
+        "base": "Phi-3-mini-4k-instruct",
+        "outcome": Outcome(108, 108, None, "2026-11-30"),
+        "samples": 1700,
+        "held_out": 90,
         "answers": [("2 < 3?", "No.", "Yes.\nIndeed.")],
+        "next_commands": [("talk to it", "phi3-tune chat --adapter run/final")],
         **changes,
     }
     return write_report(folder, **facts)
@@ -280,22 +373,32 @@ def test_what_a_reader_of_a_report_finds(tmp_path):
     changes = told(
         [
             {"step": 40, "key": "optimizer.lr", "before": 2e-4, "after": 1e-5},
-            {"step": 40, "key": "lr_scheduler", "before": None, "after": "linear"},
+            {"step": 40, "key": "sample_prompts", "before": [], "after": ["Hi"]},
         ]
     )
     page = read_report(tmp_path, lines, changes=changes)
     for expected in (
-        "It made all its steps.",
+        "Phi-3-mini-4k-instruct on train.jsonl",
+        "2026-11-30, ",
+        "Finished: 108 of 108 steps.",
+        "Samples 1,700",
+        "Held out 90",
+        "Best validation loss, step 100 1.0100",
+        "Validation perplexity 3.000",
+        "talk to it phi3-tune chat --adapter run/final",
         str(tmp_path / "final"),
-        "dataset.source train.jsonl",
-        "dataset.packed true",
-        "dataset.splits a, b",
-        "optimizer.lr 0.0002; from step 41 on 1e-05",
-        "lr_scheduler null; from step 41 on 'linear'",
-        "optimizer.betas 0.9, 0.95",
-        "optimizer.fused null",
+        "16 settings, 5 of them not the default",
+        "dataset.source data/train.jsonl",
+        "dataset.packed true default false",
+        "optimizer.lr 0.0002; from step 41 on 1e-05 default 0.001",
+        "optimizer.betas 0.9, 0.999 ",
+        "lr_scheduler._component_ phi3_plugin.train.cosine_with_warmup default null",
+        "sample_prompts []; from step 41 on ['Hi'] default []",
+        "seed 3 default 0 ",
+        "shuffle true steps.0.at 1",
         "steps.1.at 2",
         "tokenizer.path p",
+        "tokenizer.splits a, b",
         "hf_token (not shown)",
         "torchtune 0.6.1",
         "python 3.",
@@ -320,6 +423,10 @@ def test_what_a_reader_of_a_report_finds(tmp_path):
         "Gradient norm: 0.5 at step 1, 0.5 at step 100.",
         "Tokens per second: 2,000 at step 1, 2,000 at step 100.",
     ]
+    assert page.text.count("step") == len(page.charts)  # names the axis of each
+    texts = [text for text in page.text if text.startswith("step 60\n")]
+    assert texts[0] == "step 60\nTraining loss: 1.0029\nValidation loss: 1.0167"
+    assert texts[1] == "step 60\nLearning rate: 0.0001"
     check_fetches_nothing(page)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     names = ["loss.png", "metrics.jsonl", "report.html"]
@@ -340,26 +447,31 @@ def test_equal_runs_give_equal_files_whatever_a_matplotlibrc_says(tmp_path):
 
 def test_no_text_of_a_run_becomes_markup(tmp_path):
     evil = f"{EVIL}$\\frac{{$"
+    section = {"_component_": "phi3_plugin.data.chat_dataset", "source": evil}
     lines = [*history(20), {"event": evil, "step": 3}, {"step": 4, "loss": evil, "epoch": evil}]
     answers = [(evil, evil, evil)]
-    config = {"word": evil, evil.replace(".", ""): [evil]}
-    page = read_report(tmp_path, lines, ending=evil, answers=answers, config=config)
-    assert not {"b", "i", "u"} & set(page.tags) and page.tags.count("img") == len(page.charts)
-    assert page.words.count(SPELLED) >= 7
+    config = {"word": evil, evil.replace(".", ""): [evil], "dataset": section}
+    changes = {"base": evil, "next_commands": [(evil, evil)]}
+    changes["outcome"] = Outcome(20, 30, evil, evil)
+    page = read_report(tmp_path, lines, answers=answers, config=config, **changes)
+    assert not {"b", "i", "u", "img"} & set(page.tags)
+    assert page.words.count(SPELLED) >= 11
     check_fetches_nothing(page)
 
 
 def test_the_shortest_run(tmp_path):
     page = read_report(tmp_path, history(1, validations=False))
     assert len(page.charts) == 4
-    assert "Best validation" not in page.words
+    for absent in ("Best validation", "perplexity", "Skipped", "Resumed"):
+        assert absent not in page.words
 
 
 def test_a_run_without_a_step(tmp_path):
     (tmp_path / "loss.png").write_text("that of an earlier report")
-    page = read_report(tmp_path, [], ending="nobody wanted it", answers=[])
-    assert page.charts == []
-    assert "It stopped early: nobody wanted it." in page.words
+    outcome = Outcome(0, 9, "nobody wanted it", "2026-11-30")
+    page = read_report(tmp_path, [], outcome=outcome, answers=[], next_commands=[])
+    assert page.charts == [] and "What to type next" not in page.words
+    assert "Stopped after 0 of 9 steps: nobody wanted it." in page.words
     assert "No step was recorded" in page.words
     assert not (tmp_path / "loss.png").exists()
 
@@ -382,6 +494,37 @@ def test_a_long_run_makes_a_small_report(tmp_path):
     page = run_report(tmp_path, history(10_000))
     assert page.stat().st_size < 500_000
     assert (tmp_path / "loss.png").stat().st_size < 300_000
+
+
+def test_a_chart_of_many_steps_shows_its_spikes_and_can_be_read_off():
+    points = [(step, 1.0 + (step == 777)) for step in range(1, 10_001)]
+    made = chart("Loss", [Curve("Loss", points, NOISY), Curve("Mean", points[9::10])])
+    assert made.lines[0].path.count("L") < 1000 and not made.lines[0].marks
+    assert " 0L" in made.lines[0].path  # the spike
+    assert 100 < len(made.readings) <= 200
+    assert made.readings[-1].text == "step 10,000\nLoss: 1\nMean: 1"
+    edges = [reading.start for reading in made.readings] + [100]
+    widths = [reading.width for reading in made.readings]
+    assert edges[0] == 0 and all(width > 0 for width in widths)
+    assert sum(widths) == pytest.approx(100, abs=1)
+
+
+def test_axes_name_round_values_within_the_chart():
+    made = chart("Rate", [Curve("Rate", [(1, 0.0), (366, 0.004)])], from_zero=True)
+    assert [tick.text for tick in made.xs] == ["100", "200", "300"]
+    assert (made.ys[0], made.ys[-1]) == ((0.0, "0"), (100.0, "0.004"))
+    of_one = chart("Rate", [Curve("Rate", [(7, 3.0)])])
+    assert of_one.xs == [(50.0, "7")] and of_one.lines[0].marks
+    spiked = chart("Loss", [Curve("Loss", [(1, 1.0), (2, 2.0), (3, 1e6)])])
+    places = [tick.place for tick in spiked.ys]
+    assert spiked.ys[0].text == "1" and places == sorted(places) and len(places) < 12
+
+
+def test_a_picture_has_a_title(monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda _, text: titles.append(text))
+    assert picture("Phi-3 on $rows", [Curve("Loss", [(1, 2.0)])]).startswith(b"\x89PNG")
+    assert titles == ["Phi-3 on $rows"]
 
 
 def test_a_series_has_only_numbers():
