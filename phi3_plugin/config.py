@@ -98,8 +98,12 @@ def read_config(checkpoint_dir: str | Path | None) -> Phi3Config:
     return parse_config(read_json_object(file), str(file))
 
 
-def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
+def checkpoint_folder(checkpoint_dir: str | Path | None, *, weights: bool = True) -> Path:
     """Return the checkpoint folder as a path; a model of the Hub is downloaded.
+
+    Args:
+        checkpoint_dir: The folder, or the name of a model of the Hub.
+        weights: False downloads configuration and tokenizer alone.
 
     Raises:
         ConfigError: It is None, which is how the YAMLs say that the user must set it.
@@ -115,7 +119,7 @@ def checkpoint_folder(checkpoint_dir: str | Path | None) -> Path:
         hub.say_that_a_folder_has_the_name(str(checkpoint_dir))
         return folder
     if hub.is_repository(checkpoint_dir):
-        return hub.checkpoint(str(checkpoint_dir))
+        return hub.checkpoint(str(checkpoint_dir), weights=weights)
     raise MissingFileError(
         f"checkpoint_dir: {folder} is not a folder. Download a checkpoint with "
         f"'phi3-tune download {hub.DEFAULT_BASE} --output {folder}', or correct the path; the "

@@ -223,7 +223,7 @@ def planned(draft: Draft) -> Decisions:
     draft.choose("epochs", EPOCHS)
     note = choose_precision(draft, device)
     # Weights are not needed yet, and what is wrong with the settings is said before they come
-    small = small_folder(str(cfg.checkpoint_dir))
+    small = checkpoint_folder(str(cfg.checkpoint_dir), weights=False)
     read = settings.read(at(cfg, small), draft.processes)
     data = load_data(read, draft.processes)
     samples = len(data.order.dataset) + (len(data.order_val.dataset) if data.order_val else 0)
@@ -269,13 +269,6 @@ def planned(draft: Draft) -> Decisions:
     for warning in warnings_of(read, data, draft.processes):
         lines += wrapped("  ! ", warning)
     return Decisions(lines, read, held is not None)
-
-
-def small_folder(base: str) -> Path:
-    """Return the folder of a base, of which a model of the Hub has its configuration alone."""
-    if hub.is_repository(base):
-        return hub.checkpoint(base, weights=False)
-    return checkpoint_folder(base)
 
 
 def at(cfg: "DictConfig", folder: Path) -> "DictConfig":
@@ -427,7 +420,7 @@ def warnings_of(s: "Settings", data: "RunData", processes: int) -> Iterator[str]
 def lines_of(cfg: "DictConfig") -> list[str]:
     """Return the first lines of the header, for which nothing slow is needed."""
     base = str(cfg.checkpoint_dir)
-    config = read_config(small_folder(base))
+    config = read_config(checkpoint_folder(base, weights=False))
     sizes = f"{config.num_hidden_layers} layers of width {config.hidden_size:,}"
     source = cfg.dataset.source
     return [

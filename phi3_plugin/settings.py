@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from inspect import Parameter, signature
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_type_hints
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune.config._utils import _get_component_from_path
 
 from phi3_plugin import options
@@ -247,6 +247,15 @@ def is_quantized(model: Mapping[str, Any]) -> bool:
     """Whether a run with this model trains over a base in NF4."""
     name = str(model["_component_"]).rpartition(".")[2]
     return bool(model.get("quantize_base", name.startswith("qlora_")))
+
+
+def without_weights(cfg: DictConfig) -> DictConfig:
+    """Return a configuration of what needs no weights: a base of the Hub is there without them."""
+    base = OmegaConf.select(cfg, "checkpoint_dir")
+    if not isinstance(base, str) or not is_repository(base):
+        return cfg
+    small = {"checkpoint_dir": str(checkpoint_folder(base, weights=False))}
+    return cast("DictConfig", OmegaConf.merge(cfg, small))
 
 
 def read_beside(

@@ -29,7 +29,7 @@ from phi3_plugin.inspect import (
 )
 from phi3_plugin.options import InspectOptions
 from phi3_plugin.pages.inspection import Terminal, write_page
-from phi3_plugin.settings import read_beside
+from phi3_plugin.settings import read_beside, without_weights
 from phi3_plugin.terminal import for_stdout
 from phi3_plugin.train.data import load_data
 
@@ -40,7 +40,7 @@ WIDEST = 100
 @config.parse
 def main(cfg: DictConfig) -> int:
     """Show what a run would be trained on; see the top of this file."""
-    settings, options = read_beside(cfg, InspectOptions, cfg.get("processes", 1))
+    settings, options = read_beside(without_weights(cfg), InspectOptions, cfg.get("processes", 1))
 
     stock = cfg.get("checkpointer") is not None  # our own recipe has none
     if stock:  # they hold nothing out by themselves

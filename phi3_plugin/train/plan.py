@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.models.phi3 import PRECISIONS
-from phi3_plugin.settings import Settings, read
+from phi3_plugin.settings import Settings, read, without_weights
 from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import prepare
@@ -91,7 +91,7 @@ def print_plan(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Something is wrong; all problems, one line each.
     """
-    s = read(cfg)
+    s = read(without_weights(cfg))
     if int(os.environ.get("RANK", 0)) == 0:
         devices = int(os.environ.get("WORLD_SIZE", 1)) if s.plan is True else s.plan
         print("\n".join(planned_lines(s, devices, pick_device(s.device, 0))))

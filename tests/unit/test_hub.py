@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 
 from phi3_plugin import hub as models
@@ -12,6 +13,7 @@ from phi3_plugin.checkpoint.peft import base_name
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.errors import MissingFileError
 from phi3_plugin.options import AnswerOptions, CheckOptions, DownloadOptions, read_options
+from phi3_plugin.settings import without_weights
 from tests.hub import client, serving
 
 NAME = "somebody/tiny-phi3"
@@ -66,6 +68,17 @@ def test_configuration_without_weights(hub):
     assert not (folder / SHARD).exists()
     assert read_config(folder).hidden_size
     assert (checkpoint_folder(NAME) / SHARD).is_file()  # nor is that taken for whole
+
+
+def test_an_inspection_and_a_plan_download_no_weights(hub, base):
+    cfg = OmegaConf.create(
+        {"checkpoint_dir": NAME, "model": {"checkpoint_dir": "${checkpoint_dir}"}}
+    )
+    folder = Path(without_weights(cfg).model.checkpoint_dir)
+    assert read_config(folder).hidden_size and not (folder / SHARD).exists()
+    cfg.checkpoint_dir = str(base)
+    assert without_weights(cfg) is cfg
+    assert without_weights(OmegaConf.create({"checkpoint_dir": "???"}))
 
 
 def test_what_is_no_adapter_is_refused_by_name(hub):
