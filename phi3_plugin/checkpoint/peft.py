@@ -47,7 +47,6 @@ NOTE = "phi3_plugin"
 # The folder that serves: adapter, tokenizer, model card
 
 TOKENIZER_FILES = (
-    "config.json",  # without it transformers picks the wrong tokenizer class
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -56,6 +55,11 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+"""Takes tokenizer.json as it is, in every version of transformers. What the family's files name,
+such as LlamaTokenizer, makes other ids of it from 5.0 on, unless a config.json beside it says
+that the model is a Phi-3. An adapter has none: 5.2 and later would take it for a whole model."""
 
 
 def export_adapter(
@@ -90,7 +94,7 @@ def export_adapter(
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     tensors = {to_peft(n): v for n, v in {**content.tensors, **adapter.saved}.items()}
     save_tensors(folder / WEIGHTS, tensors, {NOTE: json.dumps(content.note)})
-    copy_tokenizer(checkpoint_dir, folder)
+    copy_tokenizer(checkpoint_dir, folder, alone=True)
     if any(fused_name(module) != module for module in adapter.ranks):
         ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
         trained = f"{', '.join(targets_of(adapter.tensors))}, each of rank {ranks}"
@@ -140,11 +144,21 @@ def base_name(checkpoint_dir: Path) -> str:
     return name if isinstance(name, str) and name else str(checkpoint_dir.resolve())
 
 
-def copy_tokenizer(checkpoint_dir: Path, folder: Path) -> None:
-    """Copy the tokenizer's files, and the configuration without which they are misread."""
+def copy_tokenizer(checkpoint_dir: Path, folder: Path, *, alone: bool = False) -> None:
+    """Copy the tokenizer's files and the ids at which generation stops.
+
+    Args:
+        checkpoint_dir: Where they are.
+        folder: Where they go.
+        alone: No config.json comes beside them: they say themselves how tokenizer.json is read.
+    """
     for name in TOKENIZER_FILES:
         if (checkpoint_dir / name).is_file():
             shutil.copyfile(checkpoint_dir / name, folder / name)
+    settings = folder / "tokenizer_config.json"
+    if alone and settings.is_file() and (folder / "tokenizer.json").is_file():
+        keys = {**read_json_object(settings), "tokenizer_class": TOKENIZER_CLASS}
+        settings.write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
 
 
 def targets_of(adapter: Iterable[str]) -> list[str]:

@@ -56,8 +56,8 @@ class Phi3Checkpointer:
     """Reads a Phi-3 checkpoint folder and writes one folder an epoch that serves as it stands.
 
     ``output_dir/epoch_N`` holds a PEFT adapter with a model card or, of a recipe that trains all
-    weights, a Hugging Face checkpoint; beside it the tokenizer with config.json and, until the
-    last epoch, the recipe's state. A folder is written aside and renamed, so it is whole or absent.
+    weights, a Hugging Face checkpoint; beside it the tokenizer and, until the last epoch, the
+    recipe's state. A folder is written aside and renamed, so it is whole or absent.
     """
 
     def __init__(
