@@ -28,6 +28,7 @@ from phi3_plugin.checkpoint.base import known_hash
 from phi3_plugin.checkpoint.check import served_by
 from phi3_plugin.checkpoint.files import check_output
 from phi3_plugin.checkpoint.peft import base_name, export_adapter, export_model
+from phi3_plugin.config import read_config
 from phi3_plugin.data.order import held_out, shares
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.first_run import next_commands
@@ -40,7 +41,7 @@ from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
 from phi3_plugin.terminal import outlived
 from phi3_plugin.train import checkpoints
-from phi3_plugin.train.data import facts_in_words, instantiate, load_data
+from phi3_plugin.train.data import check_positions, facts_in_words, instantiate, load_data
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import is_adapted, prepare, trained_parameters
 from phi3_plugin.train.monitor import Monitor
@@ -183,6 +184,7 @@ class Finetune:
     def setup_data(self) -> None:
         """Tokenize, split and order the samples."""
         self.data = load_data(self.s, self.world.size)
+        check_positions(self.data, read_config(self.s.checkpoint_dir).max_position_embeddings)
         self.world.same("dataset", self.data.order.identity)
 
     def setup_model(self, saved: dict[str, Any] | None = None) -> None:

@@ -65,6 +65,24 @@ def load_data(settings: Settings, processes: int) -> RunData:
     )
 
 
+def check_positions(data: RunData, positions: int) -> None:
+    """Refuse a document that is longer than the model has positions, before weights are loaded.
+
+    One of a data set that does not offer its lengths is refused at the step that meets it.
+
+    Raises:
+        ConfigError: There is such a document.
+    """
+    for order in (data.order, data.order_val):
+        dataset = order and order.dataset
+        lengths = getattr(getattr(dataset, "plan", dataset), "lengths", None)  # of packs, documents
+        if lengths is not None and lengths.max() > positions:
+            raise ConfigError(
+                f"tokenizer.max_seq_len: a document has {lengths.max():,} tokens, but the model "
+                f"has {positions:,} positions. Set it to {positions} or less."
+            )
+
+
 ENOUGH = 200
 """Samples from which on a part is held out, and the most that are."""
 

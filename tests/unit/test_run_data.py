@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from phi3_plugin.data.order import held_out, shares
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import read
-from phi3_plugin.train.data import facts_in_words, load_data, validation_share
+from phi3_plugin.train.data import check_positions, facts_in_words, load_data, validation_share
 from tests.own import chat
 from tests.variants import write_checkpoint
 
@@ -175,3 +175,14 @@ def test_padding_is_the_tokenizers(load):
     assert len(set(lengths)) > 1
     for row, length in zip(batch["tokens"], lengths, strict=True):
         assert row[length:].eq(data.tokenizer.unk_id).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_document_longer_than_the_positions_is_refused_before_the_model(load, folder, packed):
+    data = load(dataset=section(folder / "rows.jsonl", packed=packed))
+    longest = max(
+        max(sample.get("lengths", [len(sample["tokens"])])) for sample in data.order.dataset
+    )
+    check_positions(data, longest)
+    with pytest.raises(ConfigError, match=rf"max_seq_len: a document has {longest} tokens.*Set it"):
+        check_positions(data, longest - 1)
