@@ -154,6 +154,12 @@ class Settings:
     ] = None
     lora_plus_ratio: Annotated[Positive | None, OnResume.HONOURED] = None
     """The learning rate of the B matrices, as a multiple of that of the A matrices."""
+    loss: Annotated[Component | None, Handed(), OnResume.REFUSED] = None
+    """null, or any cross entropy, is that of the labelled tokens; `phi3_plugin.train.losses` has
+    those that compare answers: dpo, simpo, orpo and kto."""
+    reference: Annotated[Literal["live", "cached"], OnResume.FREE] = "live"
+    """When the base without its adapter, with which dpo and kto compare, is computed: in each step,
+    or once before the first, and kept with the tokenized data."""
     clip_grad_norm: Annotated[Positive | None, OnResume.HONOURED] = None
     max_nonfinite_steps: Annotated[Count, OnResume.FREE] = 3
     """Steps in a row without a finite gradient, after which the run stops."""
@@ -301,7 +307,9 @@ def settings_problems(
             given[key] = None  # what torchtune makes of `key=null`
     if given.get("seed", 0) is None:
         given["seed"] = 0
-    beside = (*STOCK_KEYS, "loss", "profiler", *others)
+    if isinstance(given.get("loss"), dict):
+        given["loss"] = own_loss(given["loss"])
+    beside = (*STOCK_KEYS, "profiler", *others)
     found = options.option_problems(Settings, given, "this recipe", others=beside)
     given = {key: value for key, value in given.items() if not isinstance(value, Unresolved)}
     folder = given.get("checkpoint_dir")
@@ -324,6 +332,7 @@ def settings_problems(
         *logger_problems(given.get("metric_logger")),
         *upload_problems(given.get("push_to_hub")),
         *_checkpointer(given),
+        *loss_problems(given),
         *stock_problems(given),
         *conflicts(given, processes),
     ]
@@ -363,21 +372,6 @@ def stock_problems(given: Mapping[str, Any]) -> Iterator[str]:
         value = given.get(key, neutral[0])
         if not any(type(value) is type(one) and value == one for one in neutral):  # 0 is not False
             yield f"{key}: {spelled(value)} is not supported by this recipe. {instead}"
-    loss = given.get("loss")
-    if isinstance(loss, Mapping):
-        component = loss.get("_component_")
-        if str(component).rpartition(".")[2] not in CROSS_ENTROPIES:
-            yield (
-                f"loss._component_: {spelled(component)} is not cross entropy, which this recipe "
-                "computes. Use torchtune.modules.loss.CEWithChunkedOutputLoss."
-            )
-            return
-        for key, value in loss.items():
-            is_neutral = LOSS_NEUTRAL.get(key, ...) == value
-            if key not in ("_component_", "num_output_chunks") and not is_neutral:
-                yield f"loss.{key}: {spelled(value)} is not supported by this recipe. Remove it."
-    elif loss is not None:
-        yield f"loss: {spelled(loss)} must be a section with _component_ or null."
     profiler = given.get("profiler")
     enabled = profiler.get("enabled", False) if isinstance(profiler, Mapping) else profiler
     if enabled not in (None, False):
@@ -386,6 +380,100 @@ def stock_problems(given: Mapping[str, Any]) -> Iterator[str]:
             "False, and profile with torchtune's own recipe."
         )
 
+
+PREFERENCE_LOSS = "phi3_plugin.train.losses."
+"""What those of ours are called; `sft` is the cross entropy."""
+
+STOCK_LOSSES = {"torchtune.rlhf.loss.DPOLoss": "dpo", "torchtune.rlhf.loss.dpo.DPOLoss": "dpo"}
+"""Losses of torchtune's that are ones of ours, with the same options."""
+
+
+def own_loss(section: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the section of a loss under the name that it has here; None is cross entropy.
+
+    One that asks for what no loss here does stays as it is.
+    """
+    name, options = section["_component_"], {k: v for k, v in section.items() if k != "_component_"}
+    if name in STOCK_LOSSES:
+        return {**section, "_component_": PREFERENCE_LOSS + STOCK_LOSSES[name]}
+    neutral = {**LOSS_NEUTRAL, "num_output_chunks": options.get("num_output_chunks")}
+    is_plain = all(neutral.get(key, ...) == value for key, value in options.items())
+    is_entropy = str(name).rpartition(".")[2] in CROSS_ENTROPIES
+    return None if is_plain and (is_entropy or name == PREFERENCE_LOSS + "sft") else section
+
+
+def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
+    """Say what is wrong with a loss by itself, and with the data and the model for it.
+
+    Args:
+        given: The whole configuration, resolved.
+    """
+    section, data = given.get("loss"), given.get("dataset")
+    named = data.get("_component_") if isinstance(data, Mapping) else None
+    if not isinstance(section, Mapping):
+        if named in PREFERENCE_DATASETS:
+            yield (
+                f"loss: {spelled(section)} would learn rejected answers as well. Compare them, as "
+                f"with loss._component_={PREFERENCE_LOSS}dpo, or learn the chosen ones alone with "
+                "dataset._component_=phi3_plugin.data.chat_dataset."
+            )
+        return
+    name = section.get("_component_")
+    if str(name).rpartition(".")[2] in CROSS_ENTROPIES:
+        for key, value in section.items():
+            is_neutral = LOSS_NEUTRAL.get(key, ...) == value
+            if key not in ("_component_", "num_output_chunks") and not is_neutral:
+                yield f"loss.{key}: {spelled(value)} is not supported by this recipe. Remove it."
+        return
+    try:
+        loss = component(str(name))
+    except Exception:  # reported with the other components
+        return
+    if not hasattr(loss, "compares"):  # as those of answers have
+        yield (
+            f"loss._component_: {spelled(name)} is no loss of this recipe. Use sft, dpo, simpo, "
+            f"orpo or kto, as in {PREFERENCE_LOSS}dpo."
+        )
+        return
+    for key in ("dataset", "dataset_val"):
+        own = given.get(key)
+        if isinstance(own, Mapping) and str(own.get("_component_")).startswith(CHAT_DATASETS):
+            yield (
+                f"{key}._component_: {spelled(own['_component_'])} has one answer a row, and "
+                f"{name} compares answers. Use phi3_plugin.data.preference_dataset."
+            )
+    if given.get("collate_fn", CONCATENATE) != CONCATENATE:
+        yield (
+            f"collate_fn: {spelled(given['collate_fn'])} does not keep the answers of a row "
+            f"together. Remove it: {CONCATENATE} does."
+        )
+    model = given.get("model")
+    if loss.compares and isinstance(model, dict):
+        yield from _reference_problems(str(name), model)
+
+
+def _reference_problems(loss: str, model: Mapping[str, Any]) -> Iterator[str]:
+    """Say why a model has no base to compare with once it is trained."""
+    instead = "Train adapters with phi3_plugin.models.lora_phi3"
+    if model.get("_component_") in WHOLE_MODELS:
+        yield (
+            f"model._component_: {model['_component_']} changes as a whole, and {loss} compares "
+            f"with the base. {instead}, or use {PREFERENCE_LOSS}simpo or orpo."
+        )
+    for key, neutral in (("modules_to_save", None), ("lora_init", "kaiming")):
+        value = model.get(key) or neutral
+        if value not in (neutral, "gaussian", []):
+            yield (
+                f"model.{key}: {spelled(value)} changes what is under the adapter, and {loss} "
+                f"compares with the base. Remove it, or use {PREFERENCE_LOSS}simpo or orpo."
+            )
+
+
+CHAT_DATASETS = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat_dataset")
+PREFERENCE_DATASETS = (
+    *("phi3_plugin.data.preference_dataset", "phi3_plugin.data.preferences.preference_dataset"),
+)
+CONCATENATE = "phi3_plugin.data.collate.concatenate"
 
 WHOLE_MODELS = ("phi3_plugin.models.phi3", "phi3_plugin.models.phi3_mini")
 """Those without adapters."""

@@ -41,8 +41,13 @@ from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
 from phi3_plugin.terminal import outlived
 from phi3_plugin.train import checkpoints
-from phi3_plugin.train.data import check_positions, facts_in_words, instantiate, load_data
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.data import (
+    check_positions,
+    facts_in_words,
+    instantiate,
+    load_data,
+    loss_of,
+)
 from phi3_plugin.train.model import is_adapted, prepare, trained_parameters
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import (
@@ -114,7 +119,7 @@ class Finetune:
             patience=self.s.early_stop_patience,
             max_nonfinite=self.s.max_nonfinite_steps,
         )
-        self.loss = sft
+        self.loss = loss_of(self.s)
         self.state = TrainState()
         self.answers: list[str] = []  # to the sample questions, at the last validation
         self.settings = record(cfg)
@@ -266,9 +271,10 @@ class Finetune:
         assert self.data.order_val is not None  # the settings are refused otherwise
         state = self.state
         batches = shares(self.data.order_val, self.world.rank, self.data.collate_val)
-        loss, tokens = validate(self.world, self.model, self.loss, batches)
+        measures = dict[str, float]()
+        loss, count = validate(self.world, self.model, self.loss, batches, measures)
         self.answers = self.answer()
-        self.monitor.validation(state.step, loss, tokens, self.answers)
+        self.monitor.validation(state.step, loss, count, self.answers, measures)
         state.validated = state.step
         state.stale += 1
         if loss < state.best:

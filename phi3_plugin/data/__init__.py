@@ -1,6 +1,7 @@
 """Chat data, turned into the tokens and labels that Hugging Face would make of it."""
 
 from phi3_plugin.data.dataset import ChatDataset, chat_dataset
+from phi3_plugin.data.preferences import preference_dataset
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, phi3_tokenizer
 
-__all__ = ["ChatDataset", "Phi3Tokenizer", "chat_dataset", "phi3_tokenizer"]
+__all__ = ["ChatDataset", "Phi3Tokenizer", "chat_dataset", "phi3_tokenizer", "preference_dataset"]

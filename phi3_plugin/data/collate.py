@@ -12,6 +12,9 @@ Sample = Mapping[str, Any]
 IGNORED = -100
 """Label of a token that the loss does not count."""
 
+OF_ANSWERS = {"wanted", "reference", "mismatched"}
+"""What samples of answers have of each document."""
+
 # Shapes: B batch, S the longest sample, T all tokens
 
 
@@ -26,7 +29,9 @@ def concatenate(batch: Sequence[Sample], padding_idx: int = 0) -> dict[str, Any]
     Returns:
         ``tokens``, ``labels`` and ``input_pos``, each ``[1, T]``, and ``lengths``, those of the
         documents. The first token of a document has no label: nothing is predicted from one
-        document about the next.
+        document about the next. Of answers also what `phi3_plugin.data.preferences.Answers` has
+        of each document: ``wanted`` and perhaps ``reference``, ``[documents]``, and
+        ``mismatched``, another such row.
     """
     samples = [_without_padding(sample) for sample in batch]
     tokens, labels = (
@@ -40,7 +45,15 @@ def concatenate(batch: Sequence[Sample], padding_idx: int = 0) -> dict[str, Any]
     labels[starts] = IGNORED
     input_pos = torch.arange(len(tokens)) - starts.repeat_interleave(torch.tensor(lengths))
     row = {"tokens": tokens, "labels": labels, "input_pos": input_pos}
-    return {**{key: value[None] for key, value in row.items()}, "lengths": lengths}
+    kept = OF_ANSWERS & samples[0].keys()
+    beside = {key: _joined([sample[key] for sample in samples]) for key in kept}
+    return {**{key: value[None] for key, value in row.items()}, "lengths": lengths, **beside}
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return concatenate(values)
+    return torch.cat([torch.as_tensor(value) for value in values])
 
 
 def _without_padding(sample: Sample) -> Sample:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchtune.utils import log_rank_zero
+from typing_extensions import Self
 
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.findings import CUT_AWAY, DROPPED, TOO_LONG, Findings, UnusedRow
@@ -28,16 +29,14 @@ from phi3_plugin.terminal import harmless
 
 logger = logging.getLogger(__name__)
 
+_Options = TypeVar("_Options", bound="UseOptions")
+
 _FOLDER = Kind("a folder", lambda value: isinstance(value, str | Path), Path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetOptions(SourceOptions, SampleOptions):
-    """The options of :func:`chat_dataset`.
-
-    `SourceOptions` say which rows are read and how, `SampleOptions` what becomes of a row, and
-    those here which of the samples are used. A new option is a field of one of the three.
-    """
+class UseOptions:
+    """Which samples are used, and how they come."""
 
     bad_rows: Literal["error", "drop"] = "error"
     """"error": rows that cannot be used stop the run. "drop": they are counted."""
@@ -49,10 +48,20 @@ class DatasetOptions(SourceOptions, SampleOptions):
     """Decides what is held out, what weights take, and the packs."""
     packed: Switch = False
     """Fill rows of ``tokenizer.max_seq_len`` tokens with several conversations."""
-    split_documents: Switch = False
-    """Cut conversations where a pack is full, instead of keeping them whole."""
     cache_dir: Annotated[Path, _FOLDER] | None = None
     """Where tokenized data is kept, see :func:`phi3_plugin.data.store.cached`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(SourceOptions, SampleOptions, UseOptions):
+    """The options of :func:`chat_dataset`.
+
+    `SourceOptions` say which rows are read and how, `SampleOptions` what becomes of a row, and
+    `UseOptions` which of the samples are used. A new option is a field of one of them.
+    """
+
+    split_documents: Switch = False
+    """Cut conversations where a pack is full, instead of keeping them whole."""
 
 
 @takes(DatasetOptions)
@@ -68,7 +77,7 @@ def chat_dataset(
         source: A .json, .jsonl, .csv or .tsv (each also as .gz, .xz or .zst), .parquet or .arrow
             file, a folder of them, a glob, or a name on the hub; or a list of these, or of
             dictionaries with ``source``, ``weight`` and options of their own.
-        **options: Those of `DatasetOptions`, `SourceOptions` and `SampleOptions`.
+        **options: Those of `DatasetOptions`, `SourceOptions`, `SampleOptions` and `UseOptions`.
 
     Raises:
         ConfigError: An option is missing or does not fit the others.
@@ -77,23 +86,31 @@ def chat_dataset(
             not known, or nothing is left to train on.
         OutputError: The tokenized data cannot be written.
     """
-    o = _read_options(options, tokenizer)
+    o = read_options(DatasetOptions, "chat_dataset", options, tokenizer)
     preparation = Preparation(tokenizer, read_sources(source, o), o)
-    store = cached(o.cache_dir, preparation.settings, preparation.write)
-    if o.bad_rows == "error":
+    store = prepared(preparation, o)
+    dataset = ChatDataset(store, repeated(store, preparation.sources, o.seed)).used(o)
+    if not o.packed or tokenizer.max_seq_len is None:
+        return dataset
+    packs = Packs(dataset, tokenizer.max_seq_len, seed=o.seed, split_documents=o.split_documents)
+    return StockPacks(packs, tokenizer.pad_id)
+
+
+def prepared(preparation: Preparation, options: UseOptions) -> Store:
+    """Return the samples of all rows, at least one, and say what was noticed about them.
+
+    Raises:
+        DataError: As :func:`chat_dataset`.
+        OutputError: The tokenized data cannot be written.
+    """
+    store = cached(options.cache_dir, preparation.settings, preparation.write)
+    if options.bad_rows == "error":
         store.findings.refuse_bad_rows(store.rows)
     if not len(store.samples):
         raise DataError(_no_sample(store, preparation))
     store.findings.log(store.rows)
     _log_passed_over(preparation.sources)
-    dataset = ChatDataset(store, _repeated(store, preparation.sources, o.seed))
-    if o.held_out:
-        kept, held = dataset.hold_out(o.held_out, o.seed)
-        dataset = held if o.part == "held_out" else kept
-    if not o.packed or tokenizer.max_seq_len is None:
-        return dataset
-    packs = Packs(dataset, tokenizer.max_seq_len, seed=o.seed, split_documents=o.split_documents)
-    return StockPacks(packs, tokenizer.pad_id)
+    return store
 
 
 def _log_passed_over(sources: Sequence[Source]) -> None:
@@ -103,24 +120,37 @@ def _log_passed_over(sources: Sequence[Source]) -> None:
             log_rank_zero(logger, harmless(text), logging.WARNING)
 
 
-def _read_options(options: Mapping[str, Any], tokenizer: Phi3Tokenizer) -> DatasetOptions:
-    problems = option_problems(DatasetOptions, options, "chat_dataset", section="dataset.")
+def read_options(
+    kind: type[_Options], name: str, options: Mapping[str, Any], tokenizer: Phi3Tokenizer
+) -> _Options:
+    """Check the options of a data set.
+
+    Args:
+        kind: Their dataclass, of `UseOptions`, `SourceOptions` and more.
+        name: Of the data set.
+        options: As they are given.
+        tokenizer: Of the checkpoint.
+
+    Raises:
+        ConfigError: Something is wrong; all problems, one line each.
+    """
+    problems = option_problems(kind, options, name, section="dataset.")
     problems += source_conflicts(options)
     if problems:
         raise ConfigError("\n".join(problems))
-    o = made(DatasetOptions, options)
+    o = made(kind, options)
     if conflicts := [*_conflicts(o, tokenizer)]:
         raise ConfigError("\n".join(conflicts))
     return o
 
 
-def _conflicts(o: DatasetOptions, tokenizer: Phi3Tokenizer) -> Iterator[str]:
+def _conflicts(o: Any, tokenizer: Phi3Tokenizer) -> Iterator[str]:
     """Say what does not go together."""
     if o.part == "held_out" and not o.held_out:
         yield "dataset.part: held_out needs dataset.held_out, a share above 0."
     if o.packed and tokenizer.max_seq_len is None:
         yield "dataset.packed: True needs the length of a pack. Set tokenizer.max_seq_len."
-    if o.split_documents and not o.packed:
+    if getattr(o, "split_documents", False) and not o.packed:
         yield "dataset.split_documents: True needs dataset.packed=True."
     if o.tool_calls is not None and tokenizer.special_in_text == "text":
         yield (
@@ -151,8 +181,8 @@ def _no_sample(store: Store, preparation: Preparation) -> str:
     return text + store.findings.bad_rows_listed()
 
 
-def _repeated(store: Store, sources: Sequence[Source], seed: int) -> NDArray[np.int64]:
-    """Return the samples of an epoch: each as often as the weight of its source says."""
+def repeated(store: Store, sources: Sequence[Source], seed: int) -> NDArray[np.int64]:
+    """Return the conversations of an epoch: each as often as the weight of its source says."""
     counts = np.ones(len(store.samples), dtype=np.int64)
     for number, source in enumerate(sources):
         if source.weight != 1:
@@ -231,11 +261,18 @@ class ChatDataset(Dataset[dict[str, list[int]]]):
         """Return where a sample was read, as in ``chats.jsonl:7``."""
         return self.store.places[int(self.chosen[index])]
 
-    def select(self, indices: NDArray[np.int64]) -> "ChatDataset":
+    def select(self, indices: NDArray[np.int64]) -> Self:
         """Return the data set of some of the samples, in the given order."""
-        return ChatDataset(self.store, self.chosen[indices])
+        return self._of(self.chosen[indices])
 
-    def hold_out(self, share: float, seed: int) -> tuple["ChatDataset", "ChatDataset"]:
+    def used(self, options: UseOptions) -> Self:
+        """Return the part that is asked for."""
+        if not options.held_out:
+            return self
+        kept, held = self.hold_out(options.held_out, options.seed)
+        return held if options.part == "held_out" else kept
+
+    def hold_out(self, share: float, seed: int) -> tuple[Self, Self]:
         """Split into what is trained on and what is held out, groups whole.
 
         Args:
@@ -249,7 +286,10 @@ class ChatDataset(Dataset[dict[str, list[int]]]):
         samples = np.unique(self.chosen)
         held = samples[held_out_mask(self.store.samples["group"][samples], share, seed)]
         kept = self.select(np.flatnonzero(~np.isin(self.chosen, held)))
-        return kept, ChatDataset(self.store, held)
+        return kept, self._of(held)
+
+    def _of(self, chosen: NDArray[np.int64]) -> Self:
+        return type(self)(self.store, chosen)
 
     def _column(self, name: str) -> NDArray[Any]:
         values: NDArray[Any] = self.store.samples[name][self.chosen]

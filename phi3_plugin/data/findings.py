@@ -20,7 +20,8 @@ UNUSABLE = "cannot be used"
 FILTERED = "do not pass the filter"
 CUT_AWAY = "have nothing to train on within max_seq_len"
 TOO_LONG = "are longer than max_seq_len"
-DROPPED = (BROKEN, UNUSABLE, FILTERED, CUT_AWAY, TOO_LONG)
+SAME_ANSWERS = "have two answers that do not differ"
+DROPPED = (BROKEN, UNUSABLE, FILTERED, SAME_ANSWERS, CUT_AWAY, TOO_LONG)
 """Why a row gives no sample."""
 
 TRUNCATED = "are cut at max_seq_len"
@@ -35,7 +36,10 @@ NOTICED = (
 )
 """What was noticed about rows that do."""
 
-LOGGED = (BROKEN, UNUSABLE, CUT_AWAY, TOO_LONG, TRUNCATED, DROPPED_MESSAGE, PASSED_OVER)
+LOGGED = (
+    *(BROKEN, UNUSABLE, SAME_ANSWERS, CUT_AWAY, TOO_LONG, TRUNCATED),
+    *(DROPPED_MESSAGE, PASSED_OVER),
+)
 """What is logged; `phi3-tune inspect-data` shows all."""
 
 PLACES_KEPT = 1000

@@ -509,6 +509,8 @@ class Preference(MessageList):
     """``chosen`` beside ``rejected``: an answer, messages, or a text as in HH-RLHF."""
 
     precedence: ClassVar[int] = 1
+    other: ClassVar[str] = "rejected"
+    """Column of the worse answer."""
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has both answers."""
@@ -518,6 +520,8 @@ class Preference(MessageList):
         """Read the prompt and the chosen answer; the rejected one is not looked at."""
         refuse_beside(filled(row, ("context", "history")), ADVISE_COLUMNS)
         chosen = row.get(self.column)
+        if isinstance(chosen, dict):
+            chosen = [chosen]
         if isinstance(chosen, list):
             turns = self.listed(chosen, self.column)
             # A whole conversation says again what the prompt says
@@ -569,6 +573,9 @@ def _transcript(text: str) -> list[Turn]:
 @dataclass(frozen=True)
 class OpenAIPreference(MessageList):
     """``input`` with messages, ``preferred_output`` and ``non_preferred_output``."""
+
+    other: ClassVar[str] = "non_preferred_output"
+    """Column of the worse answer."""
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the three columns."""

@@ -23,6 +23,7 @@ torchtune's own recipes.
 import hashlib
 import logging
 from bisect import bisect_left, insort
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,8 @@ from torch.utils.data import Dataset
 from torchtune.datasets import PackedDataset
 from torchtune.utils import log_rank_zero
 
-from phi3_plugin.data.collate import IGNORED, concatenate
-from phi3_plugin.errors import DataError
+from phi3_plugin.data.collate import IGNORED, OF_ANSWERS, concatenate
+from phi3_plugin.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,9 @@ class Packs(Dataset[dict[str, Tensor]]):
         for document, start, length in self.documents(index):
             tokens, labels = self.ds.arrays(document)
             here = slice(start, start + length)
-            pieces.append({"tokens": tokens[here].astype(np.int64), "labels": labels[here]})
-        row = concatenate(pieces)
-        lengths = torch.tensor(row.pop("lengths"))
-        return {**{key: value[0] for key, value in row.items()}, "lengths": lengths}
+            piece = {"tokens": tokens[here].astype(np.int64), "labels": labels[here]}
+            pieces.append({**piece, **self._beside(document)})
+        return _as_pack(concatenate(pieces))
 
     def documents(self, index: int) -> list[tuple[int, int, int]]:
         """Return the documents of a pack: index in the data set, first token and length."""
@@ -135,6 +135,11 @@ class Packs(Dataset[dict[str, Tensor]]):
         kept, held = self.ds.hold_out(share, seed)
         return Packs(kept, self.size, **self._options), Packs(held, self.size, **self._options)
 
+    def _beside(self, document: int) -> dict[str, Any]:
+        """Return what a sample that is several documents has beside tokens and labels."""
+        beside: dict[str, Any] = self.ds.beside(document) if hasattr(self.ds, "beside") else {}
+        return beside
+
     def _labelled(self, planned: "Plan") -> NDArray[np.int32]:
         counts: NDArray[np.int32] = self.ds.labelled[planned.documents]
         for piece in np.flatnonzero(planned.lengths < self.ds.lengths[planned.documents]):
@@ -143,6 +148,19 @@ class Packs(Dataset[dict[str, Tensor]]):
             end = start + int(planned.lengths[piece])
             counts[piece] = np.count_nonzero(labels[start + 1 : end] != IGNORED)
         return counts
+
+
+def _as_pack(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the only row of a batch."""
+    pack = dict[str, Any]()
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            pack[key] = _as_pack(value)
+        elif key == "lengths":
+            pack[key] = torch.tensor(value)
+        else:
+            pack[key] = value if key in OF_ANSWERS else value[0]
+    return pack
 
 
 class _Arrays:
@@ -205,8 +223,42 @@ class StockPacks(PackedDataset):  # type: ignore[misc]
         return {**row, "seq_lens": torch.cat([pack["lengths"], padding])}
 
 
+class StockPairs(Dataset[dict[str, list[int]]]):
+    """Pairs of answers as torchtune's DPO recipes take them."""
+
+    def __init__(self, answers: Any) -> None:
+        """Keep the pairs, of `phi3_plugin.data.preferences.PreferenceDataset`, or packs of them."""
+        self.answers = answers
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """Return ``chosen_input_ids``, ``chosen_labels``, and both of ``rejected``.
+
+        Raises:
+            ConfigError: The pairs are packed.
+        """
+        if isinstance(self.answers, Packs):
+            raise ConfigError(
+                "dataset.packed: torchtune's DPO recipes take pairs one by one. Set it to False, "
+                "or use phi3_lora_finetune."
+            )
+        sample = self.answers[index]
+        tokens, labels = (sample[key].tolist() for key in ("tokens", "labels"))
+        cut = int(sample["lengths"][0])
+        return {
+            "chosen_input_ids": tokens[:cut],
+            "chosen_labels": labels[:cut],
+            "rejected_input_ids": tokens[cut:],
+            "rejected_labels": labels[cut:],
+        }
+
+
 def without_padding(dataset: Any) -> Any:
-    """Return a data set as it is, but :class:`StockPacks` as the packs they are made of."""
+    """Return a data set as it is, but one in torchtune's shape as what it is made of."""
+    if isinstance(dataset, StockPairs):
+        return dataset.answers
     return dataset.packs if isinstance(dataset, StockPacks) else dataset
 
 

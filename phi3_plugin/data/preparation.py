@@ -10,7 +10,7 @@ the data.
 import gc
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -69,8 +69,8 @@ _CALLS = Kind(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """How a row becomes a sample; a data set is tokenized again if one of them changes."""
+class RenderOptions:
+    """How a conversation is written; a data set is tokenized again if one of them changes."""
 
     tool_calls: Annotated[str, _CALLS] | None = None
     """How a message's ``tool_calls`` are written: a text with one ``{}`` for them."""
@@ -78,6 +78,18 @@ class SampleOptions:
     """Put in front of every conversation that has no system message; one that has any keeps its
     own. An empty text is an empty system message, which the template may leave out; None adds
     none."""
+    add_eos: Switch = False
+    """Put the end-of-text token at the end of conversations whose template does not. It is trained
+    on as the template's own is: only with ``train_on: all``."""
+    group_by: AnyText | None = None
+    """A column; rows with the same value stay together when data is held out. By default rows do
+    whose conversations start alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(RenderOptions):
+    """How a row becomes a sample; a data set is tokenized again if one of them changes."""
+
     train_on: Literal["assistant", "last", "marked", "all"] = "assistant"
     """"assistant": what the assistant says and the token that ends it, unless the message has a
     weight of 0 or ``train: false``. "last": the last such turn only. "marked": the messages with a
@@ -88,12 +100,6 @@ class SampleOptions:
     off. "left": the oldest exchanges go, whole, and the system prompt stays; where the last
     exchange alone is still too long, its question loses its start, and where the answer is, its end
     is cut off. "drop": the conversation goes."""
-    add_eos: Switch = False
-    """Put the end-of-text token at the end of conversations whose template does not. It is trained
-    on as the template's own is: only with ``train_on: all``."""
-    group_by: AnyText | None = None
-    """A column; rows with the same value stay together when data is held out. By default rows do
-    whose conversations start alike."""
 
 
 RenderedRow = tuple[ChatRow, Rendered]
@@ -136,9 +142,9 @@ class Preparation:
                     texts = [rendered for _, rendered in rows]
                     waiting.append((rows, pool.submit(self.tokenizer.encode_chats, texts)))
                     if len(waiting) > WAITING:
-                        self._append(*waiting.popleft(), writer)
+                        self.append(*waiting.popleft(), writer)
                 while waiting:
-                    self._append(*waiting.popleft(), writer)
+                    self.append(*waiting.popleft(), writer)
             finally:
                 for _, future in waiting:
                     future.cancel()
@@ -168,24 +174,38 @@ class Preparation:
                 writer.findings.add(*row)
                 continue
             try:
-                rendered = self.render(row.chat)
-                if (size_of_one := len(rendered.text)) > LONGEST:
-                    raise DataError(
-                        f"the conversation has {size_of_one:,} characters, more than {LONGEST:,}, "
-                        "which are several times what any model reads. Split it"
-                    )
+                sides = self.rendered(row)
+                for size_of_one in (len(rendered.text) for _, rendered in sides):
+                    if size_of_one > LONGEST:
+                        raise DataError(
+                            f"the conversation has {size_of_one:,} characters, more than "
+                            f"{LONGEST:,}, which are several times what any model reads. Split it"
+                        )
             except DataError as error:
                 writer.findings.add(UNUSABLE, row.where, str(error))
                 continue
-            self._notice(row, rendered, writer.findings)
-            batch.append((row, rendered))
-            size += len(rendered.text)
-            if len(batch) == CONVERSATIONS_AT_ONCE or size > CHARACTERS_AT_ONCE:
+            self.notice(sides, writer.findings)
+            batch += sides
+            size += sum(len(rendered.text) for _, rendered in sides)
+            if len(batch) >= CONVERSATIONS_AT_ONCE or size > CHARACTERS_AT_ONCE:
                 yield batch
                 batch = []
                 size = 0
         if batch:
             yield batch
+
+    def rendered(self, row: ChatRow) -> list[RenderedRow]:
+        """Return what a row gives, rendered: a conversation, or two that are dropped together.
+
+        Raises:
+            DataError: There is nothing to train on, or it cannot be rendered.
+        """
+        return [(row, self.render(row.chat))]
+
+    def notice(self, rows: Sequence[RenderedRow], findings: Findings) -> None:
+        """Tell what is noticed about a row."""
+        for row, rendered in rows:
+            self._notice(row, rendered, findings)
 
     def _notice(self, row: ChatRow, rendered: Rendered, findings: Findings) -> None:
         if rendered.dropped:
@@ -202,7 +222,7 @@ class Preparation:
             if any(piece.said and tokens.search(piece.text) for piece in rendered.pieces):
                 findings.add(SPECIAL_IN_TEXT, row.where)
 
-    def _append(
+    def append(
         self, rows: Sequence[RenderedRow], encoding: Future[TokenizedChats], writer: StoreWriter
     ) -> None:
         """Write encoded conversations, each cut to its length, if anything of it is trained on."""
@@ -263,19 +283,33 @@ class Preparation:
     ) -> tuple[ChatRow | UnusedRow, list[str]]:
         """Read one row; and say which of its columns are not read."""
         try:
-            chat = format.read(row)
-            refuse_unwanted(row, format, self.sources[source].filter)
+            chat, beside = self.read(row, format, self.sources[source].filter)
             reads = self.tokenizer.template.reads
             unread = format.unread(reads.without(row))
-            if not isinstance(chat, Written):
-                chat = reads.of_row(chat, row)
-            else:
-                with suppress(DataError):  # where it matters, it is said when it is rendered
-                    chat = self.tokenizer.template.find_answers(chat)
             group = group_of(row, chat, self.options.group_by)
         except DataError as error:
             return UnusedRow(UNUSABLE, where, str(error)), []
-        return ChatRow(where, source, index, group, chat, row), unread
+        return ChatRow(where, source, index, group, chat, row, **beside), unread
+
+    def read(
+        self, row: Mapping[str, Any], format: Format, filter: str | None
+    ) -> tuple[Chat, dict[str, Any]]:
+        """Read the conversation of a row, and what else `ChatRow` has of it.
+
+        Raises:
+            DataError: The row cannot be used.
+        """
+        chat = self.completed(format.read(row), row)
+        refuse_unwanted(row, format, filter)
+        return chat, {}
+
+    def completed(self, chat: Chat, row: Mapping[str, Any]) -> Chat:
+        """Return a conversation with what the template reads of the row, or finds in a text."""
+        if not isinstance(chat, Written):
+            return self.tokenizer.template.reads.of_row(chat, row)
+        with suppress(DataError):  # where it matters, it is said when it is rendered
+            return self.tokenizer.template.find_answers(chat)
+        return chat
 
     # What is trained on
 
@@ -366,49 +400,71 @@ class Preparation:
         if not chat.turns:
             return _end_of_text(tokens, limit)
         try:
-            return self._without_oldest(chat.turns, limit)
+            return self.without_oldest([chat.turns], limit)[0]
         except DataError:  # The template fails on what is left; nothing of it is trained
             return tokens.first(0)
 
-    def _without_oldest(self, turns: Sequence[Turn], limit: int) -> Tokens:
-        """Shorten a conversation from its start; its turns carry what is trained on."""
-        system = [turn for turn in turns[:1] if turn.role == "system"]
-        starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > len(system)]
-        later = [[*system, *turns[start:]] for start in starts]
+    def without_oldest(self, sides: Sequence[Sequence[Turn]], limit: int) -> list[Tokens]:
+        """Shorten conversations that begin alike from their start, all of them alike.
+
+        Args:
+            sides: Their turns carry what is trained on.
+            limit: Tokens that each may have.
+
+        Raises:
+            DataError: The template fails on what is left.
+        """
+        first = sides[0][: shared_turns(sides)]
+        system = [turn for turn in first[:1] if turn.role == "system"]
+        starts = [i for i, turn in enumerate(first) if turn.role == "user" and i > len(system)]
+        later = [[[*system, *turns[start:]] for turns in sides] for start in starts]
         fitting = self._first_fit(len(later), later.__getitem__, limit)
         if fitting is not None:
             return fitting
-        last = later[-1] if later else list(turns)
-        asking = [i for i, turn in enumerate(last) if turn.role == "user" and not turn.trained]
+        last = later[-1] if later else [list(turns) for turns in sides]
+        asked = enumerate(last[0][: shared_turns(last)])
+        asking = [i for i, turn in asked if turn.role == "user" and not turn.trained]
         if asking:
             at = asking[0]
-            question = last[at]
+            question = last[0][at]
 
-            def without_start(n: int) -> Sequence[Turn]:
+            def without_start(n: int) -> list[list[Turn]]:
                 shorter = question._replace(content=question.content[n + 1 :])
-                return [*last[:at], shorter, *last[at + 1 :]]
+                return [[*turns[:at], shorter, *turns[at + 1 :]] for turns in last]
 
             fitting = self._first_fit(len(question.content), without_start, limit)
-        return self._encode(last).first(limit) if fitting is None else fitting
+        if fitting is not None:
+            return fitting
+        return [self._encode(turns).first(limit) for turns in last]
 
     def _first_fit(
-        self, count: int, candidate: Callable[[int], Sequence[Turn]], limit: int
-    ) -> Tokens | None:
-        """Return the first that is short enough, of conversations that get shorter.
+        self, count: int, candidate: Callable[[int], Sequence[Sequence[Turn]]], limit: int
+    ) -> list[Tokens] | None:
+        """Return the first that are short enough, of conversations that get shorter.
 
         By bisection, so that a hundred exchanges are rendered and encoded seven times.
         """
-        tokens = dict[int, Tokens]()
+        tokens = dict[int, list[Tokens]]()
 
         def fits(index: int) -> bool:
-            tokens[index] = self._encode(candidate(index))
-            return len(tokens[index].ids) <= limit
+            tokens[index] = [self._encode(turns) for turns in candidate(index)]
+            return all(len(side.ids) <= limit for side in tokens[index])
 
         at = bisect_left(range(count), True, key=fits)
         return tokens[at] if at < count else None
 
     def _encode(self, turns: Sequence[Turn]) -> Tokens:
         return self.tokenizer.encode_chats([self._render_turns(turns)]).split()[0]
+
+
+def shared_turns(sides: Sequence[Sequence[Turn]]) -> int:
+    """Return with how many turns conversations begin alike."""
+    alike = 0
+    for turns in zip(*sides, strict=False):
+        if any(turn != turns[0] for turn in turns):
+            break
+        alike += 1
+    return alike
 
 
 def _numbered(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:

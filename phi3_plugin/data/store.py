@@ -48,6 +48,10 @@ class ChatRow(NamedTuple):
     chat: Chat
     raw: Mapping[str, Any]
     """What the row holds."""
+    wanted: bool = True
+    """Whether the last answer is a good one."""
+    rejected: Chat | None = None
+    """The same conversation with a worse answer, of rows that have one."""
 
 
 SAMPLE = np.dtype(
@@ -58,6 +62,7 @@ SAMPLE = np.dtype(
         ("source", np.int32),  # which of the sources
         ("row", np.int64),  # which of the source's rows
         ("group", np.uint64),  # samples that must stay together
+        ("wanted", np.bool_),  # whether the answer is a good one; of pairs the second is not
     ]
 )
 
@@ -96,6 +101,7 @@ class StoreWriter:
         samples["source"] = [row.source for row in rows]
         samples["row"] = [row.row for row in rows]
         samples["group"] = np.array([row.group for row in rows], dtype=np.uint64)
+        samples["wanted"] = [row.wanted for row in rows]
         for digest, values in zip(
             self._digests, (batch.ids, batch.trained, samples["length"]), strict=True
         ):

@@ -10,8 +10,10 @@ from typing import Any
 
 from phi3_plugin.data.order import Collate, Order, hold_out
 from phi3_plugin.data.packing import without_padding
-from phi3_plugin.errors import ConfigError
+from phi3_plugin.data.preferences import PreferenceDataset
+from phi3_plugin.errors import ConfigError, DataError
 from phi3_plugin.settings import Settings, component
+from phi3_plugin.train.losses import Loss, Preference, sft
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ def load_data(settings: Settings, processes: int) -> RunData:
     """
     s = settings
     tokenizer = instantiate(s.tokenizer)
-    dataset = without_padding(instantiate(s.dataset, tokenizer))
+    loss = loss_of(s)
+    dataset = _compared(instantiate(s.dataset, tokenizer), loss)
     dataset, held_out = hold_out(dataset, validation_share(s, dataset), s.seed)
     if held_out is None:
-        held_out = without_padding(instantiate(s.dataset_val, tokenizer))
+        held_out = _compared(instantiate(s.dataset_val, tokenizer), loss)
     if held_out is None and s.early_stop_patience:
         raise ConfigError(
             f"early_stop_patience: {s.early_stop_patience} needs validation data, and of fewer "
@@ -76,11 +79,48 @@ def check_positions(data: RunData, positions: int) -> None:
     for order in (data.order, data.order_val):
         dataset = order and order.dataset
         lengths = getattr(getattr(dataset, "plan", dataset), "lengths", None)  # of packs, documents
+        if isinstance(samples := getattr(dataset, "ds", dataset), PreferenceDataset):
+            lengths = samples.document_lengths
         if lengths is not None and lengths.max() > positions:
             raise ConfigError(
                 f"tokenizer.max_seq_len: a document has {lengths.max():,} tokens, but the model "
                 f"has {positions:,} positions. Set it to {positions} or less."
             )
+
+
+def loss_of(s: Settings) -> Loss:
+    """Return the loss of a run."""
+    return sft if s.loss is None else instantiate(s.loss)  # type: ignore[no-any-return]
+
+
+def _compared(dataset: Any, loss: Loss) -> Any:
+    """Return a data set as our recipe takes it, with what the loss compares.
+
+    Raises:
+        DataError: The loss is one of answers, and these are others or none.
+    """
+    dataset = without_padding(dataset)
+    samples = getattr(dataset, "ds", dataset)  # of packs, the documents
+    is_answers = isinstance(samples, PreferenceDataset)
+    if not isinstance(loss, Preference):
+        if is_answers:
+            raise DataError("loss: cross entropy would learn rejected answers too. Set another.")
+        return dataset
+    name = type(loss).__name__
+    if dataset is not None and not is_answers:
+        raise DataError(
+            f"dataset: {name} compares answers. Use phi3_plugin.data.preference_dataset."
+        )
+    if dataset is not None and loss.paired and not samples.is_paired:
+        raise DataError(
+            f"dataset.source: {name} compares two answers to a question, and each row has one with "
+            "a label. Use phi3_plugin.train.losses.kto."
+        )
+    if dataset is not None and loss.mismatched:
+        if len(samples.store.samples) < 2 * samples.width:
+            raise DataError(f"dataset.source: {name} needs answers to more than one question.")
+        samples.has_mismatched = True
+    return dataset
 
 
 ENOUGH = 200

@@ -1,14 +1,26 @@
 """Losses over the log-probabilities of labelled tokens, summed: a step divides once.
 
-The model gives log p of every labelled token, and its gradient whatever the loss: another loss of
-tokens is another function here. One of pairs of answers also needs them in one micro-batch, and a
-step that divides by their number.
+The model gives log p of every labelled token, and its gradient whatever the loss: another loss is
+another function of them here.
+
+    sft                     a mean over tokens: how well each is predicted
+    dpo, simpo, orpo        a mean over pairs: how much better the chosen answer is than the other
+    kto                     a mean over answers, each of which is a good or a bad one
+
+Answers are documents of a row, a pair is two neighbours in it, the chosen one first. What a loss
+compares with, the model without its adapter, comes with the batch: `phi3_plugin.train.reference`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phi3_plugin.options import Kind, Positive, Share, is_number
 
 Batch = dict[str, Any]
 """What the model takes, with ``targets`` and ``rows``; see :func:`phi3_plugin.train.step.ready`."""
@@ -17,6 +29,256 @@ Loss = Callable[[Tensor, Batch], Tensor]
 """(log p of each labelled token ``[N]``, their batch) -> loss, a scalar in fp32."""
 
 
+BESIDE = frozenset(("labelled", "wanted", "reference", "mismatched", "kl", "chosen_length"))
+"""What a batch has for a loss of answers alone."""
+
+
+# Shapes: N labelled tokens, A answers, P pairs
+def predicted(model: nn.Module, batch: Batch) -> Tensor:
+    """Return log p of each labelled token, [N]."""
+    logps: Tensor = model(**{key: batch[key] for key in batch if key not in BESIDE})
+    return logps
+
+
 def sft(logps: Tensor, batch: Batch) -> Tensor:
     """Return the cross entropy: -log p, summed over tokens."""
     return -logps.sum()
+
+
+class Answers(NamedTuple):
+    """What a batch says of each answer, [A], or of one side of each pair, [P]."""
+
+    logps: Tensor
+    """Sum of log p over its tokens."""
+    tokens: Tensor
+    """How many these are."""
+    reference: Tensor
+    """Sum of log p without the adapter; zero where a loss needs none."""
+    wanted: Tensor
+    """Whether the answer is a good one."""
+
+    @property
+    def gains(self) -> Tensor:
+        """By how much the adapter makes each answer likelier, in log p."""
+        return self.logps - self.reference
+
+    @property
+    def means(self) -> Tensor:
+        """Mean log p of a token."""
+        return self.logps / self.tokens
+
+    def pairs(self) -> tuple["Answers", "Answers"]:
+        """Return the chosen and the rejected answers."""
+        chosen, rejected = (Answers(*(value[side::2] for value in self)) for side in (0, 1))
+        return chosen, rejected
+
+
+def summed(logps: Tensor, batch: Batch) -> Tensor:
+    """Return log p of each answer, [A]; of [N] those of an answer are neighbours."""
+    return torch.segment_reduce(logps, "sum", lengths=batch["labelled"], initial=0)
+
+
+def answers(logps: Tensor, batch: Batch) -> Answers:
+    """Return what a batch says of its answers."""
+    sums = summed(logps, batch)
+    reference = batch.get("reference", torch.zeros_like(sums))
+    return Answers(sums, batch["labelled"], reference, batch["wanted"])
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A loss of answers; those below say what becomes of each."""
+
+    paired: ClassVar[bool] = True
+    """Whether it compares two answers."""
+    compares: ClassVar[bool] = True
+    """Whether it needs the model without its adapter."""
+    mismatched: ClassVar[bool] = False
+    """Whether it needs answers to other questions."""
+    measured: ClassVar[tuple[str, ...]] = (
+        *("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy"),
+    )
+    """What is told of a step beside its loss, each a mean over pairs."""
+
+    def __call__(self, logps: Tensor, batch: Batch) -> Tensor:
+        """Return the loss, summed over pairs, or answers."""
+        if not len(logps):  # a process that the last samples of an epoch do not reach
+            return logps.sum()
+        return self.losses(answers(logps, batch), batch).sum()
+
+    def count(self, batch: Batch) -> int:
+        """Return of how many pairs, or answers, the loss is a mean."""
+        return len(batch["wanted"]) // (1 + self.paired) if len(batch["targets"]) else 0
+
+    def measure(self, logps: Tensor, batch: Batch) -> Tensor:
+        """Return of each of `measured` the sum, and over how many, [measured, 2]."""
+        if not len(logps):
+            return torch.zeros(len(self.measured), 2, dtype=torch.float64, device=logps.device)
+        return self.sums(answers(logps, batch), batch).double()
+
+    def told(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what is told of a step, of the means of what is `measured`."""
+        return means
+
+    def losses(self, all: Answers, batch: Batch) -> Tensor:
+        """Return the loss of each pair, [P], or answer, [A]."""
+        raise NotImplementedError
+
+    def rewards(self, side: Answers) -> Tensor:
+        """Return how much the model has come to like each answer."""
+        raise NotImplementedError
+
+    def sums(self, all: Answers, batch: Batch) -> Tensor:
+        """Return sums and counts of rewards, [measured, 2]."""
+        chosen, rejected = map(self.rewards, all.pairs())
+        values = torch.stack([chosen, rejected, chosen - rejected, (chosen > rejected).float()])
+        return torch.stack([values.sum(1), torch.full_like(values[:, 0], len(chosen))], dim=1)
+
+
+def _nll(chosen: Answers, batch: Batch) -> Tensor:
+    """Return what of each pair adds up to P times -log p of a chosen token, the mean of a step."""
+    return -chosen.logps / batch["chosen_length"]
+
+
+def _logistic(logits: Tensor, smoothing: float) -> Tensor:
+    return -F.logsigmoid(logits) * (1 - smoothing) - F.logsigmoid(-logits) * smoothing
+
+
+@dataclass(frozen=True)
+class DPO(Preference):
+    """Direct preference optimization: the chosen answer gains more over the base than the other.
+
+    Source: Rafailov et al. 2023, DPO, equation 7; Azar et al. 2023, IPO, equation 17, with means
+    over tokens as its authors do; Zhao et al. 2023, SLiC (hinge); Mitchell 2023, cDPO (smoothing);
+    Pang et al. 2024, RPO, equation 1, with the mean over all tokens of the step.
+    """
+
+    beta: Positive = 0.1
+    """How much a gain in log p counts: the larger, the nearer the model stays to the base. Of ipo
+    the margin to reach is 1 / (2 beta)."""
+    form: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """What is made of the difference of gains."""
+    label_smoothing: Share = 0.0
+    """Share of pairs that are thought to be the wrong way round; for sigmoid."""
+    rpo_alpha: Positive | None = None
+    """Weight of -log p of the chosen answers' tokens, which is added then."""
+
+    def losses(self, all: Answers, batch: Batch) -> Tensor:
+        """Return the loss of each pair, [P]."""
+        chosen, rejected = all.pairs()
+        logits = self.beta * (chosen.gains - rejected.gains)
+        if self.form == "ipo":
+            difference = chosen.gains / chosen.tokens - rejected.gains / rejected.tokens
+            losses = (difference - 1 / (2 * self.beta)).square()
+        elif self.form == "hinge":
+            losses = F.relu(1 - logits)
+        else:
+            losses = _logistic(logits, self.label_smoothing)
+        return losses if self.rpo_alpha is None else losses + self.rpo_alpha * _nll(chosen, batch)
+
+    def rewards(self, side: Answers) -> Tensor:
+        """Return beta times what each answer has gained, [P]."""
+        return self.beta * side.gains
+
+
+@dataclass(frozen=True)
+class SimPO(Preference):
+    """The chosen answer is likelier than the other, token by token and by a margin.
+
+    Source: Meng et al. 2024, SimPO, equation 6.
+    """
+
+    compares: ClassVar[bool] = False
+    beta: Positive = 2.0
+    """How much a difference of mean log p counts."""
+    gamma: Annotated[float, Kind("at least 0", partial(is_number, least=0))] = 0.5
+    """The margin, in rewards."""
+    label_smoothing: Share = 0.0
+    """Share of pairs that are thought to be the wrong way round."""
+
+    def losses(self, all: Answers, batch: Batch) -> Tensor:
+        """Return the loss of each pair, [P]."""
+        chosen, rejected = all.pairs()
+        margins = self.rewards(chosen) - self.rewards(rejected)
+        return _logistic(margins - self.gamma, self.label_smoothing)
+
+    def rewards(self, side: Answers) -> Tensor:
+        """Return beta times the mean log p of each answer's tokens, [P]."""
+        return self.beta * side.means
+
+
+@dataclass(frozen=True)
+class ORPO(Preference):
+    """Cross entropy of the chosen answers, and better odds than those of the others.
+
+    Source: Hong et al. 2024, ORPO, equations 4, 6 and 7; their lambda is beta. The prompts are not
+    learned.
+    """
+
+    compares: ClassVar[bool] = False
+    beta: Positive = 0.1
+    """Weight of the odds ratio."""
+
+    def losses(self, all: Answers, batch: Batch) -> Tensor:
+        """Return the loss of each pair, [P]."""
+        chosen, rejected = all.pairs()
+        log_odds = _log_odds(chosen.means) - _log_odds(rejected.means)
+        return _nll(chosen, batch) - self.beta * F.logsigmoid(log_odds)
+
+    def rewards(self, side: Answers) -> Tensor:
+        """Return beta times the mean log p of each answer's tokens, [P]."""
+        return self.beta * side.means
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    """Return log(p / (1 - p)); of a p that rounds to 1 that of the largest below it."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).tiny)
+    return logp - torch.log(-torch.expm1(logp))
+
+
+@dataclass(frozen=True)
+class KTO(Preference):
+    """A good answer gains, and a bad one loses, beside what answers to other questions gain.
+
+    Of these, one for each answer, the mean over the whole step is taken, or 0 if it is less.
+
+    Source: Ethayarajh et al. 2024, KTO, equation 8.
+    """
+
+    paired: ClassVar[bool] = False
+    mismatched: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = ("reward_chosen", "reward_rejected", "kl")
+    beta: Positive = 0.1
+    """How much a gain in log p counts: the larger, the nearer the model stays to the base."""
+    desirable_weight: Positive = 1.0
+    """Of the loss of good answers."""
+    undesirable_weight: Positive = 1.0
+    """Of the loss of bad answers; where there are n times as many, 1 / n evens it out."""
+
+    def losses(self, all: Answers, batch: Batch) -> Tensor:
+        """Return the loss of each answer, [A]."""
+        sign = torch.where(all.wanted, 1.0, -1.0)
+        weights = torch.where(all.wanted, self.desirable_weight, self.undesirable_weight)
+        return weights * (1 - torch.sigmoid(self.beta * sign * (all.gains - batch["kl"])))
+
+    def rewards(self, side: Answers) -> Tensor:
+        """Return beta times what each answer has gained, [A]."""
+        return self.beta * side.gains
+
+    def told(self, means: dict[str, float]) -> dict[str, float]:
+        """Add by how much good answers have gained more than bad ones."""
+        return {**means, "reward_margin": means["reward_chosen"] - means["reward_rejected"]}
+
+    def sums(self, all: Answers, batch: Batch) -> Tensor:
+        """Return sums and counts of rewards, [measured, 2]."""
+        rewards, count = self.rewards(all), len(all.wanted)
+        sides = torch.stack([all.wanted, ~all.wanted]).to(rewards.dtype)
+        sums = torch.cat([sides @ rewards, batch["kl"][None] * count])
+        return torch.stack([sums, torch.cat([sides.sum(1), sums.new_tensor([count])])], dim=1)
+
+
+# By which a YAML names them, beside `sft`
+dpo = DPO
+simpo = SimPO
+orpo = ORPO
+kto = KTO

@@ -107,6 +107,7 @@ class Monitor:
             loss=result.loss,
             lr=rate,
             grad_norm=result.grad_norm,
+            **result.measures,
             tokens=result.tokens,
             tokens_per_second=speed,
             seconds=seconds,
@@ -115,23 +116,46 @@ class Monitor:
         if not result.moved:
             self._history.log(step, event=SKIPPED)
             self._progress.print(f"step {step}: {result.problem}, the weights were left alone")
-        self._progress.update(step, loss=result.loss, lr=rate, tokens_per_second=speed)
+        self._progress.update(
+            step, loss=result.loss, lr=rate, tokens_per_second=speed, measures=result.measures
+        )
         if self._logger is not None and step % self._log_every == 0:
             numbers = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}
+            numbers |= result.measures
             self._logger.log_dict({**numbers, "tokens_per_second": speed}, step=step)
 
-    def validation(self, step: int, loss: float, tokens: int, answers: Sequence[str] = ()) -> None:
-        """Note a validation, and the answers to the sample questions at it."""
+    def validation(
+        self,
+        step: int,
+        loss: float,
+        count: int,
+        answers: Sequence[str] = (),
+        measures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Note a validation.
+
+        Args:
+            step: Steps made.
+            loss: Over all that is held out.
+            count: Labelled tokens of it; of a loss of answers, the pairs or answers.
+            answers: To the sample questions, now.
+            measures: What a loss of answers tells beside itself.
+        """
         if not self.is_main:
             return
-        # exp overflows at 710; there is no such perplexity to report.
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        self._history.log(step, val_loss=loss, val_perplexity=perplexity, val_tokens=tokens)
+        if measures:
+            numbers = {f"val_{name}": value for name, value in measures.items()}
+            self._history.log(step, val_loss=loss, **numbers, val_answers=count)
+        else:
+            # exp overflows at 710; there is no such perplexity to report.
+            numbers = {"val_perplexity": math.exp(loss) if loss < 700 else math.inf}
+            self._history.log(step, val_loss=loss, **numbers, val_tokens=count)
         if answers:
             self._history.log(step, answers=answers)
-        self._progress.validation(step, loss=loss, perplexity=perplexity)
+        shown = {name.removeprefix("val_"): value for name, value in numbers.items()}
+        self._progress.validation(step, loss=loss, **shown)
         if self._logger is not None:
-            self._logger.log_dict({"val_loss": loss, "val_perplexity": perplexity}, step=step)
+            self._logger.log_dict({"val_loss": loss, **numbers}, step=step)
 
     def saved(self, folder: str, step: int) -> None:
         """Note that a checkpoint is whole."""
@@ -289,6 +313,9 @@ LOG_LINES = 100
 SIGN_OF_LIFE = 60.0
 """And one after this many seconds, if its steps are slow."""
 
+SHOWN = {"reward_accuracy": "accuracy", "reward_margin": "margin"}
+"""What is shown of what a loss of answers measures, and as what."""
+
 # The numbers come last: a narrow terminal cuts them off and leaves the rest.
 _BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} {bar} {remaining} left  {desc}"
 _ENDED = "{percentage:3.0f}% {n_fmt}/{total_fmt} {bar} {elapsed} in all  {desc}"
@@ -334,7 +361,15 @@ class Progress:
                 smoothing=0.1,
             )
 
-    def update(self, step: int, *, loss: float, lr: float, tokens_per_second: float) -> None:
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        tokens_per_second: float,
+        measures: Mapping[str, float] | None = None,
+    ) -> None:
         """Show that ``step`` steps are made.
 
         Args:
@@ -342,8 +377,13 @@ class Progress:
             loss: Of this step.
             lr: Learning rate of this step.
             tokens_per_second: Of this step.
+            measures: What a loss of answers tells beside itself; margin and accuracy are shown.
         """
-        numbers = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tok/s"
+        measures = measures or {}
+        told = [
+            f"{word} {measures[name]:.3g}  " for name, word in SHOWN.items() if name in measures
+        ]
+        numbers = f"loss {loss:.4f}  {''.join(told)}lr {lr:.2e}  {tokens_per_second:,.0f} tok/s"
         if self._bar is not None:
             self._bar.set_description_str(numbers, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -352,11 +392,10 @@ class Progress:
             share = 100 * step // self._total
             self.print(f"{self._of_total(step)}  {share:3}%  {numbers}  {self._time(step)}")
 
-    def validation(self, step: int, *, loss: float, perplexity: float) -> None:
-        """Show a validation on a line of its own."""
-        self.print(
-            f"{self._of_total(step)}  validation loss {loss:.4f}  perplexity {perplexity:.4g}"
-        )
+    def validation(self, step: int, *, loss: float, **measures: float) -> None:
+        """Show a validation, with what is measured beside its loss, on a line of its own."""
+        told = [f"  {name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()]
+        self.print(f"{self._of_total(step)}  validation loss {loss:.4f}{''.join(told)}")
 
     def print(self, text: str) -> None:
         """Write text above the bar."""

@@ -18,7 +18,7 @@ from phi3_plugin.checkpoint.base import other_base
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.options import OnResume, PartsOnResume, marks, resolved, spelled
 from phi3_plugin.redaction import redacted
-from phi3_plugin.settings import HINTS, Settings, component
+from phi3_plugin.settings import HINTS, Settings, component, own_loss
 
 FINISHING_KEYS = ("epochs", "max_steps", "early_stop_patience")
 """Keys that decide when a run is finished."""
@@ -106,6 +106,8 @@ def changes_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Chan
 
 def _value(settings: Mapping[str, Any], key: str) -> Any:
     value = settings.get(key, DEFAULTS[key])
+    if key == "loss" and isinstance(value, dict):
+        return own_loss(value)
     if isinstance(value, Mapping) and value.get("_component_", ...) is None:
         return None
     if value is None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phi3_plugin.data.collate import IGNORED
-from phi3_plugin.train.losses import Batch, Loss
+from phi3_plugin.train.losses import Batch, Loss, Preference, predicted
+from phi3_plugin.train.reference import compare
 from phi3_plugin.train.world import World
 
 
@@ -19,13 +20,15 @@ class StepResult:
     """What one step did, over all processes and micro-batches."""
 
     loss: float
-    """Mean over all labelled tokens."""
+    """Mean over all labelled tokens; of a loss of answers over pairs, or answers."""
     tokens: int
     """Labelled tokens."""
     grad_norm: float
     """Norm of the gradient before clipping."""
     moved: bool
     """False if the weights were left alone: loss or norm was not finite, or nothing labelled."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What a loss of answers tells beside itself, see `Preference.measured`."""
 
     @property
     def problem(self) -> str | None:
@@ -51,21 +54,26 @@ def train_step(
         world: All processes; each brings as many micro-batches.
         model: On this process's device.
         optimizer: Over the trained parameters.
-        loss: A sum over labelled tokens.
+        loss: A sum over labelled tokens, or a loss of answers.
         batches: Micro-batches with ``labels``.
         max_norm: Clip the gradient to this norm; None only measures it.
     """
     batches = [ready(batch, world.device) for batch in batches]
-    own = sum(len(batch["targets"]) for batch in batches)
-    count = world.sum(torch.tensor(own, device=world.device))
+    own = [sum(len(batch["targets"]) for batch in batches), count_of(loss, batches)]
+    tokens, count = world.sum(torch.tensor(own, device=world.device))
+    measures = Measures(loss, world.device)
+    if isinstance(loss, Preference):
+        compare(world, model, loss, batches)
     # Gradients are averaged over processes; each share is scaled up to undo that.
     share = world.size / count  # without a label not finite, so that the weights stay
     total = torch.zeros((), device=count.device)
     for i, batch in enumerate(batches):
         world.before_backward(model, last=i == len(batches) - 1)
-        summed = loss(model(**batch), batch)
+        logps = predicted(model, batch)
+        summed = loss(logps, batch)
         (summed * share).backward()
         total += summed.detach()
+        measures.add(logps, batch)
     mean = (world.sum(total) / count).item()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     world.average_gradients(trained)
@@ -75,37 +83,86 @@ def train_step(
     if moved:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean, int(count), norm, moved)
+    return StepResult(mean, int(tokens), norm, moved, measures.means(world))
+
+
+class Measures:
+    """What a loss of answers tells beside itself, of all batches of all processes."""
+
+    def __init__(self, loss: Loss, device: torch.device) -> None:
+        """Begin; of any other loss there is nothing to tell."""
+        self._loss = loss if isinstance(loss, Preference) else None
+        self._sums = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, logps: Tensor, batch: Batch) -> None:
+        """Look at a batch, whose labelled tokens have this log p, [N]."""
+        if self._loss is not None:
+            self._sums = self._sums + self._loss.measure(logps.detach(), batch)
+
+    def means(self, world: World) -> dict[str, float]:
+        """Return the means; one over nothing is not a number."""
+        if self._loss is None:
+            return {}
+        sums, counts = world.sum(self._sums).T
+        return self._loss.told(
+            dict(zip(self._loss.measured, (sums / counts).tolist(), strict=True))
+        )
+
+
+def count_of(loss: Loss, batches: Iterable[Batch]) -> int:
+    """Return of how many a loss is the mean: labelled tokens, pairs or answers."""
+    if isinstance(loss, Preference):
+        return sum(map(loss.count, batches))
+    return sum(len(batch["targets"]) for batch in batches)
 
 
 @torch.no_grad()
 def validate(
-    world: World, model: nn.Module, loss: Loss, batches: Iterable[Batch]
+    world: World,
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Batch],
+    measured: dict[str, float] | None = None,
 ) -> tuple[float, int]:
-    """Return the mean loss over every labelled token of all processes, and their number.
+    """Return the mean loss over all that is held out for all processes, and over how much it is.
+
+    That is a number of labelled tokens; of a loss of answers, of pairs or answers.
 
     Args:
         world: All processes; each must bring as many batches.
         model: Put into evaluation mode meanwhile.
-        loss: A sum over labelled tokens.
+        loss: As for :func:`train_step`.
         batches: This process's share of the validation set.
+        measured: Is given what a loss of answers tells beside itself.
     """
     training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in (ready(batch, world.device) for batch in batches):
-        total[0] += loss(model(**batch), batch).double()
-        total[1] += len(batch["targets"])
+    measures = Measures(loss, world.device)
+    batches = (ready(batch, world.device) for batch in batches)
+    if isinstance(loss, Preference):
+        batches = list(batches)
+        compare(world, model, loss, batches)
+    for batch in batches:
+        logps = predicted(model, batch)
+        total[0] += loss(logps, batch).double()
+        total[1] += count_of(loss, [batch])
+        measures.add(logps, batch)
     model.train(training)
+    if measured is not None:
+        measured.update(measures.means(world))
     summed, count = world.sum(total).tolist()
     return summed / max(count, 1), int(count)
 
 
 def ready(batch: Batch, device: torch.device) -> Batch:
     """Return a batch with targets in place of labels, where the model is."""
+    batch = with_targets(batch)
+    if "mismatched" in batch:
+        batch["mismatched"] = ready(batch["mismatched"], device)
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in with_targets(batch).items()
+        for name, value in batch.items()
     }
 
 
@@ -121,10 +178,14 @@ def with_targets(batch: Batch) -> Batch:
 
     Returns:
         ``targets [N]``, the labels; ``rows [N]``, which tokens predict them, counted over all of
-        B and S; and the rest of the batch.
+        B and S; of answers ``labelled``, how many of these each has; and the rest of the batch.
     """
     # Each label at the token that predicts it; the last token of a row predicts nothing
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
     rows = (labels != IGNORED).nonzero().squeeze(1)
     rest = {key: value for key, value in batch.items() if key != "labels"}
+    if "wanted" in batch:
+        ends = torch.tensor(batch["lengths"]).cumsum(0)
+        answer = torch.searchsorted(ends, rows, right=True)
+        rest["labelled"] = torch.bincount(answer, minlength=len(ends))
     return {**rest, "targets": labels[rows], "rows": rows}
