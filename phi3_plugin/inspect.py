@@ -32,7 +32,7 @@ from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
 from phi3_plugin.pages.numbers import count, percent
-from phi3_plugin.settings import Settings
+from phi3_plugin.settings import CHAT_DATASETS, Settings
 from phi3_plugin.train.data import FEW_STEPS, RunData
 
 # Shapes: N samples, S tokens of one of them, L conversations that gave no sample
@@ -45,8 +45,7 @@ Numbers = NDArray[np.int64]
 
 def is_chat_dataset(section: Mapping[str, Any]) -> bool:
     """Whether a section of a YAML is a data set whose rows can be told apart."""
-    names = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat_dataset")
-    return section["_component_"] in names
+    return section["_component_"] in CHAT_DATASETS
 
 
 def source_name(section: Mapping[str, Any]) -> str:

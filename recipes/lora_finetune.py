@@ -41,6 +41,7 @@ from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
 from phi3_plugin.terminal import outlived
 from phi3_plugin.train import checkpoints
+from phi3_plugin.train.cached_reference import compare_with_cached
 from phi3_plugin.train.data import (
     check_positions,
     facts_in_words,
@@ -48,6 +49,7 @@ from phi3_plugin.train.data import (
     load_data,
     loss_of,
 )
+from phi3_plugin.train.losses import Preference
 from phi3_plugin.train.model import is_adapted, prepare, trained_parameters
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import (
@@ -141,6 +143,7 @@ class Finetune:
         if self.finished:
             return
         self.setup_model(saved)
+        self.setup_reference()
         self.setup_optimizer()
         if saved:
             self.load_state_dict(saved)
@@ -220,6 +223,22 @@ class Finetune:
         )
         self.world.load(self.model, weights, offload=self.s.fsdp_cpu_offload)
         self.model.train()
+
+    def setup_reference(self) -> None:
+        """Compute once what a loss of answers compares with, if that is asked for."""
+        if (
+            self.s.reference == "cached"
+            and isinstance(self.loss, Preference)
+            and self.loss.compares
+        ):
+            for order in filter(None, (self.data.order, self.data.order_val)):
+                compare_with_cached(
+                    self.world,
+                    self.model,
+                    self.s,
+                    order.dataset,
+                    mismatched=self.loss.mismatched,
+                )
 
     def setup_optimizer(self) -> None:
         """Build optimizer and schedule."""

@@ -555,6 +555,47 @@ class Preference(MessageList):
         return "chosen, rejected and perhaps prompt"
 
 
+@dataclass(frozen=True)
+class ListedPreference(Preference):
+    """A list of messages that ends in a question, beside ``chosen`` and ``rejected``."""
+
+    listed_in: str = "messages"
+    precedence: ClassVar[int] = -1
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the list and both answers."""
+        return self.listed_in in row and super().fits(row)
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the messages and the chosen answer; the rejected one is not looked at."""
+        chosen = row.get(self.column)
+        chosen = [chosen] if isinstance(chosen, dict) else chosen
+        beside = {name: row[name] for name in row if name not in PROMPTS}
+        if isinstance(chosen, str):
+            answer = [make_turn("assistant", chosen)]
+        else:
+            answer = self.listed(chosen, self.column)
+        if answer[0].role != "assistant":  # a whole conversation says again what the list says
+            return with_columns_beside(answer, beside)
+        before = self.listed(column(row, self.listed_in), self.listed_in)
+        if before[-1].role == "assistant":
+            raise DataError(
+                f"{self.listed_in} ends with an answer, and chosen and rejected are others; end it "
+                "with the question"
+            )
+        return with_columns_beside([*_only_asked(before), *answer], beside)
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return what is not read."""
+        notes = [name for name in PROMPTS if name in row]
+        read = (self.listed_in, self.column, self.other, *BESIDE, *notes)
+        return [*notes, *unread_columns(row, read, (), ADVISE_MESSAGES.format(self.listed_in))]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return f"{self.listed_in}, chosen, rejected"
+
+
 def _prompt_of(row: Mapping[str, Any]) -> Any:
     names = [name for name in PROMPTS if row.get(name)]
     if not names:
@@ -703,6 +744,10 @@ FORMATS: Mapping[str, Format] = {
     "conversation": MessageList("conversation", "role", mapped=True),
     # Two answers to a prompt, of which the better one is learned
     "preference": Preference("chosen", "role"),
+    "messages_preference": ListedPreference("chosen", "role"),
+    "sharegpt_preference": ListedPreference(
+        "chosen", "from", mapped=True, listed_in="conversations"
+    ),
     "openai_preference": OpenAIPreference("preferred_output", "role"),
     # A question and an answer, under the names that data sets give them
     "alpaca": Alpaca(question_and_answer("instruction", "output", also_read=("input", "system"))),

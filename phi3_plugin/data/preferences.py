@@ -244,10 +244,11 @@ def _trained_where_they_differ(chosen: Chat, rejected: Chat) -> list[list[Turn]]
     alike = shared_turns(plain)
     if alike == len(chosen) == len(rejected):  # counted later, as those that are tokenized alike
         alike = max((i for i, turn in enumerate(chosen) if turn.role == "assistant"), default=alike)
+    named = {"chosen": chosen, "rejected": rejected}
+    if ended := [name for name, turns in named.items() if len(turns) == alike]:
+        raise DataError(f"{ended[0]} has no answer: it ends where that of the other begins")
     sides = []
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        if alike == len(turns):
-            raise DataError(f"{name} has no answer: it ends where both answers begin")
+    for name, turns in named.items():
         if turns[alike].role != "assistant":
             raise DataError(
                 "chosen and rejected have different prompts: message "
@@ -306,6 +307,11 @@ class PreferenceDataset(ChatDataset):
         self.reference: NDArray[np.float32] | None = None
         """Log p of every document of the store without the adapter, [documents], and of it with
         another one's answer, [2, documents], where these were computed once."""
+
+    @property
+    def document_lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document of the store."""
+        return np.asarray(self.store.samples["length"], np.int32)
 
     @property
     def width(self) -> int:
@@ -370,10 +376,12 @@ class PreferenceDataset(ChatDataset):
             tokens = np.concatenate([ids[:prompt], others[start:]])[:limit]
             labels = np.concatenate([np.full(prompt, IGNORED), other_labels[start:]])[:limit]
             rows.append((tokens, labels))
-        tokens, labels = (torch.tensor(np.concatenate(part)) for part in zip(*rows, strict=True))
-        lengths = torch.tensor([len(tokens) for tokens, _ in rows])
-        wanted = torch.ones(len(rows), dtype=torch.bool)
-        return {"tokens": tokens, "labels": labels, "lengths": lengths, "wanted": wanted}
+        return {
+            "tokens": torch.tensor(np.concatenate([tokens for tokens, _ in rows])),
+            "labels": torch.tensor(np.concatenate([labels for _, labels in rows])),
+            "lengths": torch.tensor([len(tokens) for tokens, _ in rows]),
+            "wanted": torch.ones(len(rows), dtype=torch.bool),
+        }
 
     def _of(self, chosen: NDArray[np.int64]) -> "PreferenceDataset":
         other = super()._of(chosen)

@@ -111,7 +111,8 @@ class Preparation:
 
     tokenizer: Phi3Tokenizer
     sources: Sequence[Source]
-    options: SampleOptions
+    options: Any
+    """`SampleOptions`, or what a data set of answers has in their place."""
 
     @cached_property
     def settings(self) -> dict[str, Any] | None:

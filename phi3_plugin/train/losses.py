@@ -104,7 +104,8 @@ class Preference:
         """Return the loss, summed over pairs, or answers."""
         if not len(logps):  # a process that the last samples of an epoch do not reach
             return logps.sum()
-        return self.losses(answers(logps, batch), batch).sum()
+        losses: Tensor = self.losses(answers(logps, batch), batch)
+        return losses.sum()
 
     def count(self, batch: Batch) -> int:
         """Return of how many pairs, or answers, the loss is a mean."""
@@ -137,7 +138,8 @@ class Preference:
 
 def _nll(chosen: Answers, batch: Batch) -> Tensor:
     """Return what of each pair adds up to P times -log p of a chosen token, the mean of a step."""
-    return -chosen.logps / batch["chosen_length"]
+    length: Tensor = batch["chosen_length"]
+    return -chosen.logps / length
 
 
 def _logistic(logits: Tensor, smoothing: float) -> Tensor:

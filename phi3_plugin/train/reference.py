@@ -2,7 +2,7 @@
 
 The base is in memory as it is, so its log-probabilities take a forward pass over the same packed
 row with the adapters off, and no second model. They never change, so they can also be computed
-once and be kept with the tokenized data: `reference: cached`.
+once, see `phi3_plugin.train.cached_reference`.
 """
 
 from collections.abc import Sequence

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import ConfigError
+from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, PREFERENCE_LOSS
 
 Recipe = Callable[[DictConfig], Any]
 
@@ -61,10 +62,23 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
                 f"{key}: Phi3Checkpointer reads language models; the head of a reward model is in "
                 "no Phi-3 checkpoint. Use torchtune.training.FullModelTorchTuneCheckpointer for it."
             )
-    if "padded_collate_dpo" in source and _is_ours(cfg, "dataset"):
+    name = str((cfg.get("dataset") or {}).get("_component_"))
+    if "padded_collate_dpo" in source and name in CHAT_DATASETS:
         found.append(
             "dataset: phi3_plugin.data.chat_dataset gives one answer a row, but the recipe "
-            "compares two. Use dataset._component_=torchtune.datasets.preference_dataset."
+            "compares two. Use dataset._component_=phi3_plugin.data.preference_dataset."
+        )
+    if "padded_collate_sft" in source and name in PREFERENCE_DATASETS:
+        found.append(
+            "dataset: phi3_plugin.data.preference_dataset gives two answers a row, and the recipe "
+            "compares none. Use phi3_lora_finetune, or dataset._component_="
+            "phi3_plugin.data.chat_dataset to learn the chosen ones."
+        )
+    loss = str((cfg.get("loss") or {}).get("_component_"))
+    if "padded_collate_dpo" in source and loss.startswith(PREFERENCE_LOSS):
+        found.append(
+            "loss: the recipe takes torchtune's losses. Use torchtune.rlhf.loss.DPOLoss, or "
+            "phi3_lora_finetune."
         )
     if not _is_ours(cfg, "model"):
         return found

@@ -82,6 +82,10 @@ def place(tmp_path_factory):
             turns = (("user", question), ("assistant", answer))
             messages = [{"role": role, "content": content} for role, content in turns]
             file.write(json.dumps({"messages": messages}) + "\n")
+    with (cwd / "my_preferences.jsonl").open("w", encoding="utf-8") as file:
+        for question, answer in pairs:
+            row = {"prompt": question, "chosen": answer, "rejected": question}
+            file.write(json.dumps(row) + "\n")
     with (cwd / "my_pairs.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("ask", "reply"), *pairs])
     (cwd / "tiny_split.py").write_text(TINY_SPLIT)

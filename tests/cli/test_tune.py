@@ -17,7 +17,8 @@ RECIPE, DISTRIBUTED = "lora_finetune_single_device", "lora_finetune_distributed"
 OURS, INSPECT, EVALUATE = "phi3_lora_finetune", "phi3_inspect_data", "phi3_evaluate"
 OF_NO_RUN = ADAPTER, GENERATE = "phi3_adapter", "phi3_generate"
 OF_RUNS = [file for file in CONFIGS if file.stem not in OF_NO_RUN]  # those are recipes' names too
-LISTED = (RECIPE, DISTRIBUTED, OURS, INSPECT, ADAPTER, GENERATE, EVALUATE)
+DPO = "lora_dpo_single_device", "lora_dpo_distributed"
+LISTED = (RECIPE, *DPO, DISTRIBUTED, OURS, INSPECT, ADAPTER, GENERATE, EVALUATE)
 BY_PATH = "phi3_plugin/recipes/lora_finetune.py"
 BIN = Path(sys.executable).parent
 
@@ -28,6 +29,8 @@ def recipes_of(file: Path) -> tuple[str, ...]:
         return (file.stem,)
     if "\ncheckpointer:" not in file.read_text():
         return (OURS, INSPECT, EVALUATE)
+    if "preference_dataset" in file.read_text():
+        return (*DPO, OURS, INSPECT, EVALUATE)
     stock = (RECIPE,) if file.stem == "phi3_demo" else (RECIPE, DISTRIBUTED)
     return (*stock, OURS, INSPECT, EVALUATE)
 

@@ -54,6 +54,8 @@ OTHERS = {
     "lr_scheduler.warmup_ratio": (0.7, HONOURED),
     "lora_plus_ratio": (7, HONOURED),
     "clip_grad_norm": (0.7, HONOURED),
+    "loss": ({"_component_": "phi3_plugin.train.losses.dpo", "beta": 0.2}, REFUSED),
+    "reference": ("cached", FREE),
     "max_nonfinite_steps": (7, FREE),
     "dtype": ("fp32", REFUSED),
     "adapter_dtype": ("bf16", REFUSED),

@@ -389,24 +389,63 @@ def test_a_number_is_no_switch():
         {"_component_": "torch.nn.CrossEntropyLoss", "ignore_index": -100, "label_smoothing": 0.0},
     ],
 )
-def test_cross_entropy_is_accepted(loss):
-    assert stock({"loss": loss}) == []
+def test_cross_entropy_is_accepted(settings, loss):
+    assert settings(edited={"loss": loss}).loss is None
+
+
+LOSSES = "phi3_plugin.train.losses."
+WHOLE = {"_component_": "phi3_plugin.models.phi3", "checkpoint_dir": "x"}
+PAIRS = {"dataset._component_": "phi3_plugin.data.preference_dataset"}
 
 
 @pytest.mark.parametrize(
-    ("loss", "problem"),
+    ("loss", "changed", "problem"),
     [
-        ({"_component_": "torchtune.rlhf.loss.DPOLoss"}, "loss._component_: 'torchtune.rlh"),
-        ("torch.nn.CrossEntropyLoss", "loss: 'torch.nn.CrossEntropyLoss' must be a section"),
+        ({"_component_": "torchtune.rlhf.loss.PPOLoss"}, PAIRS, "loss._component_: 'torchtune.rlh"),
+        ("torch.nn.CrossEntropyLoss", {}, "loss: 'torch.nn.CrossEntropyLoss' must be a section"),
         (
             {"_component_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1},
+            {},
             "loss.label_smoothing: 0.1 is not supported by this recipe. Remove it.",
+        ),
+        ({"_component_": f"{LOSSES}dpo", "beta": -1}, PAIRS, "loss.beta: -1 must be a number abo"),
+        ({"_component_": f"{LOSSES}dpo", "form": "x"}, PAIRS, "loss.form: 'x' must be sigmoid "),
+        ({"_component_": f"{LOSSES}kto", "gamma": 1}, PAIRS, "loss.gamma: 1 "),
+        ({"_component_": f"{LOSSES}dpo"}, {}, "dataset._component_: 'phi3_plugin.data.chat_data"),
+        (None, PAIRS, "loss: null would learn rejected answers as well."),
+        (
+            {"_component_": f"{LOSSES}dpo"},
+            {**PAIRS, "collate_fn": "phi3_plugin.data.collate.pad_right"},
+            "collate_fn: 'phi3_plugin.data.collate.pad_right' does not keep the answers",
+        ),
+        (
+            {"_component_": f"{LOSSES}dpo"},
+            {**PAIRS, "model.lora_init": "pissa"},
+            "model.lora_init: 'pissa' changes what is under the adapter",
+        ),
+        (
+            {"_component_": f"{LOSSES}kto"},
+            {**PAIRS, "model.modules_to_save": ["lm_head"]},
+            "model.modules_to_save: ['lm_head'] changes what is under",
+        ),
+        (
+            {"_component_": f"{LOSSES}dpo"},
+            {**PAIRS, "model": WHOLE, "checkpointer": None, "adapter_dtype": None},
+            "model._component_: phi3_plugin.models.phi3 changes as a whole",
         ),
     ],
 )
-def test_other_losses_are_refused(loss, problem):
-    (line,) = stock({"loss": loss})
+def test_other_losses_are_refused(problems, loss, changed, problem):
+    (line,) = problems(edited={"loss": loss, **changed})
     assert line.startswith(problem)
+
+
+def test_losses_of_answers_are_read(settings):
+    stock = {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.2}
+    read = settings(edited={"loss": stock, **PAIRS})
+    assert read.loss == {"_component_": f"{LOSSES}dpo", "beta": 0.2}
+    changed = {"model": WHOLE, "checkpointer": None, "adapter_dtype": None}
+    settings(edited={"loss": {"_component_": f"{LOSSES}simpo"}, **PAIRS, **changed})
 
 
 def test_the_profiler_stays_off():

@@ -53,6 +53,10 @@ def test_what_serves_is_not_refused(recipe):
 
 
 DORA = {"model": {**OURS["model"], "use_dora": True}}
+CHATS, ANSWERS = (
+    {"_component_": f"phi3_plugin.data.{name}_dataset"} for name in ("chat", "preference")
+)
+OWN_LOSS = {"_component_": "phi3_plugin.train.losses.dpo"}
 NF4 = {"model": {**OURS["model"], "quantize_base": True}}
 
 
@@ -61,7 +65,9 @@ NF4 = {"model": {**OURS["model"], "quantize_base": True}}
     [
         ("lora_dpo_single_device", {"save_adapter_weights_only": False}, "save_adapter_weights"),
         ("lora_finetune_distributed", {"save_adapter_weights_only": None}, "save_adapter_weights"),
-        ("lora_dpo_single_device", {"dataset": {"_component_": "phi3_plugin.data.x"}}, "dataset: "),
+        ("lora_dpo_single_device", {"dataset": CHATS}, "gives one answer a row"),
+        ("lora_finetune_distributed", {"dataset": ANSWERS}, "gives two answers a row"),
+        ("lora_dpo_single_device", {"loss": OWN_LOSS}, "takes torchtune's losses"),
         ("lora_dpo_single_device", DORA, "never sets the magnitudes"),
         ("full_finetune_single_device", NF4, "NF4 cannot be trained"),
         ("full_finetune_distributed", {"tensor_parallel_dim": 2}, "tensor_parallel_plan"),
