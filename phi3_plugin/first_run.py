@@ -408,8 +408,7 @@ def warnings_of(s: "Settings", data: "RunData", processes: int) -> Iterator[str]
     if len(dataset) <= SURVEYED:
         samples = survey(dataset, data.tokenizer.stop_tokens)
         for problem in advice(statistics(s, data, samples, processes)):
-            if "is padding" not in problem.text:  # which only torchtune's recipes compute
-                yield f"{problem.text} {problem.advice}"
+            yield f"{problem.text} {problem.advice}"
     elif data.total_steps < FEW_STEPS:
         yield f"The whole run makes {data.total_steps} steps."
 

@@ -10,13 +10,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
 from phi3_plugin.config import read_config
-from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.data.collate import IGNORED, concatenate
 from phi3_plugin.data.findings import (
     BROKEN,
     CUT_AWAY,
@@ -225,6 +227,17 @@ class Batching(NamedTuple):
     chosen: bool
 
 
+class StockSteps(NamedTuple):
+    """What torchtune's recipes would make of the same configuration."""
+
+    steps: int
+    """Of the whole run."""
+    each: int
+    """Of an epoch."""
+    left_over: int
+    """Samples, or packs, at the end of an epoch that make no whole step and are left out."""
+
+
 class HeldOut(NamedTuple):
     """The validation data."""
 
@@ -279,8 +292,10 @@ class Statistics:
     """What an optimizer step sees, in words."""
     steps: int
     """Of the whole run."""
-    left_over: int = 0
-    """Samples, or packs, at the end of an epoch that make no whole step and are left out."""
+    padded: bool = True
+    """Whether the recipe pads; ours puts samples into one row, unless collate_fn pads."""
+    stock: StockSteps | None = None
+    """Where the configuration is one of torchtune's recipes too; they pad."""
     cuts: list[Cut]
     alike: Alike
     endless: int
@@ -307,7 +322,11 @@ class Statistics:
 
 
 def statistics(
-    settings: Settings, data: RunData, samples: Samples, processes: int = 1, stock: bool = False
+    settings: Settings,
+    data: RunData,
+    samples: Samples,
+    processes: int = 1,
+    stock: Order | None = None,
 ) -> Statistics:
     """Count everything.
 
@@ -316,7 +335,7 @@ def statistics(
         data: Its data, split and ordered.
         samples: Those of the training data, surveyed.
         processes: How many share a step.
-        stock: Whether torchtune's recipes are to run, which make whole steps only.
+        stock: What torchtune's recipes would see, if the configuration is one of theirs too.
     """
     dataset = unpacked(data.order.dataset)
     limit, truncate = getattr(data.tokenizer, "max_seq_len", None), truncation(settings)
@@ -325,6 +344,7 @@ def statistics(
     named = {positions: "model's most"} | ({limit: "yours"} if limit else {})
     things = "packs" if isinstance(data.order.dataset, Packs) else "samples"
     tokens, labelled = tokens_per_epoch(data.order.dataset, samples)
+    padded = pads(data.collate)
     return Statistics(
         options=settings.dataset,
         options_val=settings.dataset_val,
@@ -339,10 +359,11 @@ def statistics(
         limit=limit,
         truncate=truncate,
         positions=positions,
-        batchings=_batchings(settings, data, samples, processes, stock),
+        batchings=_batchings(settings, data, samples, processes, padded or stock is not None),
         per_step=f"{data.order.per_step:,} {things}",
-        steps=settings.epochs * steps_per_epoch(data.order, stock) if stock else data.total_steps,
-        left_over=left_over(data.order) if stock else 0,
+        steps=data.total_steps,
+        padded=padded,
+        stock=stock_steps(stock, settings.epochs) if stock else None,
         cuts=cuts(samples, lost, named, limit=limit, truncate=truncate),
         alike=alike(samples),
         endless=int((~samples.stops).sum()),
@@ -425,21 +446,28 @@ def histogram(lengths: Numbers) -> list[Bin]:
     return bins[used[0] : used[-1] + 1]
 
 
-def left_over(order: Order) -> int:
-    """Return the samples of an epoch that make no whole step."""
-    return len(order.dataset) - steps_per_epoch(order, stock=True) * order.per_step
+def pads(collate: Any) -> bool:
+    """Whether samples are padded to one length, rather than put into one row."""
+    return getattr(collate, "func", collate) is not concatenate
 
 
-def steps_per_epoch(order: Order, stock: bool) -> int:
-    """Return the optimizer steps of an epoch, in our recipe or in torchtune's."""
-    # Theirs drop the last batch unless it is whole, and the last batches unless they make a step
-    return len(order.dataset) // order.per_step if stock else order.steps_per_epoch
+def stock_steps(order: Order, epochs: int) -> StockSteps:
+    """Return the steps of torchtune's recipes.
+
+    They drop the last batch of an epoch unless it is whole, and its last batches unless they make
+    a step.
+    """
+    each = len(order.dataset) // order.per_step
+    return StockSteps(epochs * each, each, len(order.dataset) - each * order.per_step)
 
 
 def _batchings(
-    settings: Settings, data: RunData, samples: Samples, processes: int, stock: bool
+    settings: Settings, data: RunData, samples: Samples, processes: int, padded: bool
 ) -> list[Batching]:
-    """Return the ways to put the samples into batches, the chosen one as the run would."""
+    """Return the ways to put the samples into batches, the chosen one as the run would.
+
+    Where nothing is padded, grouping by length changes nothing.
+    """
     chosen, dataset = data.order, unpacked(data.order.dataset)
     order: Callable[..., Order] = partial(
         Order,
@@ -450,7 +478,7 @@ def _batchings(
         shuffle=settings.shuffle,
     )
     orders = {UNGROUPED: order(dataset)}
-    if settings.shuffle:
+    if settings.shuffle and padded:
         orders[GROUPED] = order(dataset, group_by_length=True)
     limit = getattr(data.tokenizer, "max_seq_len", None)
     if limit is not None and is_chat_dataset(settings.dataset):
@@ -460,7 +488,9 @@ def _batchings(
         mine = PACKED
     orders[mine] = chosen
     return [
-        Batching(name, _padding(order, samples), steps_per_epoch(order, stock), name == mine)
+        Batching(
+            name, _padding(order, samples) if padded else 0.0, order.steps_per_epoch, name == mine
+        )
         for name, order in orders.items()
     ]
 
@@ -650,8 +680,8 @@ def _of_batches(stats: Statistics) -> Iterator[Problem]:
         ways = ["Set another tokenizer.max_seq_len, the length of a pack."]
     if now.padding >= PADDING and ways:
         padded = percent(now.padding)
-        text = f"{padded} of each batch is padding, where a recipe pads (torchtune's do)."
-        yield Problem(text, " ".join(ways))
+        where = "" if stats.padded else " in torchtune's recipes, which pad"
+        yield Problem(f"{padded} of each batch is padding{where}.", " ".join(ways))
 
 
 def _of_rows(stats: Statistics) -> Iterator[Problem]:
@@ -718,7 +748,7 @@ TOKENS_OF_CHARACTER = 4
 
 
 class Unit(NamedTuple):
-    """A token; or several, where a character takes more than one."""
+    """A token; or several, where what is read as one character takes more than one."""
 
     text: str
     ids: tuple[int, ...]
@@ -814,7 +844,26 @@ class Speller:
                     units[-len(tail) :] = [Unit(whole, tuple(tail), counts, False)]
                     parts = []
                     break
-        return units
+        return _as_read(units)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([*self._before, *ids], False)[self._skip :]
+
+
+def _as_read(units: Iterable[Unit]) -> list[Unit]:
+    """Join units that make one character for a reader: a flag, a family, a letter with its accent.
+
+    Source: extended grapheme clusters, Unicode Annex 29.
+    """
+    joined: list[Unit] = []
+    for unit in units:
+        last = joined[-1] if joined else None
+        alike = last and last.trained == unit.trained and not (last.special or unit.special)
+        # No character of ASCII goes on with one before it but a line end, which is better seen
+        if last and alike and not unit.text[:1].isascii():
+            text = last.text + unit.text
+            if len(last.text) not in accumulate(map(len, regex.findall(r"\X", text))):
+                joined[-1] = Unit(text, last.ids + unit.ids, unit.trained, False)
+                continue
+        joined.append(unit)
+    return joined

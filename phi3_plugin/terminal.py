@@ -18,6 +18,20 @@ from phi3_plugin.launch import STOPPED
 INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 """Unicode categories of what shows nothing, looks like a space, or changes how others show."""
 
+NO_JOINER = "\u200c"
+TAGS = frozenset(map(chr, range(0xE0020, 0xE0080)))
+JOINING = {NO_JOINER, "\u200d", *TAGS}
+"""Invisible, but where they join emoji or letters."""
+FLAGS = tuple(
+    "\N{WAVING BLACK FLAG}" + "".join(chr(0xE0000 + ord(letter)) for letter in f"{region}\x7f")
+    for region in ("gbeng", "gbsct", "gbwls")
+)
+"""Of England, Scotland and Wales: emoji that are spelled in tags."""
+EMOJI_ENDS = {"\ufe0f", *map(chr, range(0x1F3FB, 0x1F400))}
+"""After an emoji, and of it: in color, and tones of the skin."""
+VIRAMA = 9
+"""Its combining class."""
+
 LINES, CHARACTERS = 40, 4000
 """Of an error: about a screen. ``PHI3_PLUGIN_TRACEBACK=1`` shows all of it."""
 
@@ -28,9 +42,32 @@ AFTER_THE_FIRST = 10.0
 def harmless(text: str) -> str:
     r"""Spell out, as ``\x1b`` or ``\u202e``, what could drive a terminal or hide in a page.
 
-    Plain spaces, line ends and tabs stay, and so do letters of every script and emoji.
+    Plain spaces, line ends and tabs stay, and so do letters of every script and emoji, with what
+    joins them.
     """
-    return "".join(map(_visible, text))
+    return "".join(
+        char if char in JOINING and _joins(text, i) else _visible(char)
+        for i, char in enumerate(text)
+    )
+
+
+def _joins(text: str, i: int) -> bool:
+    """Whether an invisible character makes one sign of its neighbours.
+
+    Source: emoji in Unicode TS 51, ED-16 and ED-14a; letters in RFC 5892, A.1 and A.2.
+    """
+    char, before, after = text[i], text[max(0, i - 1) : i], text[i + 1 : i + 2]
+    if char in TAGS:
+        start = text.rfind(FLAGS[0][0], max(0, i - len(FLAGS[0])), i)
+        return start >= 0 and text.startswith(FLAGS, start)
+    if not before or not after:
+        return False
+    if unicodedata.combining(before) == VIRAMA:
+        return True
+    if char == NO_JOINER:
+        return unicodedata.bidirectional(before) == unicodedata.bidirectional(after) == "AL"
+    is_emoji = unicodedata.category(before) == "So" or before in EMOJI_ENDS
+    return is_emoji and (unicodedata.category(after) == "So" or after == "\N{LEFT RIGHT ARROW}")
 
 
 def _visible(char: str) -> str:

@@ -42,14 +42,17 @@ def main(cfg: DictConfig) -> int:
     """Show what a run would be trained on; see the top of this file."""
     settings, options = read_beside(without_weights(cfg), InspectOptions, cfg.get("processes", 1))
 
-    stock = cfg.get("checkpointer") is not None  # our own recipe has none
-    if stock:  # they hold nothing out by themselves
-        settings = replace(settings, val_fraction=settings.val_fraction or 0.0)
-
     # What the run would be fed, batch by batch
     data = load_data(all_rows(settings), options.processes)
     dataset = unpacked(data.order.dataset)
     samples = survey(dataset, data.tokenizer.stop_tokens)
+    stock = None
+    if settings.checkpointer is not None:  # so torchtune's recipes may run as well
+        stock = data.order
+        if settings.val_fraction is None and not settings.dataset_val and data.order_val:
+            # They hold nothing out by themselves
+            whole = replace(all_rows(settings), val_fraction=0.0, early_stop_patience=None)
+            stock = load_data(whole, options.processes).order
     stats = statistics(settings, data, samples, options.processes, stock)
 
     if options.compare and not is_chat_dataset(settings.dataset):

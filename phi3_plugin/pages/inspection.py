@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import regex
+
 from phi3_plugin.data.findings import DROPPED, NOTICED, Findings
 from phi3_plugin.inspect import FIRST, Shown, Statistics, Unit, advice, source_name
 from phi3_plugin.pages import render, write_files
@@ -43,8 +45,9 @@ def facts(stats: Statistics) -> Iterator[Fact]:
     each, steps = stats.batching.steps, count(stats.steps, "step")
     epoch = f", {each:,} an epoch" if each != stats.steps else ""
     yield Fact("Training", f"{steps} of {stats.per_step}{epoch}", [])
-    if stats.left_over:
-        text = f"torchtune's recipes leave out the last {stats.left_over:,} of each epoch"
+    if stock := stats.stock:
+        text = f"by torchtune's recipes {count(stock.steps, 'step')}, {stock.each:,} an epoch"
+        text += f", without the last {stock.left_over:,} of each" if stock.left_over else ""
         yield Fact("", text, [])
     if held_out := stats.held_out:
         share = percent(held_out.labelled / held_out.tokens)
@@ -93,24 +96,31 @@ class Table(NamedTuple):
     """Figures of several choices."""
 
     title: str
-    heads: tuple[str, str]
-    rows: list[tuple[str, str, tuple[str, str], bool]]
+    heads: tuple[str, ...]
+    rows: list[tuple[str, str, tuple[str, ...], bool]]
     """A choice, a note about it, its figures, and whether the settings make it."""
+
+
+STOCK_PADS = "; only torchtune's recipes pad"
 
 
 def tables(stats: Statistics) -> list[Table]:
     """Return what the ways to fill batches, and the limits of the length, would cost."""
-    batches = [
-        (b.name, "yours" if b.chosen else "", (percent(b.padding), f"{b.steps:,}"), b.chosen)
-        for b in stats.batchings
-    ]
+    is_padded = stats.padded or stats.stock is not None
+    heads = ("padding", "steps an epoch") if is_padded else ("steps an epoch",)
+    batches = []
+    for batching in stats.batchings:
+        cells = [percent(batching.padding)] if is_padded else []
+        cells.append(number(batching.steps))
+        note = "yours" if batching.chosen else ""
+        batches.append((batching.name, note, tuple(cells), batching.chosen))
     limits = [
         (f"{cut.limit:,}", cut.name, (percent(cut.samples), cut.loss), cut.limit == stats.limit)
         for cut in stats.cuts
     ]
     title = f"If samples are {'dropped above' if stats.fate == 'dropped' else 'cut at'}"
     return [
-        Table("Batches", ("padding", "steps an epoch"), batches),
+        Table(f"Batches{'' if stats.padded or not stats.stock else STOCK_PADS}", heads, batches),
         Table(title, (f"samples {stats.fate}", "tokens lost"), limits),
     ]
 
@@ -184,10 +194,11 @@ def page_of(stats: Statistics, samples: Sequence[Shown]) -> str:
         ("Samples", f"{stats.samples:,}"),
         ("Tokens an epoch", f"{stats.tokens:,}"),
         ("Trained on", percent(stats.labelled / stats.tokens)),
-        ("Padding", percent(stats.batching.padding)),
         ("Tokens lost", percent(stats.cut.tokens)),
         ("Steps", f"{stats.steps:,}"),
     ]
+    if stats.padded:
+        tiles.insert(3, ("Padding", percent(stats.batching.padding)))
     return render(
         "inspection.html.j2",
         title=source_name(stats.options),
@@ -396,7 +407,7 @@ def columns(text: str) -> int:
     """Return how many columns a text takes in a terminal."""
     wide = 0
     for char in COLOR.sub("", text):
-        if unicodedata.category(char) not in ("Mn", "Me"):
+        if unicodedata.category(char) not in ("Mn", "Me", "Cf"):
             wide += 2 if unicodedata.east_asian_width(char) in "WF" else 1
     return wide
 
@@ -409,7 +420,7 @@ def seen(text: str) -> str:
 def _parts(text: str, room: int) -> Iterator[str]:
     """Cut a text so that each part fits, and ends with the line end that it holds."""
     part = ""
-    for char in text:
+    for char in regex.findall(r"\X", text):  # a sign of several characters is not cut
         if part and (columns(part) + columns(char) > room or part.endswith("⏎")):
             yield part
             part = ""

@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_the_samples(inspect, folder):
     assert "Rows                    20 read" in said
     assert f"Tokens an epoch         {dataset.lengths.sum():,}" in said
     assert f"Trained on              {dataset.labelled.sum():,} ({share})" in said
-    assert "Training                1 step of 16 samples" in said  # as torchtune counts them
+    assert "Training                2 steps of 16 samples" in said
     assert page.count("<summary>rows.jsonl:") == 2
     start = said.index("1. rows.jsonl:1: 8 tokens, 2 trained")
     assert said[start + 1 : start + 5] == [
@@ -186,13 +186,16 @@ def test_which_columns_are_read_and_which_are_not(inspect, tmp_path):
     assert "\x1b" not in text + page
 
 
-def test_steps_are_those_of_the_recipe_that_is_asked_about(inspect, tmp_path):
-    rows = lines(*({"question": f"q {n}", "answer": "a"} for n in range(40)))
+def test_steps_are_those_of_our_recipe_and_beside_them_those_of_torchtunes(inspect, tmp_path):
+    rows = lines(*({"question": f"q {n}", "answer": "a" * (n % 7)} for n in range(240)))
     sizes = ("batch_size=4", "gradient_accumulation_steps=4", rows_file(tmp_path, *rows))
-    stock = CONFIG.with_name("phi3_mini_lora.yaml")
-    own = CONFIG.with_name("phi3_mini_lora_1gpu.yaml")
-    text = {f: " ".join(inspect(*sizes, config=f)[1].split()) for f in (stock, own)}
-    assert "Training 2 steps of 16 samples" in text[stock]
-    assert "leave out the last 8 of each epoch" in text[stock]
-    assert "Training 3 steps of 16 samples" in text[own]
-    assert "leave out" not in text[own]
+    texts = {
+        name: " ".join(inspect(*sizes, config=CONFIG.with_name(f"{name}.yaml"))[1].split())
+        for name in ("phi3_mini_lora", "phi3_mini_lora_1gpu")
+    }
+    for text in texts.values():  # 12 of 240 are held out
+        assert "Training 15 steps of 16 samples" in text and "Validation 12 samples" in text
+    assert "by torchtune's recipes 15 steps, 15 an epoch" in texts["phi3_mini_lora"]
+    assert "Batches; only torchtune's recipes pad padding" in texts["phi3_mini_lora"]
+    assert "torchtune" not in texts["phi3_mini_lora_1gpu"]
+    assert "padding" not in texts["phi3_mini_lora_1gpu"]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from phi3_plugin.recipes import phi3_inspect_data
 
 from phi3_plugin import cli, first_run, settings
 from phi3_plugin.errors import ConfigError
@@ -163,6 +164,18 @@ def test_the_warnings_of_an_inspection(draft):
     assert "! The whole run makes 3 steps" in text
     assert "repeat an earlier one" in text
     assert "padding" not in text
+
+
+def test_an_inspection_of_the_run_counts_the_same_steps(draft, cwd, capsys):
+    rows = [{"question": f"{n} plus one", "answer": str(n) * (n % 5 + 1)} for n in range(250)]
+    (cwd / "many.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    run = draft(source="many.jsonl")
+    header = "\n".join(planned(run).lines)
+    steps, samples = re.search(r"steps +(\d+) of (\d+) samples", header).groups()
+    phi3_inspect_data.main.__wrapped__(run.cfg)
+    out = capsys.readouterr().out
+    assert f"Training                {steps} steps of {samples} samples" in out
+    assert "padding" not in out  # our recipe has none
 
 
 @pytest.mark.parametrize("word", ["epochs", "epochs 3", "=3"])

@@ -191,7 +191,7 @@ def test_steps_and_padding_are_those_of_a_run_that_pads(base, settings, chosen, 
     s = strict.read(merged(*settings, cwd=base.parent))
     feed = load_data(s, processes)
     samples = survey(unpacked(feed.order.dataset), feed.tokenizer.stop_tokens)
-    found = statistics(s, feed, samples, processes)
+    found = statistics(s, feed, samples, processes, stock=feed.order)
     total, real, padded = 0, 0, feed.order.dataset
     padded = StockPacks(padded) if isinstance(padded, Packs) else padded
     for step in range(feed.order.steps_per_epoch):
@@ -206,6 +206,30 @@ def test_steps_and_padding_are_those_of_a_run_that_pads(base, settings, chosen, 
     assert (found.tokens, found.labelled) == counted(feed.order.dataset)
     if feed.order_val:
         assert found.held_out[1:3] == counted(feed.order_val.dataset)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_is_counted_where_there_is_some(base, padded):
+    """Our recipe has none, unless it is told to pad; then grouping by length spares nothing."""
+    collate = "phi3_plugin.data.collate." + ("pad_right" if padded else "concatenate")
+    s = strict.read(merged(*TINY, "output_dir=out", f"collate_fn={collate}", cwd=base.parent))
+    feed = load_data(s, 1)
+    samples = survey(feed.order.dataset, feed.tokenizer.stop_tokens)
+    found = statistics(s, feed, samples)
+    assert found.padded == padded and found.stock is None
+    assert (found.batching.padding > 0) == padded
+    names = [batching.name for batching in found.batchings]
+    assert names == ["plain", *["grouped by length"] * padded, "packed"]
+
+
+def test_torchtunes_recipes_make_whole_steps(base):
+    s = strict.read(merged(*TINY, "output_dir=out", "epochs=3", cwd=base.parent))
+    feed = load_data(s, 1)
+    samples = survey(feed.order.dataset, feed.tokenizer.stop_tokens)
+    found = statistics(s, feed, samples, stock=feed.order)
+    each, left = divmod(len(feed.order.dataset), feed.order.per_step)
+    assert found.stock == (3 * each, each, left) and not found.padded
+    assert found.steps == feed.total_steps
 
 
 def counted(dataset):
@@ -406,7 +430,7 @@ def test_padding_and_what_spares_it():
     plain, packed = Batching(UNGROUPED, 0.61, 25, True), Batching(PACKED, 0.008, 5, False)
     grouped = Batching(GROUPED, 0.02, 25, False)
     assert said(batchings=[plain, grouped, packed]) == [
-        "61 % of each batch is padding, where a recipe pads (torchtune's do). "
+        "61 % of each batch is padding. "
         "group_by_length=True would bring it to 2.0 %. "
         "dataset.packed=True would bring it to 0.8 %, with 5 steps an epoch instead of 25."
     ]
@@ -479,6 +503,24 @@ def test_a_character_of_several_tokens_is_one_unit(tokenizer):
     (unit,) = (unit for unit in spelled(tokenizer, "a😀b") if len(unit.ids) > 1)
     assert unit.text == "😀" and len(unit.ids) == 4
     assert "".join(texts(spelled(tokenizer, "ab世界c"))) == " ab世界c"
+
+
+@pytest.mark.parametrize(
+    "one", ["👩\u200d👩\u200d👧\u200d👦", "👍🏽", "🇩🇪", "e\u0301", "नि", "❤\ufe0f"]
+)
+def test_what_a_reader_sees_as_one_character_is_one_unit(tokenizer, one):
+    units = spelled(tokenizer, f"a {one}{one} b")
+    assert texts(units).count(one) >= 1 and "".join(texts(units)) == f" a {one}{one} b"
+    assert sum(len(unit.ids) for unit in units) == len(tokenizer.encode(f"a {one}{one} b"))
+
+
+def test_a_character_is_one_unit_where_all_of_it_is_trained_on_or_none(tokenizer):
+    units = spelled(tokenizer, "👍🏽", lambda ids: np.arange(len(ids)) >= len(ids) - 4)
+    assert [unit.trained for unit in units][-2:] == [False, True]
+
+
+def test_line_ends_stay_apart(tokenizer):
+    assert "\r\n" not in texts(spelled(tokenizer, "a\r\nb"))
 
 
 def test_a_character_that_was_cut_shows_its_bytes(tokenizer):

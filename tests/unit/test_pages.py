@@ -9,7 +9,7 @@ from torch import nn
 
 from phi3_plugin.data.findings import BROKEN, UNUSABLE
 from phi3_plugin.errors import OutputError
-from phi3_plugin.inspect import Cut, Unit, advice
+from phi3_plugin.inspect import Cut, StockSteps, Unit, advice
 from phi3_plugin.pages import inspection as shown
 from phi3_plugin.pages import render, write_files
 from phi3_plugin.pages.charts import NOISY, Curve, chart, picture
@@ -196,6 +196,15 @@ def test_samples_that_are_dropped():
     assert "Samples of more than 100 are dropped. Orange bars are longer." in found.words
     assert "If samples are dropped above samples dropped tokens lost" in found.words
     assert "100 yours 50 % ≥ 31 %" in found.words and "cut" not in found.words
+
+
+def test_padding_is_shown_where_the_recipe_pads():
+    assert "Padding 10 %" in page().words and "padding steps an epoch" in page().words
+    ours = page(padded=False).words
+    assert "adding" not in ours and "Batches steps an epoch plain yours 25 packed 5" in ours
+    both = page(padded=False, stock=StockSteps(72, 24, 3)).words
+    assert "Padding" not in both and "Batches; only torchtune's recipes pad" in both
+    assert "by torchtune's recipes 72 steps, 24 an epoch, without the last 3 of each" in both
 
 
 def test_no_sample_and_no_limit():

@@ -24,6 +24,45 @@ def test_harmless(text, expected):
     assert harmless(text) == expected
 
 
+FAMILY, CODER = "👩\u200d👩\u200d👧\u200d👦", "👩🏽\u200d💻"
+ENGLAND = "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            FAMILY,
+            CODER,
+            "❤\ufe0f\u200d🔥",
+            "🏴\u200d☠\ufe0f",
+            "🙂\u200d↔\ufe0f",
+            f"a{ENGLAND}b",
+            "🇩🇪",
+            "1\ufe0f\u20e3",
+        ),
+        *("می\u200cخواهم", "क्\u200dष", "ක්\u200dය", "e\u0301"),
+    ],
+)
+def test_what_joins_signs_stays(text):
+    assert harmless(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("pass\u200cword\u200d", "pass\\u200cword\\u200d"),
+        ("\u200d👩\u200d", "\\u200d👩\\u200d"),
+        ("👩\u200d+", "👩\\u200d+"),
+        ("😀\u200d\u200d😀", "😀\\u200d\\u200d😀"),
+        (f"{ENGLAND[:-1]}", "🏴\\U000e0067\\U000e0062\\U000e0065\\U000e006e\\U000e0067"),
+        ("🏴\U000e0061\U000e007f", "🏴\\U000e0061\\U000e007f"),
+    ],
+)
+def test_what_joins_nothing_is_spelled_out(text, expected):
+    assert harmless(text) == expected
+
+
 def test_an_error_is_shown_and_does_nothing(capsys):
     show_error(DataError("column '\x1b[2J\x1b[31mX\x07'"))
     assert capsys.readouterr().err == "phi3_plugin: DataError: column '\\x1b[2J\\x1b[31mX\\x07'\n"
