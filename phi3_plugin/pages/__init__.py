@@ -37,7 +37,7 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values, columns=_columns)
 
 
-def _columns(tiles: int, most: int = 4) -> int:
+def _columns(tiles: int, most: int = 5) -> int:
     """Return how many tiles a row has, so that the rows are about equally full."""
     return -(-tiles // -(-max(1, tiles) // most)) or 1
 

@@ -97,7 +97,7 @@ class Table(NamedTuple):
 
     title: str
     heads: tuple[str, ...]
-    rows: list[tuple[str, str, tuple[str, ...], bool]]
+    rows: Sequence[tuple[str, str, tuple[str, ...], bool]]
     """A choice, a note about it, its figures, and whether the settings make it."""
 
 
