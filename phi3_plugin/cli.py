@@ -47,6 +47,7 @@ COMMANDS = {
     "adapter convert": Verb(options.ConvertOptions, "recipes.phi3_adapter"),
     "adapter merge": Verb(options.MergeOptions, "recipes.phi3_adapter"),
     "adapter import": Verb(options.ImportOptions, "recipes.phi3_adapter"),
+    "convert-base": Verb(options.ConvertBaseOptions, "recipes.phi3_adapter"),
     "import-config": Verb(options.ImportConfigOptions, "import_config"),
 }
 """Those whose words become a dataclass."""

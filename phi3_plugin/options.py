@@ -713,6 +713,7 @@ class InspectOptions:
 
 RUNTIMES = ("PEFT", "vLLM", "llama.cpp")
 Form = Literal["peft", "peft-patterns", "torchtune", "loralib", "gguf", "mlx"]
+Quantization = Literal["f16", "bf16", "q8_0", "q4_0"]
 PublishedTargets = Literal["as-published", "as-intended", "as-intended-parts"]
 
 
@@ -786,12 +787,30 @@ class ConvertOptions(AdapterOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(AdapterOptions):
-    """Write a checkpoint folder in which the adapter is part of the weights."""
+    """Write a model in which the adapter is part of the weights."""
 
+    to: Literal["hf", "gguf"] = "hf"
+    """a checkpoint folder (default), or a .gguf file for llama.cpp with a Modelfile for ollama"""
+    type: Quantization | None = None
+    """of the weights in a .gguf file (default: q8_0)"""
     onto: Literal["original", "nf4"] = "original"
     """the base as it was downloaded (default), or as QLoRA quantizes it"""
     dtype: Dtype | None = None
-    """of the weights (default: the base's own)"""
+    """of the weights (default: the base's own); those of a .gguf file are rounded to it first"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertBaseOptions:
+    """Write a model, such as one that an adapter was merged into, in another form."""
+
+    checkpoint_dir: Annotated[Checkpoint, Flags(metavar="BASE")]
+    """its name on the Hub, or its folder"""
+    to: Literal["gguf"]
+    """a .gguf file for llama.cpp, with a Modelfile for ollama"""
+    output_dir: Annotated[Folder, Flags(("-o", "--output"), "OUT")]
+    """what to write; must not be there yet"""
+    type: Quantization = "q8_0"
+    """of the weights (default: q8_0)"""
 
 
 @dataclass(frozen=True, kw_only=True)

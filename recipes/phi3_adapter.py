@@ -7,7 +7,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from torchtune import config
 from phi3_plugin import options
 from phi3_plugin.checkpoint import files
 from phi3_plugin.checkpoint.adapter import Adapter
-from phi3_plugin.checkpoint.base import other_base
+from phi3_plugin.checkpoint.base import open_weights, other_base
 from phi3_plugin.checkpoint.check import LOADS, verdicts
 from phi3_plugin.checkpoint.files import whole_folder
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf import write_gguf
+from phi3_plugin.checkpoint.gguf_model import write_model
 from phi3_plugin.checkpoint.loralib import write_loralib
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.checkpoint.mlx import mlx_differs, write_mlx
@@ -36,6 +37,7 @@ from phi3_plugin.models import lora_phi3
 from phi3_plugin.options import (
     AdapterOptions,
     CheckOptions,
+    ConvertBaseOptions,
     ConvertOptions,
     ImportOptions,
     MergeOptions,
@@ -143,13 +145,24 @@ def import_(o: ImportOptions) -> int:
 
 
 def merge(o: MergeOptions) -> int:
-    """Write a checkpoint with the adapter in its weights."""
+    """Write a model with the adapter in its weights."""
     check_unwritten(o)
+    if o.to == "gguf":
+        check_suffix(o.output_dir, ".gguf")
+    elif o.type is not None:
+        raise ConfigError(f"type: {o.type} is of a .gguf file. Add --to gguf, or say --dtype.")
     out, card = o.output_dir, {"made from": o.adapter.name}
     report = merge_into(
-        out, o.checkpoint_dir, adapter_given(o), dtype=o.dtype, onto=o.onto, card=card
+        out,
+        o.checkpoint_dir,
+        adapter_given(o),
+        dtype=o.dtype,
+        onto=o.onto,
+        gguf=(o.type or "q8_0") if o.to == "gguf" else None,
+        card=card,
     )
     print(f"Wrote {out}: {len(report.changed)} weights changed, {report.dtype}.")
+    print_remarks(report.remarks)
     if report.difference:
         d = report.difference
         print(
@@ -159,7 +172,27 @@ def merge(o: MergeOptions) -> int:
     return 0
 
 
-def check_unwritten(o: AdapterOptions) -> None:
+def convert_base(o: ConvertBaseOptions) -> int:
+    """Write a model in another form."""
+    check_unwritten(o)
+    check_suffix(o.output_dir, ".gguf")
+    weights = open_weights(o.checkpoint_dir)
+    shapes = {name: stored.shape for name, stored in weights.items()}
+    remarks = write_model(
+        o.output_dir, o.checkpoint_dir, shapes, lambda name: weights[name][:], o.type
+    )
+    print(f"Wrote {o.output_dir}: {o.type}.")
+    print_remarks(remarks)
+    return 0
+
+
+def print_remarks(remarks: Iterable[str]) -> None:
+    """Say what another program will do otherwise."""
+    for remark in remarks:
+        print(f"Note: {remark}")
+
+
+def check_unwritten(o: AdapterOptions | ConvertBaseOptions) -> None:
     """Check the output before anything is read that takes long.
 
     Raises:
@@ -192,10 +225,11 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "convert": (ConvertOptions, convert),
     "merge": (MergeOptions, merge),
     "import": (ImportOptions, import_),
+    "convert-base": (ConvertBaseOptions, convert_base),
 }
 
 
-def run(o: CheckOptions | AdapterOptions) -> int:
+def run(o: CheckOptions | AdapterOptions | ConvertBaseOptions) -> int:
     """Run the verb of these options and return the exit code."""
     (action,) = (action for kind, action in VERBS.values() if type(o) is kind)
     return action(o)

@@ -195,6 +195,8 @@ def whole_files(*finals: Path) -> Iterator[list[Path]]:
     partials = [final.with_name(f"{PARTIAL}{final.name}") for final in finals]
     try:
         yield partials
+        for partial in partials:
+            _sync(partial)
         for partial, final in zip(partials, finals, strict=True):
             partial.rename(final)
     except (OSError, SafetensorError) as error:

@@ -43,13 +43,7 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
     config = read_config(checkpoint_dir)
     if problems := list(_unfit(adapter, config)):
         raise AdapterError("llama.cpp cannot use this adapter:\n  " + "\n  ".join(problems))
-    try:
-        gguf: Any = importlib.import_module("gguf")
-    except ImportError as error:
-        raise MissingFileError(
-            "A GGUF file is written by llama.cpp's gguf package, which is not installed. "
-            "Install it: pip install 'phi3-plugin[gguf]'"
-        ) from error
+    gguf = gguf_package()
     content = uniform_content(adapter, config, lambda _: torch.empty(0))  # norms are DoRA's alone
     with whole_files(file) as (partial,):
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +66,24 @@ def write_gguf(file: Path, adapter: Adapter, checkpoint_dir: Path) -> None:
         writer.close()
 
 
+def gguf_package() -> Any:
+    """Return llama.cpp's package.
+
+    Raises:
+        MissingFileError: It is not installed.
+    """
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise MissingFileError(
+            "A GGUF file is written by llama.cpp's gguf package, which is not installed. "
+            "Install it: pip install 'phi3-plugin[gguf]'"
+        ) from error
+
+
 def _unfit(adapter: Adapter, config: Phi3Config) -> Iterator[str]:
     """Yield what llama.cpp cannot compute, and what to do instead."""
-    merge = "Merge it into the base and convert that with convert_hf_to_gguf.py instead"
+    merge = "Write a model instead: `adapter merge --to gguf`"
     if adapter.is_dora:
         yield f"magnitude: it knows no DoRA. {merge}."
     if adapter.saved:

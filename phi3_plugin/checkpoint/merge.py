@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from phi3_plugin.checkpoint.base import (
     write_weights,
 )
 from phi3_plugin.checkpoint.files import StoredTensor, check_output, whole_folder
+from phi3_plugin.checkpoint.gguf_model import name_for_llama_cpp, write_model
 from phi3_plugin.checkpoint.peft import (
     base_name,
     copy_tokenizer,
@@ -35,9 +37,11 @@ from phi3_plugin.checkpoint.peft import (
     targets_of,
 )
 from phi3_plugin.config import GENERATION, Phi3Config, generation_config, read_config, read_json
-from phi3_plugin.errors import AdapterError
+from phi3_plugin.data.vocabulary import read_vocabulary
+from phi3_plugin.errors import AdapterError, Phi3Error
 from phi3_plugin.models.nf4 import nf4_zeros, rows_of
 from phi3_plugin.models.phi3 import PRECISIONS
+from phi3_plugin.options import Quantization
 
 MERGED_INTO = {"original": "the base model", "nf4": "what NF4 makes of the base model"}
 
@@ -88,6 +92,8 @@ class MergeReport:
     """Whether a tied head got weights of its own: the adapter changes it or the embedding."""
     difference: Difference | None
     """From the same adapter merged onto the original base, if it was merged onto NF4's."""
+    remarks: tuple[str, ...] = ()
+    """What llama.cpp does otherwise than transformers, if a file for it was written."""
 
 
 def merge_into(
@@ -97,20 +103,24 @@ def merge_into(
     *,
     dtype: Literal["bf16", "fp32"] | None = None,
     onto: Literal["original", "nf4"] = "original",
+    gguf: Quantization | None = None,
     shard_bytes: int = SHARD_BYTES,
     card: Mapping[str, Any] | None = None,
 ) -> MergeReport:
-    """Write a model that computes what base and adapter compute, as a checkpoint folder.
+    """Write a model that computes what base and adapter compute, as a checkpoint folder or a file.
 
-    One shard is in memory at a time. Sums are in fp32 and rounded once.
+    One shard is in memory at a time; of a file for llama.cpp one weight. Sums are in fp32 and
+    rounded once.
 
     Args:
-        out: The folder to create.
+        out: The folder to create, or the file.
         checkpoint_dir: The base that the adapter was trained on.
         adapter: What to put into its weights; :func:`phi3_plugin.checkpoint.foreign.read_adapter`
             has found that it fits.
         dtype: Of all weights; None is each one's own in the base.
         onto: ``nf4`` for an adapter that is to stay on the quantized base of its training.
+        gguf: Write one file for llama.cpp instead of a folder, with weights of this type; they are
+            those of the folder, converted.
         shard_bytes: A shard is closed before it grows beyond this.
         card: Rows of the model card's table beside base, adapter, dtype and ``onto``.
 
@@ -141,15 +151,27 @@ def merge_into(
             difference.add(original.float(), merged)
         return merged.to(dtypes[name])
 
-    with whole_folder(out) as folder:
-        sizes = {name: math.prod(base[name].shape) * kind.itemsize for name, kind in dtypes.items()}
-        write_weights(folder, sizes, weight, shard_bytes)
-        main = dtypes[max(sizes, key=lambda name: sizes[name])]
-        said = str(main).removeprefix("torch.")
-        _write_settings(folder, checkpoint_dir, said, untied=untied)
-        rows = {**(card or {}), "weights": said, "merged into": MERGED_INTO[onto]}
-        _write_card(folder, base_name(checkpoint_dir), adapter, rows)
-    return MergeReport(changed, said, untied, difference)
+    sizes = {name: math.prod(base[name].shape) * kind.itemsize for name, kind in dtypes.items()}
+    main = str(dtypes[max(sizes, key=lambda name: sizes[name])]).removeprefix("torch.")
+    rows = {**(card or {}), "weights": main, "merged into": MERGED_INTO[onto]}
+
+    def write_beside(folder: Path) -> None:
+        _write_settings(folder, checkpoint_dir, main, untied=untied)
+        _write_card(folder, checkpoint_dir, adapter, rows, out.stem if gguf else out.name)
+
+    remarks: list[str] = []
+    if gguf is None:
+        with whole_folder(out) as folder:
+            write_weights(folder, sizes, weight, shard_bytes)
+            write_beside(folder)
+    else:
+        shapes = {name: stored.shape for name, stored in base.items()}
+        with TemporaryDirectory() as place:
+            folder = Path(place) / out.stem
+            folder.mkdir()
+            write_beside(folder)
+            remarks = write_model(out, folder, shapes, weight, gguf)
+    return MergeReport(changed, main, untied, difference, tuple(remarks))
 
 
 def _merged(weight: Tensor, adapter: Adapter, modules: list[str], config: Phi3Config) -> Tensor:
@@ -231,15 +253,22 @@ def _write_settings(folder: Path, checkpoint_dir: Path, dtype: str, *, untied: b
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_card(folder: Path, base: str, adapter: Adapter, rows: Mapping[str, Any]) -> None:
+def _write_card(
+    folder: Path, checkpoint_dir: Path, adapter: Adapter, rows: Mapping[str, Any], name: str
+) -> None:
     """Write README.md: the base, the adapter, and how they were merged."""
+    base = base_name(checkpoint_dir)
     kind = "a DoRA" if adapter.is_dora else "a LoRA"
     ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
     facts = {"adapter": f"{kind} of rank {ranks} on {', '.join(targets_of(adapter.tensors))}"}
     if adapter.saved:
         facts["trained whole"] = ", ".join(sorted(adapter.saved))
     table = markdown_table("merged", {**facts, **rows})
-    matter = front_matter(base, "transformers", ["phi3", "torchtune"])
+    try:
+        model_name = name_for_llama_cpp(name, read_vocabulary(checkpoint_dir).backend)
+    except Phi3Error:  # weights can be merged without a tokenizer
+        model_name = None
+    matter = front_matter(base, "transformers", ["phi3", "torchtune"], model_name)
     title = (
         base if hub.REPOSITORY.fullmatch(base) else Path(base).name
     )  # others have no such folder

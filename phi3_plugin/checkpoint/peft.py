@@ -286,13 +286,16 @@ def model_card(config: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     )
 
 
-def front_matter(base: str, library: str, tags: Sequence[str]) -> str:
+def front_matter(
+    base: str, library: str, tags: Sequence[str], model_name: str | None = None
+) -> str:
     """Return what the hub reads of a model card, as YAML.
 
     The hub refuses a card, and with it the upload, whose base is no name of a repository: that of
     a folder on this machine is left out.
     """
     facts: dict[str, Any] = {"base_model": base} if hub.REPOSITORY.fullmatch(base) else {}
+    facts |= {"model_name": model_name} if model_name else {}
     facts |= {
         "library_name": library,
         "pipeline_tag": "text-generation",

@@ -363,8 +363,49 @@ def test_an_adapter_of_mlx_is_told_apart_imported_and_merged(demo, tmp_path, cap
     assert "Proof:" in capsys.readouterr().out
 
 
+@needs_gguf
+def test_a_merged_model_for_llama_cpp(demo, tmp_path, capsys):
+    import gguf
+
+    base = {"checkpoint_dir": str(demo / "base")}
+    merged = {"verb": "merge", "adapter": str(demo / "dora"), **base}
+    assert run({**merged, "output_dir": str(tmp_path / "folder")}) == 0
+    out = str(tmp_path / "direct.gguf")
+    assert run({**merged, "to": "gguf", "type": "f16", "output_dir": out}) == 0
+    given = {"verb": "convert-base", "checkpoint_dir": str(tmp_path / "folder"), "to": "gguf"}
+    assert run({**given, "type": "f16", "output_dir": str(tmp_path / "indirect.gguf")}) == 0
+    assert "Note: llama.cpp computes no sliding window" in capsys.readouterr().out
+    one, other = (
+        {t.name: t.data.tobytes() for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("direct", "indirect")
+    )
+    assert one == other
+    assert (tmp_path / "direct.Modelfile").read_text().startswith("FROM ./direct.gguf\n")
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [
+        "", ".Modelfile", ".Modelfile", ".gguf", ".gguf",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verb", "keys", "message"),
+    [
+        ("merge", {"to": "gguf", "output_dir": "folder"}, "must be a file that ends in .gguf"),
+        ("merge", {"type": "q8_0", "output_dir": "folder"}, "Add --to gguf"),
+        ("convert-base", {"output_dir": "m.gguf"}, "to is not set"),
+        ("convert-base", {"to": "gguf", "type": "q2", "output_dir": "m.gguf"}, "type: 'q2' must"),
+        ("convert-base", {"to": "gguf", "output_dir": "m"}, "must be a file that ends in .gguf"),
+    ],
+)
+def test_what_is_refused_of_a_model(demo, tmp_path, monkeypatch, verb, keys, message):
+    monkeypatch.chdir(tmp_path)
+    adapter = {"adapter": str(demo / "lora")} if verb == "merge" else {}
+    with pytest.raises(ConfigError, match=message):
+        run({"verb": verb, "checkpoint_dir": str(demo / "base"), **adapter, **keys})
+    assert not list(tmp_path.iterdir())
+
+
 def test_dora_for_llama_cpp_is_to_be_merged(demo, tmp_path):
-    with pytest.raises(AdapterError, match=r"it knows no DoRA\. Merge it into the base"):
+    with pytest.raises(AdapterError, match=r"it knows no DoRA\. Write a model instead"):
         convert(demo, "gguf", tmp_path / "out.gguf", "dora")
     assert not list(tmp_path.iterdir())
 

@@ -118,8 +118,9 @@ COMMANDS = {
     "chat": ANSWERED,
     "adapter check": words("adapter --base --checkpoint-dir --runtime --json --dtype"),
     "adapter convert": [*MADE, *words("--to --merged-linear")],
-    "adapter merge": [*MADE, *words("--onto --dtype")],
+    "adapter merge": [*MADE, *words("--onto --dtype --to --type")],
     "adapter import": [*MADE, "--rank"],
+    "convert-base": words("checkpoint_dir --to --type -o --output"),
     "import-config": words("sample -o --output --targets"),
     "train": words(
         "source keys --base --checkpoint-dir -o --output --epochs --lr --qlora --config "
@@ -136,6 +137,10 @@ CHOICES = {
     ("adapter convert", "to"): words("peft peft-patterns torchtune loralib gguf"),
     ("adapter merge", "onto"): words("original nf4"),
     ("adapter merge", "dtype"): words("bf16 fp32"),
+    ("adapter merge", "to"): words("hf gguf"),
+    ("adapter merge", "type"): words("f16 bf16 q8_0 q4_0"),
+    ("convert-base", "to"): words("gguf"),
+    ("convert-base", "type"): words("f16 bf16 q8_0 q4_0"),
     ("import-config", "targets"): words("as-published as-intended as-intended-parts"),
     ("generate", "dtype"): words("bf16 fp32"),
     ("generate", "dropped"): words("error warn"),
@@ -198,7 +203,7 @@ FILES = {
     "phi3_generate": KEYS[GenerateOptions],
     "phi3_adapter": words(
         "verb adapter checkpoint_dir output_dir to merged_linear runtime json dtype onto alpha "
-        "enable_lora rank"
+        "enable_lora rank type"
     ),
 }
 """Configs by the stem of their file, and the keys that each has."""

@@ -161,7 +161,7 @@ REFUSED = {
     "dora": (
         {"layers.0.attn.o_proj.magnitude": torch.ones(64)},
         {},
-        "knows no DoRA. Merge it into",
+        "knows no DoRA. Write a model",
     ),
     "saved": ({"output.weight": torch.ones(160, 64)}, {}, "output.weight: it replaces no whole"),
     "tied head": (
