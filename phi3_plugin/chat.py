@@ -14,12 +14,11 @@ import torch
 
 from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.config import read_config
-from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
 from phi3_plugin.generate import Generator
-from phi3_plugin.load import load_model
+from phi3_plugin.load import load_model, tokenizer_of
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import ChatOptions, closest
 from phi3_plugin.prompts import (
@@ -52,7 +51,7 @@ SECOND_PRESS = 3.0
 
 def run(o: ChatOptions) -> int:
     """Talk until the user leaves, and return the exit code."""
-    tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
+    tokenizer = tokenizer_of(o.checkpoint_dir, o.adapter, dropped="warn")
     check_stop(o.stop, tokenizer)
     check_system(o.system, tokenizer)
     positions = read_config(o.checkpoint_dir).max_position_embeddings

@@ -32,10 +32,13 @@ def compare_with_hf(settings: Settings, data: RunData, samples: Samples) -> Comp
     Raises:
         ImportError: transformers is not installed.
     """
-    from transformers import AutoTokenizer
+    from transformers import AddedToken, AutoTokenizer
 
     tokenizer, options = data.tokenizer, settings.dataset
     theirs = AutoTokenizer.from_pretrained(settings.checkpoint_dir)
+    for token in tokenizer.new_tokens.values():
+        flags = {name: value for name, value in token.entry.items() if name != "id"}
+        theirs.add_tokens([AddedToken(**flags)])
     numbers = {where: i for i, where in reversed(list(enumerate(samples.places)))}
     shortened = samples.full > samples.lengths
     rows = (

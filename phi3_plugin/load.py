@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchtune.training import set_default_dtype
 
 from phi3_plugin import hub
@@ -23,14 +23,16 @@ from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import A, B, open_weights, refuse_other_base
 from phi3_plugin.checkpoint.files import StoredTensor
 from phi3_plugin.checkpoint.foreign import read_adapter
-from phi3_plugin.checkpoint.peft import CONFIG
+from phi3_plugin.checkpoint.peft import CONFIG, new_tokens_of
 from phi3_plugin.config import Phi3Config, checkpoint_folder, read_config
 from phi3_plugin.data import phi3_tokenizer
+from phi3_plugin.data.added_tokens import NewToken, pieces_of
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import AdapterError, ConfigError, MissingFileError
 from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.cache import ServedLinear
 from phi3_plugin.models.lora_settings import keys_of
+from phi3_plugin.models.new_tokens import starting_rows, widen, with_rows
 from phi3_plugin.models.nf4 import is_nf4, rows_of
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.models.rope import RotaryEmbedding
@@ -47,7 +49,9 @@ def load(
     check_base: bool = True,
     sharing: nn.Module | None = None,
 ) -> tuple[nn.Module, Phi3Tokenizer]:
-    """Return a model that is ready to compute, and the tokenizer of its base.
+    """Return a model that is ready to compute, and its tokenizer.
+
+    That is the base's, with the tokens that the adapter has rows for.
 
     The model is on the device, in eval mode, without gradients.
 
@@ -70,7 +74,7 @@ def load(
         MissingFileError: A folder or file is not there.
         TokenizerError: The tokenizer is not one that we follow exactly.
     """
-    tokenizer = phi3_tokenizer(checkpoint_folder(checkpoint_dir))  # before what takes time
+    tokenizer = tokenizer_of(checkpoint_dir, adapter)  # before what takes time
     model = load_model(
         checkpoint_dir,
         adapter,
@@ -81,6 +85,25 @@ def load(
         sharing=sharing,
     )
     return model, tokenizer
+
+
+def tokenizer_of(
+    checkpoint_dir: str | Path, adapter: str | Path | None = None, **options: Any
+) -> Phi3Tokenizer:
+    """Return the tokenizer of a base, with the tokens that an adapter has rows for.
+
+    Args:
+        checkpoint_dir: Folder of the base model.
+        adapter: Folder or file of an adapter.
+        options: Those of :func:`phi3_tokenizer`.
+
+    Raises:
+        MissingFileError: A folder or file is not there.
+        TokenizerError: The tokenizer is not one that we follow exactly.
+    """
+    base = checkpoint_folder(checkpoint_dir)
+    more = new_tokens_of(Path(adapter), base) if adapter else []
+    return phi3_tokenizer(base, add_tokens=more, **options)
 
 
 def load_model(
@@ -109,6 +132,26 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
+def load_start(
+    checkpoint_dir: str | Path,
+    new_tokens: Mapping[int, NewToken],
+    *,
+    dtype: str,
+    device: str | None,
+    quantize: bool,
+) -> nn.Module:
+    """Return the base that a run starts from: with rows for new tokens, see `starting_rows`.
+
+    Options and errors are those of :func:`load`.
+    """
+    place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    model, values = empty_model(
+        checkpoint_dir, dtype=dtype, quantize=quantize, new_tokens=new_tokens
+    )
+    fill(model, values, place)
+    return model.eval().requires_grad_(False)
+
+
 def empty_model(
     checkpoint_dir: str | Path,
     adapter: str | Path | None = None,
@@ -116,10 +159,12 @@ def empty_model(
     dtype: str = "bf16",
     quantize: bool = False,
     check_base: bool = True,
+    new_tokens: Mapping[int, NewToken] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return a model on the meta device and where its values are, once adapter and base fit.
 
-    Options and errors are those of :func:`load`.
+    Options and errors are those of :func:`load`. A base without an adapter may be given tokens
+    that are not in it: their rows are those from which training starts.
 
     Returns:
         The model, and by name of each parameter a tensor of the adapter or a stored one of the
@@ -134,7 +179,8 @@ def empty_model(
             "model here, and this one as the adapter."
         )
     values: dict[str, Any] = {**open_weights(base)}
-    config, read = read_config(base), None
+    rows: Mapping[str, Mapping[int, Tensor]] = starting_rows(values, pieces_of(new_tokens or {}))
+    config, read, vocabulary = read_config(base), None, max([0, *(new_tokens or ())]) + 1
     if adapter:
         folder = hub.adapter(str(adapter))
         read = read_adapter(folder, config=config, base=base)
@@ -146,6 +192,8 @@ def empty_model(
         if check_base:
             refuse_other_base(folder, read.base_hash, read.base, base)
         values |= {**read.tensors, **read.saved}
+        rows, vocabulary = read.rows, read.vocabulary
+    values |= with_rows(values, rows)
     model: nn.Module
     try:
         with set_default_dtype(PRECISIONS[dtype]), torch.device("meta"):
@@ -153,12 +201,14 @@ def empty_model(
                 model = phi3(base, quantize_base=quantize)
             else:
                 model = lora_phi3(base, **keys_for(read, config), quantize_base=quantize)
+            widen(model, vocabulary)
     except AdapterError as error:
         raise AdapterError(
             f"{error} `phi3-tune adapter merge` makes a checkpoint of adapter and base, which "
             "computes the same and can be used in the base's place."
         ) from error
     model.loaded_from = base.resolve()  # type: ignore[assignment]
+    model.with_rows = {f"{module}.weight" for module in rows}  # type: ignore[assignment]
     return model, values
 
 
@@ -221,6 +271,8 @@ def _shared(given: nn.Module, model: nn.Module, device: torch.device) -> dict[st
     theirs, ours = dict(given.named_parameters()), dict(model.named_parameters())
     if any(name.endswith((A, B)) for name in theirs):
         raise ConfigError("sharing: the model has an adapter. Share one that was loaded without.")
+    for name in given.with_rows:  # type: ignore[union-attr]
+        del theirs[name]  # not the base's
     for name in theirs.keys() & ours.keys():
         one, other = theirs[name], ours[name]
         if (one.dtype, is_nf4(one), one.device) != (other.dtype, is_nf4(other), device):

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from phi3_plugin.checkpoint.base import open_weights
 from phi3_plugin.checkpoint.check import listed
-from phi3_plugin.checkpoint.peft import CONFIG, load_note
+from phi3_plugin.checkpoint.files import stored_tensors
+from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, load_note, token_indices
 from phi3_plugin.checkpoint.peft_config import check_patterns
+from phi3_plugin.config import read_json_object
 from phi3_plugin.errors import AdapterError, Phi3Error
 from phi3_plugin.load import load_model
 from phi3_plugin.models.phi3 import PRECISIONS
@@ -139,6 +141,9 @@ def prove(base: Path, folder: Path, dtype: str) -> Proof:
     model = load_with_peft(base, folder, PRECISIONS[dtype])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (2, 17), generator=generator)
+    for ids in token_indices(read_json_object(folder / CONFIG)).values():
+        places = torch.randperm(tokens.numel(), generator=generator)[: min(len(ids), 8)]
+        tokens.view(-1)[places] = torch.tensor(ids[: len(places)])
     with torch.no_grad():
         theirs = model(input_ids=tokens, use_cache=False).logits.float()
         with model.disable_adapter():
@@ -182,6 +187,8 @@ def load_with_peft(
 
     base = load_base_with_hf(checkpoint_dir, dtype)
     check_patterns(Path(adapter_dir) / CONFIG, [name for name, _ in base.named_modules()])
+    if (rows := _rows_of(Path(adapter_dir))) > base.config.vocab_size:
+        base.resize_token_embeddings(rows, mean_resizing=False)
     try:
         model = PeftModel.from_pretrained(base, str(adapter_dir))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -206,6 +213,14 @@ def load_with_peft(
             f"unexpected {listed(unexpected, 4) or 'none'}."
         )
     return model.eval()
+
+
+def _rows_of(folder: Path) -> int:
+    """Return how many rows of embedding and head an adapter needs at least."""
+    keys, ends = read_json_object(folder / CONFIG), ("embed_tokens.weight", "lm_head.weight")
+    wanted = [i + 1 for ids in token_indices(keys).values() for i in ids]
+    wanted += [t.shape[0] for n, t in stored_tensors(folder / WEIGHTS).items() if n.endswith(ends)]
+    return max(wanted, default=0)
 
 
 def load_base_with_hf(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -689,6 +689,16 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
                     f"{model['_component_']} has not. Set it to null."
                 )
 
+    tokenizer = get("tokenizer")
+    if isinstance(tokenizer, dict) and isinstance(model, dict) and tokenizer.get("add_tokens"):
+        for key in ("apply_lora_to_output", "apply_lora_to_embedding"):
+            if model.get(key) is True:
+                yield (
+                    f"tokenizer.add_tokens: {spelled(tokenizer['add_tokens'])} conflicts with "
+                    f"model.{key}: True, whose adapter is on all rows. Set that to False; or name "
+                    "lm_head and embed_tokens in model.modules_to_save, to train all rows."
+                )
+
     if isinstance(adapter := get("init_adapter"), str):
         if not Path(adapter).exists() and not is_repository(adapter):
             yield f"init_adapter: {adapter!r} is not there. Give the folder of an adapter."

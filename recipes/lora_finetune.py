@@ -50,7 +50,7 @@ from phi3_plugin.train.data import (
     loss_of,
 )
 from phi3_plugin.train.losses import Preference
-from phi3_plugin.train.model import is_adapted, prepare, trained_parameters
+from phi3_plugin.train.model import is_adapted, model_of, prepare, trained_parameters
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import (
     check_shards,
@@ -194,6 +194,8 @@ class Finetune:
         self.data = load_data(self.s, self.world.size)
         check_positions(self.data, read_config(self.s.checkpoint_dir).max_position_embeddings)
         self.world.same("dataset", self.data.order.identity)
+        # Another's tokenizer has none
+        self.new_tokens = getattr(self.data.tokenizer, "new_tokens", {})
 
     def setup_model(self, saved: dict[str, Any] | None = None) -> None:
         """Build, shard and fill the model, with what a checkpoint's state has of it."""
@@ -202,7 +204,7 @@ class Finetune:
 
         def make() -> torch.nn.Module:
             return prepare(
-                instantiate(self.s.model),
+                model_of(self.s, [*self.new_tokens]),
                 adapter_dtype=self.s.adapter_dtype,
                 recompute_every=int(self.s.enable_activation_checkpointing),
                 recompute_first=recompute_first,
@@ -219,7 +221,7 @@ class Finetune:
         self.is_lora = is_adapted(self.model)
         # PiSSA trains over what its first A and B leave of the base weights; others have no such.
         weights, self.pissa_start = starting_weights(
-            self.world, self.model, self.s, self.last.folder, saved
+            self.world, self.model, self.s, self.last.folder, saved, self.new_tokens
         )
         self.world.load(self.model, weights, offload=self.s.fsdp_cpu_offload)
         self.model.train()
@@ -332,9 +334,18 @@ class Finetune:
     ) -> Callable[[Path], None]:
         """Return what writes an adapter, or a whole model, into a folder."""
         if not self.is_lora:
-            return partial(export_model, weights=trained, checkpoint_dir=self.s.checkpoint_dir)
+            return partial(
+                export_model,
+                weights=trained,
+                checkpoint_dir=self.s.checkpoint_dir,
+                new_tokens=[token.entry for token in self.new_tokens.values()],
+            )
         adapter = trained_adapter(
-            self.model, trained, self.pissa_start, may_be_identity=may_be_identity
+            self.model,
+            trained,
+            self.pissa_start,
+            self.new_tokens,
+            may_be_identity=may_be_identity,
         )
         section = redacted(self.cfg).get("checkpointer") or {}
         card = {**section.get("card", {}), "steps": self.state.step, **told(self.state.changes)}

@@ -23,10 +23,11 @@ from torchtune import config
 from tqdm import tqdm
 
 from phi3_plugin.checkpoint.files import append_whole, check_output
-from phi3_plugin.checkpoint.peft import CONFIG as ADAPTER_CONFIG
+from phi3_plugin.checkpoint.peft import is_model, new_tokens_of
 from phi3_plugin.config import read_config
+from phi3_plugin.data.added_tokens import NewToken
 from phi3_plugin.data.collate import concatenate
-from phi3_plugin.errors import MissingFileError
+from phi3_plugin.errors import ConfigError, MissingFileError
 from phi3_plugin.evaluate import (
     ADAPTER,
     BASE,
@@ -54,7 +55,7 @@ from phi3_plugin.evaluate import (
 )
 from phi3_plugin.generate import Generator
 from phi3_plugin.launch import STOPPED
-from phi3_plugin.load import empty_model, load_model
+from phi3_plugin.load import empty_model, load_model, load_start
 from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import EvaluateOptions
@@ -103,7 +104,7 @@ def evaluate(
     """
     if world.is_main and (text := set_aside(s.output_dir)):
         print(text, file=sys.stderr)
-    tokenizer = instantiate(s.tokenizer)
+    tokenizer = tokenizer_for(s, o.adapter)
     positions = read_config(s.checkpoint_dir).max_position_embeddings if o.answers else None
     data = evaluation_data(s, tokenizer, o.max_samples, positions)
 
@@ -111,7 +112,7 @@ def evaluate(
     facts = facts_of(s, o, data, scorer, world, shown)
     outcomes: dict[str, list[Outcome]] = {}
     try:
-        for name, model in models(s, o):
+        for name, model in models(s, o, getattr(tokenizer, "new_tokens", {})):
             losses = gathered(world, token_sums(name, model, data, s.batch_size, world))
             answers: dict[int, Any] = {}
             if scorer:
@@ -187,25 +188,42 @@ def check_models(s: Settings, o: EvaluateOptions) -> None:
             f"adapter: {o.adapter} is not there. Give the folder that a run has saved."
         )
     quantize = is_quantized(s.model)
-    over = None if is_whole_model(o.adapter) else o.adapter
+    over = None if o.adapter and is_model(o.adapter) else o.adapter
     empty_model(s.checkpoint_dir, over, quantize=quantize, check_base=o.check_base)
 
 
-def is_whole_model(folder: Path | None) -> bool:
-    """Whether a folder holds a whole model rather than an adapter."""
-    return (
-        folder is not None
-        and (folder / "config.json").is_file()
-        and not (folder / ADAPTER_CONFIG).is_file()
-    )
+def tokenizer_for(s: Settings, adapter: Path | None) -> Any:
+    """Return the tokenizer of the configuration, with the tokens that an adapter has rows for.
+
+    Raises:
+        ConfigError: The configuration adds others.
+    """
+    trained = new_tokens_of(adapter, s.checkpoint_dir) if adapter else []
+    section = dict(s.tokenizer)
+    if trained and section.get("add_tokens") is None:
+        section["add_tokens"] = trained
+    tokenizer = instantiate(section)
+    added = [token.entry for token in getattr(tokenizer, "new_tokens", {}).values()]
+    if adapter and added != trained:
+        texts = [token["content"] for token in trained]
+        raise ConfigError(
+            f"tokenizer.add_tokens: {section.get('add_tokens')} are not the tokens that {adapter} "
+            f"has rows for, {texts}. Leave the key out."
+        )
+    return tokenizer
 
 
-def models(s: Settings, o: EvaluateOptions) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the models by name; memory never holds the base weights twice."""
+def models(
+    s: Settings, o: EvaluateOptions, new_tokens: Mapping[int, NewToken]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the models by name; memory never holds the base weights twice.
+
+    The base has the rows of new tokens from which training starts.
+    """
     give_memory_back()
     how: Any = {"dtype": s.dtype, "device": s.device, "quantize": is_quantized(s.model)}
-    base = load_model(s.checkpoint_dir, **how)
-    if o.adapter is None or is_whole_model(o.adapter):
+    base = load_start(s.checkpoint_dir, new_tokens, **how)
+    if o.adapter is None or is_model(o.adapter):
         serve(base)
         yield BASE, base
         del base

@@ -16,12 +16,11 @@ from torchtune import config
 from tqdm import tqdm
 
 from phi3_plugin.config import read_config
-from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.generate import Generator
 from phi3_plugin.launch import STOPPED
-from phi3_plugin.load import load_model
+from phi3_plugin.load import load_model, tokenizer_of
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import GenerateOptions, PromptOptions, read_options
 from phi3_plugin.prompts import (
@@ -49,7 +48,7 @@ def run(o: PromptOptions) -> int:
         if o.raw and o.system:
             raise ConfigError("system: there is no system message without a chat template (raw).")
         check_answers_file(o)
-        tokenizer = phi3_tokenizer(o.checkpoint_dir, dropped="warn")
+        tokenizer = tokenizer_of(o.checkpoint_dir, o.adapter, dropped="warn")
         check_stop(o.stop, tokenizer)
         if o.dropped == "error":
             check_system(o.system, tokenizer)

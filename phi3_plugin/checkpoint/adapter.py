@@ -4,7 +4,7 @@ import base64
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypedDict, cast
@@ -60,6 +60,11 @@ class Adapter:
     """Of each module, what B A is multiplied with: alpha / R, or alpha / sqrt(R) for rsLoRA."""
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights that are trained whole, PEFT's ``modules_to_save``, such as ``output.weight``."""
+    rows: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    """Rows of ``tok_embeddings`` and ``output`` that stand in the place of the base's, ``[D]`` by
+    the token's id, PEFT's ``trainable_token_indices``. A tied head has those of the embedding."""
+    new_tokens: Sequence[Mapping[str, Any]] = ()
+    """Tokens that the base's tokenizer has not, as tokenizer.json lists them."""
     dropout: float = 0.0
     """What the adapter was trained with."""
     base: str = ""
@@ -88,6 +93,12 @@ class Adapter:
     def ranks(self) -> dict[str, int]:
         """The rank of each module."""
         return {m.removesuffix(A): t.shape[0] for m, t in self.tensors.items() if m.endswith(A)}
+
+    @property
+    def vocabulary(self) -> int:
+        """How many rows embedding and head must have for it, at least."""
+        wanted = [max(own) + 1 for own in self.rows.values()]
+        return max([0, *wanted, *map(len, self.saved.values())])
 
     @property
     def is_dora(self) -> bool:

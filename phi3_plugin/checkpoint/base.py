@@ -71,6 +71,9 @@ PEFT_ENDINGS = {
 }
 """How they end in a file of PEFT."""
 
+NEW_ROWS, PEFT_ROWS = ".new_rows", ".token_adapter.trainable_tokens_delta"
+"""How the rows of single tokens end with us and in a file of PEFT."""
+
 PEFT_PREFIX = "base_model.model."
 
 SAVED_WEIGHTS = (f"{OUTPUT}.weight", f"{TOK_EMBEDDINGS}.weight")
@@ -101,6 +104,8 @@ def to_peft(name: str) -> str:
     """Return the name under which PEFT stores one of our adapter tensors."""
     if name in SAVED_WEIGHTS:
         return f"{PEFT_PREFIX}{to_hf(name)}"
+    if (module := name.removesuffix(NEW_ROWS)) != name:
+        return f"{PEFT_PREFIX}{_renamed(module, _TO_HF)}{PEFT_ROWS}"
     for theirs, ours in PEFT_ENDINGS.items():
         module = name.removesuffix(ours)
         if module != name and ("embedding" in theirs) == (module == TOK_EMBEDDINGS):

@@ -21,15 +21,17 @@ import torch
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
     MODULE_NAMES,
+    NEW_ROWS,
     PEFT_ENDINGS,
     PEFT_PREFIX,
+    PEFT_ROWS,
     A,
     B,
     expected_shapes,
 )
 from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
 from phi3_plugin.checkpoint.mlx import is_mlx
-from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, folders_within
+from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, folders_within, token_indices
 from phi3_plugin.checkpoint.peft_config import (
     BASE_KEEPING_STARTS,
     PeftConfig,
@@ -81,6 +83,7 @@ VERDICTS: dict[str, tuple[str, str | None, str | None, str | None]] = {
         "magnitudes of DoRA are passed over, since use_dora is not true", MISREAD, None, None),
     "DoRA": ("DoRA is not supported", None, REJECTED, REJECTED),
     "modules_to_save": ("modules_to_save is not supported", None, REJECTED, None),
+    "rows": ("rows of single tokens are not supported", None, REJECTED, REJECTED),
     "saved": ("the converter exits at modules_to_save: {}", None, None, REJECTED),
     "saved norm": ("trained norms are passed over: {}", None, None, MISREAD),
     "bias": ("adapters with a bias are not supported", None, REJECTED, None),
@@ -145,8 +148,12 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
     properties = sorted(_properties(adapter, base), key=lambda found: [*VERDICTS].index(found[0]))
     ranks = [adapter.config.keys.get("r", 8), *adapter.ranks.values()]
     least = next((size for size in VLLM_RANKS if size >= max(ranks)), 0)
+    ids = [i for of_module in token_indices(adapter.config.keys).values() for i in of_module]
+    grow = ""
+    if base and ids and max(ids) >= base.vocab_size:
+        grow = f"base.resize_token_embeddings({max(ids) + 1}), then "
     use = {
-        "PEFT": f"PeftModel.from_pretrained(base, {str(folder)!r})",
+        "PEFT": f"{grow}PeftModel.from_pretrained(base, {str(folder)!r})",
         "vLLM": f"--enable-lora --max-lora-rank {least} --lora-modules NAME={folder}",
         "llama.cpp": f"convert_lora_to_gguf.py --base BASE {folder}, then --lora",
     }
@@ -189,6 +196,7 @@ def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tupl
         "no target": adapted and not targets,
         "DoRA unsaid": magnitudes and not dora,
         "DoRA": magnitudes or dora,
+        "rows": adapter.with_kind(NEW_ROWS),
         "modules_to_save": saved or keys.get("modules_to_save"),
         "bias": biased or keys.get("bias", "none") != "none",
         "tied head": tied and "lm_head" in adapted,
@@ -292,6 +300,7 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 TENSOR_KINDS = {
     **PEFT_ENDINGS,
     ".lora_B.bias": "bias",
+    PEFT_ROWS: NEW_ROWS,
     ".base_layer.weight": "base",
     ".bias": "bias",
     ".weight": "saved",

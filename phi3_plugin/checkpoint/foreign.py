@@ -24,6 +24,7 @@ from phi3_plugin.checkpoint.base import (
     OUTPUT,
     PEFT_ENDINGS,
     PEFT_PREFIX,
+    PEFT_ROWS,
     TOK_EMBEDDINGS,
     A,
     B,
@@ -36,7 +37,15 @@ from phi3_plugin.checkpoint.base import (
 from phi3_plugin.checkpoint.files import quoted, read_tensors
 from phi3_plugin.checkpoint.loralib import EnableLora, loralib_content, ungrouped
 from phi3_plugin.checkpoint.mlx import MLX_WEIGHTS, is_mlx, of_mlx
-from phi3_plugin.checkpoint.peft import CONFIG, NOTE, WEIGHTS, folders_within, parsed_object
+from phi3_plugin.checkpoint.peft import (
+    CONFIG,
+    NOTE,
+    WEIGHTS,
+    folders_within,
+    new_tokens_of,
+    parsed_object,
+    token_indices,
+)
 from phi3_plugin.checkpoint.peft_config import (
     PeftConfig,
     is_alpha,
@@ -109,6 +118,9 @@ def read_adapter(
     else:
         found, note, write = _of_peft(content, file, metadata, alpha, config)
     adapter = _as_written(found, note, config, write)
+    _check_width(adapter, config, file)
+    if base is not None:
+        adapter = replace(adapter, new_tokens=new_tokens_of(path, base))
     if wrong := [m for m, r in adapter.ranks.items() if rank not in (None, r)]:
         raise AdapterError(f"rank: {rank}, but {wrong[0]} of {file} has {adapter.ranks[wrong[0]]}.")
     return adapter
@@ -151,6 +163,8 @@ def _of_peft(
     _check_tensors(content.tensors, content.saved, config, file)
     adapter = Adapter(content.tensors, {}, content.saved)
     beside = file.with_name(CONFIG)
+    if content.rows and not beside.is_file():
+        raise AdapterError(f"{file} has rows of tokens, and only {CONFIG} beside it says of which.")
     if not beside.is_file():
         scales = _scales(adapter.ranks, _known_alpha(alpha, file), {})
         return replace(adapter, scales=scales), None, write
@@ -161,6 +175,7 @@ def _of_peft(
     _check_config(adapter, peft, content.program)
     adapter = replace(
         adapter,
+        rows=_token_rows(content, peft, config),
         scales={module: peft.scale(hf_name(module)) for module in adapter.ranks},
         dropout=float(peft.keys.get("lora_dropout") or 0.0),
         base=peft.keys.get("base_model_name_or_path") or "",
@@ -176,6 +191,60 @@ def _of_peft(
     note = parsed_object(metadata.get(NOTE, "{}"))
     make = pattern_content if note.get("patterns") else uniform_content
     return adapter, note, partial(make, config=config, row_norms=row_norms)
+
+
+def _token_rows(
+    content: "Content", peft: PeftConfig, config: Phi3Config
+) -> dict[str, dict[int, Tensor]]:
+    """Return the rows of single tokens by module and id.
+
+    Args:
+        content: Has them, in the order of the configuration's ids.
+        peft: Says whose they are.
+        config: Of the base model.
+
+    Raises:
+        AdapterError: They are not those of the configuration, or the base has not all rows.
+    """
+    by_name, known = token_indices(peft.keys), aliases(config)
+    rows, saved, tensors = content.rows, content.saved, content.tensors
+    ids = {known[name]: of_tokens for name, of_tokens in by_name.items() if name in known}
+    if config.tie_word_embeddings and ids.get(OUTPUT) == ids.get(TOK_EMBEDDINGS):
+        ids.pop(OUTPUT, None)  # the embedding's are its own
+    problems = [
+        f"{m}: its rows are missing, which trainable_token_indices names"
+        for m in ids.keys() - rows.keys()
+        if ids[m]
+    ]
+    for module, values in rows.items():
+        size = [len(ids.get(module, ())), config.hidden_size]
+        if [*values.shape] != size:
+            problems.append(f"{module}: its rows are {[*values.shape]}, expected {size}")
+        elif not torch.isfinite(values).all():
+            problems.append(f"{module}: its rows hold NaN or infinite numbers")
+        elif module + WHOLE in saved or module + A in tensors:
+            problems.append(f"{module}: adapted or trained whole, and some rows of it again")
+    _refuse(problems, peft.file)
+    return {module: dict(zip(ids[module], rows[module], strict=True)) for module in rows}
+
+
+def _check_width(adapter: Adapter, config: Phi3Config, file: Path) -> None:
+    """Check that embedding and head have all rows of a vocabulary that is larger than the base's.
+
+    Raises:
+        AdapterError: They have not: the base was resized, and its new rows are in no file.
+    """
+    if (wide := adapter.vocabulary) <= config.vocab_size:
+        return
+    for module in [TOK_EMBEDDINGS] if config.tie_word_embeddings else [TOK_EMBEDDINGS, OUTPUT]:
+        whole, own = adapter.saved.get(module + WHOLE), adapter.rows.get(module, {})
+        if len(whole if whole is not None else ()) < wide and not own.keys() >= {
+            *range(config.vocab_size, wide)
+        }:
+            raise AdapterError(
+                f"{file} is for a base of {wide} rows, but this one has {config.vocab_size}, and "
+                f"the file has not all others of {hf_name(module)}. Give the base that was resized."
+            )
 
 
 def _check_config(adapter: Adapter, peft: PeftConfig, program: str) -> None:
@@ -280,6 +349,8 @@ class Content:
     saved: dict[str, Tensor]
     copies: dict[str, Tensor]
     """Of the base's weights, beside adapters on them."""
+    rows: dict[str, Tensor]
+    """Of single tokens, by module, ``[N, D]``."""
 
 
 def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> Content:
@@ -290,7 +361,8 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
     """
     known, programs, problems = aliases(config), set[Program](), list[str]()
     low, saved, copies = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-    endings = sorted((*ENDINGS, COPY, WHOLE), key=len, reverse=True)
+    rows = dict[str, Tensor]()
+    endings = sorted((*ENDINGS, COPY, WHOLE, PEFT_ROWS), key=len, reverse=True)
     for name, value in tensors.items():
         plain = _unwrapped(name)
         if (
@@ -299,11 +371,12 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
             continue
         ending = next((ending for ending in endings if plain.endswith(ending)), "")
         module = known.get(plain.removesuffix(ending), "") if ending else ""
-        group = {COPY: copies, WHOLE: saved}.get(ending, low)
-        if not module or (group is copies and module not in (TOK_EMBEDDINGS, OUTPUT)):
+        group = {COPY: copies, WHOLE: saved, PEFT_ROWS: rows}.get(ending, low)
+        is_of_ends = ending in (COPY, PEFT_ROWS)
+        if not module or (is_of_ends and module not in (TOK_EMBEDDINGS, OUTPUT)):
             problems.append(f"{name[:120]!r} is no part of an adapter of this base")
             continue
-        own = WHOLE
+        own = "" if ending == PEFT_ROWS else WHOLE
         if ending in ENDINGS:
             program, own = ENDINGS[ending]
             programs.add(program)
@@ -315,7 +388,7 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
     if len(programs) != 1:
         names = f"names of {' and '.join(sorted(programs))}" if programs else "no low-rank adapter"
         raise AdapterError(f"{file} has {names}, expected those of one program.")
-    return Content(programs.pop(), low, saved, copies)
+    return Content(programs.pop(), low, saved, copies, rows)
 
 
 def aliases(config: Phi3Config) -> dict[str, str]:
@@ -375,7 +448,7 @@ def _check_tensors(
         if module not in (TOK_EMBEDDINGS, OUTPUT):
             ends = f"{TOK_EMBEDDINGS} and {OUTPUT}"
             problems.append(f"{module}: base weights; only {ends} are read whole")
-        elif value.shape != (size := (config.vocab_size, config.hidden_size)):
+        elif value.shape != (size := (max(config.vocab_size, len(value)), config.hidden_size)):
             problems.append(f"{module}: its weight is {list(value.shape)}, expected {list(size)}")
     for module in modules:
         if module in whole or (fused_name(module) != module and fused_name(module) in modules):

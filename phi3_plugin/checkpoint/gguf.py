@@ -86,8 +86,8 @@ def _unfit(adapter: Adapter, config: Phi3Config) -> Iterator[str]:
     merge = "Write a model instead: `adapter merge --to gguf`"
     if adapter.is_dora:
         yield f"magnitude: it knows no DoRA. {merge}."
-    if adapter.saved:
-        yield f"{', '.join(sorted(adapter.saved))}: it replaces no whole weights. {merge}."
+    if whole := {**adapter.saved, **adapter.rows}:
+        yield f"{', '.join(sorted(whole))}: it replaces no whole weights or rows. {merge}."
     if config.tie_word_embeddings and (tied := {TOK_EMBEDDINGS, OUTPUT} & adapter.ranks.keys()):
         yield (
             f"{', '.join(sorted(tied))}: in this base one tensor is embedding and head, and it "

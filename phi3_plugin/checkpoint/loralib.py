@@ -96,9 +96,9 @@ def loralib_content(
     check_writable_adapter(adapter)
     if adapter.is_dora:
         raise AdapterError("loralib has no DoRA. Merge the adapter, or convert it to PEFT.")
-    if adapter.saved:
+    if whole := {**adapter.saved, **adapter.rows}:
         raise AdapterError(
-            f"{', '.join(adapter.saved)}: loralib's files hold no weights that are trained whole. "
+            f"{', '.join(whole)}: loralib's files hold no weights or rows that are trained whole. "
             "Merge the adapter, or convert it to PEFT."
         )
     if not merged_linear:

@@ -39,7 +39,8 @@ from phi3_plugin.checkpoint.peft import (
 from phi3_plugin.config import GENERATION, Phi3Config, generation_config, read_config, read_json
 from phi3_plugin.data.vocabulary import read_vocabulary
 from phi3_plugin.errors import AdapterError, Phi3Error
-from phi3_plugin.models.nf4 import nf4_zeros, rows_of
+from phi3_plugin.models.new_tokens import with_rows
+from phi3_plugin.models.nf4 import Rows, nf4_zeros, rows_of
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.options import Quantization
 
@@ -133,30 +134,35 @@ def merge_into(
     modules: dict[str, list[str]] = {}
     for module in adapter.ranks:
         modules.setdefault(f"{fused_name(module)}.weight", []).append(module)
-    changed = tuple(sorted({*modules, *adapter.saved}))
     ends = {f"{TOK_EMBEDDINGS}.weight", f"{OUTPUT}.weight"}
-    untied = config.tie_word_embeddings and not ends.isdisjoint(changed)
+    weights: dict[str, Rows] = {**base, **with_rows(base, adapter.rows)}
+    # The rows of a tied head are the embedding's, and stay so
+    untied = config.tie_word_embeddings and not ends.isdisjoint({*modules, *adapter.saved})
     if untied:
         base[f"{OUTPUT}.weight"] = base[f"{TOK_EMBEDDINGS}.weight"]
+        weights[f"{OUTPUT}.weight"] = weights[f"{TOK_EMBEDDINGS}.weight"]
+    weights |= adapter.saved
     dtypes = {name: PRECISIONS.get(dtype or "", stored.dtype) for name, stored in base.items()}
+    changed = tuple(sorted({*modules, *adapter.saved, *(f"{m}.weight" for m in adapter.rows)}))
     difference = Difference() if onto == "nf4" else None
 
     def weight(name: str) -> Tensor:
-        stored, saved, changes = base[name], adapter.saved.get(name), modules.get(name, [])
-        value = stored[:] if saved is None else saved
+        value, changes = weights[name][:], modules.get(name, [])
         merged = _merged(value, adapter, changes, config) if changes else value
         # NF4 holds all layers but the head
-        if difference and saved is None and name.startswith("layers.") and "_proj." in name:
-            original, merged = merged, _merged(in_nf4(stored), adapter, changes, config)
+        if difference and name.startswith("layers.") and "_proj." in name:
+            original, merged = merged, _merged(in_nf4(base[name]), adapter, changes, config)
             difference.add(original.float(), merged)
         return merged.to(dtypes[name])
 
-    sizes = {name: math.prod(base[name].shape) * kind.itemsize for name, kind in dtypes.items()}
+    sizes = {name: math.prod(weights[name].shape) * kind.itemsize for name, kind in dtypes.items()}
     main = str(dtypes[max(sizes, key=lambda name: sizes[name])]).removeprefix("torch.")
+    vocabulary = max(config.vocab_size, adapter.vocabulary)
     rows = {**(card or {}), "weights": main, "merged into": MERGED_INTO[onto]}
 
     def write_beside(folder: Path) -> None:
-        _write_settings(folder, checkpoint_dir, main, untied=untied)
+        copy_tokenizer(checkpoint_dir, folder, adapter.new_tokens)
+        _write_settings(folder, checkpoint_dir, main, vocabulary, untied=untied)
         _write_card(folder, checkpoint_dir, adapter, rows, out.stem if gguf else out.name)
 
     remarks: list[str] = []
@@ -165,7 +171,7 @@ def merge_into(
             write_weights(folder, sizes, weight, shard_bytes)
             write_beside(folder)
     else:
-        shapes = {name: stored.shape for name, stored in base.items()}
+        shapes = {name: weights[name].shape for name in base}
         with TemporaryDirectory() as place:
             folder = Path(place) / out.stem
             folder.mkdir()
@@ -241,10 +247,12 @@ Generation must stop at the ids in generation_config.json. The license is that o
 """
 
 
-def _write_settings(folder: Path, checkpoint_dir: Path, dtype: str, *, untied: bool) -> None:
-    """Copy the tokenizer, and write the settings of a model that was changed."""
-    copy_tokenizer(checkpoint_dir, folder)
+def _write_settings(
+    folder: Path, checkpoint_dir: Path, dtype: str, vocabulary: int, *, untied: bool
+) -> None:
+    """Write the settings of a model that was changed."""
     keys = read_json(checkpoint_dir / "config.json")
+    keys["vocab_size"] = vocabulary
     keys.pop("auto_map", None)  # names code files that are not in this folder, nor needed
     set_dtype(keys, dtype)
     if untied:
@@ -263,6 +271,8 @@ def _write_card(
     facts = {"adapter": f"{kind} of rank {ranks} on {', '.join(targets_of(adapter.tensors))}"}
     if adapter.saved:
         facts["trained whole"] = ", ".join(sorted(adapter.saved))
+    if adapter.new_tokens:
+        facts["new tokens"] = ", ".join(repr(token["content"]) for token in adapter.new_tokens)
     table = markdown_table("merged", {**facts, **rows})
     try:
         model_name = name_for_llama_cpp(name, read_vocabulary(checkpoint_dir).backend)

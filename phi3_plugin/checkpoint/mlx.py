@@ -149,8 +149,8 @@ def _turned(value: Tensor) -> Tensor:
 def _unfit(adapter: Adapter, tensors: Mapping[str, Tensor], config: Phi3Config) -> Iterator[str]:
     """Yield what mlx-lm cannot compute, and what to do instead."""
     merge = "Merge it into the base: mlx-lm loads what `phi3-tune adapter merge` writes"
-    if adapter.saved:
-        yield f"{', '.join(sorted(adapter.saved))}: it replaces no whole weights. {merge}."
+    if whole := {**adapter.saved, **adapter.rows}:
+        yield f"{', '.join(sorted(whole))}: it replaces no whole weights or rows. {merge}."
     tied = {TOK_EMBEDDINGS, OUTPUT} & adapter.ranks.keys()
     if not config.tie_word_embeddings or not tied:
         return

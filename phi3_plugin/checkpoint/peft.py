@@ -25,7 +25,9 @@ from phi3_plugin.checkpoint.adapter import (
 )
 from phi3_plugin.checkpoint.base import (
     MAGNITUDE,
+    NEW_ROWS,
     SAVED_WEIGHTS,
+    TOK_EMBEDDINGS,
     A,
     B,
     fused_name,
@@ -37,6 +39,7 @@ from phi3_plugin.checkpoint.base import (
 )
 from phi3_plugin.checkpoint.files import save_tensors
 from phi3_plugin.config import read_config, read_json_object, strict_json
+from phi3_plugin.data.added_tokens import Entry, tokens_beyond, write_added_tokens
 from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError, MissingFileError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -92,29 +95,41 @@ def export_adapter(
     config = adapter_config(content, adapter, base, sizes.num_hidden_layers)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    tensors = {to_peft(n): v for n, v in {**content.tensors, **adapter.saved}.items()}
+    rows = {m + NEW_ROWS: torch.stack([*own.values()]) for m, own in adapter.rows.items()}
+    tensors = {to_peft(n): v for n, v in {**content.tensors, **adapter.saved, **rows}.items()}
     save_tensors(folder / WEIGHTS, tensors, {NOTE: json.dumps(content.note)})
-    copy_tokenizer(checkpoint_dir, folder, alone=True)
+    copy_tokenizer(checkpoint_dir, folder, adapter.new_tokens, alone=True)
+    if adapter.new_tokens:
+        texts = [str(token["content"]) for token in adapter.new_tokens]
+        card = {**card, "new tokens": ", ".join(map(repr, texts))}
     if any(fused_name(module) != module for module in adapter.ranks):
         ranks = " or ".join(map(str, sorted(set(adapter.ranks.values()))))
         trained = f"{', '.join(targets_of(adapter.tensors))}, each of rank {ranks}"
         card = {**card, "trained": trained}
-    (folder / "README.md").write_text(model_card(config, card), encoding="utf-8")
+    rows_to_add = adapter.vocabulary if adapter.vocabulary > sizes.vocab_size else None
+    (folder / "README.md").write_text(model_card(config, card, rows_to_add), encoding="utf-8")
 
 
-def export_model(folder: Path, weights: Mapping[str, Tensor], checkpoint_dir: Path) -> None:
+def export_model(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    checkpoint_dir: Path,
+    new_tokens: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write a fully trained model as a Hugging Face checkpoint folder.
 
     Args:
         folder: An existing folder.
         weights: All of the model, our names.
         checkpoint_dir: Folder of the base model, for tokenizer and configuration.
+        new_tokens: As an `Adapter` has them.
     """
     sizes = {name: weight.nbytes for name, weight in weights.items()}
     write_weights(folder, sizes, weights.__getitem__)
-    copy_tokenizer(checkpoint_dir, folder)
+    copy_tokenizer(checkpoint_dir, folder, new_tokens)
     largest = weights[max(sizes, key=lambda name: sizes[name])]
     keys = read_json_object(checkpoint_dir / "config.json")
+    keys["vocab_size"] = len(weights[f"{TOK_EMBEDDINGS}.weight"])
     set_dtype(keys, str(largest.dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
 
@@ -144,12 +159,19 @@ def base_name(checkpoint_dir: Path) -> str:
     return name if isinstance(name, str) and name else str(checkpoint_dir.resolve())
 
 
-def copy_tokenizer(checkpoint_dir: Path, folder: Path, *, alone: bool = False) -> None:
+def copy_tokenizer(
+    checkpoint_dir: Path,
+    folder: Path,
+    new_tokens: Sequence[Mapping[str, Any]] = (),
+    *,
+    alone: bool = False,
+) -> None:
     """Copy the tokenizer's files and the ids at which generation stops.
 
     Args:
         checkpoint_dir: Where they are.
         folder: Where they go.
+        new_tokens: What they have beyond the base's, as an `Adapter` says it.
         alone: No config.json comes beside them: they say themselves how tokenizer.json is read.
     """
     for name in TOKENIZER_FILES:
@@ -159,6 +181,44 @@ def copy_tokenizer(checkpoint_dir: Path, folder: Path, *, alone: bool = False) -
     if alone and settings.is_file() and (folder / "tokenizer.json").is_file():
         keys = {**read_json_object(settings), "tokenizer_class": TOKENIZER_CLASS}
         settings.write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+    write_added_tokens(folder, new_tokens)
+
+
+def new_tokens_of(adapter: Path, base: Path) -> list[Entry]:
+    """Return the tokens that an adapter has rows for and the tokenizer of its base has not.
+
+    Args:
+        adapter: Folder or file of it; PEFT's has the tokenizer beside it.
+        base: Folder of the base model.
+
+    Raises:
+        Phi3Error: A file of the tokenizer or adapter_config.json is damaged.
+    """
+    folder = adapter if adapter.is_dir() else adapter.parent
+    beyond = tokens_beyond(folder, base)
+    if not beyond or not (folder / CONFIG).is_file():
+        return beyond if is_model(folder) else []
+    keys = read_json_object(folder / CONFIG, AdapterError)
+    if any(_short(str(name)) == "embed_tokens" for name in keys.get("modules_to_save") or ()):
+        return beyond
+    ids = token_indices(keys).get("embed_tokens", ())
+    return [token for token in beyond if token["id"] in ids]
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model rather than an adapter."""
+    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+
+
+def token_indices(keys: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the ids of the tokens whose rows an adapter has, by the last word of the module.
+
+    Args:
+        keys: Of adapter_config.json, checked. PEFT takes a list for those of the embedding.
+    """
+    said = keys.get("trainable_token_indices") or {}
+    said = {"embed_tokens": said} if isinstance(said, list) else said
+    return {_short(name): [*ids] for name, ids in said.items()}
 
 
 def targets_of(adapter: Iterable[str]) -> list[str]:
@@ -184,7 +244,9 @@ def adapter_config(
     rank, rank_pattern = _usual_and_others(content.ranks)
     alpha, alpha_pattern = _usual_and_others(content.alphas)
     saved = sorted(_short(hf_name(name.removesuffix(".weight"))) for name in adapter.saved)
+    rows = {_short(hf_name(module)): [*own] for module, own in adapter.rows.items()}
     return {
+        **({"trainable_token_indices": rows} if rows else {}),  # PEFT knows the key since 0.15
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -257,7 +319,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, ADAPTER)  # ADAPTER: this folder or its repository
+{resize}model = PeftModel.from_pretrained(base, ADAPTER)  # ADAPTER: this folder or its repository
 tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 ```
 
@@ -267,17 +329,21 @@ Generation must stop at the ids in generation_config.json.
 """
 
 
-def model_card(config: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+def model_card(
+    config: Mapping[str, Any], rows: Mapping[str, Any], vocabulary: int | None = None
+) -> str:
     """Return the README.md that lies beside an adapter.
 
     Args:
         config: Content of its adapter_config.json.
         rows: What the adapter was trained on and how, one row of the table each.
+        vocabulary: To how many rows the base must be resized, if it must.
     """
     base = config["base_model_name_or_path"]
     return ADAPTER_CARD.format(
         matter=front_matter(base, "peft", ["lora", "phi3", "torchtune"]),
         base=base,
+        resize=f"base.resize_token_embeddings({vocabulary})\n" if vocabulary else "",
         title=" ".join(base.split()),
         kind="DoRA" if config["use_dora"] else "LoRA",
         targets=", ".join(config["target_modules"]),

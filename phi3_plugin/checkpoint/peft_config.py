@@ -50,7 +50,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (),
     "monteclora_config": (),
     "target_parameters": (),
-    "trainable_token_indices": (),
     "use_bdlora": (False,),
     "velora_config": (),
 }
@@ -66,6 +65,7 @@ a base that was changed."""
 READ_KEYS = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern"),
     *("alpha_pattern", "base_model_name_or_path", "init_lora_weights", NOTE),
+    "trainable_token_indices",
 }
 
 IRRELEVANT_KEYS = {
@@ -194,6 +194,15 @@ def _is_switch(value: object) -> bool:
 
 is_rank = partial(is_whole, least=1)
 
+
+def _are_token_indices(value: object) -> bool:
+    lists = [*value.values()] if isinstance(value, dict) else [value or []]
+    return all(
+        isinstance(ids, list) and all(is_whole(i, least=0) for i in ids) and len({*ids}) == len(ids)
+        for ids in lists
+    )
+
+
 VALUES = {
     "r": Kind("a whole number above 0", is_rank),
     "lora_alpha": Kind("a number above 0", is_alpha),
@@ -202,6 +211,10 @@ VALUES = {
     ),
     "use_dora": Kind("true or false", _is_switch),
     "use_rslora": Kind("true or false", _is_switch),
+    "trainable_token_indices": Kind(
+        "a list of tokens' ids, each once, or an object of modules and such lists",
+        _are_token_indices,
+    ),
     "base_model_name_or_path": Kind("text", lambda v: v is None or isinstance(v, str)),
 }
 """What the keys must be that are read, if they are there."""

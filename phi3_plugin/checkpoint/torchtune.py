@@ -64,9 +64,9 @@ def split_content(adapter: Adapter, config: Phi3Config) -> FileContent:
     check_writable_adapter(adapter)
     if TOK_EMBEDDINGS in adapter.ranks:
         raise AdapterError(f"{TOK_EMBEDDINGS}: torchtune's Phi-3 has no adapter on its embedding.")
-    if adapter.saved:
+    if whole := {**adapter.saved, **adapter.rows}:
         raise AdapterError(
-            f"{', '.join(adapter.saved)}: an adapter of torchtune's holds no weights that are "
+            f"{', '.join(whole)}: an adapter of torchtune's holds no weights or rows that are "
             "trained whole. Merge the adapter instead."
         )
     rank = max(adapter.ranks.values())

@@ -5,25 +5,26 @@ import logging
 import secrets
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from torchtune.utils import log_rank_zero
 
+from phi3_plugin.data.added_tokens import ManyTokens
 from phi3_plugin.data.template import Piece, Rendered, token_pattern
 from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.data.vocabulary import Vocabulary, naming, read_vocabulary
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
-from phi3_plugin.options import Count, made, option_problems, takes
+from phi3_plugin.options import Count, OnResume, made, option_problems, takes
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,10 @@ class TokenizerOptions:
     """What a message is that the template leaves out, as many do with the system message. "error",
     or "warn": go on without, and log how many there were. An empty message that is left out is
     neither."""
+    add_tokens: Annotated[ManyTokens | None, OnResume.REFUSED] = None
+    """Texts that become one token each, as by transformers' ``tokenizer.add_tokens``; our recipe
+    trains their rows of embedding and head. For a Phi-3 such a text is a token after a space or
+    at the start of a message alone: ``{content: '<call>', normalized: False}`` is one anywhere."""
 
 
 @takes(TokenizerOptions)
@@ -70,7 +75,8 @@ def phi3_tokenizer(
     problems = option_problems(TokenizerOptions, options, "phi3_tokenizer", section="tokenizer.")
     if problems:
         raise ConfigError("\n".join(problems))
-    return Phi3Tokenizer(read_vocabulary(path), made(TokenizerOptions, options))
+    chosen = made(TokenizerOptions, options)
+    return Phi3Tokenizer(read_vocabulary(path, chosen.add_tokens or ()), chosen)
 
 
 class Tokens(NamedTuple):
@@ -158,7 +164,11 @@ class Phi3Tokenizer:
         self.stop_tokens = vocabulary.stop_tokens
         self.special_in_text = options.special_in_text
         self._may_drop = options.dropped == "warn"
-        self._disguise = Disguise(self.backend) if options.special_in_text == "text" else None
+        self.new_tokens = vocabulary.new_tokens
+        """By id; those that are in no file of the checkpoint."""
+        self._disguise = None
+        if options.special_in_text == "text":
+            self._disguise = Disguise(self.backend, self.new_tokens)
         ids: dict[str, int] = self.backend.get_vocab()
         self.vocab_size = len(ids)
         added = self.backend.get_added_tokens_decoder().items()
@@ -367,24 +377,27 @@ class Disguise:
 
     The template's ``<|end|>`` is replaced by the secret name; one that somebody wrote into a
     message keeps the characters it is written in. All else is encoded as before: the flags of
-    the tokens, and what they do to the text beside them, are the same.
+    the tokens, and what they do to the text beside them, are the same. Tokens that the user has
+    added are meant to be written into messages, and keep their names.
     """
 
-    def __init__(self, backend: Tokenizer) -> None:
-        """Copy the tokenizer."""
+    def __init__(self, backend: Tokenizer, open_tokens: Collection[int] = ()) -> None:
+        """Copy the tokenizer; the ids are those of tokens that are not disguised."""
         secret = secrets.token_hex(8)  # nobody's text holds it
         added = backend.get_added_tokens_decoder()
-        self._names = {token.content: f"{secret}-{i}-" for i, token in added.items()}
+        self._names = {
+            token.content: f"{secret}-{i}-" for i, token in added.items() if i not in open_tokens
+        }
         self._tokens = token_pattern(self._names)
         content = json.loads(backend.to_str())
         for token in content["added_tokens"]:
-            token["content"] = self._names[token["content"]]
+            token["content"] = self._names.get(token["content"], token["content"])
         self.backend = Tokenizer.from_str(json.dumps(content))
         # Those that were in the model's own vocabulary are new to it and move the others
         ids = self.backend.get_vocab()
         self._true_ids = np.arange(max(ids.values()) + 1, dtype=np.int32)
         for i, token in added.items():
-            self._true_ids[ids[self._names[token.content]]] = i
+            self._true_ids[ids[self._names.get(token.content, token.content)]] = i
 
     def hide(self, piece: Piece) -> Piece:
         """Replace the added tokens in what the template writes."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer
 
 from phi3_plugin.config import GENERATION, checkpoint_folder, read_json_object
+from phi3_plugin.data.added_tokens import Entry, NewToken, add_tokens
 from phi3_plugin.data.template import ChatTemplate
 from phi3_plugin.errors import MissingFileError, TokenizerError
 
@@ -29,16 +30,21 @@ class Vocabulary(NamedTuple):
     backend: Tokenizer
     template: ChatTemplate
     stop_tokens: list[int]
+    new_tokens: dict[int, NewToken]
+    """Those that the files have not, by id."""
 
 
-def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
+def read_vocabulary(
+    checkpoint_dir: str | Path | None, add: Sequence[str | Entry] = ()
+) -> Vocabulary:
     """Read tokenizer.json, tokenizer_config.json, the chat template and the stop ids.
 
     Args:
         checkpoint_dir: Folder in Hugging Face layout. generation_config.json is optional.
+        add: More tokens; the template knows nothing of them.
 
     Raises:
-        ConfigError: The folder is not given.
+        ConfigError: The folder is not given, or some of the tokens cannot be added.
         MissingFileError: The folder or one of its files is not there.
         TokenizerError: A file is broken, or of a generation that is not supported.
     """
@@ -52,7 +58,8 @@ def read_vocabulary(checkpoint_dir: str | Path | None) -> Vocabulary:
     template.check()
     ends = (names["eos_token"], template.turn_end)
     file = folder / "tokenizer.json"
-    return Vocabulary(file, backend, template, _read_stop_tokens(backend, ends, folder))
+    stops = _read_stop_tokens(backend, ends, folder)
+    return Vocabulary(file, backend, template, stops, add_tokens(backend, add))
 
 
 def _read_backend(file: Path) -> Tokenizer:

@@ -44,7 +44,6 @@ def token_logps(
 def _trained_parameters(head: nn.Module | TiedLinear) -> list[Tensor]:
     if isinstance(head, TiedLinear):
         head = head.tied_module
-        return [head.weight] if head.weight.requires_grad else []
     return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
 

@@ -1,6 +1,6 @@
 """The model of a run, before its weights: what is trained, in which precision, what recomputes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import get_act_offloading_ctx_manager
 
+from phi3_plugin.models.new_tokens import add_new_tokens
 from phi3_plugin.models.phi3 import PRECISIONS
+from phi3_plugin.settings import Settings
+from phi3_plugin.train.data import instantiate
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -21,6 +24,22 @@ def is_adapted(model: nn.Module) -> bool:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def model_of(s: Settings, new_tokens: Sequence[int]) -> nn.Module:
+    """Return the model that a run's settings name, with rows for new tokens.
+
+    Args:
+        s: Of the run.
+        new_tokens: Their ids, one after the other.
+
+    Raises:
+        ConfigError: The model takes no such rows.
+    """
+    model: nn.Module = instantiate(s.model)
+    if new_tokens:
+        add_new_tokens(model, new_tokens)
+    return model
 
 
 def prepare(

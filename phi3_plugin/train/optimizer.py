@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchtune.utils import log_rank_zero
 
+from phi3_plugin.checkpoint.base import NEW_ROWS
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.options import Kind, Seed, is_number, mistakes
 from phi3_plugin.train.data import FEW_STEPS
@@ -31,7 +32,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return what the optimizer gets; with LoRA+ the B matrices of linear layers learn faster.
 
-    Those of the embedding do not: there A is the one that starts at zero.
+    Those of the embedding do not: there A is the one that starts at zero. Rows of new tokens do not
+    decay: many a step has none of them, and would only make them smaller.
 
     Args:
         model: Knows what is trained.
@@ -41,14 +43,17 @@ def parameter_groups(
     Source: Hayou et al. 2024, LoRA+, section 4.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rows = [p for name, p in trained if name.endswith(NEW_ROWS)]
+    undecayed = [{"params": rows, "weight_decay": 0.0}] if rows else []
+    trained = [(name, p) for name, p in trained if not name.endswith(NEW_ROWS)]
     if not lora_plus_ratio or rate is None:
-        return [{"params": [p for _, p in trained]}]
+        return [{"params": [p for _, p in trained]}, *undecayed]
     slow: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
     for name, parameter in trained:
         is_fast = name.endswith("lora_b.weight") and not name.startswith("tok_embeddings.")
         (fast if is_fast else slow).append(parameter)
-    return [{"params": slow}, {"params": fast, "lr": rate * lora_plus_ratio}]
+    return [{"params": slow}, {"params": fast, "lr": rate * lora_plus_ratio}, *undecayed]
 
 
 Schedule = Callable[..., LambdaLR]
@@ -259,7 +264,8 @@ def check_shards(
         if not parameter.requires_grad or largest < SMALLEST:
             continue
         if rows % shards:
-            problem = f"has {rows} rows. Choose a lora_rank that is a multiple"
+            key = "number of add_tokens" if name.endswith(NEW_ROWS) else "lora_rank"
+            problem = f"has {rows} rows. Choose a {key} that is a multiple"
         elif parameter.dtype != torch.float32:
             # torch compiles no step: the shards' states call themselves fp32, the whole do not.
             problem = f"is {parameter.dtype}. Set adapter_dtype=fp32 or dtype=fp32"

@@ -36,7 +36,7 @@ from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.settings import Settings, read, without_weights
 from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import sft
-from phi3_plugin.train.model import prepare
+from phi3_plugin.train.model import model_of, prepare
 from phi3_plugin.train.world import World, pick_device
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -160,7 +160,8 @@ def on_meta(s: Settings, recomputed: int = 0) -> Any:
     torch.set_default_dtype(PRECISIONS[s.dtype])
     try:
         with torch.device("meta"):
-            model = instantiate(s.model)
+            # Which ids they have is in the tokenizer; so many rows take the same memory
+            model = model_of(s, range(len(s.tokenizer.get("add_tokens") or ())))
     finally:
         torch.set_default_dtype(before)
     return prepare(

@@ -18,13 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from phi3_plugin.checkpoint.adapter import Adapter, Origin
-from phi3_plugin.checkpoint.base import MAGNITUDE, A, B, known_hash, open_weights, other_base
+from phi3_plugin.checkpoint.base import (
+    MAGNITUDE,
+    NEW_ROWS,
+    A,
+    B,
+    known_hash,
+    open_weights,
+    other_base,
+)
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import check_same, check_trained
 from phi3_plugin.config import read_config
+from phi3_plugin.data.added_tokens import NewToken, pieces_of
 from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError
 from phi3_plugin.models.lora import LoRALinear, draw, local_rows
 from phi3_plugin.models.lora_settings import FROM_BASE, keys_of, keys_of_model
+from phi3_plugin.models.new_tokens import starting_rows, with_rows
 from phi3_plugin.models.nf4 import Rows, is_nf4, nearest_nf4
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.checkpoints import going_on
@@ -42,6 +52,7 @@ def starting_weights(
     settings: Settings,
     folder: Path | None,
     state: Mapping[str, Any] | None,
+    new_tokens: Mapping[int, NewToken],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a value for every parameter of a model, and the A and B that PiSSA took off the base.
 
@@ -51,6 +62,7 @@ def starting_weights(
         settings: Of the run.
         folder: The checkpoint to go on from; None starts anew.
         state: Of that checkpoint.
+        new_tokens: By id, those whose rows are trained.
 
     Raises:
         AdapterError: The adapter to start from does not fit the model.
@@ -65,8 +77,13 @@ def starting_weights(
             )
         if _is_quantized(model):
             raise ConfigError("model.quantize_base: NF4 weights cannot be trained. Use lora_phi3.")
-        return {**open_weights(folder or settings.checkpoint_dir)}, {}
-    weights: dict[str, Any] = {**open_weights(settings.checkpoint_dir)}
+        weights: dict[str, Any] = {**open_weights(folder or settings.checkpoint_dir)}
+        if not folder:
+            weights |= with_rows(weights, starting_rows(weights, pieces_of(new_tokens)))
+        return weights, {}
+    weights = {**open_weights(settings.checkpoint_dir)}
+    rows = starting_rows(weights, pieces_of(new_tokens))
+    weights |= with_rows(weights, rows)
     known_hash(settings.checkpoint_dir)  # for what is saved, so that no step waits for reading it
     pissa = [name for name in split_names(model) if model.get_submodule(name).init == "pissa"]
     first: dict[str, Tensor] = {}
@@ -75,7 +92,7 @@ def starting_weights(
             check_adapter_state(folder, state, model)
             values, first = state["adapter"]["trained"], state["adapter"]["first"]
     elif settings.init_adapter:
-        values = fitting_tensors(settings.init_adapter, settings.checkpoint_dir, model)
+        values = fitting_tensors(settings.init_adapter, settings.checkpoint_dir, model, new_tokens)
     else:
         values = {**initial_adapter(model, settings.seed), **_split_all(world, model, weights)}
         first = {name + part: values[name + part] for name in pissa for part in (A, B)}
@@ -83,7 +100,16 @@ def starting_weights(
         scaling = float(model.get_submodule(name).scaling)  # type: ignore[arg-type]
         base = weights[f"{name}.weight"]
         weights[f"{name}.weight"] = Residual(base, first[name + A], first[name + B], scaling)
-    return {**weights, **values}, first
+    return {**weights, **own_rows(model, rows), **values}, first
+
+
+def own_rows(model: nn.Module, rows: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
+    """Return the rows that are parameters of their own in a model, by name, ``[N, D]``."""
+    return {
+        module + NEW_ROWS: torch.stack([*own.values()])
+        for module, own in rows.items()
+        if hasattr(model.get_submodule(module), "new_rows")
+    }
 
 
 def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -207,13 +233,16 @@ class Residual:
         return self.weight[rows].float() - self.scaling * (self.b[rows] @ self.a)
 
 
-def fitting_tensors(path: Path, checkpoint_dir: Path, model: nn.Module) -> dict[str, Tensor]:
+def fitting_tensors(
+    path: Path, checkpoint_dir: Path, model: nn.Module, new_tokens: Mapping[int, NewToken]
+) -> dict[str, Tensor]:
     """Return the tensors of somebody's adapter for a model that has its ranks and scales.
 
     Args:
         path: Anything that :func:`phi3_plugin.checkpoint.foreign.read_adapter` reads.
         checkpoint_dir: Of the base model.
         model: Knows what is trained.
+        new_tokens: By id, those whose rows are trained.
 
     Raises:
         AdapterError: It was made for other base weights, or the model's keys are others; those
@@ -226,6 +255,15 @@ def fitting_tensors(path: Path, checkpoint_dir: Path, model: nn.Module) -> dict[
             f"init_adapter: {path} was made for other weights than those of {checkpoint_dir}: for "
             f"some with the hash {hashes}. It names {adapter.base or 'no base'}: give that as "
             "checkpoint_dir, or merge the adapter into it and train on from what that writes."
+        )
+    own = {i: str(token.entry["content"]) for i, token in new_tokens.items()}
+    trained = {int(token["id"]): str(token["content"]) for token in adapter.new_tokens}
+    strange = {i for rows in adapter.rows.values() for i in rows} - own.keys()
+    if strange or (trained and trained != own):
+        raise AdapterError(
+            f"init_adapter: {path} has rows of the tokens {trained or sorted(strange)}, but the "
+            f"run trains those of {own}. Set tokenizer.add_tokens={list(trained.values())}, or "
+            "merge the adapter and train on from what that writes."
         )
     ours = keys_of_model(model)
     theirs = keys_of(
@@ -254,7 +292,7 @@ def fitting_tensors(path: Path, checkpoint_dir: Path, model: nn.Module) -> dict[
             f"init_adapter: {path} does not fit the model's keys. These would fit:\n  "
             + "\n  ".join(wrong)
         )
-    return {**adapter.tensors, **adapter.saved}
+    return {**adapter.tensors, **adapter.saved, **own_rows(model, adapter.rows)}
 
 
 def _typed(value: object) -> str:
@@ -341,6 +379,7 @@ def trained_adapter(
     model: nn.Module,
     trained: Tensors,
     first: Tensors,
+    new_tokens: Mapping[int, NewToken],
     *,
     may_be_identity: bool,
 ) -> Adapter:
@@ -350,6 +389,7 @@ def trained_adapter(
         model: Knows scales and dropout.
         trained: All that is trained, whole.
         first: From :func:`starting_weights`.
+        new_tokens: By id, those whose rows are trained.
         may_be_identity: Whether it may still be what it was at the start.
 
     Raises:
@@ -359,10 +399,13 @@ def trained_adapter(
     check_trained({**trained, **moved}, may_be_identity=may_be_identity)
     scales = adapter_scales(model)
     names = {module + part for module in scales for part in (A, B, MAGNITUDE)}
+    rows = {n.removesuffix(NEW_ROWS): v for n, v in trained.items() if n.endswith(NEW_ROWS)}
     return Adapter(
         for_original_base({n: v for n, v in trained.items() if n in names}, first),
         scales,
-        {n: v for n, v in trained.items() if n not in names},
+        {n: v for n, v in trained.items() if n not in names and not n.endswith(NEW_ROWS)},
+        {module: dict(zip(new_tokens, values, strict=True)) for module, values in rows.items()},
+        [token.entry for token in new_tokens.values()],
         next((m.p for m in model.modules() if isinstance(m, nn.Dropout)), 0.0),
         origin={"layout": "fused", **_notes(model)},
     )

@@ -80,6 +80,11 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
             "loss: the recipe takes torchtune's losses. Use torchtune.rlhf.loss.DPOLoss, or "
             "phi3_lora_finetune."
         )
+    if _is_ours(cfg, "tokenizer") and cfg["tokenizer"].get("add_tokens"):
+        found.append(
+            "tokenizer.add_tokens: the recipe trains and saves no rows for new tokens. Remove the "
+            "key, or use phi3_lora_finetune."
+        )
     if not _is_ours(cfg, "model"):
         return found
     trains_adapters = "get_adapter_params" in source

@@ -205,8 +205,8 @@ def test_stopped_before_the_first_answer(evaluate, cwd, trained, capsys, monkeyp
 def test_what_the_base_has_answered_is_kept_if_the_adapter_fails(
     error, evaluate, cwd, trained, capsys, monkeypatch
 ):
-    def broken(s, o, models=recipe.models):
-        for name, model in models(s, o):
+    def broken(*args, models=recipe.models):
+        for name, model in models(*args):
             if name == "adapter":
                 raise error
             yield name, model

@@ -44,7 +44,7 @@ CALLS = {
     "models.loralib.load_lora_state_dict": [],
     "models.loralib.layers": [],
     "models.loralib.Conv2d": [],
-    "data.phi3_tokenizer": words("path max_seq_len pad special_in_text dropped"),
+    "data.phi3_tokenizer": words("path max_seq_len pad special_in_text dropped add_tokens"),
     "data.chat_dataset": words(
         "tokenizer source format columns split subset streaming filter max_samples tool_calls "
         "system_prompt train_on truncate add_eos bad_rows group_by held_out part seed packed "

@@ -289,7 +289,7 @@ def test_what_a_folder_says(folder):
         ({"layers_to_transform": "0"}, "layers_to_transform: '0' must be a number or a list"),
         ({"layers_to_transform": [True]}, "layers_to_transform"),
         ({"layers_pattern": "h"}, "layers_pattern: 'h' is not where a Phi-3 has its layers"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices: \[1\] is a feature that"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices: .* must be a list of"),
     ],
 )
 def test_configurations_that_say_nothing(folder, keys, match):
