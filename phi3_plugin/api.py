@@ -103,7 +103,7 @@ def load(
         adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib,
             mlx-lm or this package.
         dtype: bf16 or fp32, of base and adapter; a processor without bf16 needs fp32.
-        device: cpu or cuda; None takes what the machine has.
+        device: cpu, cuda, xpu or mps; None is cuda where there is one.
         quantize: Store the base in NF4, as QLoRA trains over it.
         check_base: Refuse an adapter that says it was made for other base weights.
         sharing: A model that was loaded from the same base in the same way, whose weights serve

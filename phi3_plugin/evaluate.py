@@ -226,10 +226,10 @@ def by_document(values: Tensor, batch: dict[str, Any]) -> list[float]:
         values: ``[N]``
         batch: A row of documents, with ``lengths`` and ``rows``.
     """
-    ends = torch.tensor(batch["lengths"], device=values.device).cumsum(0)
-    documents = torch.searchsorted(ends, batch["rows"], right=True)
-    sums = torch.zeros(len(ends), dtype=torch.float64, device=values.device)
-    return list(sums.index_add_(0, documents, values.double()).tolist())
+    ends = torch.tensor(batch["lengths"]).cumsum(0)
+    documents = torch.searchsorted(ends, batch["rows"].cpu(), right=True)
+    sums = torch.zeros(len(ends), dtype=torch.float64)  # which not every device has
+    return list(sums.index_add_(0, documents, values.cpu().double()).tolist())
 
 
 # How close an answer is to the one that was expected, by measures that others compute too: ROUGE is

@@ -250,7 +250,7 @@ def planned(draft: Draft) -> Decisions:
         if trained < count
         else "all weights"
     )
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     many = f"{draft.processes} x " if draft.processes > 1 else ""
     order, held = data.order, data.order_val
     each = f"{order.per_step} {'pack' if read.dataset.get('packed') else 'sample'}"

@@ -618,7 +618,7 @@ class AnswerOptions(Sampling):
     dtype: Dtype = "bf16"
     """what is computed in (default: bf16)"""
     device: Name | None = None
-    """cpu or cuda (default: a GPU where there is one)"""
+    """cpu, cuda, xpu or mps (default: cuda where there is one)"""
     quantize: Switch = False
     """keep the base's weights in NF4"""
     system: AnyText | None = None

@@ -175,11 +175,11 @@ class Settings:
     adapter_dtype: Annotated[Dtype | None, OnResume.REFUSED] = "fp32"
     """null is dtype; adapters in fp32 over a base in bf16 keep updates that bf16 rounds away."""
     device: Annotated[
-        Literal["cpu", "cuda"] | None,
+        Literal["cpu", "cuda", "xpu", "mps"] | None,
         Advice("Choose a card with CUDA_VISIBLE_DEVICES."),
         OnResume.FREE,
     ] = None
-    """null is what the machine has."""
+    """null is a GPU that CUDA or ROCm drives, else the CPU."""
     compile: Annotated[Switch, OnResume.FREE] = False
     enable_activation_checkpointing: Annotated[Switch | Count, OnResume.FREE] = False
     """A number n recomputes every n-th layer only."""
@@ -706,6 +706,9 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
         if init in ("gaussian", "pissa"):
             yield f"init_adapter: {adapter!r} conflicts with lora_init: {init!r}. Keep one."
 
+    if get("device") == "mps" and processes > 1:
+        yield "device: 'mps' is one device. Train in one process."
+
     recompute = get("enable_activation_checkpointing")
     if get("memory_budget") is not None and recompute:
         yield (
@@ -714,10 +717,10 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
             "recompute: add enable_activation_checkpointing=False, or remove the budget."
         )
     if get("enable_activation_offloading") is True:
-        if get("device") == "cpu" or not torch.cuda.is_available():
+        if get("device") not in (None, "cuda") or not torch.cuda.is_available():
             yield (
                 "enable_activation_offloading: True moves what layers keep from a GPU's memory to "
-                "the CPU's, and this run is on the CPU. Set it to False."
+                "the CPU's by CUDA, and this run is on another device. Set it to False."
             )
         if not recompute:
             yield (

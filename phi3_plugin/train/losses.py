@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phi3_plugin.options import Kind, Positive, Share, is_number
+from phi3_plugin.train.world import exact
 
 Batch = dict[str, Any]
 """What the model takes, with ``targets`` and ``rows``; see :func:`phi3_plugin.train.step.ready`."""
@@ -114,8 +115,10 @@ class Preference:
     def measure(self, logps: Tensor, batch: Batch) -> Tensor:
         """Return of each of `measured` the sum, and over how many, [measured, 2]."""
         if not len(logps):
-            return torch.zeros(len(self.measured), 2, dtype=torch.float64, device=logps.device)
-        return self.sums(answers(logps, batch), batch).double()
+            return torch.zeros(
+                len(self.measured), 2, dtype=exact(logps.device), device=logps.device
+            )
+        return self.sums(answers(logps, batch), batch).to(exact(logps.device))
 
     def told(self, means: dict[str, float]) -> dict[str, float]:
         """Return what is told of a step, of the means of what is `measured`."""

@@ -522,6 +522,8 @@ def memory_free_on(device: torch.device, processes: int) -> int | None:
     """Return the bytes that one of so many processes can take, where the system says so."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
     free = memory_free()
     return None if free is None else free // processes  # the CPU's memory is shared
 
@@ -538,8 +540,8 @@ def _rate(model: Any, device: torch.device, dtype: torch.dtype, tokens: int) -> 
         begin, spent = time.perf_counter(), 0.0
         while spent < MEASURED_SECONDS / len(shapes):
             F.linear(x, weight)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             flops += 2 * x.shape[0] * weight.numel()
             spent = time.perf_counter() - begin
         seconds += spent

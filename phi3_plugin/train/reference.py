@@ -12,7 +12,7 @@ from torch import nn
 from torchtune.modules.peft import disable_adapter
 
 from phi3_plugin.train.losses import Batch, Preference, predicted, summed
-from phi3_plugin.train.world import World
+from phi3_plugin.train.world import World, exact
 
 
 # Shapes: A answers
@@ -34,7 +34,7 @@ def compare(world: World, model: nn.Module, loss: Preference, batches: Sequence[
     if loss.compares:
         for batch in batches:
             add_reference(model, batch)
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(2, dtype=exact(world.device), device=world.device)
     for batch in batches:
         if loss.mismatched:
             others = batch["mismatched"]
@@ -43,7 +43,7 @@ def compare(world: World, model: nn.Module, loss: Preference, batches: Sequence[
         if not len(batch["targets"]):  # it is there so that all processes have as many
             continue
         values = gains if loss.mismatched else batch["labelled"][batch["wanted"]]
-        sums += torch.stack([values.double().sum(), sums.new_tensor(len(values))])
+        sums += torch.stack([values.to(sums.dtype).sum(), sums.new_tensor(len(values))])
     total, count = world.sum(sums)
     mean = (total / count).float()
     for batch in batches:

@@ -39,7 +39,7 @@ from phi3_plugin.models.nf4 import Rows, is_nf4, nearest_nf4
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.checkpoints import going_on
 from phi3_plugin.train.model import is_adapted, trained_parameters
-from phi3_plugin.train.world import World
+from phi3_plugin.train.world import World, exact
 
 # Shapes: R rank
 
@@ -167,7 +167,7 @@ def split(module: LoRALinear, weight: Rows, device: torch.device) -> tuple[Tenso
 
     Source: Meng et al. 2024, PiSSA, section 3; Li et al. 2023, LoftQ, algorithm 1 with T = 1.
     """
-    whole = weight[0 : weight.shape[0]].to(device)
+    whole = weight[0 : weight.shape[0]].to(device if exact(device) is torch.float64 else "cpu")
     target = whole.float()
     if module.init == "loftq":
         target = target - nearest_nf4(whole)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.train.losses import Batch, Loss, Preference, predicted
 from phi3_plugin.train.reference import compare
-from phi3_plugin.train.world import World
+from phi3_plugin.train.world import World, exact
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Measures:
     def __init__(self, loss: Loss, device: torch.device) -> None:
         """Begin; of any other loss there is nothing to tell."""
         self._loss = loss if isinstance(loss, Preference) else None
-        self._sums = torch.zeros((), dtype=torch.float64, device=device)
+        self._sums = torch.zeros((), dtype=exact(device), device=device)
 
     def add(self, logps: Tensor, batch: Batch) -> None:
         """Look at a batch, whose labelled tokens have this log p, [N]."""
@@ -137,7 +137,7 @@ def validate(
     """
     training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    total = torch.zeros(2, dtype=exact(world.device), device=world.device)
     measures = Measures(loss, world.device)
     batches = (ready(batch, world.device) for batch in batches)
     if isinstance(loss, Preference):
@@ -145,7 +145,7 @@ def validate(
         compare(world, model, loss, batches)
     for batch in batches:
         logps = predicted(model, batch)
-        total[0] += loss(logps, batch).double()
+        total[0] += loss(logps, batch).to(total.dtype)
         total[1] += count_of(loss, [batch])
         measures.add(logps, batch)
     model.train(training)

@@ -37,7 +37,7 @@ class World:
         """Join the processes that torchrun started, or be alone.
 
         Args:
-            device: ``cpu`` or ``cuda``; None takes what the machine has.
+            device: See :func:`pick_device`.
             replicas: Whole copies of the model, each sharded over as many processes.
 
         Raises:
@@ -57,10 +57,8 @@ class World:
         self.mesh: DeviceMesh | None = None
         if self.size > 1:
             end_with_launcher()
-            # Object gathering and barriers on the CPU, gradients on the GPU.
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend)
+                dist.init_process_group(BACKENDS.get(self.device.type))
             except ValueError as error:
                 raise ConfigError(
                     f"WORLD_SIZE is {self.size} in the environment, and a launcher sets more: "
@@ -253,29 +251,43 @@ def end_with_launcher() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+"""What processes talk by: objects and barriers over the CPU, gradients over the device."""
+
+DEVICES = (*BACKENDS, "mps")
+
+
 def pick_device(name: str | None, local_rank: int) -> torch.device:
     """Return the device of one process, and make it torch's own if it is a GPU.
 
     Args:
-        name: ``cpu`` or ``cuda``; None takes what the machine has.
+        name: ``cpu``, ``cuda``, which is AMD's too, ``xpu`` or ``mps``; None is a GPU of the second
+            kind where there is one, else the CPU.
         local_rank: Number of the process among those of its machine.
 
     Raises:
         ConfigError: The device is not there.
     """
-    available = torch.cuda.device_count()
-    if name not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device: {name!r} must be 'cpu', 'cuda' or null for what is there.")
-    if name == "cuda" and not available:
-        raise ConfigError("device: 'cuda' was asked for, but torch sees no GPU. Use null or 'cpu'.")
-    if name == "cpu" or not available:
+    if name not in (None, *DEVICES):
+        known = ", ".join(map(repr, DEVICES))
+        raise ConfigError(f"device: {name!r} must be one of {known}, or null for what is there.")
+    kind = name or ("cuda" if torch.cuda.device_count() else "cpu")
+    if kind == "cpu":
         return torch.device("cpu")
+    available = torch.get_device_module(kind).device_count()
+    if not available:
+        raise ConfigError(f"device: {kind!r} was asked for, but torch sees none. Use 'cpu'.")
     if local_rank >= available:
         raise ConfigError(
             f"--nproc_per_node: process {local_rank} has no GPU of its own, there are {available}."
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """Return the most exact floats that a device has, for sums of many losses."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:

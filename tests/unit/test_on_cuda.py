@@ -12,13 +12,17 @@ import ctypes
 import re
 import shutil
 import subprocess
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtune.training import set_default_dtype
 
 import phi3_plugin
@@ -32,12 +36,15 @@ from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.optimizer import parameter_groups
 from phi3_plugin.train.step import with_targets
+from phi3_plugin.train.world import exact
 from tests.chosen import some
 from tests.family import VARIANTS, published
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
+C10_REGISTER_GUARD_IMPL(MPS, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::MPS>)
+C10_REGISTER_GUARD_IMPL(XPU, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::XPU>)
 """
 
 CUDA = torch.device("cuda", 0)
@@ -193,6 +200,30 @@ def test_a_step_of_each_checkpoint(backward, variant):
     batch = a_batch()
     with fake() as mode:
         train(mode, a_model(variant), batch)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Finds fp64, which Apple's GPUs do not have."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            assert not torch.is_tensor(tensor) or tensor.dtype != torch.float64, function
+        return out
+
+
+@pytest.mark.parametrize("way", ["lora", "qdora"])
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_step_on_another_device(backward, monkeypatch, kind, way):
+    if getattr(torch, kind).is_available():
+        pytest.skip("there is a real one")
+    monkeypatch.setattr(sys.modules[__name__], "CUDA", torch.device(kind, 0))
+    # Their attention is not in torch as it is built for the CPU
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
+    batch, watched = a_batch(), NoDoubles() if kind == "mps" else nullcontext()
+    with fake() as mode, watched:
+        train(mode, a_model(**WAYS[way]), batch)
+        assert exact(CUDA) == (torch.float32 if kind == "mps" else torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

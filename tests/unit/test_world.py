@@ -119,8 +119,10 @@ def test_rows_are_cut_into_equal_chunks_and_what_is_left(rows, size):
 @pytest.mark.parametrize(
     ("gpus", "device", "place", "message"),
     [
-        (1, "tpu", 0, "device: 'tpu' must be 'cpu', 'cuda' or null"),
-        (0, "cuda", 0, "device: 'cuda' was asked for, but torch sees no GPU. Use null or 'cpu'"),
+        (1, "tpu", 0, "device: 'tpu' must be one of 'cpu', 'cuda', 'xpu', 'mps', or null"),
+        (0, "cuda", 0, "device: 'cuda' was asked for, but torch sees none. Use 'cpu'"),
+        (0, "mps", 0, "device: 'mps' was asked for, but torch sees none. Use 'cpu'"),
+        (0, "xpu", 0, "device: 'xpu' was asked for, but torch sees none. Use 'cpu'"),
         (2, None, 2, "--nproc_per_node: process 2 has no GPU of its own, there are 2"),
     ],
 )
