@@ -29,6 +29,7 @@ from phi3_plugin.checkpoint.base import (
     B,
     expected_shapes,
 )
+from phi3_plugin.checkpoint.equivalents import STARTS
 from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
 from phi3_plugin.checkpoint.mlx import is_mlx
 from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, folders_within, token_indices
@@ -105,9 +106,6 @@ where it is nothing to them. A reason with `LOADS` is a remark. They are told in
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` takes; 16 if it is not given."""
-
-REPEATED_STARTS = ("pissa", "olora")
-"""Starting points that change the base, as PEFT does once more when it loads the adapter."""
 
 INSTEAD = {
     "PEFT": "phi3-tune adapter convert --to peft, or correct what is named",
@@ -229,7 +227,7 @@ def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tupl
             yield "rank of a target", text
     start = keys.get("init_lora_weights", True)
     if isinstance(start, str) and start not in BASE_KEEPING_STARTS:
-        yield "start that PEFT repeats" if start in REPEATED_STARTS else "start", repr(start)
+        yield "start that PEFT repeats" if start in STARTS else "start", repr(start)
         if start.startswith("pissa"):
             yield "pissa", ""
     if max([keys.get("r", 0), *adapter.ranks.values()]) > VLLM_RANKS[-1]:

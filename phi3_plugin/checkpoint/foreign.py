@@ -34,6 +34,7 @@ from phi3_plugin.checkpoint.base import (
     open_weights,
     torchtune_name,
 )
+from phi3_plugin.checkpoint.equivalents import STARTS, adalora_tensors, first_factors, over_base
 from phi3_plugin.checkpoint.files import quoted, read_tensors
 from phi3_plugin.checkpoint.loralib import EnableLora, loralib_content, ungrouped
 from phi3_plugin.checkpoint.mlx import MLX_WEIGHTS, is_mlx, of_mlx
@@ -47,7 +48,10 @@ from phi3_plugin.checkpoint.peft import (
     token_indices,
 )
 from phi3_plugin.checkpoint.peft_config import (
+    MERGED_BY_PEFT,
+    PEFT_MERGES,
     PeftConfig,
+    is_adalora,
     is_alpha,
     problem_list,
     read_peft_config,
@@ -116,7 +120,7 @@ def read_adapter(
     elif program == "loralib":
         found, note, write = _of_loralib(content, file, metadata, alpha, enable_lora, config)
     else:
-        found, note, write = _of_peft(content, file, metadata, alpha, config)
+        found, note, write = _of_peft(content, file, metadata, alpha, config, base)
     adapter = _as_written(found, note, config, write)
     _check_width(adapter, config, file)
     if base is not None:
@@ -131,10 +135,11 @@ def _checked_content(
 ) -> "Content":
     if (beside := file.with_name(CONFIG)).is_file():
         refuse_unsupported(beside)  # before names that only such a feature has
+        if is_adalora(read_json_object(beside, AdapterError)):
+            tensors = adalora_tensors(tensors, file)
+    _refuse_other_kinds(tensors, file)
     _refuse_merged(tensors, file)
-    content = _content(tensors, config, file)
-    _check_copies(content.copies, config, base, file)
-    return content
+    return _content(tensors, config, file)
 
 
 def _refuse_merged(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -157,6 +162,7 @@ def _of_peft(
     metadata: Mapping[str, str],
     alpha: float | None,
     config: Phi3Config,
+    base: Path | None,
 ) -> tuple[Adapter, object, Writer]:
     """Return what a file of PEFT's or torchtune's holds, its note, and how it is written."""
     write = partial(split_content, config=config)
@@ -167,8 +173,9 @@ def _of_peft(
         raise AdapterError(f"{file} has rows of tokens, and only {CONFIG} beside it says of which.")
     if not beside.is_file():
         scales = _scales(adapter.ranks, _known_alpha(alpha, file), {})
+        _check_copies(content.copies, config, base, file)
         return replace(adapter, scales=scales), None, write
-    peft = read_peft_config(beside, map(hf_name, adapter.ranks))
+    peft = read_peft_config(beside, {hf_name(m): rank for m, rank in adapter.ranks.items()})
     if alpha is not None and alpha != peft.keys["lora_alpha"]:
         said = peft.keys["lora_alpha"]
         raise AdapterError(f"alpha: {alpha}, but {beside} says {said}. Leave it out.")
@@ -183,6 +190,17 @@ def _of_peft(
     )
     if content.program == "torchtune":
         return adapter, peft.keys.get(NOTE), write
+    if (start := peft.keys.get("init_lora_weights")) in STARTS:
+        if base is None:
+            raise AdapterError(f"{beside}: init_lora_weights: {start!r} needs the base's weights.")
+        first = first_factors(adapter, start, base, config)
+        taken = {}
+        if OUTPUT + A in first:
+            product = first[OUTPUT + B] @ first[OUTPUT + A]
+            taken[f"{OUTPUT}.weight"] = adapter.scales[OUTPUT] * product
+        _check_copies(content.copies, config, base, file, taken)
+        return over_base(adapter, first), None, write
+    _check_copies(content.copies, config, base, file)
 
     def row_norms(module: str) -> Tensor:
         """Rows of parts without an adapter have the base's norms, which only the file knows."""
@@ -327,6 +345,15 @@ ENDINGS: dict[str, tuple[Program, str]] = {
 }
 """How names end, in which program's files, and with us."""
 
+OTHER_KINDS = {
+    **{".ia3_l": "IA3", ".hada_": "LOHA", ".lokr_": "LOKR", ".vera_": "VERA", ".oft_": "OFT"},
+    **{".boft_": "BOFT", ".hra_": "HRA", ".fourierft_": "FOURIERFT", ".randlora_": "RANDLORA"},
+    **{".vblora_": "VBLORA", ".miss_": "MISS", ".road_": "ROAD", ".delora_": "DELORA"},
+    **{".lora_E": "ADALORA without adapter_config.json", ".lora_B.bias": "LORA with lora_bias"},
+    **{".poly_lora_": "POLY", "prompt_embeddings": "prompt or prefix tuning"},
+}
+"""What only names of adapters have that are not computed, and of which kind that is."""
+
 WHOLE, COPY = ".weight", ".base_layer.weight"
 """Of a module that is trained whole; and of the copy of the base that PEFT puts beside adapters on
 embedding and head."""
@@ -389,6 +416,21 @@ def _content(tensors: Mapping[str, Tensor], config: Phi3Config, file: Path) -> C
         names = f"names of {' and '.join(sorted(programs))}" if programs else "no low-rank adapter"
         raise AdapterError(f"{file} has {names}, expected those of one program.")
     return Content(programs.pop(), low, saved, copies, rows)
+
+
+def _refuse_other_kinds(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse tensors that only an adapter of another kind has.
+
+    Raises:
+        AdapterError: It is one, and its kind is named.
+    """
+    for name in tensors:
+        for mark, kind in OTHER_KINDS.items():
+            if mark in name:
+                raise AdapterError(
+                    f"{file} is an adapter of {kind}, as {quoted(name)} says, which is not "
+                    f"computed here. {PEFT_MERGES if kind in MERGED_BY_PEFT else ''}".rstrip()
+                )
 
 
 def aliases(config: Phi3Config) -> dict[str, str]:
@@ -477,7 +519,11 @@ def _misfits(module: str, tensors: Mapping[str, Tensor], size: tuple[int, int]) 
 
 
 def _check_copies(
-    copies: Mapping[str, Tensor], config: Phi3Config, base: Path | None, file: Path
+    copies: Mapping[str, Tensor],
+    config: Phi3Config,
+    base: Path | None,
+    file: Path,
+    taken: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Check that what a file repeats of the base is the base's.
 
@@ -489,6 +535,7 @@ def _check_copies(
         config: Of the base model.
         base: Its folder; without one, only shapes are compared.
         file: For errors.
+        taken: What a start took off the base's, of which the copies have the rest.
 
     Raises:
         AdapterError: It is not.
@@ -496,12 +543,13 @@ def _check_copies(
     size = (config.vocab_size, config.hidden_size)
     wrong = [name for name, value in copies.items() if value.shape != size]
     if copies and base is not None and not wrong:
-        weights = open_weights(base)
+        weights, least = open_weights(base), 1e-5 if taken else 1e-6
         for name, value in copies.items():
             stored = weights.get(name, weights[f"{TOK_EMBEDDINGS}.weight"])  # a tied head has none
+            own = (taken or {}).get(name, torch.zeros(size[0], 1))
             steps = (slice(start, start + 4096) for start in range(0, size[0], 4096))
-            pairs = ((value[rows].float(), stored[rows].float()) for rows in steps)
-            if not all(torch.allclose(one, other, rtol=1e-2, atol=1e-6) for one, other in pairs):
+            pairs = ((value[rows].float(), stored[rows].float() - own[rows]) for rows in steps)
+            if not all(torch.allclose(*pair, rtol=1e-2, atol=least) for pair in pairs):
                 wrong.append(name)
     if wrong:
         raise AdapterError(

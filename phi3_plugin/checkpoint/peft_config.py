@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from phi3_plugin.checkpoint.equivalents import ADALORA, STARTS, adalora_keys
 from phi3_plugin.checkpoint.files import quoted
 from phi3_plugin.checkpoint.peft import NOTE
 from phi3_plugin.config import read_json_object
@@ -55,10 +56,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Features of PEFT that change what is computed, and what they must be besides absent or null."""
 
-MERGED_BY_PEFT = ("ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT")
+MERGED_BY_PEFT = (
+    *("IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA", "VBLORA"),
+    *("TRAINABLE_TOKENS", "MISS", "ROAD", "WAVEFT", "C3A", "DELORA", "GRALORA"),
+)
+"""Tried with PEFT 0.21.2; prompt learning and POLY it does not merge."""
 PEFT_MERGES = "PEFT itself can put it into the base: merge_and_unload(), then save_pretrained()."
 
-BASE_KEEPING_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+BASE_KEEPING_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Starting points that leave the base as it is; after others, such as PiSSA, the adapter belongs to
 a base that was changed."""
 
@@ -123,23 +128,30 @@ def _compiled(name: str) -> re.Pattern[str] | None:
     return re.compile(rf"(.*\.)?({name})$") if is_plain(name) else None
 
 
-def read_peft_config(file: Path, modules: Iterable[str] = ()) -> PeftConfig:
-    """Read adapter_config.json of an adapter that is to be computed.
+def read_peft_config(file: Path, ranks: Mapping[str, int] | None = None) -> PeftConfig:
+    """Read adapter_config.json of an adapter that is to be computed, as that of a LoRA.
 
     Args:
         file: See above.
-        modules: Hugging Face's names of those that have an adapter.
+        ranks: Of the modules that have an adapter, by Hugging Face's names.
 
     Raises:
         AdapterError: It is broken, or the adapter needs what we do not compute; each is listed, up
             to a limit.
     """
-    keys = read_json_object(file, AdapterError)
+    keys, ranks = read_json_object(file, AdapterError), ranks or {}
+    if is_adalora(keys):
+        keys = adalora_keys(keys, ranks, file)
     needed = [f"{key}: is missing." for key in ("r", "lora_alpha") if key not in keys]
     problems = [*unsupported(keys), *_unknown(keys), *needed, *wrong_values(keys)]
     if problems:
         raise AdapterError(f"{file} cannot be used:\n{problem_list(problems, 20)}")
-    return PeftConfig(file, keys, tuple(modules))
+    return PeftConfig(file, keys, tuple(ranks))
+
+
+def is_adalora(keys: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of an AdaLoRA."""
+    return keys.get("peft_type") == ADALORA
 
 
 def problem_list(problems: Sequence[str], most: int) -> str:
@@ -150,7 +162,11 @@ def problem_list(problems: Sequence[str], most: int) -> str:
 
 def unsupported(keys: Mapping[str, Any], known: Collection[str] = ()) -> Iterator[str]:
     """Yield the features of PEFT that change what is computed, but for those that are known."""
-    if (kind := keys.get("peft_type", "LORA")) != "LORA":
+    if is_adalora(keys):
+        if ADALORA not in known:
+            converts = "`phi3-tune adapter convert --to peft` makes the LoRA that equals it."
+            yield f"peft_type: {ADALORA!r} is not checked as it is. {converts}"
+    elif (kind := keys.get("peft_type", "LORA")) != "LORA":
         merged = f" {PEFT_MERGES}" if kind in MERGED_BY_PEFT else ""
         yield f"peft_type: {quoted(kind)}, only LORA adapters are computed.{merged}"
     for key, allowed in UNSUPPORTED.items():
@@ -165,18 +181,19 @@ def refuse_unsupported(file: Path) -> None:
     Raises:
         AdapterError: It has some, and each is named; or the file is broken.
     """
-    if problems := [*unsupported(read_json_object(file, AdapterError))]:
+    if problems := [*unsupported(read_json_object(file, AdapterError), {ADALORA})]:
         raise AdapterError(f"{file} cannot be used:\n{problem_list(problems, 20)}")
 
 
 def _unknown(keys: Mapping[str, Any]) -> Iterator[str]:
     """Yield a start that changes the base, and keys of which nothing is known."""
     start = keys.get("init_lora_weights")
-    if start is not None and start not in BASE_KEEPING_STARTS:
-        yield (
-            f"init_lora_weights: {quoted(start)} changes the base that the adapter is for. Save it "
-            "with path_initial_model_for_weight_conversion, for the original base."
-        )
+    if start is not None and start not in (*BASE_KEEPING_STARTS, *STARTS):
+        advice = "Save it with path_initial_model_for_weight_conversion, for the original base."
+        if start == "loftq":
+            advice = "The file does not hold that base: merge it where it was trained."
+        changes = "changes the base that the adapter is for"
+        yield f"init_lora_weights: {quoted(start)} {changes}. {advice}"
     for key in sorted(map(str, keys.keys() - (READ_KEYS | IRRELEVANT_KEYS | UNSUPPORTED.keys()))):
         if keys[key] not in (None, False, {}, []):
             unknown = f"{quoted(key)}: {quoted(keys[key])}"

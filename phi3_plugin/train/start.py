@@ -27,6 +27,7 @@ from phi3_plugin.checkpoint.base import (
     open_weights,
     other_base,
 )
+from phi3_plugin.checkpoint.equivalents import for_original_base, nearest
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import check_same, check_trained
 from phi3_plugin.config import read_config
@@ -174,39 +175,6 @@ def split(module: LoRALinear, weight: Rows, device: torch.device) -> tuple[Tenso
     a, b = nearest(target.double() / module.scaling, module.rank)
     dtype = module.lora_a.weight.dtype
     return a.to(dtype).float().cpu(), b.to(dtype).float().cpu()
-
-
-def nearest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A ``[R, in]`` and B ``[out, R]`` whose product B A is nearest to a weight.
-
-    B has the left singular vectors and A the right ones, each times the root of the value. They
-    come from the smaller Gram matrix: in fp64 that loses nothing that fp32 can hold, takes a
-    fraction of the time, and gives all processes the same.
-
-    Args:
-        weight: ``[out, in]`` in fp64.
-        rank: R.
-
-    Raises:
-        AdapterError: The weight has no so many singular values.
-    """
-    if rank > min(weight.shape):
-        raise AdapterError(
-            f"lora_rank: {rank} is more than a weight of {' x '.join(map(str, weight.shape))} "
-            "has singular values. Use a smaller one, or lora_init: kaiming."
-        )
-    is_tall = weight.shape[0] >= weight.shape[1]
-    tall = weight if is_tall else weight.T
-    right = torch.linalg.eigh(tall.T @ tall).eigenvectors[:, -rank:].flip(1)
-    # A vector and its negative serve alike: let the largest element be positive.
-    largest = right.gather(0, right.abs().argmax(0, keepdim=True))
-    right = right * torch.where(largest < 0, -1.0, 1.0)
-    left = tall @ right
-    root = left.norm(dim=0).clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
-    left, right = left / root, right * root
-    if is_tall:
-        return right.T.contiguous(), left.contiguous()
-    return left.T.contiguous(), right.contiguous()
 
 
 @dataclass(frozen=True)
@@ -409,23 +377,6 @@ def trained_adapter(
         next((m.p for m in model.modules() if isinstance(m, nn.Dropout)), 0.0),
         origin={"layout": "fused", **_notes(model)},
     )
-
-
-def for_original_base(adapter: Tensors, first: Tensors) -> dict[str, Tensor]:
-    """Return the adapter of twice the rank that computes the same over the original weights.
-
-    ``W - s B0 A0 + s B A`` is W and an adapter ``[B, B0] [A; -A0]`` of the same scale.
-
-    Args:
-        adapter: By parameter name, over what PiSSA left of the weights.
-        first: A0 and B0, by the same names.
-    """
-    joined = dict(adapter)
-    for name, value in first.items():
-        own = adapter[name]
-        start = value.to(own.dtype)
-        joined[name] = torch.cat([own, -start]) if name.endswith(A) else torch.cat([own, start], 1)
-    return joined
 
 
 def _is_quantized(model: nn.Module) -> bool:

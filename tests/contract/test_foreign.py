@@ -131,7 +131,7 @@ def test_a_pickled_adapter_of_peft_is_read_without_running_it(config, tmp_path):
         ({"use_qalora": True}, "use_qalora: True"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights: 'corda' changes the base"),
         ({"from_the_future": 1}, "'from_the_future': 1 is an unknown key"),
         ({"r": 0}, "r: 0 must be a whole number"),
         ({"r": True}, "r: True must"),

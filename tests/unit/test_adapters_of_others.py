@@ -1,11 +1,23 @@
 """Adapters as other programs write them: read as PEFT computes them, or refused by feature."""
 
 import json
+import shutil
 import struct
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
@@ -13,8 +25,9 @@ from phi3_plugin.checkpoint.check import LOADS, REJECTED, verdicts
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, MissingFileError
-from phi3_plugin.proof import PROVEN, proven
+from phi3_plugin.proof import PROVEN, load_with_peft, proven
 from tests.adapters import base_folder
+from tests.chosen import some
 from tests.commands import adapter
 
 TOKENS = torch.arange(3, 20)[None]
@@ -38,8 +51,11 @@ def run(keys):
     return adapter({key: str(value) for key, value in keys.items()})
 
 
-def made(base, folder, settings=None, rows=None, **keys):
-    """Let PEFT write an adapter of random numbers; return its logits."""
+def made(base, folder, settings=None, rows=None, left=None, **keys):
+    """Let PEFT write an adapter of random numbers; return its logits.
+
+    ``left`` says which ranks of an AdaLoRA its training leaves, by module.
+    """
     keys = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj"], **keys}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows:
@@ -50,6 +66,9 @@ def made(base, folder, settings=None, rows=None, **keys):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
+        if left:
+            model.base_model.resize_modules_by_rank_pattern(left, "default")
+            model.peft_config["default"].rank_pattern = left
         model.save_pretrained(folder)
         return model(input_ids=TOKENS).logits
 
@@ -66,6 +85,15 @@ def changed(folder, **keys):
     (folder / CONFIG).write_text(json.dumps({**said, **keys}))
 
 
+ADALORA = {
+    **{"init_r": 6, "target_r": 3, "lora_alpha": 16, "target_modules": ["qkv_proj", "o_proj"]},
+    **{"total_step": 10, "tinit": 1, "tfinal": 1, "deltaT": 1, "task_type": "CAUSAL_LM"},
+}
+E_OF = "model.layers.{}.self_attn.{}.lora_E.default"
+LEFT = {
+    E_OF.format(0, "qkv_proj"): [True, False, True, True, False, True],
+    E_OF.format(1, "o_proj"): [False] * 6,
+}
 EXACT = {
     "patterns": {
         "target_modules": "all-linear",
@@ -73,6 +101,16 @@ EXACT = {
         "alpha_pattern": {PATTERN: 32},
     },
     "bias of layers without one": {"bias": "lora_only"},
+    "pissa": {"init_lora_weights": "pissa", "target_modules": ["qkv_proj", "lm_head"]},
+    "pissa and dora": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
+    "olora": {
+        "init_lora_weights": "olora",
+        "rank_pattern": {"layers.1.self_attn.qkv_proj": 7},
+        "target_modules": ["qkv_proj", "down_proj"],
+    },
+    "mica": {"init_lora_weights": "mica"},
+    "adalora": {"settings": AdaLoraConfig(**ADALORA)},
+    "adalora with pruned ranks": {"settings": AdaLoraConfig(**ADALORA), "left": LEFT},
 }
 
 
@@ -175,18 +213,31 @@ def test_one_weight_under_two_names_must_be_one(bases, tmp_path):
 
 OTHERS = {
     "LOHA": LoHaConfig(target_modules=["o_proj"], r=4, init_weights=False),
+    "LOKR": LoKrConfig(target_modules=["o_proj"], r=4, init_weights=False),
     "IA3": IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+    "VERA": VeraConfig(target_modules=["o_proj"], r=4),
+    "OFT": OFTConfig(target_modules=["o_proj"], oft_block_size=8, r=0),
+    "PREFIX_TUNING": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
+MERGED = ("LOHA", "LOKR", "IA3", "VERA", "OFT")
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", some(OTHERS, ["LOKR", "PREFIX_TUNING"]))
 def test_other_kinds_are_named_and_peft_merges_them_as_said(bases, tmp_path, kind):
     made(bases / "mini", tmp_path / "adapter", OTHERS[kind])
-    with pytest.raises(AdapterError, match=rf"peft_type: '{kind}'.*merge_and_unload") as error:
-        read_adapter(tmp_path / "adapter", config=read_config(bases / "mini"))
+    config, folder = read_config(bases / "mini"), tmp_path / "adapter"
+    with pytest.raises(AdapterError, match=rf"peft_type: '{kind}', only") as error:
+        read_adapter(folder, config=config)
     assert "base that it was trained on" not in str(error.value)
-    base = AutoModelForCausalLM.from_pretrained(bases / "mini", dtype=torch.float32)
-    PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    assert ("merge_and_unload" in str(error.value)) == (kind in MERGED)
+    if kind in MERGED:
+        base = AutoModelForCausalLM.from_pretrained(bases / "mini", dtype=torch.float32)
+        PeftModel.from_pretrained(base, folder).merge_and_unload()
+    (folder / CONFIG).unlink()
+    named = kind if kind in MERGED else "prompt or prefix tuning"
+    with pytest.raises(AdapterError, match=rf"is an adapter of {named}, as ") as error:
+        read_adapter(folder, config=config)
+    assert "base that it was trained on" not in str(error.value)
 
 
 def test_biases_are_named(bases, tmp_path):
@@ -194,6 +245,73 @@ def test_biases_are_named(bases, tmp_path):
     with pytest.raises(AdapterError, match="lora_bias: True is a feature") as error:
         read_adapter(tmp_path, config=read_config(bases / "mini"))
     assert "base that it was trained on" not in str(error.value)
+
+
+# AdaLoRA, PiSSA and OLoRA as the LoRA that computes the same
+
+
+@pytest.mark.parametrize("case", ["pissa", "adalora with pruned ranks"])
+def test_what_becomes_a_plain_lora_computes_the_same_in_peft(bases, tmp_path, case):
+    theirs = made(bases / "mini", tmp_path / "adapter", **EXACT[case])
+    given = {"adapter": tmp_path / "adapter", "checkpoint_dir": bases / "mini"}
+    run({"verb": "convert", "to": "peft", **given, "output_dir": tmp_path / "plain"})
+    keys = json.loads((tmp_path / "plain" / CONFIG).read_text())
+    assert (keys["peft_type"], keys["init_lora_weights"]) == ("LORA", True)
+    with torch.no_grad():
+        again = load_with_peft(bases / "mini", tmp_path / "plain")(input_ids=TOKENS).logits
+    torch.testing.assert_close(again, theirs, rtol=0, atol=1e-5)
+    if "pissa" in case:
+        assert proven(bases / "mini", tmp_path / "adapter", "fp32").status == PROVEN
+
+
+def test_a_start_that_is_drawn_or_shared_is_refused(bases, tmp_path):
+    made(bases / "mini", tmp_path / "drawn", init_lora_weights="pissa_niter_4")
+    with pytest.raises(AdapterError, match="init_lora_weights: 'pissa_niter_4' changes the base"):
+        read_adapter(tmp_path / "drawn", config=read_config(bases / "mini"), base=bases / "mini")
+    made(bases / "tied", tmp_path / "tied")
+    read = {"config": read_config(bases / "tied"), "base": bases / "tied"}
+    assert read_adapter(tmp_path / "tied", **read).ranks
+    tensors = load_file(tmp_path / "tied" / WEIGHTS)
+    a, b = (value for name, value in tensors.items() if "layers.0" in name)
+    head = "base_model.model.lm_head.lora_"
+    more = {f"{head}A.weight": a.clone(), f"{head}B.weight": torch.ones(160, b.shape[1])}
+    save_file({**tensors, **more}, tmp_path / "tied" / WEIGHTS)
+    changed(tmp_path / "tied", init_lora_weights="pissa", target_modules=["qkv_proj", "lm_head"])
+    with pytest.raises(AdapterError, match="of lm_head changes the embedding too"):
+        read_adapter(tmp_path / "tied", **read)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"init_r": 0}, "init_r: 0 must be a whole number above 0"),
+        ({"rank_pattern": {E_OF.format(0, "qkv_proj"): [True]}}, "leaves other ranks than"),
+        ({"lora_alpha": None}, "lora_alpha: None must be a number above 0"),
+        (None, "has not all of lora_A, lora_B and lora_E"),
+    ],
+)
+def test_a_broken_adalora_is_one_error(adalora, tmp_path, wrong, message):
+    folder, config = shutil.copytree(adalora[0], tmp_path / "adapter"), adalora[1]
+    if wrong:
+        changed(folder, **wrong)
+    else:
+        tensors = load_file(folder / WEIGHTS)
+        tensors.pop(next(name for name in tensors if name.endswith(".lora_E")))
+        save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(folder, config=config)
+
+
+@pytest.fixture(scope="module")
+def adalora(bases, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adalora") / "adapter"
+    made(bases / "mini", folder, AdaLoraConfig(**ADALORA))
+    return folder, read_config(bases / "mini")
+
+
+def test_check_says_how_an_adalora_can_be_checked(adalora):
+    with pytest.raises(AdapterError, match=r"peft_type: 'ADALORA' .*convert --to peft"):
+        verdicts(*adalora)
 
 
 @pytest.mark.parametrize("verb", ["merge", "check"])

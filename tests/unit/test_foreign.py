@@ -213,7 +213,7 @@ HEAD = "base_model.model.lm_head"
             {**pair(), "layers.1.attn.o_proj.lora_a.weight": torch.ones(4, 64)},
             "names of peft and torchtune",
         ),
-        ({**pair(), f"{O_PROJ}.lora_B.bias": torch.ones(64)}, "is no part of an adapter"),
+        ({**pair(), f"{O_PROJ}.lora_B.bias": torch.ones(64)}, "an adapter of LORA with lora_bias"),
     ],
 )
 def test_tensors_that_are_no_adapter_of_the_base_are_refused(tmp_path, tensors, message):

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from phi3_plugin.checkpoint.base import A, B, load_base_weights, open_weights, to_hf
+from phi3_plugin.checkpoint.equivalents import for_original_base, nearest
 from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.models.nf4 import nearest_nf4
@@ -15,8 +16,6 @@ from phi3_plugin.train.start import (
     adapter_scales,
     adapter_state,
     check_adapter_state,
-    for_original_base,
-    nearest,
     split,
     split_names,
 )
