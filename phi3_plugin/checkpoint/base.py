@@ -116,6 +116,8 @@ def to_peft(name: str) -> str:
 def from_peft(name: str) -> str:
     """Return our name of a tensor in an adapter file of PEFT."""
     inside = name.removeprefix(PEFT_PREFIX)
+    if inside != name and name.endswith(PEFT_ROWS):
+        return f"{_renamed(inside.removesuffix(PEFT_ROWS), MODULE_NAMES)}{NEW_ROWS}"
     for theirs, ours in PEFT_ENDINGS.items():
         if inside != name and name.endswith(theirs):
             return f"{_renamed(inside.removesuffix(theirs), MODULE_NAMES)}{ours}"

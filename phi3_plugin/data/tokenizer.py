@@ -241,7 +241,8 @@ class Phi3Tokenizer:
             tokens         USER:  Hi  ASSISTANT:  ␣Yo  <|end|>  tokens 3 and 4
 
         An added token is the exception: the white space of an answer that the header's
-        ``<|assistant|>`` takes to itself does not make it a part of the answer.
+        ``<|assistant|>`` takes to itself does not make it a part of the answer. One that the user
+        has added is a word like others.
         """
         pieces = [chat.pieces for chat in chats]
         backend = self.backend
@@ -257,7 +258,7 @@ class Phi3Tokenizer:
         if self._disguise is not None:
             ids = self._disguise.true_ids(ids)
         trained = np.zeros(total, np.bool_)
-        added = backend.get_added_tokens_decoder().keys()
+        added = backend.get_added_tokens_decoder().keys() - self.new_tokens.keys()
         starts = (np.cumsum(lengths) - lengths).tolist()
         for at, chat, encoding in zip(starts, pieces, encodings, strict=True):
             for start, end in _trained_spans(chat):

@@ -80,7 +80,8 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
             "loss: the recipe takes torchtune's losses. Use torchtune.rlhf.loss.DPOLoss, or "
             "phi3_lora_finetune."
         )
-    if _is_ours(cfg, "tokenizer") and cfg["tokenizer"].get("add_tokens"):
+    adds = _is_ours(cfg, "tokenizer") and cfg["tokenizer"].get("add_tokens")
+    if adds and "_setup_optimizer" in source:
         found.append(
             "tokenizer.add_tokens: the recipe trains and saves no rows for new tokens. Remove the "
             "key, or use phi3_lora_finetune."

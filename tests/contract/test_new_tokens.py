@@ -8,23 +8,37 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from phi3_plugin.checkpoint.base import to_peft
+from phi3_plugin.checkpoint.base import load_base_weights, to_peft
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.config import read_config
+from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.collate import pad_right
+from phi3_plugin.data.turns import make_turn
+from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.load import load
 from phi3_plugin.models.lora_settings import TARGETS
-from tests.chosen import some
+from tests.chosen import examples, some
 from tests.own import (
+    RUN,
     TINY,
+    assert_same_end,
+    finished,
+    full_config,
+    leave_until,
     losses,
+    own_run,
+    same,
     same_losses,
+    same_weights,
     started,
+    state,
     tiny_inputs,
 )
 
@@ -198,3 +212,142 @@ def test_rows_are_trained_as_by_peft_and_serve_in_it(kind, setting, bases, tmp_p
 def start_of(name, start):
     module = "output" if "lm_head" in name else "tok_embeddings"
     return start.get(f"{module}.new_rows", start[f"{module}.weight"])
+
+
+FRAGMENTS = (*NEW, *(f" {token}" for token in NEW), "<|end|>", "<|assistant|>", " ", "\n", "a", "é")
+CONTENT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), max_size=6).map("".join)
+
+
+@pytest.fixture(scope="session")
+def both(supported):
+    ours = phi3_tokenizer(supported, dropped="warn", add_tokens=NEW)
+    theirs = AutoTokenizer.from_pretrained(supported)
+    theirs.add_tokens(NEW)
+    return ours, theirs
+
+
+@given(turns=st.lists(st.tuples(st.sampled_from(["user", "assistant"]), CONTENT), min_size=1))
+@examples(40)
+def test_ids_are_those_of_transformers_after_add_tokens(both, turns):
+    ours, theirs = both
+    chat = [make_turn(*turn) for turn in turns]
+    plain = [{"role": role, "content": content} for role, content in turns]
+    expected = theirs.apply_chat_template(plain, tokenize=True, return_dict=False)
+    assert ours.tokenize_chats([chat])[0].ids.tolist() == expected
+    assert {token.entry["content"]: i for i, token in ours.new_tokens.items()} == {
+        token: theirs.convert_tokens_to_ids(token) for token in NEW
+    }
+
+
+def test_a_resumed_run_ends_in_the_same_bits_and_takes_no_other_tokens(bases, tmp_path):
+    cwd, again = (linked(bases, "spare", tmp_path / name) for name in ("whole", "again"))
+    settings = (*RUN, "val_fraction=0", "run_val_every_n_steps=null", "epochs=4")
+    finished(*settings, ADD, cwd=cwd)
+    leave_until(2, cwd / "out", again / "out")
+    finished(*settings, ADD, "resume=auto", cwd=again)
+    assert_same_end(again / "out", cwd / "out")
+    leave_until(2, cwd / "out", tmp_path / "third" / "out")
+    third = linked(bases, "spare", tmp_path / "third")
+    for other in ("tokenizer.add_tokens=['<call>']", "tokenizer.add_tokens=null"):
+        with (
+            pytest.raises(CheckpointError, match=r"tokenizer\.add_tokens: .* before"),
+            started(*settings, other, "resume=auto", cwd=third),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("kind", some(["spare", "grown", "tied-grown"], quick={"tied-grown"}))
+def test_a_whole_model_is_trained_with_its_new_rows(kind, bases, tmp_path):
+    cwd = linked(bases, kind, tmp_path / "run")
+    full = full_config(tmp_path)
+    settings = [s for s in TINY if "lora" not in s]
+    with started(
+        *settings, ADD, *SIZES, "save_every_n_steps=2", "output_dir=out", cwd=cwd, config=full
+    ) as recipe:
+        before = recipe.model.tok_embeddings.weight.detach().clone()
+        recipe.train()
+        recipe.finish()
+    pieces = {i: token.pieces for i, token in recipe.new_tokens.items()}
+    for number, ids in pieces.items():
+        torch.testing.assert_close(before[number], before[ids].mean(dim=0))
+    final = cwd / "out" / "final"
+    model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    ids = recipe.data.tokenizer.encode(TEXT)
+    assert AutoTokenizer.from_pretrained(final).encode(TEXT, add_special_tokens=False) == ids
+    recipe.model.eval()
+    torch.testing.assert_close(logits(recipe.model, ids), logits(model, ids), rtol=0, atol=1e-5)
+
+    again = linked(bases, kind, tmp_path / "again")
+    leave_until(2, cwd / "out", again / "out")
+    finished(
+        *settings,
+        ADD,
+        *SIZES,
+        "save_every_n_steps=2",
+        "output_dir=out",
+        "resume=auto",
+        cwd=again,
+        config=full,
+    )
+    states, weights = (
+        [read(place / "out" / "final") for place in (again, cwd)]
+        for read in (state, load_base_weights)
+    )
+    assert same(*states)
+    assert same(*weights)
+
+
+def test_what_peft_trained_of_single_tokens_is_read_and_goes_on(bases, tmp_path):
+    """A list is for the embedding alone; the folder has no note, and the tokenizer as saved."""
+    cwd = linked(bases, "spare", tmp_path / "run")
+    theirs = AutoTokenizer.from_pretrained(cwd / "base")
+    theirs.add_tokens(NEW)
+    peft = get_peft_model(
+        in_transformers(cwd / "base", 448),
+        LoraConfig(
+            r=16, lora_alpha=32, target_modules=list(TARGETS), task_type="CAUSAL_LM",
+            trainable_token_indices=[397, 398, 399],
+        ),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name or "trainable_tokens" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    peft.eval().save_pretrained(cwd / "theirs")
+    theirs.save_pretrained(cwd / "theirs")
+    model, tokenizer = load(cwd / "base", cwd / "theirs", dtype="fp32", device="cpu")
+    ids = tokenizer.encode(TEXT)
+    assert ids == theirs.encode(TEXT, add_special_tokens=False)
+    torch.testing.assert_close(logits(model, ids), logits(peft, ids), rtol=0, atol=1e-5)
+    adapter = read_adapter(cwd / "theirs", config=read_config(cwd / "base"), base=cwd / "base")
+    merge_into(cwd / "merged", cwd / "base", adapter)
+    merged, _ = load(cwd / "merged", dtype="fp32", device="cpu")
+    torch.testing.assert_close(logits(merged, ids), logits(peft, ids), rtol=0, atol=1e-5)
+
+    init = f"init_adapter={cwd / 'theirs'}"
+    with (
+        pytest.raises(AdapterError, match=r"tokenizer.add_tokens=\['<call>', '</call>', 'zork'\]"),
+        started(*TINY, init, *SIZES, "output_dir=out", cwd=cwd),
+    ):
+        pass
+    with started(*TINY, init, ADD, *SIZES, "output_dir=out", cwd=cwd) as recipe:
+        recipe.model.eval()
+        ours = logits(recipe.model, ids)
+    # Theirs has no rows of the head: those start at the mean
+    kept = [i for i in range(448) if i not in recipe.new_tokens]
+    torch.testing.assert_close(ours[..., kept], logits(peft, ids)[..., kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("replicas", some([1, 2], quick=[]))
+def test_one_process_and_two_are_one_run(replicas, bases, tmp_path):
+    cwd = linked(bases, "grown", tmp_path / "run")
+    settings = (*TINY, ADD, "epochs=2", "model.quantize_base=True")
+    one = finished(
+        *settings, "batch_size=4", "gradient_accumulation_steps=1", "output_dir=one", cwd=cwd
+    )
+    sizes = ("batch_size=1", "gradient_accumulation_steps=2", f"fsdp_replicas={replicas}")
+    done = own_run(*settings, *sizes, "output_dir=two", cwd=cwd, processes=2)
+    assert done.returncode == 0, done.stderr
+    same_losses(losses(cwd / "two"), losses(one))
+    files = [load_file(out / "final" / "adapter_model.safetensors") for out in (one, cwd / "two")]
+    same_weights(*files)
