@@ -10,7 +10,7 @@ Source: PEFT 0.21.2, tuners/adalora/{layer,model}.py, tuners/lora/layer.py.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,21 +42,27 @@ ADALORA_KEYS = (
     *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step"),
     "orth_reg_weight",
 )
+MOST = 1_000_000
+"""Beyond any rank."""
 PASSED_OVER = ("use_dora", "use_rslora", "init_lora_weights")
 
 
-def adalora_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+def adalora_tensors(
+    tensors: Mapping[str, Tensor], keys: Mapping[str, Any], file: Path
+) -> dict[str, Tensor]:
     """Return the tensors of an AdaLoRA as those of a LoRA, in PEFT's names and in fp32.
 
     Modules of which no rank is left are left out.
 
     Args:
         tensors: ``lora_A [R, in]``, ``lora_B [out, R]`` and ``lora_E [R, 1]``, and others.
+        keys: Of adapter_config.json.
         file: For errors.
 
     Raises:
         AdapterError: One of the three is missing, or they do not multiply.
     """
+    first = first_rank(keys, file)
     found = {n: v for n, v in tensors.items() if not n.endswith((".lora_A", ".lora_B", E_ENDING))}
     for module in dict.fromkeys(n.rpartition(".")[0] for n in tensors.keys() - found.keys()):
         a, b, e = (tensors.get(f"{module}.lora_{letter}") for letter in "ABE")
@@ -66,7 +72,8 @@ def adalora_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tens
             shapes = f"A {[*a.shape]}, B {[*b.shape]} and E {[*e.shape]}"
             raise AdapterError(f"{file}: {module}: {shapes} do not multiply.")
         if len(a):
-            found[f"{module}.lora_A.weight"] = a.float() * e.float()
+            rows = a.double() * e.double() * (first / (first + RANKNUM))
+            found[f"{module}.lora_A.weight"] = rows.float()
             found[f"{module}.lora_B.weight"] = b.float()
     return found
 
@@ -84,21 +91,34 @@ def adalora_keys(keys: Mapping[str, Any], ranks: Mapping[str, int], file: Path) 
     Raises:
         AdapterError: It does not say its first rank, or says that other ranks are left.
     """
-    first, alpha = keys.get("init_r", 12), cast(float, keys.get("lora_alpha"))
-    if not is_whole(first, least=1):
-        raise AdapterError(f"{file}: init_r: {quoted(first)} must be a whole number above 0.")
-    for name, left in (keys.get("rank_pattern") or {}).items():
+    first, said = first_rank(keys, file), keys.get("rank_pattern") or {}
+    if not isinstance(said, dict):
+        raise AdapterError(f"{file}: rank_pattern: must be an object of modules.")
+    for name, left in said.items():
         module = name.removesuffix(".default").removesuffix(E_ENDING)
         if not isinstance(left, list) or sum(map(bool, left)) != ranks.get(module, 0):
             raise AdapterError(
                 f"{file}: rank_pattern: {quoted(name)} leaves other ranks than the file holds."
             )
     kept = {key: value for key, value in keys.items() if key not in {*ADALORA_KEYS, *PASSED_OVER}}
-    alphas = dict[str, float]()
-    if is_number(alpha):  # else that is told
-        alphas = {module: alpha * rank / (first + RANKNUM) for module, rank in ranks.items()}
-    own = {"r": first, "rank_pattern": dict(ranks), "alpha_pattern": alphas}
+    left = {module: rank for module, rank in ranks.items() if rank != first}
+    alpha = keys.get("lora_alpha")
+    # The scale stays that of the first rank; an alpha that is none is told later
+    alphas = {m: alpha * rank / first for m, rank in left.items()} if is_number(alpha) else {}
+    own = {"r": first, "rank_pattern": left, "alpha_pattern": alphas}
     return {**kept, "peft_type": "LORA", **own}
+
+
+def first_rank(keys: Mapping[str, Any], file: Path) -> int:
+    """Return the rank of an AdaLoRA before any was taken away: PEFT divides alpha by it.
+
+    Raises:
+        AdapterError: It is no rank.
+    """
+    first = keys.get("init_r", 12)
+    if not is_whole(first, least=1) or first > MOST:
+        raise AdapterError(f"{file}: init_r: {quoted(first)} must be a whole number above 0.")
+    return int(first)
 
 
 STARTS = ("pissa", "olora")

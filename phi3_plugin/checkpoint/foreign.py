@@ -104,6 +104,8 @@ def read_adapter(
     if file.is_dir():
         files = [file / name for name in FILES if (file / name).is_file()]
         if not files:
+            if (file / CONFIG).is_file():
+                refuse_unsupported(file / CONFIG)  # some have files of other names
             names = ", ".join(FILES)
             problem = f"{path} has none of {names}: it is not an adapter folder."
             raise MissingFileError(f"{problem}{folders_within(file)}")
@@ -135,8 +137,8 @@ def _checked_content(
 ) -> "Content":
     if (beside := file.with_name(CONFIG)).is_file():
         refuse_unsupported(beside)  # before names that only such a feature has
-        if is_adalora(read_json_object(beside, AdapterError)):
-            tensors = adalora_tensors(tensors, file)
+        if is_adalora(keys := read_json_object(beside, AdapterError)):
+            tensors = adalora_tensors(tensors, keys, file)
     _refuse_other_kinds(tensors, file)
     _refuse_merged(tensors, file)
     return _content(tensors, config, file)

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+import yaml
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -25,7 +26,10 @@ from phi3_plugin.checkpoint.check import LOADS, REJECTED, verdicts
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import AdapterError, MissingFileError
+from phi3_plugin.models import lora_phi3
 from phi3_plugin.proof import PROVEN, load_with_peft, proven
+from phi3_plugin.train.model import prepare
+from phi3_plugin.train.start import fitting_tensors
 from tests.adapters import base_folder
 from tests.chosen import some
 from tests.commands import adapter
@@ -108,6 +112,8 @@ EXACT = {
         "rank_pattern": {"layers.1.self_attn.qkv_proj": 7},
         "target_modules": ["qkv_proj", "down_proj"],
     },
+    "rows of tokens": {"trainable_token_indices": [5, 6]},
+    "rows of the head": {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [6, 7]}},
     "mica": {"init_lora_weights": "mica"},
     "adalora": {"settings": AdaLoraConfig(**ADALORA)},
     "adalora with pruned ranks": {"settings": AdaLoraConfig(**ADALORA), "left": LEFT},
@@ -285,6 +291,8 @@ def test_a_start_that_is_drawn_or_shared_is_refused(bases, tmp_path):
     ("wrong", "message"),
     [
         ({"init_r": 0}, "init_r: 0 must be a whole number above 0"),
+        ({"init_r": 10**400}, r"init_r: 10+\.\.\. must be a whole number"),
+        ({"rank_pattern": [1]}, "rank_pattern: must be an object"),
         ({"rank_pattern": {E_OF.format(0, "qkv_proj"): [True]}}, "leaves other ranks than"),
         ({"lora_alpha": None}, "lora_alpha: None must be a number above 0"),
         (None, "has not all of lora_A, lora_B and lora_E"),
@@ -335,6 +343,20 @@ def test_import_says_rslora_as_it_was_trained(bases, tmp_path, capsys):
     assert not any("pattern" in line for line in lines)
 
 
+@pytest.mark.parametrize("case", ["pissa and dora", "adalora"])
+def test_what_import_prints_for_another_kind_takes_its_adapter(bases, tmp_path, case, capsys):
+    made(bases / "mini", tmp_path / "adapter", **EXACT[case])
+    given = {"adapter": tmp_path / "adapter", "checkpoint_dir": bases / "mini"}
+    run({"verb": "import", **given, "output_dir": tmp_path / "out"})
+    printed = yaml.safe_load(capsys.readouterr().out.partition("\n")[2])
+    model = prepare(lora_phi3(bases / "mini", **printed["model"]))
+    assert printed["init_adapter"] == str(tmp_path / "out")
+    taken = fitting_tensors(tmp_path / "out", bases / "mini", model, {})
+    sizes = read_config(bases / "mini")
+    before = read_adapter(tmp_path / "adapter", config=sizes, base=bases / "mini")
+    assert all(torch.equal(taken[name], value) for name, value in before.tensors.items())
+
+
 def test_import_refuses_what_training_would(bases, tmp_path):
     made(bases / "tied", tmp_path / "adapter", modules_to_save=["lm_head"])
     out = tmp_path / "out"
@@ -342,3 +364,6 @@ def test_import_refuses_what_training_would(bases, tmp_path):
     with pytest.raises(AdapterError, match=r"modules_to_save: .* this checkpoint ties them"):
         run({"verb": "import", **given})
     assert not out.exists()
+    # as the error says
+    run({"verb": "convert", "to": "peft-patterns", **given})
+    assert verdicts(out, read_config(bases / "tied"))[0].status == LOADS
