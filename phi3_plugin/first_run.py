@@ -98,7 +98,7 @@ def train(
         base, final = str(cfg.checkpoint_dir), output / "final"
         typed_next = next_commands(plan.settings, base, final, has_validation=plan.has_validation)
         for what, typed in typed_next:
-            print(f"  # {what}\n  {typed}")
+            print(f"  # {what}\n  {continued(typed)}")
     return code, output
 
 
@@ -487,3 +487,17 @@ def trains_all_weights(s: "Settings") -> bool:
 def command(*words: str) -> str:
     """Return words as they are typed."""
     return shlex.join(words)
+
+
+def continued(typed: str) -> str:
+    """Return a command on as many lines as a terminal needs, to be copied as it stands."""
+    width = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or len(typed) + 2 < width:
+        return typed
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(typed)):
+        if lines[-1] and len(lines[-1]) + len(word) + 7 > width:  # what stands around them
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n    ".join(lines)

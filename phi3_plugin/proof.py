@@ -4,6 +4,7 @@ Only here are transformers and peft imported to load models; both come with ``ph
 """
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def proven(base: Path, folder: Path, dtype: str) -> ProofResult:
     limit = TOLERANCE[dtype] * proof.largest
     numbers = (
         f"logits in PEFT and here differ by {proof.difference:.2e} at most. The adapter moves them "
-        f"by up to {proof.effect:.2e}; the largest is {proof.largest:.3g}."
+        f"by up to {proof.effect:.3g}; the largest is {proof.largest:.3g}."
     )
     if not proof.difference <= limit:  # NaN fails too
         reason = f"{numbers} Rounding in {dtype} allows {limit:.2e}."
@@ -190,7 +191,10 @@ def load_with_peft(
     if (rows := _rows_of(Path(adapter_dir))) > base.config.vocab_size:
         base.resize_token_embeddings(rows, mean_resizing=False)
     try:
-        model = PeftModel.from_pretrained(base, str(adapter_dir))
+        with warnings.catch_warnings():
+            # PEFT asks transformers for what is to be renamed, which is no concern of our users
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            model = PeftModel.from_pretrained(base, str(adapter_dir))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {str(error).strip()[:500]}"
         raise NotLoadedError(f"PEFT does not load {adapter_dir}. It says {why}") from error

@@ -6,11 +6,13 @@ screen, hide text or set a title. Only the standard library, since errors pass h
 
 import errno
 import os
+import shutil
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from textwrap import fill
 from typing import Any, NoReturn, TextIO
 
 from phi3_plugin.launch import STOPPED
@@ -83,6 +85,27 @@ def for_stdout(text: str) -> str:
     """Return a text that the terminal's encoding can hold."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
+
+
+def fitted(text: str, stream: Any = None) -> str:
+    """Return a text whose lines a terminal need not break within a word.
+
+    For anything else it stays as it is: whoever searches a log finds sentences whole.
+
+    Args:
+        text: Any lines.
+        stream: Where it is going to be written; None is stdout.
+    """
+    if not (stream or sys.stdout).isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    lines = [
+        fill(line, width, break_long_words=False, break_on_hyphens=False)
+        if len(line) > width
+        else line
+        for line in text.split("\n")
+    ]
+    return "\n".join(lines)
 
 
 def show_error(error: BaseException) -> None:

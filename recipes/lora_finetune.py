@@ -39,7 +39,7 @@ from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
-from phi3_plugin.terminal import outlived
+from phi3_plugin.terminal import fitted, outlived
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.cached_reference import compare_with_cached
 from phi3_plugin.train.data import (
@@ -423,20 +423,20 @@ class Finetune:
         folder = self.save(name)
         self.saver.wait()
         self.stop.saved()
+        self.monitor.close()
         if self.s.report:
             self.report(folder)
-        self.monitor.close()
         self.world.close()
         if not self.world.is_main:
             return
         if self.is_lora:
-            print(served_by(folder))
+            print(fitted(served_by(folder)))
         if interrupted:
-            print(f"Saved {folder}. Repeat the command with resume=auto to go on.")
+            print(fitted(f"Saved {folder}. Repeat the command with resume=auto to go on."))
             return
         print(f"Saved {folder}.")
         if self.s.prove and self.is_lora:
-            print(proof_of_run(folder, self.s.checkpoint_dir))
+            print(fitted(str(proof_of_run(folder, self.s.checkpoint_dir))))
         if self.s.push_to_hub:
             print(f"Uploaded to {upload.push(folder, self.s.push_to_hub)}.")
 
@@ -456,11 +456,12 @@ class Finetune:
         """Say that there is nothing to do; no file changes."""
         self.world.close()
         if self.world.is_main:
-            print(
+            text = (
                 f"{self.s.output_dir} holds this run, finished after {self.state.step} steps: "
                 f"{self.last.folder}. Nothing was trained or written. Raise max_steps or epochs to "
                 "train on, or set another output_dir for another run."
             )
+            print(fitted(text))
 
     def close(self) -> None:
         """Leave signals and the folder to others, however the run has ended."""

@@ -18,6 +18,7 @@ from phi3_plugin.errors import CheckpointError, OutputError
 from phi3_plugin.options import spelled
 from phi3_plugin.redaction import as_config, redacted
 from phi3_plugin.settings import Settings
+from phi3_plugin.terminal import fitted
 from phi3_plugin.train.checkpoints import LastCheckpoint
 from phi3_plugin.train.curve import open_logger
 from phi3_plugin.train.step import StepResult
@@ -394,13 +395,13 @@ class Progress:
 
     def validation(self, step: int, *, loss: float, **measures: float) -> None:
         """Show a validation, with what is measured beside its loss, on a line of its own."""
-        told = [f"  {name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()]
+        told = [f"  {name.replace('_', ' ')} {value:#.4g}" for name, value in measures.items()]
         self.print(f"{self._of_total(step)}  validation loss {loss:.4f}{''.join(told)}")
 
     def print(self, text: str) -> None:
         """Write text above the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(fitted(text, self._stream), file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 

@@ -303,4 +303,14 @@ def test_what_is_shown_in_a_terminal_is_clean(draft, columns, monkeypatch):
     for text in said:
         assert sum(line.startswith(text) for line in lines) == 1, (text, lines)
     known = ("  ", "100%", "step ", *said)
-    assert [line for line in lines if line and not line.startswith(known)] == []
+    (proof,) = (i for i, line in enumerate(lines) if line.startswith("Proof: "))
+    others = [line for line in lines if line and not line.startswith(known)]
+    assert others == (lines[proof + 1 : proof + 2] if columns == 80 else [])  # it is long
+    assert all(len(line) <= columns for line in lines), lines
+    # The command may be copied over its lines
+    typed = "\n".join(lines).replace(" \\\n    ", " ")
+    assert "  phi3-tune evaluate --config out/config.yaml adapter=out/final output_dir=" in typed
+    assert ("\\" in "".join(lines)) == (columns == 80)
+    # What is written stands behind the bar, which is at its end
+    (bar,) = (i for i, line in enumerate(lines) if line.startswith("100%"))
+    assert lines[bar + 1] == "Wrote out/report.html."

@@ -261,7 +261,7 @@ def test_validation_and_print_in_a_log_file():
         progress.validation(5, loss=1.25, perplexity=3.4903)
         progress.print("Saved out/epoch_0")
     assert stream.getvalue().splitlines() == [
-        "step  5/10  validation loss 1.2500  perplexity 3.49",
+        "step  5/10  validation loss 1.2500  perplexity 3.490",
         "Saved out/epoch_0",
     ]
 
@@ -286,7 +286,7 @@ def test_printing_does_not_break_the_bar():
         advance(progress, clock, 2, 3)
     *lines, bar, rest = screen(stream)
     assert lines == [
-        "step 1/3  validation loss 1.2500  perplexity 3.49",
+        "step 1/3  validation loss 1.2500  perplexity 3.490",
         "Saved",
         "out/epoch_0",
     ]

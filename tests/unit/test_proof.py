@@ -10,9 +10,10 @@ from tests.variants import edit_json
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
-def test_the_end_is_a_proof(place, name):
+def test_the_end_is_a_proof(place, name, recwarn):
     line = str(proof.proof_of_run(place / name, place / "base"))
     assert line.startswith("Proof: logits in PEFT and here differ by "), line
+    assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
 
 
 def test_too_little_memory_leaves_it_to_the_user(place, monkeypatch):
