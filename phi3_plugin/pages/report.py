@@ -18,7 +18,7 @@ from torch import nn
 from phi3_plugin.inspect import source_name
 from phi3_plugin.pages import dotted, render, versions, write_files
 from phi3_plugin.pages.charts import NOISY, VALIDATION, Curve, Point, chart, picture
-from phi3_plugin.pages.numbers import count, number
+from phi3_plugin.pages.numbers import count, number, percent
 from phi3_plugin.settings import Settings, component
 from phi3_plugin.terminal import harmless
 from phi3_plugin.train.monitor import CHANGED, RESUMED, SKIPPED, History, clock_face
@@ -27,6 +27,8 @@ Line = Mapping[str, Any]
 """A line of metrics.jsonl."""
 
 CHARTS = {
+    "reward_margin": "Reward margin",
+    "reward_accuracy": "Reward accuracy",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
@@ -113,9 +115,9 @@ def write_report(
         tiles=list(_tiles(history, samples, held_out)),
         loss=chart("Loss", losses) if losses else None,
         charts=[
-            chart(title, [Curve(title, points)], from_zero=True)
+            chart(title, curves, from_zero=True)
             for key, title in CHARTS.items()
-            if (points := series(history, key))
+            if (curves := _curves(history, key, title))
         ],
         answers=[
             (*said, [(step, texts[n]) for step, texts in during if n < len(texts)])
@@ -166,6 +168,8 @@ def _tiles(history: Sequence[Line], samples: int, held_out: int) -> Iterator[tup
         yield f"Best validation loss, step {number(step)}", number(best, 4)
         if perplexity := dict(series(history, "val_perplexity")).get(step):
             yield "Validation perplexity", number(perplexity, 3)
+        if accuracy := dict(series(history, "val_reward_accuracy")).get(step):
+            yield "Its reward accuracy", percent(accuracy)
     yield "Samples", number(samples)
     yield "Held out", number(held_out)
     if tokens := series(history, "tokens"):
@@ -253,6 +257,12 @@ def running_mean(points: list[Point], window: int) -> list[Point]:
 def _window(losses: list[Point]) -> int:
     """Return how many steps a mean is taken over: one if few are to be seen anyway."""
     return len(losses) // 50 if len(losses) >= 200 else 1
+
+
+def _curves(history: Sequence[Line], key: str, title: str) -> list[Curve]:
+    """Return what was measured at each step, and at each validation if it was there."""
+    held_out = Curve(f"{title}, validation", series(history, f"val_{key}"), VALIDATION)
+    return [curve for curve in (Curve(title, series(history, key)), held_out) if curve.points]
 
 
 def _loss_curves(history: Sequence[Line]) -> list[Curve]:

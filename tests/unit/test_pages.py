@@ -475,6 +475,22 @@ def test_the_shortest_run(tmp_path):
         assert absent not in page.words
 
 
+def test_a_run_on_preferences(tmp_path):
+    lines = history(20, validations=False)
+    for line in lines:
+        line |= {"reward_margin": line["step"] / 10, "reward_accuracy": 0.75}
+    lines.append(
+        {"step": 20, "val_loss": 0.5, "val_reward_margin": 1.5, "val_reward_accuracy": 0.9}
+    )
+    page = read_report(tmp_path, lines)
+    assert "Its reward accuracy 90 %" in page.words and "perplexity" not in page.words
+    assert page.charts[1] == (
+        "Reward margin: 0.1 at step 1, 2 at step 20. "
+        "Reward margin, validation: 1.5 at step 20, 1.5 at step 20."
+    )
+    assert page.charts[2].startswith("Reward accuracy: 0.75")
+
+
 def test_a_run_without_a_step(tmp_path):
     (tmp_path / "loss.png").write_text("that of an earlier report")
     outcome = Outcome(0, 9, "nobody wanted it", "2026-11-30")
