@@ -180,6 +180,8 @@ class Settings:
         OnResume.FREE,
     ] = None
     """null is a GPU that CUDA or ROCm drives, else the CPU."""
+    neftune_alpha: Annotated[Positive | None, OnResume.HONOURED] = None
+    """NEFTune: noise on the embeddings in training, 5 to begin with; null is none."""
     compile: Annotated[Switch, OnResume.FREE] = False
     enable_activation_checkpointing: Annotated[Switch | Count, OnResume.FREE] = False
     """A number n recomputes every n-th layer only."""

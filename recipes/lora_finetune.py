@@ -210,6 +210,7 @@ class Finetune:
                 recompute_first=recompute_first,
                 offload=self.s.enable_activation_offloading,
                 compiled=self.s.compile,
+                neftune_alpha=self.s.neftune_alpha,
             )
 
         self.model = self.world.build(

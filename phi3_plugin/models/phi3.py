@@ -17,6 +17,7 @@ from phi3_plugin.models.cache import Cache, Step
 from phi3_plugin.models.logps import token_logps
 from phi3_plugin.models.lora import Embedding, Linear
 from phi3_plugin.models.lora_settings import HEAD, LoRASettings, misfits, under_torchtune
+from phi3_plugin.models.neftune import noisy
 from phi3_plugin.models.nf4 import dequantize_in_state_dicts
 from phi3_plugin.models.rope import RotaryEmbedding
 from phi3_plugin.options import OnResume, takes
@@ -161,6 +162,9 @@ class Phi3Layer(TransformerSelfAttentionLayer):  # type: ignore[misc]
 class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
     """torchtune's decoder, with two more ways to call it: to train, and to generate."""
 
+    neftune_alpha: float | None = None
+    """Of the noise on embeddings where gradients are wanted."""
+
     def forward(
         self,
         tokens: Tensor,
@@ -213,6 +217,8 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
                 f"{self.max_seq_len} positions. Set it to {self.max_seq_len} or less."
             )
         h = self.tok_embeddings(tokens)
+        if self.neftune_alpha and self.training and torch.is_grad_enabled():
+            h = noisy(h, lengths, self.neftune_alpha)
         seen: dict[str, Any] = {"input_pos": input_pos, **rest}
         if lengths is not None:
             turns = self._rope.turns(tokens.shape[1], input_pos, h.dtype)

@@ -50,6 +50,7 @@ def prepare(
     recompute_first: int = 0,
     offload: bool = False,
     compiled: bool = False,
+    neftune_alpha: float | None = None,
 ) -> nn.Module:
     """Decide what is trained, in which precision, what is recomputed and what is compiled.
 
@@ -60,7 +61,9 @@ def prepare(
         recompute_first: Recompute so many layers from the first on.
         offload: Keep what the backward pass needs in the CPU's memory; a GPU must be there.
         compiled: Compile each layer.
+        neftune_alpha: Of the noise on embeddings in training; see `phi3_plugin.models.neftune`.
     """
+    model.neftune_alpha = neftune_alpha  # type: ignore[assignment]
     adapter = get_adapter_params(model)
     if adapter:
         set_trainable_params(model, adapter)

@@ -60,6 +60,7 @@ OTHERS = {
     "dtype": ("fp32", REFUSED),
     "adapter_dtype": ("bf16", REFUSED),
     "device": ("cpu", FREE),
+    "neftune_alpha": (5.0, HONOURED),
     "compile": (True, FREE),
     "enable_activation_checkpointing": (7, FREE),
     "memory_budget": ("7GiB", FREE),
