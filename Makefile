@@ -21,8 +21,9 @@ demo: setup
 demo-distributed: setup
 	$(BIN)/python -m phi3_plugin.recipes.phi3_demo --processes 2
 
-# Two files at a time, in the order of tests/conftest.py, and one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two files at a time, in the order of tests/conftest.py, and one thread each. Bytecode is kept
+# whatever the shell says: to compile every test anew in each process takes a quarter of a minute.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m "not exhaustive"

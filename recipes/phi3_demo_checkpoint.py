@@ -44,7 +44,7 @@ WEIGHT_STD = 0.06
 """Published Phi-3 starts from 0.02; at this width a base that small floors the loss."""
 
 
-def build_checkpoint(folder: Path, *, words: list[str]) -> None:
+def build_checkpoint(folder: Path, *, words: list[str], layers: int = LAYERS) -> None:
     """Write a checkpoint folder that torchtune, transformers and this package load.
 
     Equal words give equal files.
@@ -52,6 +52,7 @@ def build_checkpoint(folder: Path, *, words: list[str]) -> None:
     Args:
         folder: Where to write; created with its parents.
         words: Words that become one token each, beside the printable characters.
+        layers: How many the model has.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(words)
@@ -73,7 +74,7 @@ def build_checkpoint(folder: Path, *, words: list[str]) -> None:
         "max_position_embeddings": CONTEXT,
         "model_type": "phi3",
         "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_key_value_heads": HEADS,
         "original_max_position_embeddings": CONTEXT,
         "pad_token_id": ids[eos],

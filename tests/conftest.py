@@ -3,6 +3,7 @@
 Imports nothing at the top that brings torch: the process that shares the tests out needs none.
 """
 
+import gc
 import os
 from collections import Counter
 from functools import partial
@@ -17,6 +18,11 @@ from tests.variants import BUILT, FROM_ASSETS, write_checkpoint
 def pytest_configure():
     if warm.STARTED not in os.environ:  # else in a worker
         os.environ[warm.STARTED] = str(warm.start())
+    warm.trust_the_disk()
+
+
+def pytest_collection_finish():
+    gc.freeze()  # or each collection would walk over all that was imported and thousands of tests
 
 
 @pytest.fixture(scope="session", autouse=True)

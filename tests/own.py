@@ -130,9 +130,9 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def tiny_inputs(folder: Path, rows: int) -> Path:
-    """Write ``base``, a checkpoint of width 256 that NF4 can store, and ``rows.jsonl``."""
+    """Write ``base``, of two layers and a width of 256 that NF4 can store, and ``rows.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)
-    phi3_demo_checkpoint.build_checkpoint(folder / "base", words=WORDS)
+    phi3_demo_checkpoint.build_checkpoint(folder / "base", words=WORDS, layers=2)
     text = "".join(json.dumps(chat(number)) + "\n" for number in range(rows))
     (folder / "rows.jsonl").write_text(text, "utf-8")
     return folder

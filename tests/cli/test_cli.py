@@ -15,6 +15,7 @@ import pytest
 import phi3_plugin
 from phi3_plugin import cli, hook, options
 from phi3_plugin.errors import ConfigError
+from tests import warm
 from tests.cli.test_tune import BIN, NAMES, READ_REGISTRY, RECIPE, command
 
 SWITCHES = ["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
@@ -51,10 +52,6 @@ def torchrun(monkeypatch):
     seen = []
     monkeypatch.setattr("torchtune._cli.run.run", seen.append)
     return seen
-
-
-def phi3_tune_process(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    return command(BIN / "phi3-tune", *words, cwd=cwd, **environment)
 
 
 HELP = """
@@ -301,11 +298,23 @@ def test_it_registers_where_the_hook_is_switched_off(fresh_python, switch):
     assert set(NAMES) <= set(fresh_python(code, **{switch: "0"}).split())
 
 
+def then_runs(file: str) -> str:
+    """Return the end of a script that goes on as a recipe."""
+    return f"import runpy; runpy.run_path({file!r}, run_name='__main__')"
+
+
 @pytest.mark.slow
-def test_our_errors_end_in_one_line(tmp_path):
-    words = ["run", RECIPE, "--config", NAMES[0], "checkpoint_dir=absent", "output_dir=out"]
-    done = phi3_tune_process(*words, cwd=tmp_path, **OFF)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+def test_with_the_hook_off_a_worker_sees_the_registry_and_our_errors_end_in_one_line(tmp_path):
+    """What a launcher starts, as the next test shows, in an interpreter that imports it all."""
+    from torchtune import training
+
+    stock = training.__file__.partition("torchtune/training")[0] + f"recipes/{RECIPE}.py"
+    (tmp_path / "my_recipe.py").write_text(READ_REGISTRY + then_runs(stock))
+    words = ["run", "my_recipe.py", "--config", NAMES[0], "checkpoint_dir=absent", "output_dir=out"]
+    worker = [sys.executable, "-m", "phi3_plugin.cli", *words]
+    done = command(*worker, cwd=tmp_path, LOCAL_RANK="0", **OFF)
+    assert done.returncode == 1 and "registry is complete" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("phi3_plugin: MissingFileError: ")
 
 
@@ -318,21 +327,23 @@ def test_our_errors_end_in_one_line(tmp_path):
 def test_workers_see_the_registry(tmp_path, environment):
     (tmp_path / "my_recipe.py").write_text(READ_REGISTRY)
     words = ["run", "--nproc_per_node", "1", "my_recipe.py", "--config", NAMES[0]]
-    done = phi3_tune_process(*words, cwd=tmp_path, **environment)
+    done = warm.run("phi3-tune", *words, cwd=tmp_path, **environment)
     assert done.returncode == 0 and "registry is complete" in done.stdout, done.stderr
 
 
-def test_a_worker_of_torchrun_says_what_is_wrong_in_one_line(tmp_path):
+@pytest.mark.slow
+def test_a_worker_of_torchrun_sees_the_registry_and_says_what_is_wrong_in_one_line(tmp_path):
     recipe = Path(__file__).parents[2] / "recipes" / "lora_finetune.py"
     config = Path(__file__).parents[2] / "configs" / "phi3_demo.yaml"
+    (tmp_path / "worker.py").write_text(READ_REGISTRY + then_runs(str(recipe)))
     done = subprocess.run(
-        [sys.executable, recipe, "--config", config, "output_dir=out", "batch_size=-1"],
+        [sys.executable, "worker.py", "--config", config, "output_dir=out", "batch_size=-1"],
         cwd=tmp_path,
-        env={**os.environ, "TORCHELASTIC_RUN_ID": "any"},
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "any", "LOCAL_RANK": "0"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1
+    assert done.returncode == 1 and "registry is complete" in done.stdout
     assert "phi3_plugin: ConfigError: " in done.stderr
     assert "batch_size: -1 must be a whole number above 0" in done.stderr
     assert "Traceback" not in done.stderr

@@ -98,8 +98,8 @@ def test_a_budget_chooses_the_fewest_layers_and_says_so(cwd, capsys):
     assert chosen(cwd, long) == 0
     assert capsys.readouterr().out == ""
     assert chosen(cwd, long, "memory_budget=64GiB") == 0
-    assert "memory_budget: 0 of 4 layers recompute; predicted peak" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"with all 4 layers recomputed .*activations.*Lower"):
+    assert "memory_budget: 0 of 2 layers recompute; predicted peak" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"with all 2 layers recomputed .*activations.*Lower"):
         chosen(cwd, long, "memory_budget=1MiB")
 
 

@@ -292,5 +292,5 @@ def test_torchrun_workers_see_the_registry(tmp_path):
 def test_tune_run_starts_torchrun_workers_that_see_the_registry(tmp_path):
     (tmp_path / "my_recipe.py").write_text(READ_REGISTRY)
     run = ["tune", "run", "--nproc_per_node", "1", "my_recipe.py", "--config", NAMES[0]]
-    done = warm.run(*run, cwd=tmp_path, PYTHON_EXEC=sys.executable)  # a worker that imports all
+    done = warm.run(*run, cwd=tmp_path)  # workers that import all are in test_cli.py
     assert done.returncode == 0 and "registry is complete" in done.stdout, done.stderr

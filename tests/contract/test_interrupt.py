@@ -172,7 +172,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path):
 def small_disk(cwd):
     """A disk with room for the first checkpoint, but not for the second."""
     (cwd / "disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(cwd / "disk")]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(cwd / "disk")]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
     yield cwd / "disk"

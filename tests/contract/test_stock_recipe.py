@@ -22,6 +22,7 @@ RUN = (
     "checkpoint_dir=base",
     "dataset.source=rows.jsonl",
     "dtype=fp32",
+    "batch_size=2",
     "gradient_accumulation_steps=2",
     "epochs=2",
     "lr_scheduler.num_warmup_steps=3",
@@ -34,7 +35,7 @@ RUN = (
 def run(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("stock")
     tiny_checkpoint(cwd / "base")
-    gsm8k(cwd / "rows.jsonl", 40)
+    gsm8k(cwd / "rows.jsonl", 16)
     done = tune_run(*RUN, "output_dir=out", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd
