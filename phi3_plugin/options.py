@@ -10,6 +10,7 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -241,6 +242,9 @@ def with_words(cfg: Any, words: Sequence[str]) -> Any:
     from torchtune.config._utils import _merge_yaml_and_cli_args
 
     container: Any = OmegaConf.to_container(cfg, resolve=False)
+    if not any(word.startswith("~") for word in words):  # which removes what stands before it
+        with suppress(Exception):  # one of them cannot be read: which?
+            return _merge_yaml_and_cli_args(Namespace(**container), [*words])
     for word in words:
         try:
             merged = _merge_yaml_and_cli_args(Namespace(**container), [word])

@@ -125,6 +125,7 @@ class Finetune:
         self.state = TrainState()
         self.answers: list[str] = []  # to the sample questions, at the last validation
         self.settings = record(cfg)
+        self.card = (redacted(cfg).get("checkpointer") or {}).get("card", {})
         self.differences: list[Change] = []  # from those of the checkpoint to go on from
         self.finished = False
 
@@ -348,8 +349,7 @@ class Finetune:
             self.new_tokens,
             may_be_identity=may_be_identity,
         )
-        section = redacted(self.cfg).get("checkpointer") or {}
-        card = {**section.get("card", {}), "steps": self.state.step, **told(self.state.changes)}
+        card = {**self.card, "steps": self.state.step, **told(self.state.changes)}
         if self.state.best < math.inf:
             card["validation loss"] = f"{self.state.best:.4f}"
         if adapter.origin.get("lora_init") == "loftq":
