@@ -4,7 +4,8 @@
 
 FOLDER gets a random bf16 checkpoint of Phi-3-mini's width, 7.6 GB with all 32 layers, unless it
 has one. Each case reads it and writes another beside it, which is then removed, in a process of
-its own; the cases take turns. The adapter is on the four fused layers.
+its own; the cases take turns. The adapter is on the four fused layers. Files for llama.cpp have the
+demo's small tokenizer.
 
 The peak is what the process had resident at most (VmHWM), less what it had after its imports.
 Copying is `cp` and, as merging does, fsync. Prints one row a case; asserts nothing. Linux only.
@@ -19,10 +20,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from environments import setting, table
 from load_memory import MB, TARGETS, peak, random_checkpoint
+from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 
 OUT = "merged"
 
@@ -42,6 +45,7 @@ def main() -> None:
         return
     if not (options.folder / "config.json").exists():
         random_checkpoint(options.folder, options.layers)
+        add_tokenizer(options.folder)
     names = dict.fromkeys(["copy", *(options.case or CASES)])
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
@@ -66,9 +70,18 @@ def in_own_process(name: str, folder: Path, rank: int) -> dict[str, float]:
     """Measure one case in a new process; what it writes is removed again."""
     command = [sys.executable, __file__, str(folder), "--measure", name, "--rank", str(rank)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    shutil.rmtree(folder.parent / OUT)
+    for written in folder.parent.glob(f"{OUT}*"):
+        shutil.rmtree(written) if written.is_dir() else written.unlink()
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Put the demo's tokenizer into a folder."""
+    with TemporaryDirectory() as place:
+        build_checkpoint(Path(place), words=["one"])
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            shutil.copyfile(Path(place) / name, folder / name)
 
 
 def measure(name: str, folder: Path, rank: int) -> dict[str, float]:
@@ -94,7 +107,9 @@ def copy(folder: Path, rank: int) -> Callable[[Path], None]:
     return run
 
 
-def merging(dora: bool = False, nf4: bool = False) -> Callable[[Path, int], Callable]:
+def merging(
+    dora: bool = False, nf4: bool = False, gguf: str | None = None
+) -> Callable[[Path, int], Callable]:
     """Merge an adapter of LoRA or DoRA, onto the original weights or those of NF4."""
 
     def prepare(folder: Path, rank: int) -> Callable[[Path], None]:
@@ -104,7 +119,8 @@ def merging(dora: bool = False, nf4: bool = False) -> Callable[[Path, int], Call
         onto = "nf4" if nf4 else "original"
 
         def run(out: Path) -> None:
-            report = merge_into(out, folder, adapter, onto=onto)
+            file = out.with_suffix(".gguf") if gguf else out
+            report = merge_into(file, folder, adapter, onto=onto, gguf=gguf)
             print(report.difference, file=sys.stderr)
 
         return run
@@ -135,6 +151,9 @@ CASES: dict[str, Callable[[Path, int], Callable]] = {
     "LoRA": merging(),
     "DoRA": merging(dora=True),
     "LoRA onto NF4": merging(nf4=True),
+    "LoRA to f16": merging(gguf="f16"),
+    "LoRA to q8_0": merging(gguf="q8_0"),
+    "LoRA to q4_0": merging(gguf="q4_0"),
 }
 
 

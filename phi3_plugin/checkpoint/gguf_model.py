@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -88,10 +89,10 @@ def write_model(
     _add_sizes(gguf, writer, folder, config, FILE_TYPES[quantization])
     _add_vocabulary(gguf, writer, folder, config, vocabulary)
     for_ollama = modelfile(file, config, vocabulary)
-    with whole_files(file.with_suffix(MODELFILE), file) as (beside, partial):
+    with whole_files(file.with_suffix(MODELFILE), file) as (beside, unfinished):
         beside.write_text(for_ollama, encoding="utf-8")
         try:
-            writer.write_header_to_file(path=partial)
+            writer.write_header_to_file(path=unfinished)
             with _naming_the_card(folder):
                 writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -150,53 +151,73 @@ def _rope_factors(gguf: Any, config: Phi3Config) -> dict[str, NDArray[np.float32
     }
 
 
-ROWS = 4096
-"""Of a weight that are fp32 at a time while it is quantized."""
+ROWS = 1024
+"""Of a weight that are brought into the file's type at a time."""
 
 VALUES = 200_000
 """That a thread quantizes at a time: they stay in the cache of a core."""
 
 
-def _encoded(gguf: Any, name: str, value: Tensor, kind: Any) -> NDArray[Any]:
+class _Plain(NamedTuple):
+    dtype: torch.dtype
+    bits: type[np.unsignedinteger[Any]]
+    infinite: int
+    """The bits that are all set in what is infinite or no number."""
+
+
+PLAIN = {
+    "F32": _Plain(torch.float32, np.uint32, 0x7F800000),
+    "F16": _Plain(torch.float16, np.uint16, 0x7C00),
+    "BF16": _Plain(torch.bfloat16, np.uint16, 0x7F80),
+}
+"""Types of one number a weight."""
+
+
+def _encoded(gguf: Any, name: str, value: Tensor, kind: Any) -> NDArray[np.uint8]:
     """Return a weight as the bytes of the file.
 
     Raises:
         CheckpointError: It has a number that the type cannot hold.
     """
-    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if kind.name in plain:
-        same = value.to(plain[kind.name])
-        encoded, holds = same.view(torch.uint8).numpy(), bool(torch.isfinite(same).all())
-    else:
-        encoded = _quantized(gguf, value, kind)
-        scales = encoded.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])[:, :2]  # of each block
-        holds = bool(np.isfinite(np.ascontiguousarray(scales).view(np.float16)).all())
-    if not holds:
-        largest = value.float().abs().max().item()
-        raise CheckpointError(
-            f"{name} has numbers up to {largest:g}, which {kind.name.lower()} cannot hold. "
-            + ("Choose --type bf16." if np.isfinite(largest) else "The model is broken.")
-        )
-    return encoded
-
-
-def _quantized(gguf: Any, value: Tensor, kind: Any) -> NDArray[np.uint8]:
-    """Quantize a matrix, some rows to a thread."""
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    blocks = q8_0 if kind.name == "Q8_0" else lambda rows: gguf.quants.quantize(rows, kind)
-    out = np.empty((value.shape[0], value.shape[1] // per_block * block_bytes), np.uint8)
-    step = max(1, VALUES // value.shape[1])
-
+    rows = value.reshape(-1, value.shape[-1])
+    out = np.empty((len(rows), rows.shape[1] // per_block * block_bytes), np.uint8)
+    plain = PLAIN.get(kind.name)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for top in range(0, len(out), ROWS):
-            floats, part = value[top : top + ROWS].float().numpy(), out[top : top + ROWS]
+        for top in range(0, len(rows), ROWS):
+            some, part = rows[top : top + ROWS], out[top : top + ROWS]
+            if plain:
+                part[:] = some.to(plain.dtype).view(torch.uint8).numpy()
+                bits, infinite = part.view(plain.bits), plain.infinite
+            else:
+                _quantize(gguf, some.float().numpy(), part, kind, pool)
+                scales = part.reshape(-1, block_bytes)[:, :2]  # of each block, in fp16
+                bits, infinite = scales.copy().view(np.uint16), PLAIN["F16"].infinite
+            if (bits & infinite).max() == infinite:
+                largest = value.float().abs().max().item()
+                raise CheckpointError(
+                    f"{name} has numbers up to {largest:g}, which {kind.name.lower()} cannot hold. "
+                    + ("Choose --type bf16." if np.isfinite(largest) else "The model is broken.")
+                )
+    return out.reshape(*value.shape[:-1], -1)
 
-            def quantize(start: int) -> None:
-                rows = slice(start, start + step)
-                part[rows] = blocks(floats[rows])  # noqa: B023  (all run before the next)
 
-            list(pool.map(quantize, range(0, len(part), step)))
-    return out
+def _quantize(
+    gguf: Any,
+    rows: NDArray[np.float32],
+    out: NDArray[np.uint8],
+    kind: Any,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Quantize rows, some of them to a thread."""
+    blocks = q8_0 if kind.name == "Q8_0" else partial(gguf.quants.quantize, qtype=kind)
+    step = max(1, VALUES // rows.shape[1])
+
+    def quantize(start: int) -> None:
+        some = slice(start, start + step)
+        out[some] = blocks(rows[some])
+
+    list(pool.map(quantize, range(0, len(rows), step)))
 
 
 def q8_0(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
