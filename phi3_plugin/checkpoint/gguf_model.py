@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from phi3_plugin import hub
 from phi3_plugin.checkpoint.base import OUTPUT, TOK_EMBEDDINGS, to_hf
 from phi3_plugin.checkpoint.files import whole_files
 from phi3_plugin.checkpoint.gguf import gguf_package
@@ -251,7 +252,9 @@ def _add_model(gguf: Any, writer: Any, folder: Path, vocabulary: Vocabulary) -> 
     read_json(folder / GENERATION)  # refused here if it is broken
     with _naming_the_card(folder):
         metadata = gguf.Metadata.load(None, folder, None, parameters)
-        metadata.name = name_for_llama_cpp(metadata.name or folder.name, vocabulary.backend)
+        repository = hub.name_of(folder)  # in the Hub's cache the folder's name is a hash
+        name = repository.rpartition("/")[2] if repository else metadata.name or folder.name
+        metadata.name = name_for_llama_cpp(name, vocabulary.backend)
         metadata.size_label = metadata.size_label or gguf.size_label(parameters, *counts)
         writer.add_type(gguf.GGUFType.MODEL)
         metadata.set_gguf_meta_model(writer)

@@ -241,6 +241,32 @@ def test_llama_cpp_is_told_by_the_name_how_tokens_treat_white_space():
     assert name_for_llama_cpp("my model", keeps) == "my model (Phi-3)"
 
 
+def test_a_model_of_the_hub_has_its_name_there(mini, tmp_path):
+    snapshot = shutil.copytree(mini, tmp_path / "models--some--Phi-3-thing/snapshots/0a67737cc")
+    convert(snapshot, tmp_path / "m.gguf")
+    assert read(tmp_path / "m.gguf")[0]["general.name"] == "Phi-3-thing"
+
+
+def test_new_tokens_are_in_the_file(mini, tmp_path):
+    """They take rows that the model has, or more."""
+    config = json.loads((mini / "config.json").read_text())
+    first, width = backend().get_vocab_size(), config["hidden_size"]
+    tokens = range(first, config["vocab_size"] + 2)
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    entries = [{"id": i, "content": f"<|new {i}|>", "special": True, **flags} for i in tokens]
+    values = {i: torch.full((width,), float(i % 100)) for i in tokens}
+    rows = {"tok_embeddings": values, "output": values}
+    adapter = Adapter({}, {}, rows=rows, new_tokens=entries)
+    merge_into(tmp_path / "m.gguf", mini, adapter, gguf="f16")
+    keys, tensors = read(tmp_path / "m.gguf")
+    texts, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    assert len(texts) == len(types) == tokens.stop
+    for name in ("token_embd.weight", "output.weight"):
+        assert (tensors[name].data[first:] == np.array(tokens)[:, None] % 100).all()
+    assert texts[first:] == [entry["content"] for entry in entries]
+    assert {*types[first:]} == {gguf.TokenType.CONTROL}
+
+
 @pytest.mark.parametrize("where", ["README.md", "generation_config.json"])
 def test_a_broken_card_is_one_error(tmp_path, where):
     base = checkpoint(tmp_path / "base")
@@ -324,13 +350,17 @@ runpy.run_path("convert_hf_to_gguf.py", run_name="__main__")
 """
 
 
+LLAMA_CPP = Path(os.environ.get("PHI3_LLAMA_CPP") or "nowhere")
+needs_converter = pytest.mark.skipif(
+    not (LLAMA_CPP / "convert_hf_to_gguf.py").is_file(),
+    reason="PHI3_LLAMA_CPP names no clone of llama.cpp",
+)
+
+
 def theirs(folder, file, quantization, pre=""):
-    llama_cpp = os.environ.get("PHI3_LLAMA_CPP")
-    if not llama_cpp or not Path(llama_cpp, "convert_hf_to_gguf.py").is_file():
-        pytest.skip("PHI3_LLAMA_CPP names no clone of llama.cpp")
     words = [str(folder), "--outfile", str(file), "--outtype", quantization, pre]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, *words], cwd=llama_cpp, capture_output=True, text=True
+        [sys.executable, "-c", DRIVER, *words], cwd=LLAMA_CPP, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return file.read_bytes()
@@ -348,6 +378,7 @@ def tuned(base):
     return Adapter.of(tensors, 2.0)
 
 
+@needs_converter
 @pytest.mark.assets
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["f16", "bf16", "q8_0"])
@@ -361,6 +392,7 @@ def test_the_file_is_that_of_the_converter(tmp_path, variant, quantization):
     assert file.read_bytes() == expected
 
 
+@needs_converter
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["phi4-mini", "phi4"])
 def test_the_file_of_a_byte_level_tokenizer_is_too(tmp_path, tokenizer):
