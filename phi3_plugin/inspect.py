@@ -26,6 +26,7 @@ from phi3_plugin.data.findings import (
     NO_FINAL_ANSWER,
     PASSED_OVER,
     SPECIAL_IN_TEXT,
+    UNREAD_TOKEN,
     UNUSABLE,
     Findings,
 )
@@ -707,6 +708,12 @@ def _of_rows(stats: Statistics) -> Iterator[Problem]:
         yield Problem(
             f"{count(left_out, 'row')} with a message that the chat template leaves out.",
             "Move what they say into the user's message, if the model is to know it.",
+        )
+    if unread := counts[UNREAD_TOKEN]:
+        yield Problem(
+            f"{count(unread, 'row')} with a text of tokenizer.add_tokens that is not read as that "
+            "token.",
+            "Write a space before it, or add it as {content: '<call>', normalized: False}.",
         )
     special = counts[SPECIAL_IN_TEXT]
     if special and stats.special_in_text == "parse":

@@ -246,7 +246,7 @@ def adapter_config(
     saved = sorted(_short(hf_name(name.removesuffix(".weight"))) for name in adapter.saved)
     rows = {_short(hf_name(module)): [*own] for module, own in adapter.rows.items()}
     return {
-        **({"trainable_token_indices": rows} if rows else {}),  # PEFT knows the key since 0.15
+        **({"trainable_token_indices": rows} if rows else {}),  # PEFT reads a head's since 0.18
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,

@@ -33,6 +33,7 @@ from phi3_plugin.data.findings import (
     SPECIAL_IN_TEXT,
     TOO_LONG,
     TRUNCATED,
+    UNREAD_TOKEN,
     UNUSABLE,
     Findings,
     UnusedRow,
@@ -228,6 +229,9 @@ class Preparation:
     ) -> None:
         """Write encoded conversations, each cut to its length, if anything of it is trained on."""
         chats = encoding.result()
+        if self.tokenizer.new_tokens:
+            for (row, rendered), tokens in zip(rows, chats.split(), strict=True):
+                self._notice_unread(row, rendered, tokens, writer.findings)
         full = chats.lengths
         limit = self.tokenizer.max_seq_len
         if limit is not None and (full > limit).any():
@@ -245,6 +249,18 @@ class Preparation:
             writer.findings.add(kind, rows[n][0].where, f"{full[n]} tokens")
         kept_rows = [row for (row, _), keep in zip(rows, kept, strict=True) if keep]
         writer.append(chats.select(kept), full[kept], kept_rows)
+
+    def _notice_unread(
+        self, row: ChatRow, rendered: Rendered, tokens: Tokens, findings: Findings
+    ) -> None:
+        """Tell of texts that were to be one token and are not, as behind a letter for a Phi-3."""
+        text = "".join(piece.text for piece in rendered.pieces)
+        for number, token in self.tokenizer.new_tokens.items():
+            written = text.count(token.entry["content"])
+            read = int((tokens.ids == number).sum())
+            if read < written:
+                said = f"{token.entry['content']!r} is written {written} times, and read {read}"
+                findings.add(UNREAD_TOKEN, row.where, f"{said}: see normalized in docs/data.md")
 
     # Which rows are conversations
 

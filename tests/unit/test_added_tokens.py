@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.data.added_tokens import tokens_beyond, write_added_tokens
+from phi3_plugin.data.findings import UNREAD_TOKEN
 from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import ConfigError, TokenizerError
 from tests.files import write
@@ -108,3 +109,17 @@ def test_tokens_of_another_checkpoints_tokenizer_are_refused(folder):
     (copy / "tokenizer.json").write_text(json.dumps(broken), "utf-8")
     with pytest.raises(TokenizerError, match="added_tokens holds what is no token"):
         tokens_beyond(copy, folder)
+
+
+def test_a_text_that_is_not_read_as_its_token_is_told(folder, tmp_path, caplog):
+    """A Phi-3 finds a text after a space alone, as transformers does, unless it asks otherwise."""
+    said = [("a <call> b", "c <call>"), ("a<call> b", "<call> c<call>"), ("a", "b")]
+    rows = [{"question": question, "answer": answer} for question, answer in said]
+    file = str(write(tmp_path / "rows.jsonl", rows))
+    dataset = chat_dataset(phi3_tokenizer(folder, add_tokens=["<call>"]), file)
+    assert dataset.findings.counts[UNREAD_TOKEN] == 1
+    assert f"1 of 3 rows {UNREAD_TOKEN}. The first: " in caplog.text
+    assert "rows.jsonl:2: '<call>' is written 3 times, and read 1" in caplog.text
+    anywhere = {"content": "<call>", "normalized": False}
+    dataset = chat_dataset(phi3_tokenizer(folder, add_tokens=[anywhere]), file)
+    assert not dataset.findings.counts[UNREAD_TOKEN]
