@@ -246,6 +246,12 @@ def test_other_kinds_are_named_and_peft_merges_them_as_said(bases, tmp_path, kin
     assert "base that it was trained on" not in str(error.value)
 
 
+def test_a_kind_with_files_of_other_names_is_named(bases, tmp_path):
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "XLORA"}))
+    with pytest.raises(AdapterError, match="peft_type: 'XLORA', only LORA"):
+        read_adapter(tmp_path, config=read_config(bases / "mini"))
+
+
 def test_biases_are_named(bases, tmp_path):
     made(bases / "mini", tmp_path, lora_bias=True)
     with pytest.raises(AdapterError, match="lora_bias: True is a feature") as error:
