@@ -89,7 +89,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), ADAM_8BIT),
 }
 SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
-STARTS = {True: "kaiming", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
+LORA_INITS = {True: "kaiming", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
 
 SHARDS = "Remove it: `tune run --nproc_per_node N` shards the model."
 
@@ -180,7 +180,7 @@ PEFT = {
     "rank_pattern": Rule(Section | None),
     "alpha_pattern": Rule(Section | None),
     "layers_to_transform": Rule(LayerNumbers | Seed | None),
-    "init_lora_weights": one_of(*STARTS),
+    "init_lora_weights": one_of(*LORA_INITS),
     "task_type": one_of("CAUSAL_LM", None, instead='Use "CAUSAL_LM".'),
     "peft_type": one_of("LORA", None, instead='Use "LORA".'),
     # A Phi-3 has no biases, so none is trained whatever is asked for
@@ -421,7 +421,7 @@ def _adapter(peft: Mapping[str, Any], targets: str, is_nf4: bool, out: Translati
 
     start = given.get("init_lora_weights", True)
     if start is not True:
-        model["lora_init"] = STARTS[start]
+        model["lora_init"] = LORA_INITS[start]
     if start == "pissa" and is_nf4:
         out.problems.append(
             "init_lora_weights: 'pissa' needs a base that is not quantized. Remove bnb_config."

@@ -476,7 +476,7 @@ class Finetune:
         after = self.answers if is_answered else self.answer()
         if not self.world.is_main:
             return
-        from phi3_plugin.pages.report import Outcome, write_report  # brings matplotlib
+        from phi3_plugin.pages.report import Ending, write_report  # brings matplotlib
 
         step, total = self.state.step, self.data.total_steps
         shown, held = redacted(self.cfg), self.data.order_val
@@ -490,7 +490,7 @@ class Finetune:
             changes=told(self.state.changes),
             adapter=folder,
             base=Path(base_name(self.s.checkpoint_dir)).name,
-            outcome=Outcome(step, total, self.stop.reason, time.strftime("%Y-%m-%d")),
+            outcome=Ending(step, total, self.stop.reason, time.strftime("%Y-%m-%d")),
             samples=len(unpacked(self.data.order.dataset)),
             held_out=len(unpacked(held.dataset)) if held else 0,
             answers=[

@@ -42,9 +42,9 @@ ADALORA_KEYS = (
     *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step"),
     "orth_reg_weight",
 )
-MOST = 1_000_000
+LARGEST_RANK = 1_000_000
 """Beyond any rank."""
-PASSED_OVER = ("use_dora", "use_rslora", "init_lora_weights")
+NOT_ADALORA = ("use_dora", "use_rslora", "init_lora_weights")
 
 
 def adalora_tensors(
@@ -100,7 +100,7 @@ def adalora_keys(keys: Mapping[str, Any], ranks: Mapping[str, int], file: Path) 
             raise AdapterError(
                 f"{file}: rank_pattern: {quoted(name)} leaves other ranks than the file holds."
             )
-    kept = {key: value for key, value in keys.items() if key not in {*ADALORA_KEYS, *PASSED_OVER}}
+    kept = {key: value for key, value in keys.items() if key not in {*ADALORA_KEYS, *NOT_ADALORA}}
     left = {module: rank for module, rank in ranks.items() if rank != first}
     alpha = keys.get("lora_alpha")
     # The scale stays that of the first rank; an alpha that is none is told later
@@ -116,7 +116,7 @@ def first_rank(keys: Mapping[str, Any], file: Path) -> int:
         AdapterError: It is no rank.
     """
     first = keys.get("init_r", 12)
-    if not is_whole(first, least=1) or first > MOST:
+    if not is_whole(first, least=1) or first > LARGEST_RANK:
         raise AdapterError(f"{file}: init_r: {quoted(first)} must be a whole number above 0.")
     return int(first)
 

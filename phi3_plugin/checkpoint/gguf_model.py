@@ -155,7 +155,7 @@ def _rope_factors(gguf: Any, config: Phi3Config) -> dict[str, NDArray[np.float32
 ROWS = 1024
 """Of a weight that are brought into the file's type at a time."""
 
-VALUES = 200_000
+VALUES_AT_ONCE = 200_000
 """That a thread quantizes at a time: they stay in the cache of a core."""
 
 
@@ -166,7 +166,7 @@ class _Plain(NamedTuple):
     """The bits that are all set in what is infinite or no number."""
 
 
-PLAIN = {
+UNPACKED = {
     "F32": _Plain(torch.float32, np.uint32, 0x7F800000),
     "F16": _Plain(torch.float16, np.uint16, 0x7C00),
     "BF16": _Plain(torch.bfloat16, np.uint16, 0x7F80),
@@ -183,7 +183,7 @@ def _encoded(gguf: Any, name: str, value: Tensor, kind: Any) -> NDArray[np.uint8
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     rows = value.reshape(-1, value.shape[-1])
     out = np.empty((len(rows), rows.shape[1] // per_block * block_bytes), np.uint8)
-    plain = PLAIN.get(kind.name)
+    plain = UNPACKED.get(kind.name)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for top in range(0, len(rows), ROWS):
             some, part = rows[top : top + ROWS], out[top : top + ROWS]
@@ -193,7 +193,7 @@ def _encoded(gguf: Any, name: str, value: Tensor, kind: Any) -> NDArray[np.uint8
             else:
                 _quantize(gguf, some.float().numpy(), part, kind, pool)
                 scales = part.reshape(-1, block_bytes)[:, :2]  # of each block, in fp16
-                bits, infinite = scales.copy().view(np.uint16), PLAIN["F16"].infinite
+                bits, infinite = scales.copy().view(np.uint16), UNPACKED["F16"].infinite
             if (bits & infinite).max() == infinite:
                 largest = value.float().abs().max().item()
                 raise CheckpointError(
@@ -212,7 +212,7 @@ def _quantize(
 ) -> None:
     """Quantize rows, some of them to a thread."""
     blocks = q8_0 if kind.name == "Q8_0" else partial(gguf.quants.quantize, qtype=kind)
-    step = max(1, VALUES // rows.shape[1])
+    step = max(1, VALUES_AT_ONCE // rows.shape[1])
 
     def quantize(start: int) -> None:
         some = slice(start, start + step)
@@ -454,7 +454,7 @@ def _pieces(
         yield i, _Token(text, pieces.GetScore(i), kind)
 
 
-BYTE = re.compile("<0x[0-9A-F]{2}>")
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 def _pieces_of_merges(
@@ -475,7 +475,7 @@ def _pieces_of_merges(
     scores = {piece: -float(rank) for rank, piece in enumerate(pieces)}
     last = -float(len(scores))
     for text, i in vocab.items():
-        if BYTE.fullmatch(text):
+        if BYTE_TOKEN.fullmatch(text):
             yield i, _Token(text, 0.0, types.BYTE)
         else:
             yield i, _Token(text, scores.get(text, last), types.NORMAL)

@@ -86,7 +86,7 @@ def chat_dataset(
             not known, or nothing is left to train on.
         OutputError: The tokenized data cannot be written.
     """
-    o = read_options(DatasetOptions, "chat_dataset", options, tokenizer)
+    o = read_dataset_options(DatasetOptions, "chat_dataset", options, tokenizer)
     preparation = Preparation(tokenizer, read_sources(source, o), o)
     store = prepared(preparation, o)
     dataset = ChatDataset(store, repeated(store, preparation.sources, o.seed)).used(o)
@@ -120,7 +120,7 @@ def _log_passed_over(sources: Sequence[Source]) -> None:
             log_rank_zero(logger, harmless(text), logging.WARNING)
 
 
-def read_options(
+def read_dataset_options(
     kind: type[_Options], name: str, options: Mapping[str, Any], tokenizer: Phi3Tokenizer
 ) -> _Options:
     """Check the options of a data set.

@@ -505,7 +505,7 @@ TRANSCRIPT_START = "\n\nHuman:"
 
 
 @dataclass(frozen=True)
-class Preference(MessageList):
+class PreferencePair(MessageList):
     """``chosen`` beside ``rejected``: an answer, messages, or a text as in HH-RLHF."""
 
     precedence: ClassVar[int] = 1
@@ -556,7 +556,7 @@ class Preference(MessageList):
 
 
 @dataclass(frozen=True)
-class ListedPreference(Preference):
+class ListedPreference(PreferencePair):
     """A list of messages that ends in a question, beside ``chosen`` and ``rejected``."""
 
     listed_in: str = "messages"
@@ -743,7 +743,7 @@ FORMATS: Mapping[str, Format] = {
     "sharegpt": MessageList("conversations", "from", mapped=True),
     "conversation": MessageList("conversation", "role", mapped=True),
     # Two answers to a prompt, of which the better one is learned
-    "preference": Preference("chosen", "role"),
+    "preference": PreferencePair("chosen", "role"),
     "messages_preference": ListedPreference("chosen", "role"),
     "sharegpt_preference": ListedPreference(
         "chosen", "from", mapped=True, listed_in="conversations"

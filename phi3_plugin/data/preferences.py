@@ -26,7 +26,7 @@ from phi3_plugin.data.dataset import (
     ChatDataset,
     UseOptions,
     prepared,
-    read_options,
+    read_dataset_options,
     repeated,
 )
 from phi3_plugin.data.findings import CUT_AWAY, SAME_ANSWERS, TOO_LONG, TRUNCATED, Findings
@@ -34,7 +34,7 @@ from phi3_plugin.data.formats import (
     AnyCase,
     Format,
     OpenAIPreference,
-    Preference,
+    PreferencePair,
     in_small_letters,
 )
 from phi3_plugin.data.packing import Packs, StockPacks, StockPairs
@@ -88,7 +88,7 @@ def preference_dataset(tokenizer: Phi3Tokenizer, source: Any = None, **options: 
             not known, or nothing is left to train on.
         OutputError: The tokenized data cannot be written.
     """
-    o = read_options(PreferenceOptions, "preference_dataset", options, tokenizer)
+    o = read_dataset_options(PreferenceOptions, "preference_dataset", options, tokenizer)
     preparation = AnswerPreparation(tokenizer, read_sources(source, o), o)
     store = prepared(preparation, o)
     chosen = repeated(store, preparation.sources, o.seed)
@@ -144,7 +144,7 @@ class AnswerPreparation(Preparation):
         if isinstance(format, AnyCase):
             row, format = in_small_letters(row), format.format
         chosen = self.completed(format.read(row), row)
-        if not isinstance(format, Preference | OpenAIPreference):
+        if not isinstance(format, PreferencePair | OpenAIPreference):
             return chosen, {"wanted": _label(row)}
         other = row.get(format.other)
         if other in (None, "", []):

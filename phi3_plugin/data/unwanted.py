@@ -9,7 +9,7 @@ from phi3_plugin.data.formats import (
     Columns,
     Format,
     OpenAIPreference,
-    Preference,
+    PreferencePair,
     PromptText,
 )
 from phi3_plugin.data.turns import short_repr
@@ -45,7 +45,7 @@ def refuse_unwanted(row: Mapping[str, Any], format: Format, filter: str | None) 
         DataError: The answer is not to be learned, or it is not said whether.
     """
     inner = format.format if isinstance(format, AnyCase) else format
-    if isinstance(inner, Preference | OpenAIPreference):
+    if isinstance(inner, PreferencePair | OpenAIPreference):
         return
     for name, value in row.items():
         plain = name.strip().lower()

@@ -27,7 +27,7 @@ COLORS = {TRAINING: "#2456a6", NOISY: "#b3c7e5", VALIDATION: "#d9641e"}
 
 MARKED = 40
 """Points up to which each has a mark."""
-DRAWN = 400
+POINTS_DRAWN = 400
 """Points up to which all are drawn; of more, the lowest and the highest of each stretch."""
 READ = 200
 """Places at which values can be read off, at most."""
@@ -153,9 +153,9 @@ def _line(curve: Curve, x: _Axis, y: _Axis) -> Line:
 def _seen(curve: Curve) -> list[Point]:
     """Return the points of a curve that are far enough apart to be seen."""
     points = curve.points
-    if len(points) <= DRAWN:
+    if len(points) <= POINTS_DRAWN:
         return points
-    size = -(-len(points) // (DRAWN // 2))
+    size = -(-len(points) // (POINTS_DRAWN // 2))
     stretches = [points[start : start + size] for start in range(0, len(points), size)]
     ends = [{min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1])} for s in stretches]
     return [points[0], *(point for pair in ends for point in sorted(pair)), points[-1]]

@@ -22,7 +22,7 @@ FOLDED = ("rouge1", "rouge2", "rougeLsum")
 
 RIGHT = {"numeric": "right number", "exact": "exact match"}
 """What an answer is or is not; the first that a sample has ranks its answers."""
-CLOSE = {"rougeL": "ROUGE-L", "chrf": "chrF"}
+CLOSENESS = {"rougeL": "ROUGE-L", "chrf": "chrF"}
 
 LONGEST_TEXT = 4000
 """Characters that are shown of a text."""
@@ -133,7 +133,7 @@ def _answer(outcome: Outcome) -> tuple[str, str]:
     assert answer and scores  # only samples that were answered are shown
     values, notes = scores.values, list[str]()
     notes += [f"{title} {_yes(values[key])}" for key, title in RIGHT.items() if key in values]
-    notes += [f"{title} {number(values[key], 1)}" for key, title in CLOSE.items()]
+    notes += [f"{title} {number(values[key], 1)}" for key, title in CLOSENESS.items()]
     if outcome.tokens:
         notes.append(f"loss {number(outcome.loss / outcome.tokens, 4)}")
     if answer.reason != "stop":

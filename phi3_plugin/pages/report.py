@@ -23,7 +23,7 @@ from phi3_plugin.settings import Settings, component
 from phi3_plugin.terminal import harmless
 from phi3_plugin.train.monitor import CHANGED, RESUMED, SKIPPED, History, clock_face
 
-Line = Mapping[str, Any]
+Logged = Mapping[str, Any]
 """A line of metrics.jsonl."""
 
 CHARTS = {
@@ -36,7 +36,7 @@ CHARTS = {
 """Drawn beside the losses, by key."""
 
 
-class Outcome(NamedTuple):
+class Ending(NamedTuple):
     """How far a run has come."""
 
     steps: int
@@ -69,7 +69,7 @@ def write_report(
     changes: Mapping[str, str],
     adapter: Path,
     base: str,
-    outcome: Outcome,
+    outcome: Ending,
     samples: int,
     held_out: int,
     answers: Sequence[tuple[str, str, str]],
@@ -157,7 +157,7 @@ def _data_name(settings: Mapping[str, Any]) -> str:
     return ", ".join(names[: 2 if more else 3]) + more
 
 
-def _tiles(history: Sequence[Line], samples: int, held_out: int) -> Iterator[tuple[str, str]]:
+def _tiles(history: Sequence[Logged], samples: int, held_out: int) -> Iterator[tuple[str, str]]:
     events = Counter(line.get("event") for line in history)
     if losses := series(history, "loss"):
         window = _window(losses)
@@ -184,7 +184,7 @@ def _tiles(history: Sequence[Line], samples: int, held_out: int) -> Iterator[tup
         yield "Resumed at step", " and ".join(number(step) for step, _ in resumed)
 
 
-def _to_the_last_questions(history: Sequence[Line]) -> Sequence[Line]:
+def _to_the_last_questions(history: Sequence[Logged]) -> Sequence[Logged]:
     """Return what was logged since the sample questions changed, if they did."""
     for n in reversed(range(len(history))):
         if history[n].get("event") == CHANGED and history[n].get("key") == "sample_prompts":
@@ -237,7 +237,7 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, str]:
 # Curves
 
 
-def series(history: Sequence[Line], key: str) -> list[Point]:
+def series(history: Sequence[Logged], key: str) -> list[Point]:
     """Return the steps at which ``key`` was measured and gave a number, with the number."""
     pairs = ((line.get("step"), line.get(key)) for line in history)
     return [
@@ -259,13 +259,13 @@ def _window(losses: list[Point]) -> int:
     return len(losses) // 50 if len(losses) >= 200 else 1
 
 
-def _curves(history: Sequence[Line], key: str, title: str) -> list[Curve]:
+def _curves(history: Sequence[Logged], key: str, title: str) -> list[Curve]:
     """Return what was measured at each step, and at each validation if it was there."""
     held_out = Curve(f"{title}, validation", series(history, f"val_{key}"), VALIDATION)
     return [curve for curve in (Curve(title, series(history, key)), held_out) if curve.points]
 
 
-def _loss_curves(history: Sequence[Line]) -> list[Curve]:
+def _loss_curves(history: Sequence[Logged]) -> list[Curve]:
     training, validation = series(history, "loss"), series(history, "val_loss")
     curves = [Curve("Training loss", training)]
     if (window := _window(training)) > 1:

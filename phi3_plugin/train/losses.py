@@ -30,14 +30,14 @@ Loss = Callable[[Tensor, Batch], Tensor]
 """(log p of each labelled token ``[N]``, their batch) -> loss, a scalar in fp32."""
 
 
-BESIDE = frozenset(("labelled", "wanted", "reference", "mismatched", "kl", "chosen_length"))
+ANSWER_KEYS = frozenset(("labelled", "wanted", "reference", "mismatched", "kl", "chosen_length"))
 """What a batch has for a loss of answers alone."""
 
 
 # Shapes: N labelled tokens, A answers, P pairs
 def predicted(model: nn.Module, batch: Batch) -> Tensor:
     """Return log p of each labelled token, [N]."""
-    logps: Tensor = model(**{key: batch[key] for key in batch if key not in BESIDE})
+    logps: Tensor = model(**{key: batch[key] for key in batch if key not in ANSWER_KEYS})
     return logps
 
 

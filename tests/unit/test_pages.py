@@ -14,7 +14,7 @@ from phi3_plugin.pages import inspection as shown
 from phi3_plugin.pages import render, write_files
 from phi3_plugin.pages.charts import NOISY, Curve, chart, picture
 from phi3_plugin.pages.numbers import count, number, percent, rounded
-from phi3_plugin.pages.report import Outcome, running_mean, series, write_report
+from phi3_plugin.pages.report import Ending, running_mean, series, write_report
 from phi3_plugin.redaction import redacted
 from phi3_plugin.train.resume import told
 from tests.inspected import Page, check_fetches_nothing, findings, numbers, sample
@@ -341,7 +341,7 @@ def run_report(folder, lines, *, config=CONFIG, **changes):
         "changes": {},
         "adapter": folder / "final",
         "base": "Phi-3-mini-4k-instruct",
-        "outcome": Outcome(108, 108, None, "2026-11-30"),
+        "outcome": Ending(108, 108, None, "2026-11-30"),
         "samples": 1700,
         "held_out": 90,
         "answers": [("2 < 3?", "No.", "Yes.\nIndeed.")],
@@ -461,7 +461,7 @@ def test_no_text_of_a_run_becomes_markup(tmp_path):
     answers = [(evil, evil, evil)]
     config = {"word": evil, evil.replace(".", ""): [evil], "dataset": section}
     changes = {"base": evil, "next_commands": [(evil, evil)]}
-    changes["outcome"] = Outcome(20, 30, evil, evil)
+    changes["outcome"] = Ending(20, 30, evil, evil)
     page = read_report(tmp_path, lines, answers=answers, config=config, **changes)
     assert not {"b", "i", "u", "img"} & set(page.tags)
     assert page.words.count(SPELLED) >= 11
@@ -493,7 +493,7 @@ def test_a_run_on_preferences(tmp_path):
 
 def test_a_run_without_a_step(tmp_path):
     (tmp_path / "loss.png").write_text("that of an earlier report")
-    outcome = Outcome(0, 9, "nobody wanted it", "2026-11-30")
+    outcome = Ending(0, 9, "nobody wanted it", "2026-11-30")
     page = read_report(tmp_path, [], outcome=outcome, answers=[], next_commands=[])
     assert page.charts == [] and "What to type next" not in page.words
     assert "Stopped after 0 of 9 steps: nobody wanted it." in page.words
