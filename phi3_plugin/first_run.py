@@ -448,7 +448,12 @@ def next_commands(
         has_validation: Whether samples were held out.
     """
     from phi3_plugin.settings import is_quantized
+    from phi3_plugin.train.checkpoints import FINAL
 
+    file = s.output_dir / "config.yaml"  # a run of `tune` has none
+    if file.is_file() and adapter.name != FINAL and "source" in s.dataset:
+        source = str(s.dataset["source"])
+        yield "go on", command("phi3-tune", "train", source, "--output", str(s.output_dir))
     if trains_all_weights(s):
         yield "talk to it", command("phi3-tune", "chat", "--base", str(adapter))
         return
@@ -456,8 +461,7 @@ def next_commands(
     how += ["--dtype", "fp32"] if s.dtype == "fp32" else []
     chat = ("phi3-tune", "chat", "--base", base, "--adapter", str(adapter), *how)
     yield "talk to it", command(*chat)
-    file = s.output_dir / "config.yaml"
-    if file.is_file():  # a run of `tune` has none
+    if file.is_file():
         rows = "what was held out" if has_validation else "what it was trained on"
         scores = all(find_spec(name) for name in ("rouge_score", "sacrebleu"))
         yield (

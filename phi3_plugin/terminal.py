@@ -87,16 +87,16 @@ def for_stdout(text: str) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def fitted(text: str, stream: Any = None) -> str:
+def fitted(text: str, *, is_terminal: bool | None = None) -> str:
     """Return a text whose lines a terminal need not break within a word.
 
     For anything else it stays as it is: whoever searches a log finds sentences whole.
 
     Args:
         text: Any lines.
-        stream: Where it is going to be written; None is stdout.
+        is_terminal: Whether it is going to a terminal; None asks stdout.
     """
-    if not (stream or sys.stdout).isatty():
+    if not (sys.stdout.isatty() if is_terminal is None else is_terminal):
         return text
     width = shutil.get_terminal_size().columns
     lines = [

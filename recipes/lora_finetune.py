@@ -480,9 +480,8 @@ class Finetune:
 
         step, total = self.state.step, self.data.total_steps
         shown, held = redacted(self.cfg), self.data.order_val
-        typed = next_commands(
-            self.s, shown["checkpoint_dir"], folder, has_validation=held is not None
-        )
+        named = shown["checkpoint_dir"]
+        typed = next_commands(self.s, named, folder, has_validation=held is not None)
         page = write_report(
             self.s.output_dir,
             model=self.model,
@@ -497,7 +496,7 @@ class Finetune:
                 (prompt, self.state.answers_before.get(prompt, ""), answer)
                 for prompt, answer in zip(self.s.sample_prompts, after, strict=True)
             ],
-            next_commands=list(typed),
+            next_commands=[] if "${" in named else list(typed),  # a value of the environment
         )
         self.monitor.say(f"Wrote {page}.")
 

@@ -401,7 +401,7 @@ class Progress:
     def print(self, text: str) -> None:
         """Write text above the bar."""
         if self._bar is not None:
-            self._bar.write(fitted(text, self._stream), file=self._stream)
+            self._bar.write(fitted(text, is_terminal=True), file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 

@@ -8,6 +8,7 @@ import shlex
 import struct
 import sys
 import termios
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -236,6 +237,24 @@ def test_from_a_file_to_an_adapter_and_on(cwd):
     assert done.returncode == 0, done.stderr
     again = warm.run("phi3-tune", *words, cwd=cwd)
     assert again.returncode == 0 and "finished after 30 steps" in again.stdout, again.stderr
+
+
+def test_what_to_type_after_a_run_that_was_interrupted(tmp_path):
+    s = SimpleNamespace(
+        output_dir=tmp_path,
+        model={"_component_": "phi3_plugin.models.lora_phi3"},
+        dtype="bf16",
+        dataset={"source": "my chats.csv"},
+    )
+    of = partial(first_run.next_commands, s, "base", has_validation=True)
+    assert [what for what, _ in of(tmp_path / "final")][:2] == [
+        *("talk to it", "base and adapter as one model")
+    ]
+    (tmp_path / "config.yaml").write_text("")
+    assert "go on" not in dict(of(tmp_path / "final"))
+    typed = dict(of(tmp_path / "step_000004"))
+    assert typed["go on"] == f"phi3-tune train 'my chats.csv' --output {tmp_path}"
+    assert f"adapter={tmp_path / 'step_000004'}" in typed["base and adapter on what was held out"]
 
 
 class Screen:

@@ -63,15 +63,10 @@ def test_what_joins_nothing_is_spelled_out(text, expected):
     assert harmless(text) == expected
 
 
-class Teletype:
-    def isatty(self):
-        return True
-
-
 def test_lines_break_between_words_in_a_terminal_alone(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     text = "Saved.\nThe quick brown fox jumps over /a/folder/of-a-long-name.\n  short"
-    lines = fitted(text, Teletype()).splitlines()
+    lines = fitted(text, is_terminal=True).splitlines()
     assert lines == [
         *("Saved.", "The quick brown fox", "jumps over", "/a/folder/of-a-long-name.", "  short")
     ]
