@@ -563,8 +563,15 @@ class ListedPreference(PreferencePair):
     precedence: ClassVar[int] = -1
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row has the list and both answers."""
-        return self.listed_in in row and super().fits(row)
+        """Whether the row has both answers, and a list that they answer or say again."""
+        if self.listed_in not in row or not super().fits(row):
+            return False
+        if not isinstance(row[self.column], str):
+            return True
+        with suppress(DataError):  # which is told of when the row is read
+            turns = self.listed(column(row, self.listed_in), self.listed_in)
+            return turns[-1].role != "assistant"
+        return True
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the messages and the chosen answer; the rejected one is not looked at."""

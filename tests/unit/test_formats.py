@@ -34,6 +34,12 @@ ROWS = {
     },
     "dolly": {"instruction": "u", "context": "", "response": "a", "category": "qa"},
     "preference": {"prompt": "u", "chosen": "a", "rejected": "b"},
+    "messages_preference": {"messages": [USER], "chosen": "a", "rejected": "b"},
+    "sharegpt_preference": {
+        "conversations": [{"from": "human", "value": "u"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    },
     "alpaca": {"instruction": "u", "output": "a"},
     "question_answer": {"question": "u", "answer": "a", "id": 3},
     "prompt_response": {"prompt": "u", "response": "a"},
