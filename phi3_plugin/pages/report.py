@@ -226,7 +226,8 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, str]:
     defaults = dict(dotted(values))
     for key, section in settings.items():
         if isinstance(section, Mapping) and "_component_" in section:
-            with suppress(ValueError):  # written in C: nothing is known of its arguments
+            # null, one that only another recipe needs, or written in C: nothing is known of it
+            with suppress(Exception):
                 parameters = signature(component(section["_component_"])).parameters.items()
                 known = {k: p.default for k, p in parameters if p.default is not Parameter.empty}
                 known.pop("source", None)  # null, though it has to be given

@@ -475,6 +475,13 @@ def test_the_shortest_run(tmp_path):
         assert absent not in page.words
 
 
+@pytest.mark.parametrize("name", [None, 3, "no.such.Logger", "torchtune", "builtins.dict.fromkeys"])
+def test_a_component_that_was_not_needed_may_be_anything(tmp_path, name):
+    config = {**CONFIG, "metric_logger": {"_component_": name, "log_dir": "logs"}}
+    words = read_report(tmp_path, history(2), config=config).words
+    assert "metric_logger.log_dir logs default null" in words
+
+
 def test_a_run_on_preferences(tmp_path):
     lines = history(20, validations=False)
     for line in lines:
