@@ -1,0 +1,59 @@
+"""Models and adapters in llama.cpp; folders become GGUF files by its own converters first."""
+
+import hashlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from jobs import Answer, answer
+
+PLACE = Path(os.environ["LLAMA_CPP"])
+"""With node_modules, and the sources of the same release."""
+
+sys.path[:0] = [str(PLACE / "source" / "gguf-py"), str(PLACE / "source")]
+
+
+def converted(folder: str, script: str, *arguments: str) -> str:
+    """Return the GGUF file of a folder, made by a script of llama.cpp's if it is not there."""
+    words = [script, folder, *arguments, "--outtype", "f32"]
+    name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+    file = Path(sys.argv[2]).absolute().parent / f"{name}.gguf"
+    if not file.exists():
+        partial = file.with_suffix(".partial")
+        sys_argv, sys.argv = sys.argv, [*words, "--outfile", str(partial)]
+        try:
+            runpy.run_path(str(PLACE / "source" / script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"{script} ends with {end.code}") from end
+        finally:
+            sys.argv = sys_argv
+        partial.rename(file)
+    return str(file)
+
+
+def run(job: dict) -> Answer:
+    """Convert what is no GGUF file yet, then load and choose in a process of its own."""
+    model, adapter = job["model"], job["adapter"]
+    if adapter and not adapter.endswith(".gguf"):
+        adapter = converted(adapter, "convert_lora_to_gguf.py", "--base", model)
+    if not model.endswith(".gguf"):
+        model = converted(model, "convert_hf_to_gguf.py")
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, "job.json"), Path(folder, "answer.json")]
+        files[0].write_text(json.dumps({**job, "model": model, "adapter": adapter}))
+        command = ["node", Path(__file__).with_name("in_llama_cpp.mjs"), *files]
+        done = subprocess.run(command, cwd=PLACE, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.splitlines()
+            lines = [line for line in said if "rror" in line or "ASSERT" in line]
+            raise RuntimeError((lines or [f"ends with {done.returncode}"])[0].strip())
+        found = json.loads(files[1].read_text())
+    return found["tokens"], found["logits"]
+
+
+answer(run)
