@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: setup demo demo-distributed test test-all check docs release
+.PHONY: setup demo demo-distributed test test-all check runtimes docs release
 
 setup: $(STAMP)
 
@@ -26,7 +26,7 @@ demo-distributed: setup
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
-	$(PYTEST) -m "not exhaustive"
+	$(PYTEST) -m "not exhaustive and not runtimes"
 
 test-all: setup
 	PHI3_COLD=1 $(PYTEST)
@@ -35,7 +35,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive and not runtimes"
+
+# What is exported, in every program that serves it; some 15 GB of environments, each of its own.
+runtimes: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.runtimes
 
 # The pages need neither torch nor this package installed: an environment of their own.
 .venv-docs/bin/mkdocs:

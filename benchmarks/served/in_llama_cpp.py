@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import runpy
 import subprocess
@@ -17,6 +18,20 @@ PLACE = Path(os.environ["LLAMA_CPP"])
 sys.path[:0] = [str(PLACE / "source" / "gguf-py"), str(PLACE / "source")]
 
 
+class Errors(logging.Handler):
+    """What the converters say before they end."""
+
+    last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.last = record.getMessage()
+
+
+errors = Errors(logging.ERROR)
+logging.getLogger().addHandler(errors)
+
+
 def converted(folder: str, script: str, *arguments: str) -> str:
     """Return the GGUF file of a folder, made by a script of llama.cpp's if it is not there."""
     words = [script, folder, *arguments, "--outtype", "f32"]
@@ -29,7 +44,7 @@ def converted(folder: str, script: str, *arguments: str) -> str:
             runpy.run_path(str(PLACE / "source" / script), run_name="__main__")
         except SystemExit as end:
             if end.code:
-                raise RuntimeError(f"{script} ends with {end.code}") from end
+                raise RuntimeError(f"{script}: {errors.last or end.code}") from end
         finally:
             sys.argv = sys_argv
         partial.rename(file)

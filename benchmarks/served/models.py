@@ -43,6 +43,14 @@ def longrope(rotary: int) -> dict[str, Any]:
     }
 
 
+PHI_4_MINI = {
+    **longrope(96),
+    "hidden_size": 384,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "partial_rotary_factor": 0.75,
+    "tie_word_embeddings": True,
+}
 PROMPT, LONG_PROMPT = 12, ORIGINAL + 6
 
 # Name -> what differs from a small Phi-3-mini-4k, and tokens of the prompt. The width of a head,
@@ -60,17 +68,8 @@ BASES: dict[str, tuple[dict[str, Any], int]] = {
         {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1},
         PROMPT,
     ),
-    "Phi-4-mini": (
-        {
-            **longrope(96),
-            "hidden_size": 384,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 1,
-            "partial_rotary_factor": 0.75,
-            "tie_word_embeddings": True,
-        },
-        PROMPT,
-    ),
+    "Phi-4-mini": (PHI_4_MINI, PROMPT),
+    "Phi-4-mini, beyond 4k": (PHI_4_MINI, LONG_PROMPT),
 }
 
 
@@ -88,6 +87,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "parts": {},
     "head": {"target_modules": [*FOUR, "lm_head"]},
     "embedding": {"target_modules": [*FOUR, "embed_tokens"]},
+    "rows of tokens": {
+        "target_modules": FOUR,
+        "trainable_token_indices": {"embed_tokens": [40, 77]},
+    },
     "head and embedding trained whole": {
         "target_modules": FOUR,
         "modules_to_save": ["embed_tokens", "lm_head"],
@@ -205,8 +208,8 @@ def save_adapter(
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows:
         loaded.resize_token_embeddings(rows)
-    model = get_peft_model(loaded, LoraConfig(**{**defaults, **keys})).eval()
     torch.manual_seed(1)
+    model = get_peft_model(loaded, LoraConfig(**{**defaults, **keys})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -96,8 +96,8 @@ PROPERTIES: dict[str, tuple[Case, ...]] = {
     "shape": (Case(change=without(f"{FIRST}.lora_B.weight")), Case(change=transpose)),
     "rank of a target": (Case(change=put(r=8), runtimes=("PEFT",)),),
     "rank": (Case(change=put(r=8), misread=put(lora_alpha=4), runtimes=("vLLM", "llama.cpp")),),
-    "not finite": (Case(change=put_nan),),
     "target of nothing": (Case({"target_modules": ["q_proj", "o_proj", "down_proj"]}),),
+    "start": (),  # of which the base that it is for is not at hand
     "start that PEFT repeats": (Case({"init_lora_weights": "olora"}),),
     "pissa": (Case({"init_lora_weights": "pissa"}, runtimes=("vLLM",)),),
     "no target": (Case(change=put(target_modules=["w1"])),),
@@ -115,6 +115,7 @@ PROPERTIES: dict[str, tuple[Case, ...]] = {
     "DoRA unsaid": (Case({"use_dora": True}, put(use_dora=False)),),
     "DoRA": (Case({"use_dora": True}),),
     "modules_to_save": (Case({"modules_to_save": ["lm_head"]}),),
+    "rows": (Case({"trainable_token_indices": {"embed_tokens": [40, 77]}}),),
     "vocabulary": (Case(rows=400),),
     "saved norm": (Case({"modules_to_save": ["norm"]}),),
     "bias": (Case({"bias": "all"}),),
@@ -128,14 +129,16 @@ PROPERTIES: dict[str, tuple[Case, ...]] = {
     "tied by PEFT": (
         Case({"target_modules": [*FOUR, "embed_tokens"], "ensure_weight_tying": True}, base=TIED),
     ),
-    "patterns": (
-        Case(patterns(), misread=put(alpha_pattern={})),
-        Case({"alpha_pattern": {"o_proj": 3}}, misread=put(alpha_pattern={})),
+    "one scale": (Case(patterns(), runtimes=("PEFT", "vLLM")),),
+    "alpha over rank": tuple(
+        Case(keys, misread=put(alpha_pattern={}, use_rslora=False), runtimes=("PEFT", "llama.cpp"))
+        for keys in (patterns(), {"alpha_pattern": {"o_proj": 3}}, {"use_rslora": True})
     ),
     "rank_pattern": (Case({"rank_pattern": {"o_proj": 2}}),),
-    "rsLoRA": (Case({"use_rslora": True}, misread=put(use_rslora=False)),),
+    "rsLoRA": (Case({"use_rslora": True}, runtimes=("PEFT", "vLLM")),),
+    "not finite": (Case(change=put_nan),),  # last, since NaN stays in the cache of vLLM
 }
-"""Names are those of check.py; the first two, which mean nothing to it, show that the rest loads."""
+"""Names are those of check.py; it has none for what every runtime loads, such as ``plain``."""
 
 
 def resized(base: Path, folder: Path, rows: int) -> Path:

@@ -1,18 +1,15 @@
 """What PEFT, vLLM and llama.cpp make of an adapter folder as it lies there, ours or anyone's.
 
-Read from the sources of the runtimes, of which only PEFT is run in our tests:
-
-    PEFT       0.21.2, tuners/lora, utils/save_and_load.py
-    vLLM       main of 2026, lora/peft_helper.py, lora/lora_model.py, lora/utils.py,
-               config/lora.py, models/phi3.py, models/llama.py; 0.32 was run for patterns,
-               PiSSA and names without PEFT's prefix
-    llama.cpp  0b03ada, convert_lora_to_gguf.py; src/llama-adapter.{h,cpp}, src/llama-graph.cpp
+Which properties of an adapter matter is said here, what each runtime does with such an adapter in
+verdicts.json: what came of running one (`make runtimes` with ``--verdicts``), or the source in
+which it was read where it cannot be run.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from phi3_plugin.checkpoint.base import (
 )
 from phi3_plugin.checkpoint.equivalents import STARTS
 from phi3_plugin.checkpoint.files import StoredTensor, stored_tensors
+from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.mlx import is_mlx
 from phi3_plugin.checkpoint.peft import CONFIG, WEIGHTS, folders_within, token_indices
 from phi3_plugin.checkpoint.peft_config import (
@@ -43,7 +41,7 @@ from phi3_plugin.checkpoint.peft_config import (
     wrong_values,
 )
 from phi3_plugin.config import Phi3Config, read_json_object
-from phi3_plugin.errors import AdapterError, MissingFileError
+from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 from phi3_plugin.options import RUNTIMES
 
 LOADS, MISSCALED, MISREAD, REJECTED = "loads", "mis-scaled", "mis-read", "rejected"
@@ -52,67 +50,81 @@ something else; `REJECTED` ends with an error."""
 
 WORST = [LOADS, MISSCALED, MISREAD, REJECTED]
 
-VERDICTS: dict[str, tuple[str, str | None, str | None, str | None]] = {
-    "no adapter": (
-        "the file holds no adapter: no lora_A, no lora_B", REJECTED, REJECTED, REJECTED),
-    "shape": ("{}", REJECTED, REJECTED, REJECTED),
-    "rank of a target": ("{}", REJECTED, None, None),
-    "rank": ("{}", MISREAD, MISREAD, MISREAD),
-    "not finite": (
-        "NaN or infinite numbers in {}: every answer would be", MISREAD, MISREAD, MISREAD),
-    "target of nothing": (
-        "target_modules names what a Phi-3 does not have: {}", LOADS, LOADS, LOADS),
-    "start": ("init_lora_weights: it is for a base that {} has changed", MISREAD, MISREAD, MISREAD),
+REASONS = {
+    "no adapter": "the file holds no adapter: no lora_A, no lora_B",
+    "shape": "{}",
+    "rank of a target": "{}",
+    "rank": "{}",
+    "not finite": "NaN or infinite numbers in {}: every answer would be",
+    "target of nothing": "target_modules names what a Phi-3 does not have: {}",
+    "start": "init_lora_weights: it is for a base that {} has changed",
     "start that PEFT repeats": (
-        "init_lora_weights: PEFT changes the base by {} again when it loads this; others do not",
-        LOADS, MISREAD, MISREAD),
-    "pissa": ("init_lora_weights: PiSSA is refused", None, REJECTED, None),
-    "no target": ("no module of a Phi-3 is in target_modules", REJECTED, None, None),
+        "init_lora_weights: PEFT changes the base by {} again when it loads this; others do not"
+    ),
+    "pissa": "init_lora_weights: PiSSA is refused",
+    "no target": "no module of a Phi-3 is in target_modules",
     "not a target": (
-        "not in target_modules or not in a Phi-3, so PEFT passes over their tensors silently: {}",
-        MISREAD, None, None),
-    "unknown name": ("PEFT passes over names that are not its own: {}", MISREAD, None, None),
-    "neither A nor B": ("neither a lora_A nor a lora_B: {}", None, REJECTED, REJECTED),
-    "no lora_alpha": ("lora_alpha is missing: PEFT takes 8", MISSCALED, REJECTED, REJECTED),
-    "no r": ("adapter_config.json has no r", None, REJECTED, None),
-    "no target_modules": ("adapter_config.json has no target_modules", None, REJECTED, None),
-    "no task_type": (
-        "task_type is missing: PeftModel loads it, AutoPeftModelForCausalLM does not",
-        LOADS, None, None),
-    "DoRA without magnitude": ("use_dora, but no magnitude for {}", MISREAD, None, None),
-    "DoRA unsaid": (
-        "magnitudes of DoRA are passed over, since use_dora is not true", MISREAD, None, None),
-    "DoRA": ("DoRA is not supported", None, REJECTED, REJECTED),
-    "modules_to_save": ("modules_to_save is not supported", None, REJECTED, None),
-    "rows": ("rows of single tokens are not supported", None, REJECTED, REJECTED),
-    "saved": ("the converter exits at modules_to_save: {}", None, None, REJECTED),
-    "saved norm": ("trained norms are passed over: {}", None, None, MISREAD),
-    "bias": ("adapters with a bias are not supported", None, REJECTED, None),
-    "bias tensor": ("the converter exits at a bias: {}", None, None, REJECTED),
-    "other layer": (
-        "not a layer of its Phi-3: {}. It has the fused layers", None, REJECTED, REJECTED),
-    "rank above vLLM's": ("rank above {}", None, REJECTED, None),
-    "tied head": (
-        "this base has no head of its own, so its adapter finds no tensor", None, None, REJECTED),
-    "tied embedding": (
-        "the head is the embedding's tensor, and would get its adapter too", None, None, MISREAD),
-    "one scale": (
-        "0.32 reads rank_pattern and alpha_pattern, but older versions ignored them: {}",
-        None, LOADS, None),
-    "alpha over rank": ("alpha_pattern and use_rslora are ignored: {}", None, None, MISSCALED),
-}  # fmt: skip
-"""What an adapter may be like: why that matters, and what PEFT, vLLM and llama.cpp then do; None
-where it is nothing to them. A reason with `LOADS` is a remark. They are told in this order."""
+        "not in target_modules or not in a Phi-3, so PEFT passes over their tensors silently: {}"
+    ),
+    "no prefix": "PEFT passes over names that do not begin with base_model.model: {}",
+    "unknown name": "names that are no module's of a Phi-3: {}",
+    "neither A nor B": "neither a lora_A nor a lora_B: {}",
+    "no lora_alpha": "lora_alpha is missing: PEFT takes 8",
+    "no r": "adapter_config.json has no r: PEFT takes 8",
+    "no target_modules": "adapter_config.json has no target_modules",
+    "no task_type": ("task_type is missing: PeftModel loads it, AutoPeftModelForCausalLM does not"),
+    "DoRA without magnitude": "use_dora, but no magnitude for {}",
+    "DoRA unsaid": "magnitudes of DoRA are passed over, since use_dora is not true",
+    "DoRA": "DoRA is not supported",
+    "rows": "rows of single tokens are not supported: {}",
+    "modules_to_save": "modules_to_save is not supported",
+    "vocabulary": "the embedding and head of a resized vocabulary are not supported: {}",
+    "saved norm": "trained norms: {}",
+    "bias": "adapters with a bias are not supported",
+    "bias tensor": "biases of the adapter's own are not supported: {}",
+    "other layer": "not a layer of its Phi-3: {}. It has the fused layers",
+    "rank above vLLM's": "rank above {}",
+    "tied head": "this base has no head of its own, so its adapter finds no tensor",
+    "tied embedding": "the head is the embedding's tensor, which its adapter does not fit",
+    "tied by PEFT": "ensure_weight_tying: embedding and head are to share an adapter",
+    "one scale": "rank_pattern and alpha_pattern are ignored: {}",
+    "alpha over rank": "alpha_pattern and use_rslora are ignored: {}",
+}
+"""What an adapter may be like, and why that matters. They are told in this order."""
+
+REMARKS = {
+    ("target of nothing", "PEFT"),
+    ("target of nothing", "vLLM"),
+    ("target of nothing", "llama.cpp"),
+    ("start that PEFT repeats", "PEFT"),
+    ("no task_type", "PEFT"),
+}
+"""What is told although the runtime loads it."""
+
+
+@cache
+def known_verdicts() -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """Return by property and runtime each version and what it does, that which was run first."""
+    known: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    text = Path(__file__).with_name("verdicts.json").read_text("utf-8")
+    for row in json.loads(text):
+        key, said = (row["property"], row["runtime"]), (row["version"], row["verdict"])
+        known.setdefault(key, []).append(said)
+    return known
+
+
+def told(name: str, detail: str, runtime: str) -> tuple[str, str | None]:
+    """Return what a runtime makes of a property, and the reason, where there is one to tell."""
+    (_, verdict), *others = known_verdicts().get((name, runtime), [("", LOADS)])
+    reason = REASONS[name].format(detail)
+    if older := [f"{version}: {other}" for version, other in others if other != verdict]:
+        return verdict, f"{', '.join(older)}, since {reason}"
+    said = verdict != LOADS or (name, runtime) in REMARKS
+    return verdict, reason if said else None
+
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` takes; 16 if it is not given."""
-
-INSTEAD = {
-    "PEFT": "phi3-tune adapter convert --to peft, or correct what is named",
-    "vLLM": "phi3-tune adapter convert --to peft; where that keeps what is named, merge",
-    "llama.cpp": "phi3-tune adapter convert --to gguf; where that cannot, merge",
-}
-"""What to do where a runtime does not load the adapter as it is."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
         MissingFileError: One of the two files is missing.
     """
     adapter = read_peft_folder(folder)
-    properties = sorted(_properties(adapter, base), key=lambda found: [*VERDICTS].index(found[0]))
+    properties = sorted(_properties(adapter, base), key=lambda found: [*REASONS].index(found[0]))
     ranks = [adapter.config.keys.get("r", 8), *adapter.ranks.values()]
     least = next((size for size in VLLM_RANKS if size >= max(ranks)), 0)
     ids = [i for of_module in token_indices(adapter.config.keys).values() for i in of_module]
@@ -155,18 +167,42 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
         "vLLM": f"--enable-lora --max-lora-rank {least} --lora-modules NAME={folder}",
         "llama.cpp": f"convert_lora_to_gguf.py --base BASE {folder}, then --lora",
     }
-    judged = []
+    instead, judged = _instead(adapter, base), []
     for runtime in RUNTIMES:
         status, reasons = LOADS, list[str]()
         for name, detail in properties:
-            reason, *statuses = VERDICTS[name]
-            own = statuses[RUNTIMES.index(runtime)]
-            if own is not None:
-                status = max(status, own, key=WORST.index)
-                reasons.append(reason.format(detail))
-        advice = use[runtime] if status == LOADS else INSTEAD[runtime]
+            verdict, reason = told(name, detail, runtime)
+            status = max(status, verdict, key=WORST.index)
+            if reason is not None:
+                reasons.append(reason)
+        advice = use[runtime] if status == LOADS else instead[runtime]
         judged.append(Verdict(runtime, status, tuple(dict.fromkeys(reasons)), advice))
     return judged
+
+
+def _instead(adapter: "PeftFolder", base: Phi3Config | None) -> dict[str, str]:
+    """Return by runtime what to do where it does not load the adapter as it is.
+
+    Converting and merging are named where they can help: with the base at hand it is tried whether
+    this package reads the adapter, else whether it knows all of its features.
+    """
+    problems = [*unsupported(adapter.config.keys), *(_not_finite(adapter))]
+    if base and not problems:
+        try:
+            read_adapter(adapter.config.file.parent, config=base)
+        except (AdapterError, CheckpointError) as error:
+            problems = [str(error)]
+    if problems:
+        return dict.fromkeys(RUNTIMES, "correct what is named; convert and merge refuse it, too")
+    tied = base is None or base.tie_word_embeddings
+    whole = any(adapter.with_kind(kind) for kind in (MAGNITUDE, NEW_ROWS, "saved"))
+    of_tied = tied and {"lm_head", "model.embed_tokens"} & {*adapter.adapted}
+    to = {
+        "PEFT": "convert --to peft",
+        "vLLM": "merge" if whole else "convert --to peft",
+        "llama.cpp": "merge --to gguf" if whole or of_tied else "convert --to gguf",
+    }
+    return {runtime: f"phi3-tune adapter {verb}" for runtime, verb in to.items()}
 
 
 def served_by(folder: Path) -> str:
@@ -183,34 +219,40 @@ def served_by(folder: Path) -> str:
 
 
 def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tuple[str, str]]:
-    """Yield what of `VERDICTS` an adapter is like, and the modules or numbers concerned."""
+    """Yield what of `REASONS` an adapter is like, and the modules or numbers concerned."""
     keys, config, adapted = adapter.config.keys, adapter.config, adapter.adapted
     targets = [module for module in adapted if adapter.targeted(module) and is_adaptable(module)]
-    saved, magnitudes = adapter.with_kind("saved"), adapter.with_kind(MAGNITUDE)
+    kept = (m for m in adapter.with_kind("saved") if not m.endswith(ORIGINAL))
+    saved = sorted({module.removesuffix(COPY) for module in kept})
+    magnitudes = adapter.with_kind(MAGNITUDE)
     biased, dora = adapter.with_kind("bias"), keys.get("use_dora")
     tied = base is not None and base.tie_word_embeddings
+    shared, norms = keys.get("ensure_weight_tying"), [m for m in saved if m.endswith("norm")]
     holds = {
         "no adapter": not adapted and not saved,
         "no target": adapted and not targets,
         "DoRA unsaid": magnitudes and not dora,
         "DoRA": magnitudes or dora,
-        "rows": adapter.with_kind(NEW_ROWS),
-        "modules_to_save": saved or keys.get("modules_to_save"),
-        "bias": biased or keys.get("bias", "none") != "none",
-        "tied head": tied and "lm_head" in adapted,
-        "tied embedding": tied and "model.embed_tokens" in adapted,
+        "modules_to_save": keys.get("modules_to_save") and not norms,
+        "bias": keys.get("bias", "none") != "none",
+        "tied by PEFT": tied and shared and {"lm_head", "model.embed_tokens"} & {*adapted},
+        "tied head": tied and not shared and "lm_head" in adapted,
+        "tied embedding": tied and not shared and "model.embed_tokens" in adapted,
     }
     for key in ("lora_alpha", "r", "target_modules", "task_type"):
         holds[f"no {key}"] = keys.get(key) is None
     low = tuple(ending for ending, kind in PEFT_ENDINGS.items() if kind in (A, B))
+    others = [name for name in adapter.unknown if _named(name)[0] not in adapter.tensors]
     concerned = {
         "not finite": [*_not_finite(adapter)],
         "not a target": [module for module in adapted if targets and module not in targets],
-        "unknown name": [*adapter.unknown],
-        "neither A nor B": [name for name in adapter.unknown if not name.endswith(low)],
+        "no prefix": [name for name in adapter.unknown if name not in others],
+        "unknown name": [name for name in others if name.endswith(low)],
+        "neither A nor B": [name for name in others if not name.endswith(low)],
         "DoRA without magnitude": [m for m in adapted if dora and m not in magnitudes],
-        "saved": [module for module in saved if not module.endswith("norm")],
-        "saved norm": [module for module in saved if module.endswith("norm")],
+        "rows": adapter.with_kind(NEW_ROWS),
+        "vocabulary": [module for module in saved if not keys.get("modules_to_save")],
+        "saved norm": norms,
         "bias tensor": [module for module in biased if not module.endswith("norm")],
         "other layer": [module for module in adapted if not is_adaptable(module)],
     }
@@ -237,7 +279,8 @@ def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tupl
         if rank := keys.get("r"):  # vLLM has one r and one lora_alpha for all modules
             scale = alpha / (rank**0.5 if keys.get("use_rslora") else rank)
             yield from _misscaled("one scale", adapter, dict.fromkeys(adapted, scale))
-        own = {module: alpha / rank for module, rank in adapter.ranks.items()}
+        right = {m: rank for m, rank in adapter.ranks.items() if config.rank(m) == rank}
+        own = {module: alpha / rank for module, rank in right.items()}
         yield from _misscaled("alpha over rank", adapter, own)
 
 
@@ -304,6 +347,9 @@ TENSOR_KINDS = {
     ".weight": "saved",
 }
 """How names in a file of PEFT end, and what the tensors are; the first that fits counts."""
+
+COPY, ORIGINAL = ".modules_to_save", ".original_module"
+"""End the second and third name of a module that was trained whole."""
 
 JUDGED = {"bias", "lora_bias"}
 """Of the features of PEFT that we do not compute, those whose fate in the runtimes is known."""
@@ -419,15 +465,20 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
     tensors: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
     for name, tensor in stored_tensors(weights).items():
-        ending = next((ending for ending in TENSOR_KINDS if name.endswith(ending)), None)
+        module, ending = _named(name)
         if ending is None or not name.startswith(PEFT_PREFIX):
             unknown.append(name)
-        module = name.removeprefix(PEFT_PREFIX).removesuffix(ending or "")
         # vLLM and llama.cpp read names without PEFT's prefix, too
         if ending is not None and (name.startswith(PEFT_PREFIX) or is_adaptable(module)):
             tensors.setdefault(module, {})[TENSOR_KINDS[ending]] = tensor
     check_patterns(file, tensors)
     return PeftFolder(PeftConfig(file, keys, tuple(tensors)), tensors, tuple(unknown))
+
+
+def _named(name: str) -> tuple[str, str | None]:
+    """Return the module of a tensor, and the ending that says which kind of tensor it is."""
+    ending = next((ending for ending in TENSOR_KINDS if name.endswith(ending)), None)
+    return name.removeprefix(PEFT_PREFIX).removesuffix(ending or ""), ending
 
 
 def _wrong_names(keys: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,8 +159,8 @@ CASES = {
     "no target": ({}, set_key(target_modules=["w1"]), (REJECTED, LOADS, LOADS)),
     "another's names": ({}, rename, (MISREAD, REJECTED, REJECTED)),
     "no task_type": ({}, drop_key("task_type"), (LOADS, LOADS, LOADS)),
-    "no rank": ({}, drop_key("r"), (REJECTED, REJECTED, MISREAD)),
-    "wrong rank": ({}, set_key(r=8), (REJECTED, MISREAD, MISREAD)),
+    "no rank": ({}, drop_key("r"), (REJECTED, REJECTED, LOADS)),
+    "wrong rank": ({}, set_key(r=8), (REJECTED, MISSCALED, LOADS)),
     "no B": ({}, drop_tensor(name(kind="lora_B.weight")), (REJECTED,) * 3),
     "wrong shape": ({}, transpose, (REJECTED,) * 3),
     "nan": ({}, put_nan, (MISREAD,) * 3),
@@ -196,7 +197,9 @@ def test_reasons_name_what_is_wrong(saved):
     assert peft.use == f"PeftModel.from_pretrained(base, {str(saved())!r})"
     (reason,) = vllm.reasons
     assert "model.layers.0.self_attn.o_proj would count 0.5 times, 3 modules so" in reason
-    assert "older versions ignored them" in reason
+    assert reason.startswith(
+        "older than 0.32: mis-scaled, since rank_pattern and alpha_pattern are"
+    )
     assert "convert --to gguf" in llama.use
     assert llama.status == MISSCALED
 
@@ -206,6 +209,48 @@ def test_names_that_match_nothing_are_listed(saved):
     assert "a Phi-3 does not have: gate_proj, q_proj" in found[0].reasons[0].replace(
         "q_proj, gate_proj", "gate_proj, q_proj"
     )
+
+
+def test_every_property_has_a_verdict_and_how_it_is_known():
+    """Of each runtime that it means something to; what was only read says so."""
+    rows = json.loads(Path(check.__file__).with_name("verdicts.json").read_text())
+    assert {row["property"] for row in rows} >= {*check.REASONS}
+    assert {row["runtime"] for row in rows} == {"PEFT", "vLLM", "llama.cpp"}
+    assert {row["verdict"] for row in rows} == {*check.WORST}
+    known = [row["how"].partition(": ") for row in rows]
+    assert all(kind in ("run", "read") and how for kind, _, how in known)
+    assert sum(kind == "read" for kind, *_ in known) < 5
+    current = [(row["property"], row["runtime"]) for row in rows if "older" not in row["version"]]
+    assert len(current) == len({*current})
+
+
+@pytest.mark.parametrize(
+    ("keys", "to"),
+    [
+        ({}, ("convert --to peft", "convert --to peft", "convert --to gguf")),
+        ({"use_dora": True}, ("convert --to peft", "merge", "merge --to gguf")),
+        ({"modules_to_save": ["lm_head"]}, ("convert --to peft", "merge", "merge --to gguf")),
+    ],
+)
+def test_advice_names_what_helps(saved, base, keys, to):
+    folder = saved(
+        set_key(target_modules=[*FOUR, "w1"], lora_alpha=9, alpha_pattern={"o": 1}), **keys
+    )
+    adapter = read_peft_folder(folder)
+    for sizes in (None, read_config(base)):
+        advice = check._instead(adapter, sizes)
+        assert advice == dict(
+            zip(check.RUNTIMES, (f"phi3-tune adapter {verb}" for verb in to), strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("keys", "change"), [({"lora_bias": True}, None), ({}, put_nan), ({}, transpose)]
+)
+def test_no_advice_where_both_refuse(saved, base, keys, change):
+    found = verdicts(saved(change, **keys), read_config(base))
+    bad = [verdict for verdict in found if verdict.status != LOADS]
+    assert bad and all("convert and merge refuse it, too" in verdict.use for verdict in bad)
 
 
 @pytest.mark.parametrize(("rank", "least"), [(4, 8), (8, 8), (9, 16), (48, 64), (300, 320)])
@@ -245,7 +290,7 @@ def test_a_tied_base_changes_what_llama_cpp_does(saved, tmp_path):
     tied = read_config(tmp_path)
     _, vllm, llama = verdicts(saved(target_modules=["lm_head"]), tied)
     assert (vllm.status, llama.status) == (LOADS, REJECTED)
-    assert verdicts(saved(target_modules=["embed_tokens"]), tied)[2].status == MISREAD
+    assert verdicts(saved(target_modules=["embed_tokens"]), tied)[2].status == REJECTED
 
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["o_proj"]}
