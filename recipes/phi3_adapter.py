@@ -31,9 +31,11 @@ from phi3_plugin.checkpoint.mlx import mlx_differs, write_mlx
 from phi3_plugin.checkpoint.peft import export_adapter, load_note
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
+from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError
 from phi3_plugin.load import keys_for
 from phi3_plugin.models import lora_phi3
+from phi3_plugin.models.new_tokens import add_new_tokens
 from phi3_plugin.options import (
     AdapterOptions,
     CheckOptions,
@@ -44,6 +46,8 @@ from phi3_plugin.options import (
     resolved,
 )
 from phi3_plugin.proof import FAILED, PROVEN, UNPROVEN, ProofResult, proven
+from phi3_plugin.train.model import prepare
+from phi3_plugin.train.start import fitted
 
 ALWAYS = ("apply_lora_to_mlp", "apply_lora_to_output")
 """Model keys that our configurations set, so that a False has to be said."""
@@ -132,15 +136,25 @@ def import_(o: ImportOptions) -> int:
     try:
         rslora = bool(adapter.origin.get("rslora"))
         keys = keys_for(adapter, read_config(o.checkpoint_dir), use_rslora=rslora)
+        texts = [str(token["content"]) for token in adapter.new_tokens]
+        new = phi3_tokenizer(o.checkpoint_dir, add_tokens=texts).new_tokens if texts else {}
         with torch.device("meta"):  # whatever training would refuse is refused here
-            lora_phi3(o.checkpoint_dir, **keys)
-    except AdapterError as error:
-        raise AdapterError(f"{error} `convert --to peft-patterns` makes a folder of it.") from error
+            model = lora_phi3(o.checkpoint_dir, **keys)
+            if new:
+                add_new_tokens(model, [*new])
+        fitted(adapter, o.adapter, prepare(model), new)
+    except (AdapterError, ConfigError) as error:
+        raise AdapterError(
+            f"{o.adapter} cannot be gone on with here. Its keys would be refused: {error}\n"
+            "`convert --to peft-patterns` makes a folder of it that others load, `merge` a model."
+        ) from error
     write_peft(o, adapter, patterns=True)
     print(f"Wrote {o.output_dir}. To go on training it:\n  init_adapter: {o.output_dir}\n  model:")
     for key, value in keys.items():
         if value or key in ALWAYS:
             print(f"    {key}: {value}")
+    if texts:
+        print(f"  tokenizer:\n    add_tokens: {texts}")
     return 0
 
 

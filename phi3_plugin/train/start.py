@@ -216,29 +216,40 @@ def fitting_tensors(
         AdapterError: It was made for other base weights, or the model's keys are others; those
             that would fit are listed.
     """
-    config = read_config(checkpoint_dir)
-    adapter = read_adapter(path, config=config, base=checkpoint_dir)
+    adapter = read_adapter(path, config=read_config(checkpoint_dir), base=checkpoint_dir)
     if hashes := other_base(adapter.base_hash, checkpoint_dir):
         raise AdapterError(
             f"init_adapter: {path} was made for other weights than those of {checkpoint_dir}: for "
             f"some with the hash {hashes}. It names {adapter.base or 'no base'}: give that as "
             "checkpoint_dir, or merge the adapter into it and train on from what that writes."
         )
+    return fitted(adapter, path, model, new_tokens)
+
+
+def fitted(
+    adapter: Adapter, path: Path, model: nn.Module, new_tokens: Mapping[int, NewToken]
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by the names of a model's parameters.
+
+    Arguments and errors are those of :func:`fitting_tensors`.
+    """
     own = {i: str(token.entry["content"]) for i, token in new_tokens.items()}
     trained = {int(token["id"]): str(token["content"]) for token in adapter.new_tokens}
     strange = {i for rows in adapter.rows.values() for i in rows} - own.keys()
     if strange or (trained and trained != own):
+        instead = (
+            f"Set tokenizer.add_tokens={list(trained.values())}, or merge" if trained else "Merge"
+        )
         raise AdapterError(
             f"init_adapter: {path} has rows of the tokens {trained or sorted(strange)}, but the "
-            f"run trains those of {own}. Set tokenizer.add_tokens={list(trained.values())}, or "
-            "merge the adapter and train on from what that writes."
+            f"run trains those of {own}. {instead} the adapter and train on from what that writes."
         )
     ours = keys_of_model(model)
     theirs = keys_of(
         adapter.ranks,
         adapter.scales,
         set(adapter.saved),
-        layers=config.num_hidden_layers,
+        layers=len(model.layers),  # type: ignore[arg-type]
         use_dora=adapter.is_dora,
         use_rslora="rslora" in _notes(model),
     )
@@ -260,7 +271,14 @@ def fitting_tensors(
             f"init_adapter: {path} does not fit the model's keys. These would fit:\n  "
             + "\n  ".join(wrong)
         )
-    return {**adapter.tensors, **adapter.saved, **own_rows(model, adapter.rows)}
+    values = {**adapter.tensors, **adapter.saved, **own_rows(model, adapter.rows)}
+    for name, parameter in model.named_parameters():
+        if name in values and values[name].shape != parameter.shape:
+            raise AdapterError(
+                f"init_adapter: {name} of {path} is {[*values[name].shape]}, but the run's "
+                f"{[*parameter.shape]}. Merge the adapter and train on from what that writes."
+            )
+    return values
 
 
 def _typed(value: object) -> str:

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,6 +25,7 @@ from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import AdapterError, CheckpointError
 from phi3_plugin.load import load
 from phi3_plugin.models.lora_settings import TARGETS
+from tests import commands
 from tests.chosen import examples, some
 from tests.own import (
     RUN,
@@ -297,7 +299,7 @@ def test_a_whole_model_is_trained_with_its_new_rows(kind, bases, tmp_path):
     assert same(*weights)
 
 
-def test_what_peft_trained_of_single_tokens_is_read_and_goes_on(bases, tmp_path):
+def test_what_peft_trained_of_single_tokens_is_read_and_goes_on(bases, tmp_path, capsys):
     """A list is for the embedding alone; the folder has no note, and the tokenizer as saved."""
     cwd = linked(bases, "spare", tmp_path / "run")
     theirs = AutoTokenizer.from_pretrained(cwd / "base")
@@ -323,6 +325,12 @@ def test_what_peft_trained_of_single_tokens_is_read_and_goes_on(bases, tmp_path)
     merge_into(cwd / "merged", cwd / "base", adapter)
     merged, _ = load(cwd / "merged", dtype="fp32", device="cpu")
     torch.testing.assert_close(logits(merged, ids), logits(peft, ids), rtol=0, atol=1e-5)
+
+    capsys.readouterr()
+    places = {"adapter": cwd / "theirs", "checkpoint_dir": cwd / "base", "output_dir": cwd / "in"}
+    commands.adapter({"verb": "import", **{key: str(place) for key, place in places.items()}})
+    printed = yaml.safe_load(capsys.readouterr().out.partition("\n")[2])
+    assert printed["tokenizer"] == {"add_tokens": NEW}
 
     init = f"init_adapter={cwd / 'theirs'}"
     with (

@@ -363,6 +363,24 @@ def test_what_import_prints_for_another_kind_takes_its_adapter(bases, tmp_path, 
     assert all(torch.equal(taken[name], value) for name, value in before.tensors.items())
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"trainable_token_indices": [5, 6]},
+            r"has rows of the tokens \[5, 6\].*Merge the adapter",
+        ),
+        ({"rows": 170, "modules_to_save": ["embed_tokens", "lm_head"]}, "Merge the adapter and"),
+    ],
+)
+def test_import_refuses_rows_that_training_would(bases, tmp_path, keys, message):
+    made(bases / "mini", tmp_path / "adapter", **keys)
+    given = {"adapter": tmp_path / "adapter", "checkpoint_dir": bases / "mini"}
+    with pytest.raises(AdapterError, match=message):
+        run({"verb": "import", **given, "output_dir": tmp_path / "out"})
+    assert not (tmp_path / "out").exists()
+
+
 def test_import_refuses_what_training_would(bases, tmp_path):
     made(bases / "tied", tmp_path / "adapter", modules_to_save=["lm_head"])
     out = tmp_path / "out"
