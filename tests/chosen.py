@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+EVERYTHING = os.environ.get("PHI3_COLD") == "1"
+"""Whether this is `make test-all`."""
+
 
 def some(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     """Return the values of a parametrization, those that are not quick marked exhaustive.
@@ -31,7 +34,7 @@ def examples(number: int) -> settings:
 
     They are other ones in each run.
     """
-    number = number if os.environ.get("PHI3_COLD") == "1" else number // 3
+    number = number if EVERYTHING else number // 3
     health = list(HealthCheck)
     return settings(max_examples=number, deadline=None, suppress_health_check=health)
 

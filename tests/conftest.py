@@ -7,6 +7,7 @@ import gc
 import os
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,34 @@ def place(tmp_path_factory):
         where = {"checkpoint_dir": folder / "base", "card": {}}
         export_adapter(folder / name, Adapter(tensors, scales), **where)
     return folder
+
+
+@pytest.fixture(scope="session")
+def impatient_child(tmp_path_factory):
+    """What renders templates within one second of computing, and the program that it starts."""
+    from phi3_plugin.data import rendering
+
+    text = Path(rendering.__file__).read_text("utf-8")
+    file = tmp_path_factory.mktemp("impatient") / "rendering.py"
+    file.write_text(text.replace("SECONDS = 3\n", "SECONDS = 0\n"), "utf-8")
+    assert file.read_text("utf-8") != text
+    child = rendering._Child()
+    yield child, str(file)
+    child.end()
+
+
+@pytest.fixture
+def impatient(impatient_child, monkeypatch):
+    """Give what a stranger wrote, a template or a pattern, one second of computing, not several."""
+    from phi3_plugin.checkpoint import peft_config
+    from phi3_plugin.data import rendering
+
+    child, file = impatient_child
+    monkeypatch.setattr(rendering, "_CHILD", child)
+    monkeypatch.setattr(rendering, "__file__", file)
+    limit = f"({peft_config.SECONDS}, {peft_config.SECONDS})"
+    assert limit in peft_config._MATCHER
+    monkeypatch.setattr(peft_config, "_MATCHER", peft_config._MATCHER.replace(limit, "(1, 1)"))
 
 
 @pytest.fixture

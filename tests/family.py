@@ -4,11 +4,11 @@ A head keeps its width and rotary factors, and a key/value head its number of qu
 """
 
 import json
-import os
 
 import pytest
 
 from tests.assets import assets_dir
+from tests.chosen import EVERYTHING
 from tests.oracles import MEDIUM_4K, MINI_4K
 
 FILES = {
@@ -62,6 +62,9 @@ VARIANTS = [*FILES, *FIGURES]
 LONG = ["mini-128k", "3.5-mini", "phi-4-mini", "mini-128k-april", "medium-128k"]
 """With LongRoPE, which turns at 4096 positions."""
 
+ALIKE = ("mini-128k-april", "medium-128k")
+"""Like 3.5-mini and phi-4-mini but for their numbers."""
+
 
 def published(variant: str) -> dict:
     """Return the content of config.json, without the keys that name files."""
@@ -96,10 +99,11 @@ def sizes(variant: str) -> dict:
 def lengths(variant: str) -> list[int]:
     """Return lengths on both sides of every threshold that a test can reach.
 
-    On its near side the nearest, and under ``make test-all`` one more.
+    On its near side the nearest, and under ``make test-all`` one more. Of `ALIKE` ``make test``
+    takes the far side alone.
     """
     keys = published(variant)
-    around = (-1, 0, 1) if os.environ.get("PHI3_COLD") == "1" else (0, 1)
+    around = (-1, 0, 1) if EVERYTHING else (1,) if variant in ALIKE else (0, 1)
     edges = [keys["sliding_window"], keys["original_max_position_embeddings"]]
     reached = {edge + d for edge in edges if edge and edge <= 4096 for d in around}
     return [1, 17, *sorted(n for n in reached if n <= keys["max_position_embeddings"])]

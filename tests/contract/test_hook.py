@@ -38,6 +38,7 @@ assert sys.excepthook is sys.__excepthook__
 linear = LoRALinear(256, 256, rank=4, alpha=8, quantize_base=True)
 assert type(linear.weight) is torchao.dtypes.nf4tensor.NF4Tensor is torchao.dtypes.NF4Tensor
 assert linear(torch.ones(1, 256)).isfinite().all()
+print("torchtune works")
 """
 
 # A torchtune of two lines, so that these tests need neither torch nor seconds.
@@ -63,8 +64,8 @@ from phi3_plugin import hook as autoload
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory):
-    """What a process sees with the plugin."""
-    return run_python(SNAPSHOT, tmp_path_factory.mktemp("with"))
+    """What a process sees with the plugin, and that torchtune works in it then, as two lines."""
+    return run_python(SNAPSHOT + USE_TORCHTUNE, tmp_path_factory.mktemp("with")).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def snapshot(tmp_path_factory):
     some(["PHI3_PLUGIN_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"], {"PHI3_PLUGIN_AUTOLOAD"}),
 )
 def test_a_process_without_torchtune_sees_no_difference(fresh_python, snapshot, switch):
-    with_plugin = json.loads(snapshot)
+    with_plugin = json.loads(snapshot[0])
     without = json.loads(fresh_python(SNAPSHOT, **{switch: "0"}))
     ours = {"phi3_plugin", "phi3_plugin.hook"}
     assert ours <= set(with_plugin["modules"])
@@ -83,7 +84,11 @@ def test_a_process_without_torchtune_sees_no_difference(fresh_python, snapshot, 
     assert with_plugin == without
 
 
-@pytest.mark.parametrize("first", some(["torch", "torchao", "torchtune"], {"torchao", "torchtune"}))
+def test_torchtune_works_where_torchao_was_imported_first(snapshot):
+    assert snapshot[-1] == "torchtune works"
+
+
+@pytest.mark.parametrize("first", some(["torch", "torchtune"], {"torchtune"}))
 def test_torchtune_works_whichever_is_imported_first(fresh_python, first):
     fresh_python(f"import {first}\n{USE_TORCHTUNE}")
 

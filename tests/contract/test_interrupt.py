@@ -23,7 +23,8 @@ from tests.stock import TUNE
 pytestmark = pytest.mark.slow
 
 RARELY = ("save_every_n_steps=4", "save_every_epoch=False")
-OF_TWO = ("gradient_accumulation_steps=1",)  # so that two processes make the steps of one
+OF_TWO = ("gradient_accumulation_steps=1", "epochs=2")
+"""So that two processes make the steps of one."""
 
 
 def at_call(count, stock, action):

@@ -1,6 +1,5 @@
 """Every checkpoint of the family against transformers: logits, gradients, padding, packing."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,8 @@ from phi3_plugin.data.collate import pad_left
 from phi3_plugin.errors import AdapterError, ConfigError
 from phi3_plugin.models import lora_phi3, phi3
 from phi3_plugin.models.rope import RotaryEmbedding, rotate
-from tests.chosen import some
-from tests.family import LONG, VARIANTS, lengths, published, sizes
+from tests.chosen import EVERYTHING, some
+from tests.family import ALIKE, LONG, VARIANTS, lengths, published, sizes
 from tests.oracles import hf_logits, hf_model, save_checkpoint
 
 
@@ -123,6 +122,8 @@ def test_padding_on_either_side_changes_nothing(oracle):
 
 def test_packed_documents_are_what_they_are_alone(oracle):
     """Together longer than the original length, each of them shorter; LongRoPE stays short."""
+    if oracle.variant in ALIKE and not EVERYTHING:
+        pytest.skip("takes long and is like another: make test-all")
     ours, sizes = loaded(oracle.folder), (2100, 17, 2000)
     if oracle.variant not in LONG:
         windowed = published(oracle.variant)["sliding_window"]
@@ -138,7 +139,7 @@ def test_packed_documents_are_what_they_are_alone(oracle):
 
 @pytest.mark.parametrize("factors", [pytest.param("long", marks=pytest.mark.slow), "short"])
 def test_gradients_are_those_of_transformers(oracle, factors):
-    two = ("3.5-mini", "phi-4-mini") if os.environ.get("PHI3_COLD") == "1" else ("phi-4-mini",)
+    two = ("3.5-mini", "phi-4-mini") if EVERYTHING else ("phi-4-mini",)
     if factors == "long" and oracle.variant not in two:
         pytest.skip("a long batch takes long: one checkpoint, and two under make test-all")
     ours, batch = loaded(oracle.folder), tokens(1, 4097 if factors == "long" else 17)

@@ -140,6 +140,7 @@ def test_many_patterns_that_need_a_limit_are_refused(bases, tmp_path):
         read_adapter(tmp_path, config=read_config(bases / "mini"))
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_pattern_that_takes_long_is_refused(bases, tmp_path):
     made(bases / "mini", tmp_path)
     changed(tmp_path, rank_pattern={".*" * 30 + "x": 4})

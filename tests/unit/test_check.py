@@ -346,6 +346,7 @@ def test_configurations_that_say_nothing(folder, keys, match):
     ("pattern", "problem"),
     [("(.*.*.*.*)+x", "takes more than 2 s"), ("(?:o_proj", "cannot be matched")],
 )
+@pytest.mark.usefixtures("impatient")
 def test_patterns_that_take_long_or_are_none_are_refused(folder, pattern, problem):
     with pytest.raises(AdapterError, match=rf"config\.json: target_modules: the .* {problem}"):
         read_peft_folder(said(folder, target_modules=pattern))

@@ -42,6 +42,7 @@ def test_nothing_that_fails_ends_a_run(place, monkeypatch):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("impatient")
 def test_patterns_that_take_long_never_reach_peft(place, tmp_path, keys, monkeypatch):
     monkeypatch.setattr("peft.PeftModel.from_pretrained", None)
     shutil.copytree(place / "lora", tmp_path / "a")

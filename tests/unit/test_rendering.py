@@ -4,7 +4,6 @@ import os
 import resource
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -42,23 +41,6 @@ LARGE = [
 
 
 REFUSED = r"end|memory|too large|limit|width|depth|format|digits"
-
-
-@pytest.fixture(scope="module")
-def child():
-    child = rendering._Child()
-    yield child
-    child.end()
-
-
-@pytest.fixture
-def impatient(child, tmp_path, monkeypatch):
-    """The child gives a template one second of computing, not four."""
-    text = Path(rendering.__file__).read_text("utf-8")
-    (tmp_path / "child.py").write_text(text.replace("SECONDS = 3\n", "SECONDS = 0\n"), "utf-8")
-    assert (tmp_path / "child.py").read_text("utf-8") != text
-    monkeypatch.setattr(rendering, "__file__", str(tmp_path / "child.py"))
-    monkeypatch.setattr(rendering, "_CHILD", child)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,6 +12,7 @@ from phi3_plugin.launch import STOPPED
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.stop import NO_IMPROVEMENT, Stop
 from phi3_plugin.train.world import World
+from tests import warm
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -124,20 +123,15 @@ torch.linalg.svd(torch.ones(6000, 6000))  # for a minute
 
 
 def test_a_call_into_a_library_does_not_hold_it_up(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_A_LIBRARY],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == b"ready\n"
+    process = warm.begin("python", "-c", IN_A_LIBRARY, cwd=tmp_path)
+    assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
     before = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert time.monotonic() - before < 5  # within a second, but the machine may be busy
     assert process.returncode == STOPPED
-    assert b"SIGINT: stopped at once" in said
+    assert "SIGINT: stopped at once" in said
 
 
 def test_patience_ends_a_run_that_was_not_interrupted(stop):

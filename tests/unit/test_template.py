@@ -164,6 +164,7 @@ def test_templates_whose_turns_cannot_be_told_apart(source, reason):
         "{% endfor %}",
     ],
 )
+@pytest.mark.usefixtures("impatient")
 def test_a_template_that_fails_is_a_tokenizer_error(source):
     with pytest.raises(TokenizerError, match=r"folder/tokenizer_config\.json: the chat template f"):
         fit(source)
