@@ -716,8 +716,9 @@ class InspectOptions:
 # What the verbs of `phi3-tune adapter` read.
 
 RUNTIMES = ("PEFT", "vLLM", "llama.cpp")
-Form = Literal["peft", "peft-patterns", "torchtune", "loralib", "gguf", "mlx"]
+Form = Literal["peft", "peft-patterns", "torchtune", "loralib", "gguf", "mlx", "onnx"]
 Quantization = Literal["f16", "bf16", "q8_0", "q4_0"]
+OnnxType = Literal["int4", "fp32"]
 PublishedTargets = Literal["as-published", "as-intended", "as-intended-parts"]
 
 
@@ -784,23 +785,26 @@ class ConvertOptions(AdapterOptions):
     to: Form
     """a folder of PEFT's that every runtime reads alike; one that keeps each module's rank and
     alpha, for PEFT alone; a folder for torchtune's Phi-3; a .pt or .safetensors file for loralib;
-    a .gguf file for llama.cpp; a folder for mlx-lm"""
+    a .gguf file for llama.cpp; a folder for mlx-lm; base and adapter for ONNX Runtime"""
     merged_linear: Switch = False
     """loralib: qkv_proj and gate_up_proj are MergedLinear"""
+    type: OnnxType | None = None
+    """onnx: of the weights (default: int4)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(AdapterOptions):
     """Write a model in which the adapter is part of the weights."""
 
-    to: Literal["hf", "gguf"] = "hf"
-    """a checkpoint folder (default), or a .gguf file for llama.cpp with a Modelfile for ollama"""
-    type: Quantization | None = None
-    """of the weights in a .gguf file (default: q8_0)"""
+    to: Literal["hf", "gguf", "onnx"] = "hf"
+    """a checkpoint folder (default), a .gguf file for llama.cpp with a Modelfile for ollama, or a
+    folder for ONNX Runtime"""
+    type: Literal[Quantization, OnnxType] | None = None
+    """of the weights in a .gguf file (default: q8_0), or for ONNX Runtime (int4)"""
     onto: Literal["original", "nf4"] = "original"
     """the base as it was downloaded (default), or as QLoRA quantizes it"""
     dtype: Dtype | None = None
-    """of the weights (default: the base's own); those of a .gguf file are rounded to it first"""
+    """of the weights (default: the base's own); others are rounded to it first"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -809,12 +813,12 @@ class ConvertBaseOptions:
 
     checkpoint_dir: Annotated[Checkpoint, Flags(metavar="BASE")]
     """its name on the Hub, or its folder"""
-    to: Literal["gguf"]
-    """a .gguf file for llama.cpp, with a Modelfile for ollama"""
+    to: Literal["gguf", "onnx"]
+    """a .gguf file for llama.cpp, with a Modelfile for ollama; or a folder for ONNX Runtime"""
     output_dir: Annotated[Folder, Flags(("-o", "--output"), "OUT")]
     """what to write; must not be there yet"""
-    type: Quantization = "q8_0"
-    """of the weights (default: q8_0)"""
+    type: Literal[Quantization, OnnxType] | None = None
+    """of the weights (default: q8_0 in a .gguf file, int4 for ONNX Runtime)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from omegaconf import DictConfig
@@ -28,6 +28,7 @@ from phi3_plugin.checkpoint.gguf_model import write_model
 from phi3_plugin.checkpoint.loralib import write_loralib
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.checkpoint.mlx import mlx_differs, write_mlx
+from phi3_plugin.checkpoint.onnx import check_builder, merge_onnx, onnx_differs, write_onnx
 from phi3_plugin.checkpoint.peft import export_adapter, load_note
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
@@ -43,6 +44,8 @@ from phi3_plugin.options import (
     ConvertOptions,
     ImportOptions,
     MergeOptions,
+    OnnxType,
+    Quantization,
     resolved,
 )
 from phi3_plugin.proof import FAILED, PROVEN, UNPROVEN, ProofResult, proven
@@ -93,6 +96,7 @@ def convert(o: ConvertOptions) -> int:
         check_suffix(o.output_dir, ".pt", ".safetensors")
     elif o.to == "gguf":
         check_suffix(o.output_dir, ".gguf")
+    check_type(o.to, o.type)
     adapter, out, sizes = adapter_given(o), o.output_dir, read_config(o.checkpoint_dir)
     if o.to in ("peft", "peft-patterns"):
         write_peft(o, adapter, patterns=o.to == "peft-patterns")
@@ -104,11 +108,13 @@ def convert(o: ConvertOptions) -> int:
     elif o.to == "mlx":
         with whole_folder(out) as folder:
             write_mlx(folder, adapter, o.checkpoint_dir)
+    elif o.to == "onnx":
+        write_onnx(out, o.checkpoint_dir, o.type or "int4", adapter)
     else:
         write_gguf(out, adapter, o.checkpoint_dir)
     print(f"Wrote {out}.")
-    for line in mlx_differs(o.checkpoint_dir) if o.to == "mlx" else ():
-        print(f"Note: {line}")
+    if o.to in ("mlx", "onnx"):
+        print_remarks((mlx_differs if o.to == "mlx" else onnx_differs)(o.checkpoint_dir))
     return 0
 
 
@@ -119,6 +125,18 @@ def write_peft(o: AdapterOptions, adapter: Adapter, *, patterns: bool) -> None:
         export_adapter(
             folder, adapter, checkpoint_dir=o.checkpoint_dir, card=card, patterns=patterns
         )
+
+
+TYPES = {"gguf": get_args(Quantization), "onnx": get_args(OnnxType)}
+
+
+def check_type(to: str, kind: str | None) -> None:
+    """Refuse a type of weights that the output has not, and what cannot be written at all."""
+    if kind is not None and kind not in (types := TYPES.get(to, ())):
+        has = f"is one of {', '.join(types)}" if types else "is for --to gguf or --to onnx"
+        raise ConfigError(f"type: {kind}, but that of {to} {has}.")
+    if to == "onnx":
+        check_builder()
 
 
 def check_suffix(out: Path, *suffixes: str) -> None:
@@ -163,20 +181,18 @@ def merge(o: MergeOptions) -> int:
     check_unwritten(o)
     if o.to == "gguf":
         check_suffix(o.output_dir, ".gguf")
-    elif o.type is not None:
-        raise ConfigError(f"type: {o.type} is of a .gguf file. Add --to gguf, or say --dtype.")
-    out, card = o.output_dir, {"made from": o.adapter.name}
-    report = merge_into(
-        out,
-        o.checkpoint_dir,
-        adapter_given(o),
-        dtype=o.dtype,
-        onto=o.onto,
-        gguf=(o.type or "q8_0") if o.to == "gguf" else None,
-        card=card,
-    )
+    check_type(o.to, o.type)
+    out, base, adapter = o.output_dir, o.checkpoint_dir, adapter_given(o)
+    how: dict[str, Any] = {"dtype": o.dtype, "onto": o.onto}
+    if o.to == "onnx":
+        report = merge_onnx(out, base, adapter, cast(OnnxType, o.type or "int4"), **how)
+    else:
+        gguf = cast(Quantization, o.type or "q8_0") if o.to == "gguf" else None
+        report = merge_into(
+            out, base, adapter, gguf=gguf, card={"made from": o.adapter.name}, **how
+        )
     print(f"Wrote {out}: {len(report.changed)} weights changed, {report.dtype}.")
-    print_remarks(report.remarks)
+    print_remarks(onnx_differs(base) if o.to == "onnx" else report.remarks)
     if report.difference:
         d = report.difference
         print(
@@ -189,13 +205,24 @@ def merge(o: MergeOptions) -> int:
 def convert_base(o: ConvertBaseOptions) -> int:
     """Write a model in another form."""
     check_unwritten(o)
-    check_suffix(o.output_dir, ".gguf")
-    weights = open_weights(o.checkpoint_dir)
-    shapes = {name: stored.shape for name, stored in weights.items()}
-    remarks = write_model(
-        o.output_dir, o.checkpoint_dir, shapes, lambda name: weights[name][:], o.type
-    )
-    print(f"Wrote {o.output_dir}: {o.type}.")
+    check_type(o.to, o.type)
+    if o.to == "onnx":
+        kind = o.type or "int4"
+        write_onnx(o.output_dir, o.checkpoint_dir, cast(OnnxType, kind))
+        remarks = list(onnx_differs(o.checkpoint_dir))
+    else:
+        check_suffix(o.output_dir, ".gguf")
+        weights = open_weights(o.checkpoint_dir)
+        shapes = {name: stored.shape for name, stored in weights.items()}
+        kind = o.type or "q8_0"
+        remarks = write_model(
+            o.output_dir,
+            o.checkpoint_dir,
+            shapes,
+            lambda name: weights[name][:],
+            cast(Quantization, kind),
+        )
+    print(f"Wrote {o.output_dir}: {kind}.")
     print_remarks(remarks)
     return 0
 

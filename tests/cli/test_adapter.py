@@ -390,8 +390,13 @@ def test_a_merged_model_for_llama_cpp(demo, tmp_path, capsys):
     ("verb", "keys", "message"),
     [
         ("merge", {"to": "gguf", "output_dir": "folder"}, "must be a file that ends in .gguf"),
-        ("merge", {"type": "q8_0", "output_dir": "folder"}, "Add --to gguf"),
+        ("merge", {"type": "q8_0", "output_dir": "folder"}, "that of hf is for --to gguf or"),
         ("convert-base", {"output_dir": "m.gguf"}, "to is not set"),
+        (
+            "convert-base",
+            {"to": "onnx", "type": "f16", "output_dir": "m"},
+            "onnx is one of int4, fp",
+        ),
         ("convert-base", {"to": "gguf", "type": "q2", "output_dir": "m.gguf"}, "type: 'q2' must"),
         ("convert-base", {"to": "gguf", "output_dir": "m"}, "must be a file that ends in .gguf"),
     ],

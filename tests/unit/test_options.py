@@ -140,7 +140,7 @@ def test_the_shipped_configs_have_every_key():
     assert set(keys) == set(GenerateOptions.__dataclass_fields__)
     assert all(value is None for value in keys.values())
     keys = set(OmegaConf.load(CONFIGS / "phi3_adapter.yaml"))
-    verbs = ("check", "convert", "merge", "import")
+    verbs = ("check", "convert", "merge", "import", "convert-base")
     from phi3_plugin.recipes.phi3_adapter import VERBS
 
     assert tuple(VERBS) == verbs
