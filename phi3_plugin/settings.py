@@ -395,12 +395,13 @@ def own_loss(section: dict[str, Any]) -> dict[str, Any] | None:
 
     One that asks for what no loss here does stays as it is.
     """
-    name, options = section["_component_"], {k: v for k, v in section.items() if k != "_component_"}
+    name = str(section["_component_"])
+    options = {key: value for key, value in section.items() if key != "_component_"}
     if name in STOCK_LOSSES:
         return {**section, "_component_": PREFERENCE_LOSS + STOCK_LOSSES[name]}
     neutral = {**LOSS_NEUTRAL, "num_output_chunks": options.get("num_output_chunks")}
     is_plain = all(neutral.get(key, ...) == value for key, value in options.items())
-    is_entropy = str(name).rpartition(".")[2] in CROSS_ENTROPIES
+    is_entropy = name.rpartition(".")[2] in CROSS_ENTROPIES
     return None if is_plain and (is_entropy or name == PREFERENCE_LOSS + "sft") else section
 
 

@@ -22,7 +22,7 @@ SIZES = [(4, 7, 2), (1, 1, 9), (6, 3, 3), (3, 8, 5), (2, 2, 4)]
 
 def documents():
     """Return both sides of each pair as (tokens, tokens of the prompt)."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(5)
     draw = lambda count: torch.randint(0, 149, (count,), generator=generator)  # noqa: E731
     pairs = []
     for prompt, chosen, rejected in SIZES:
@@ -141,6 +141,7 @@ def orpo(model, pairs):
 def kto(model, pairs):
     others = [ratio for sides in mismatched(pairs) for ratio in ratios(model, sides)]
     z = torch.stack(others).mean().detach().clamp(min=0)
+    assert z > 0
     losses = []
     for sides in pairs:
         chosen, rejected = ratios(model, sides)
