@@ -29,7 +29,7 @@ from phi3_plugin.generate import Answer
 from phi3_plugin.inspect import arrays, is_chat_dataset, place_of, source_name
 from phi3_plugin.pages.numbers import MINUS, count, number
 from phi3_plugin.prompts import as_line, too_long
-from phi3_plugin.settings import Settings
+from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, Settings
 from phi3_plugin.train.data import instantiate
 
 BASE, ADAPTER = "base", "adapter"
@@ -92,6 +92,8 @@ def evaluation_data(
         DataError: There is no sample.
     """
     section = s.dataset_val or s.dataset
+    if section["_component_"] in PREFERENCE_DATASETS:  # the better answers
+        section = {**section, "_component_": CHAT_DATASETS[0]}
     if is_chat_dataset(section):  # each conversation is a sample of its own
         section = {**section, "packed": False, "split_documents": False}
     rest, part = hold_out(

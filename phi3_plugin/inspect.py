@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -32,10 +33,11 @@ from phi3_plugin.data.findings import (
 )
 from phi3_plugin.data.order import Order
 from phi3_plugin.data.packing import Packs
+from phi3_plugin.data.preferences import PreferenceDataset
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
 from phi3_plugin.pages.numbers import count, percent
-from phi3_plugin.settings import CHAT_DATASETS, Settings
+from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, Settings
 from phi3_plugin.train.data import FEW_STEPS, RunData
 
 # Shapes: N samples, S tokens of one of them, L conversations that gave no sample
@@ -62,7 +64,8 @@ def all_rows(settings: Settings) -> Settings:
     """Return settings under which rows that cannot be used are counted, and stop nothing."""
 
     def dropping(section: Any) -> Any:
-        return {**section, "bad_rows": "drop"} if section and is_chat_dataset(section) else section
+        knows = section and section["_component_"] in (*CHAT_DATASETS, *PREFERENCE_DATASETS)
+        return {**section, "bad_rows": "drop"} if knows else section
 
     val = dropping(settings.dataset_val)
     return replace(settings, dataset=dropping(settings.dataset), dataset_val=val)
@@ -288,6 +291,8 @@ class Statistics:
     """What becomes of longer ones, see :func:`phi3_plugin.data.chat_dataset`."""
     positions: int
     """How many the model was made for."""
+    pairs: "Pairs | None" = None
+    """Of pairs of answers: how long both are."""
     batchings: list[Batching]
     per_step: str
     """What an optimizer step sees, in words."""
@@ -346,6 +351,9 @@ def statistics(
     things = "packs" if isinstance(data.order.dataset, Packs) else "samples"
     tokens, labelled = tokens_per_epoch(data.order.dataset, samples)
     padded = pads(data.collate)
+    answers = samples
+    if isinstance(dataset, PreferenceDataset):  # a limit is that of a prompt with one answer
+        answers = survey(dataset.single(), data.tokenizer.stop_tokens)
     return Statistics(
         options=settings.dataset,
         options_val=settings.dataset_val,
@@ -355,17 +363,18 @@ def statistics(
         samples=len(samples.lengths),
         tokens=tokens,
         labelled=labelled,
-        lengths=lengths_of(np.concatenate([samples.full, lost])),
-        longest=int(samples.lengths.max()),
+        lengths=lengths_of(np.concatenate([answers.full, lost])),
+        longest=int(answers.lengths.max()),
         limit=limit,
         truncate=truncate,
         positions=positions,
+        pairs=pairs_of(dataset),
         batchings=_batchings(settings, data, samples, processes, padded or stock is not None),
         per_step=f"{data.order.per_step:,} {things}",
         steps=data.total_steps,
         padded=padded,
         stock=stock_steps(stock, settings.epochs) if stock else None,
-        cuts=cuts(samples, lost, named, limit=limit, truncate=truncate),
+        cuts=cuts(answers, lost, named, limit=limit, truncate=truncate),
         alike=alike(samples),
         endless=int((~samples.stops).sum()),
         endless_uncut=int((~samples.stops & (samples.full <= samples.lengths)).sum()),
@@ -373,9 +382,31 @@ def statistics(
     )
 
 
+class Pairs(NamedTuple):
+    """How long the answers of pairs are, in tokens that are trained on."""
+
+    chosen: float
+    """Median."""
+    rejected: float
+    longer: float
+    """Share of the pairs whose chosen answer is the longer one."""
+
+
+def pairs_of(dataset: Any) -> Pairs | None:
+    """Return how long the answers of pairs are; None of other data."""
+    if not isinstance(dataset, PreferenceDataset) or not dataset.is_paired:
+        return None
+    labelled = dataset.store.samples["labelled"]
+    chosen, rejected = (labelled[dataset.chosen + side] for side in (0, 1))
+    longer = float((chosen > rejected).mean())
+    return Pairs(float(np.median(chosen)), float(np.median(rejected)), longer)
+
+
 def truncation(settings: Settings) -> str:
     """Return what becomes of samples that are too long."""
     section = settings.dataset
+    if section["_component_"] in PREFERENCE_DATASETS:
+        return str(section.get("truncate", "left"))
     return section.get("truncate", "right") if is_chat_dataset(section) else "right"
 
 
@@ -470,6 +501,9 @@ def _batchings(
     Where nothing is padded, grouping by length changes nothing.
     """
     chosen, dataset = data.order, unpacked(data.order.dataset)
+    if isinstance(dataset, PreferenceDataset):  # all documents of a batch are one row
+        name = PACKED if isinstance(chosen.dataset, Packs) else UNGROUPED
+        return [Batching(name, 0.0, chosen.steps_per_epoch, True)]
     order: Callable[..., Order] = partial(
         Order,
         batch_size=settings.batch_size,
@@ -776,6 +810,8 @@ class Shown(NamedTuple):
     """Tokens that were cut off."""
     from_start: bool = False
     """Whether they came before the first unit, or between the system message and the rest."""
+    difference: str = ""
+    """Of the worse of two answers: what it has in place of what the better one has."""
 
     @property
     def tokens(self) -> int:
@@ -803,6 +839,8 @@ def show(
         from_start: Whether long samples were cut from their start.
     """
     speller, shown = Speller(tokenizer), []
+    if isinstance(dataset, PreferenceDataset):
+        return [one for i in indices for one in _sides(dataset, i, speller, from_start)]
     for i in indices:
         ids, labels = arrays(dataset, i)
         trained = labels != IGNORED
@@ -810,6 +848,43 @@ def show(
         units = speller.units(ids, trained)
         shown.append(Shown(place_of(dataset, i), units, int(trained.sum()), lost, from_start))
     return shown
+
+
+def _sides(
+    dataset: PreferenceDataset, i: int, speller: "Speller", from_start: bool
+) -> Iterator[Shown]:
+    """Yield the answers of a sample, each with its prompt."""
+    before: list[Unit] | None = None
+    for document in dataset.documents_of(i):
+        ids, labels = dataset.document(document)
+        trained = labels != IGNORED
+        units = speller.units(ids, trained)
+        row = dataset.store.samples[document]
+        paired = ("chosen", "rejected")[before is not None]
+        name = paired if dataset.is_paired else ("bad answer", "good answer")[bool(row["wanted"])]
+        difference = "" if before is None else difference_of(before, units)
+        lost = int(row["full"]) - len(ids)
+        where = f"{place_of(dataset, i)}, {name}"
+        yield Shown(where, units, int(trained.sum()), lost, from_start, difference)
+        before = units
+
+
+DIFFERENCES = 3
+"""Stretches that are told of two answers that differ in more."""
+
+
+def difference_of(chosen: Sequence[Unit], rejected: Sequence[Unit]) -> str:
+    """Return in words what one answer has in place of the other's."""
+    texts = [[unit.text for unit in side if unit.trained] for side in (chosen, rejected)]
+    matcher = SequenceMatcher(a=texts[0], b=texts[1], autojunk=False)
+    found = [
+        ["".join(texts[0][start:end]), "".join(texts[1][first:last])]
+        for kind, start, end, first, last in matcher.get_opcodes()
+        if kind != "equal"
+    ]
+    told = [f"{theirs!r} in place of {ours!r}" for ours, theirs in found[:DIFFERENCES]]
+    more = [f"and {len(found) - DIFFERENCES} more"] if len(found) > DIFFERENCES else []
+    return ", ".join([*told, *more])
 
 
 class Speller:

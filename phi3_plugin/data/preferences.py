@@ -326,7 +326,7 @@ class PreferenceDataset(ChatDataset):
 
     def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return tokens and labels of all documents as arrays, each [T]."""
-        sides = [self._labelled(document) for document in self._documents(index)]
+        sides = [self.document(document) for document in self.documents_of(index)]
         tokens, labels = (np.concatenate(parts) for parts in zip(*sides, strict=True))
         return tokens, labels
 
@@ -336,7 +336,7 @@ class PreferenceDataset(ChatDataset):
         And ``reference``, [W], log p without the adapter, where it is known; and ``mismatched``,
         another sample, the prompts with answers to others.
         """
-        documents = self._documents(index)
+        documents = self.documents_of(index)
         samples = self.store.samples[documents]
         beside: dict[str, Any] = {
             "lengths": torch.tensor(samples["length"].tolist()),
@@ -351,13 +351,20 @@ class PreferenceDataset(ChatDataset):
                 beside["mismatched"]["reference"] = others
         return beside
 
-    def _documents(self, index: int) -> list[int]:
+    def documents_of(self, index: int) -> list[int]:
+        """Return the documents of a sample, as the store numbers them."""
         first = int(self.chosen[index])
         return list(range(first, first + self.width))
 
-    def _labelled(self, document: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        tokens = self.store.read(document)
+    def document(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return tokens and labels of a document of the store, each [S]."""
+        tokens = self.store.read(number)
         return tokens.ids, np.where(tokens.trained, tokens.ids, np.int32(IGNORED))
+
+    def single(self) -> ChatDataset:
+        """Return the documents as samples of their own."""
+        documents = self.chosen[:, None] + np.arange(self.width)
+        return ChatDataset(self.store, documents.ravel())
 
     def _mismatched(self, documents: Sequence[int]) -> dict[str, Any]:
         """Return prompts with the answers of the sample before, of the whole store.
@@ -367,8 +374,8 @@ class PreferenceDataset(ChatDataset):
         limit = int(self.store.samples["length"].max())
         rows = []
         for document in documents:
-            ids, labels = self._labelled(document)
-            others, other_labels = self._labelled((document - self.width) % len(self.store.samples))
+            ids, labels = self.document(document)
+            others, other_labels = self.document((document - self.width) % len(self.store.samples))
             prompt, start = (
                 int((labels != IGNORED).argmax()),
                 int((other_labels != IGNORED).argmax()),

@@ -39,6 +39,9 @@ def facts(stats: Statistics) -> Iterator[Fact]:
         yield Fact("", f"{copies:,} with the tokens of an earlier one", _and_more(pairs, copies))
     if stats.alike.answers:
         yield Fact("", f"{stats.alike.answers:,} share a prompt and answer it differently", [])
+    if both := stats.pairs:
+        text = f"chosen {both.chosen:,.0f} tokens, rejected {both.rejected:,.0f} (medians); the "
+        yield Fact("Answers", f"{text}chosen is longer in {percent(both.longer)}", [])
     yield Fact("Tokens an epoch", f"{stats.tokens:,}", [])
     share = percent(stats.labelled / stats.tokens)
     yield Fact("Trained on", f"{stats.labelled:,} ({share})", [])
@@ -127,7 +130,8 @@ def tables(stats: Statistics) -> list[Table]:
 
 def lengths_title(stats: Statistics) -> str:
     """Return what the lengths are of."""
-    return f"Tokens of a sample{' before it is cut' if stats.fate == 'cut' else ''}"
+    what = "a sample" if stats.pairs is None else "a prompt with one answer"
+    return f"Tokens of {what}{' before it is cut' if stats.fate == 'cut' else ''}"
 
 
 def lengths_text(stats: Statistics) -> str:
@@ -145,7 +149,8 @@ def lengths_text(stats: Statistics) -> str:
 def sample_title(sample: Shown, stats: Statistics) -> str:
     """Return where a sample stands, and how long it is."""
     length = count(sample.tokens, "token")
-    return f"{short(sample.where, stats)}: {length}, {sample.trained:,} trained"
+    title = f"{short(sample.where, stats)}: {length}, {sample.trained:,} trained"
+    return f"{title}; {sample.difference}" if sample.difference else title
 
 
 # The page

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.models.phi3 import PRECISIONS
-from phi3_plugin.settings import Settings, read, without_weights
+from phi3_plugin.settings import PREFERENCE_DATASETS, Settings, read, without_weights
 from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import sft
 from phi3_plugin.train.model import model_of, prepare
@@ -142,9 +142,10 @@ def estimated(s: Settings, device: torch.device, shards: int, recomputed: int) -
     """
     model = on_meta(s, recomputed)
     longest = _longest(model, s)
+    documents = _documents(s)
     work = Work(
-        (longest,) * s.batch_size,
-        (longest - 1) * s.batch_size,  # at the most: every answer is as long as that
+        (longest,) * documents,
+        (longest - 1) * documents,  # at the most: every answer is as long as that
         shards,
         reshard=s.fsdp_reshard_after_forward,
         cpu_weights=s.fsdp_cpu_offload,
@@ -452,14 +453,14 @@ def planned_lines(s: Settings, devices: int, device: torch.device) -> list[str]:
     share = f"{shards} share a copy of the model" if shards > 1 else "each with the whole model"
     every = int(s.enable_activation_checkpointing)
     again = -(-layers // every) if every else best.recomputed
-    longest, times = _longest(model, s), s.gradient_accumulation_steps
+    longest, times, documents = _longest(model, s), s.gradient_accumulation_steps, _documents(s)
     lines = [
         "Planned only: nothing is loaded, nothing is written.",
         "",
         f"model      {sum(count for count, _ in sizes) / 1e9:.3g} B parameters in {s.dtype}, "
         f"{trained / 1e6:.3g} M trained",
         f"devices    {devices} ({device.type})" + (f", {share}" if devices > 1 else ""),
-        f"step       {s.batch_size} x {longest} tokens at once at most, {times} times a device",
+        f"step       {documents} x {longest} tokens at once at most, {times} times a device",
         f"recompute  {again or 'none'} of {layers} layers",
         "",
         f"  {'memory of a device':<18}{'GiB':>8}",
@@ -473,9 +474,9 @@ def planned_lines(s: Settings, devices: int, device: torch.device) -> list[str]:
         lines.append(f"  {limit_name:<18}{in_gib(limit):>8}   {verdict}")
         lines += [] if fits else _advice(at, layers, limit)
 
-    rate = _rate(model, device, PRECISIONS[s.dtype], s.batch_size * longest)
+    rate = _rate(model, device, PRECISIONS[s.dtype], documents * longest)
     flops = best.flops * times
-    seconds, tokens = flops / rate, s.batch_size * longest * times * devices
+    seconds, tokens = flops / rate, documents * longest * times * devices
     return [
         *lines,
         "",
@@ -499,6 +500,11 @@ def _advice(at: Callable[[int], Estimate], layers: int, limit: int) -> list[str]
         f"  With {enough.recomputed} layers recomputed it would: add "
         f"memory_budget={limit >> 20}MiB enable_activation_checkpointing=False",
     ]
+
+
+def _documents(s: Settings) -> int:
+    """Return how many documents of that length a device sees at once: of a pair both answers."""
+    return s.batch_size * (2 if s.dataset["_component_"] in PREFERENCE_DATASETS else 1)
 
 
 def _longest(model: Any, s: Settings) -> int:

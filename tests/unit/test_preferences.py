@@ -12,6 +12,7 @@ from phi3_plugin.data.collate import concatenate
 from phi3_plugin.data.findings import CUT_AWAY, SAME_ANSWERS, TOO_LONG, TRUNCATED, UNUSABLE
 from phi3_plugin.data.packing import Packs, without_padding
 from phi3_plugin.errors import ConfigError, DataError
+from phi3_plugin.inspect import pairs_of, show
 from tests.variants import write_checkpoint
 
 ASK = {"role": "user", "content": "the other"}
@@ -264,3 +265,21 @@ def test_a_reference_comes_with_its_documents(make):
     assert sample["reference"].tolist() == [4, 5]
     assert sample["mismatched"]["reference"].tolist() == [10, 11]
     assert torch.is_tensor(concatenate([dataset[0], dataset[1]])["mismatched"]["reference"])
+
+
+def test_an_inspection_shows_both_sides_and_their_difference(make, folder):
+    dataset = without_padding(make(ROW, {**ROW, "rejected": "other"}))
+    shown = show(dataset, [0], phi3_tokenizer(folder))
+    assert [one.where.rpartition(", ")[2] for one in shown] == ["chosen", "rejected"]
+    assert [one.trained for one in shown] == [
+        int((np.array(x) != -100).sum()) for _, x in sides(dataset)
+    ]
+    assert "".join(unit.text for unit in shown[0].units if unit.trained) == " other the<|end|>"
+    assert shown[0].difference == ""
+    assert shown[1].difference == "' the the' in place of ' other'"
+    assert pairs_of(dataset) == (7, 5, 1.0)
+    assert len(dataset.single()) == 4
+    (one,) = show(
+        make({"prompt": "the", "completion": "other", "label": 0}), [0], phi3_tokenizer(folder)
+    )
+    assert one.where.endswith(", bad answer")
