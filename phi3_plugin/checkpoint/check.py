@@ -35,7 +35,6 @@ from phi3_plugin.checkpoint.peft_config import (
     BASE_KEEPING_STARTS,
     PeftConfig,
     check_patterns,
-    is_plain,
     matched,
     unsupported,
     wrong_values,
@@ -394,16 +393,16 @@ class PeftFolder:
         """
         keys = self.config.keys
         excluded, targets = keys.get("exclude_modules") or [], keys.get("target_modules") or []
+        names = tuple(self.tensors) if module in self.tensors else (module,)
         if isinstance(excluded, str):
-            if re.fullmatch(excluded, module):
+            if module in matched(excluded, names):
                 return False
         elif any(f".{module}".endswith(f".{name}") for name in excluded):
             return False
         if targets == "all-linear":
             return module not in ("model.embed_tokens", "lm_head")
         if isinstance(targets, str):
-            names = tuple(self.tensors)
-            return module in matched(targets, names if module in self.tensors else (module,))
+            return module in matched(targets, names)
         layers, layer = keys.get("layers_to_transform"), _LAYER.search(module)
         layers = [layers] if isinstance(layers, int) else layers
         if layers and (layer is None or int(layer.group()) not in layers):
@@ -487,8 +486,6 @@ def _wrong_names(keys: Mapping[str, Any]) -> Iterator[str]:
         names = keys.get(key) or []
         if not isinstance(names, str | list) or not all(isinstance(name, str) for name in names):
             yield f"{key}: {names!r} must be a name or a list of names."
-        elif key == "exclude_modules" and isinstance(names, str) and not is_plain(names, 3):
-            yield f"{key}: {names!r} is not read."
     layers = keys.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(type(number) is int for number in numbers):
