@@ -33,6 +33,7 @@ from phi3_plugin.checkpoint.peft import export_adapter, load_note
 from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
+from phi3_plugin.data.added_tokens import asked_as
 from phi3_plugin.errors import AdapterError, ConfigError, OutputError
 from phi3_plugin.load import keys_for
 from phi3_plugin.models import lora_phi3
@@ -154,8 +155,8 @@ def import_(o: ImportOptions) -> int:
     try:
         rslora = bool(adapter.origin.get("rslora"))
         keys = keys_for(adapter, read_config(o.checkpoint_dir), use_rslora=rslora)
-        texts = [str(token["content"]) for token in adapter.new_tokens]
-        new = phi3_tokenizer(o.checkpoint_dir, add_tokens=texts).new_tokens if texts else {}
+        asked = [*map(asked_as, adapter.new_tokens)]
+        new = phi3_tokenizer(o.checkpoint_dir, add_tokens=asked).new_tokens if asked else {}
         with torch.device("meta"):  # whatever training would refuse is refused here
             model = lora_phi3(o.checkpoint_dir, **keys)
             if new:
@@ -171,8 +172,8 @@ def import_(o: ImportOptions) -> int:
     for key, value in keys.items():
         if value or key in ALWAYS:
             print(f"    {key}: {value}")
-    if texts:
-        print(f"  tokenizer:\n    add_tokens: {texts}")
+    if asked:
+        print(f"  tokenizer:\n    add_tokens: {asked}")
     return 0
 
 

@@ -258,9 +258,9 @@ def _check_width(adapter: Adapter, config: Phi3Config, file: Path) -> None:
         return
     for module in [TOK_EMBEDDINGS] if config.tie_word_embeddings else [TOK_EMBEDDINGS, OUTPUT]:
         whole, own = adapter.saved.get(module + WHOLE), adapter.rows.get(module, {})
-        if len(whole if whole is not None else ()) < wide and not own.keys() >= {
-            *range(config.vocab_size, wide)
-        }:
+        lacking = wide - max(config.vocab_size, 0 if whole is None else len(whole))
+        # Counted first: a stranger's id may be any number
+        if lacking > len(own) or {*range(wide - lacking, wide)} - own.keys():
             raise AdapterError(
                 f"{file} is for a base of {wide} rows, but this one has {config.vocab_size}, and "
                 f"the file has not all others of {hf_name(module)}. Give the base that was resized."

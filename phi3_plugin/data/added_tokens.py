@@ -12,11 +12,11 @@ from phi3_plugin.config import read_json_object
 from phi3_plugin.errors import ConfigError, TokenizerError
 from phi3_plugin.options import Kind
 
-ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""What tokenizer.json says of an added token beside its text and its id."""
+TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+"""How an added token treats the text beside it; both tokenizer files say so of each."""
 
 Entry = Mapping[str, Any]
-"""An added token as tokenizer.json has it: ``id``, ``content`` and `ADDED_TOKEN_FLAGS`."""
+"""An added token as tokenizer.json has it: ``id``, ``content`` and `TOKEN_FLAGS`."""
 
 
 def _is_token(value: Any) -> bool:
@@ -25,8 +25,8 @@ def _is_token(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("content"), str)
-        and all(type(value[name]) is bool for name in ADDED_TOKEN_FLAGS if name in value)
-        and {*value} <= {"id", "content", *ADDED_TOKEN_FLAGS}
+        and all(type(value[name]) is bool for name in TOKEN_FLAGS if name in value)
+        and {*value} <= {"id", "content", *TOKEN_FLAGS}
     )
 
 
@@ -70,7 +70,7 @@ def add_tokens(backend: Tokenizer, tokens: Sequence[str | Entry]) -> dict[int, N
     pieces = [backend.encode(text, add_special_tokens=False).ids for text in texts]
     added = dict[int, NewToken]()
     for token, text, ids in zip(wanted, texts, pieces, strict=True):
-        flags = {name: token[name] for name in ADDED_TOKEN_FLAGS if name in token}
+        flags = {name: token[name] for name in TOKEN_FLAGS if name in token}
         add = backend.add_special_tokens if flags.pop("special", False) else backend.add_tokens
         add([AddedToken(text, **flags)])
         (number,) = (i for i, t in backend.get_added_tokens_decoder().items() if t.content == text)
@@ -88,12 +88,21 @@ def pieces_of(tokens: Mapping[int, NewToken]) -> dict[int, list[int]]:
     return {number: token.pieces for number, token in tokens.items()}
 
 
+def asked_as(entry: Entry) -> str | dict[str, Any]:
+    """Return how ``tokenizer.add_tokens`` asks for a token: its text, and what flags it has."""
+    usual = dict.fromkeys(TOKEN_FLAGS, False) | {"normalized": True}
+    flags = {
+        name: entry[name] for name in TOKEN_FLAGS if entry.get(name, usual[name]) != usual[name]
+    }
+    return {"content": entry["content"], **flags} if flags else str(entry["content"])
+
+
 def _entry(number: int, backend: Tokenizer) -> Entry:
     token = backend.get_added_tokens_decoder()[number]
     return {
         "id": number,
         "content": token.content,
-        **{n: getattr(token, n) for n in ADDED_TOKEN_FLAGS},
+        **{n: getattr(token, n) for n in TOKEN_FLAGS},
     }
 
 

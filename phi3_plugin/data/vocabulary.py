@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer
 
 from phi3_plugin.config import GENERATION, checkpoint_folder, read_json_object
-from phi3_plugin.data.added_tokens import Entry, NewToken, add_tokens
+from phi3_plugin.data.added_tokens import TOKEN_FLAGS, Entry, NewToken, add_tokens
 from phi3_plugin.data.template import ChatTemplate
 from phi3_plugin.errors import MissingFileError, TokenizerError
 
@@ -17,9 +17,6 @@ EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 
 PROBE = "A text, 1 + 1 = 2.\n"
 """Encoded once: some files are read well and fail at the first text."""
-
-TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
-"""How an added token treats the text beside it; both tokenizer files say so of each."""
 
 
 class Vocabulary(NamedTuple):

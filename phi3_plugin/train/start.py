@@ -31,7 +31,7 @@ from phi3_plugin.checkpoint.equivalents import for_original_base, nearest
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.peft import check_same, check_trained
 from phi3_plugin.config import read_config
-from phi3_plugin.data.added_tokens import NewToken, pieces_of
+from phi3_plugin.data.added_tokens import NewToken, asked_as, pieces_of
 from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError
 from phi3_plugin.models.lora import LoRALinear, draw, local_rows
 from phi3_plugin.models.lora_settings import FROM_BASE, keys_of, keys_of_model
@@ -237,9 +237,8 @@ def fitted(
     trained = {int(token["id"]): str(token["content"]) for token in adapter.new_tokens}
     strange = {i for rows in adapter.rows.values() for i in rows} - own.keys()
     if strange or (trained and trained != own):
-        instead = (
-            f"Set tokenizer.add_tokens={list(trained.values())}, or merge" if trained else "Merge"
-        )
+        asked = [*map(asked_as, adapter.new_tokens)]
+        instead = f"Set tokenizer.add_tokens={asked}, or merge" if asked else "Merge"
         raise AdapterError(
             f"init_adapter: {path} has rows of the tokens {trained or sorted(strange)}, but the "
             f"run trains those of {own}. {instead} the adapter and train on from what that writes."

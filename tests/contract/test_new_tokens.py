@@ -4,6 +4,7 @@ The base is tiny. Some have rows to spare, as most of the family; some have none
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from phi3_plugin.recipes import phi3_evaluate
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,7 +24,7 @@ from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.data.collate import pad_right
 from phi3_plugin.data.turns import make_turn
-from phi3_plugin.errors import AdapterError, CheckpointError
+from phi3_plugin.errors import AdapterError, CheckpointError, ConfigError
 from phi3_plugin.load import load
 from phi3_plugin.models.lora_settings import TARGETS
 from tests import commands
@@ -35,6 +37,7 @@ from tests.own import (
     full_config,
     leave_until,
     losses,
+    merged,
     own_run,
     same,
     same_losses,
@@ -191,22 +194,22 @@ def test_rows_are_trained_as_by_peft_and_serve_in_it(kind, setting, bases, tmp_p
         started_at = start_of(name, start)
         assert (own - value).norm() < 1e-3 * (value - started_at).norm()
 
-    base, final, merged = cwd / "base", cwd / "out" / "final", cwd / "merged"
+    base, final, whole = cwd / "base", cwd / "out" / "final", cwd / "whole"
     adapter = read_adapter(final, config=read_config(base), base=base)
     assert [token["content"] for token in adapter.new_tokens] == NEW
-    merge_into(merged, base, adapter)
+    merge_into(whole, base, adapter)
     ours, tokenizer = load(base, final, dtype="fp32", device="cpu")
     ids = tokenizer.encode(TEXT)
     assert {397, 398, 399} < {*ids}
-    for folder in (final, merged):
+    for folder in (final, whole):
         assert AutoTokenizer.from_pretrained(folder).encode(TEXT, add_special_tokens=False) == ids
     peft = PeftModel.from_pretrained(in_transformers(base, adapter.vocabulary), final).eval()
     found = logits(ours, ids)
     torch.testing.assert_close(found, logits(peft, ids), rtol=0, atol=1e-5)
-    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    torch.testing.assert_close(found, logits(whole, ids), rtol=0, atol=1e-5)
-    assert whole.config.tie_word_embeddings == ("tied" in kind)
-    assert whole.config.vocab_size == (400 if "grown" in kind else 448)
+    alone = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    torch.testing.assert_close(found, logits(alone, ids), rtol=0, atol=1e-5)
+    assert alone.config.tie_word_embeddings == ("tied" in kind)
+    assert alone.config.vocab_size == (400 if "grown" in kind else 448)
     recipe.model.eval()
     torch.testing.assert_close(found, logits(recipe.model, ids), rtol=0, atol=1e-5)
 
@@ -322,9 +325,9 @@ def test_what_peft_trained_of_single_tokens_is_read_and_goes_on(bases, tmp_path,
     assert ids == theirs.encode(TEXT, add_special_tokens=False)
     torch.testing.assert_close(logits(model, ids), logits(peft, ids), rtol=0, atol=1e-5)
     adapter = read_adapter(cwd / "theirs", config=read_config(cwd / "base"), base=cwd / "base")
-    merge_into(cwd / "merged", cwd / "base", adapter)
-    merged, _ = load(cwd / "merged", dtype="fp32", device="cpu")
-    torch.testing.assert_close(logits(merged, ids), logits(peft, ids), rtol=0, atol=1e-5)
+    merge_into(cwd / "whole", cwd / "base", adapter)
+    whole, _ = load(cwd / "whole", dtype="fp32", device="cpu")
+    torch.testing.assert_close(logits(whole, ids), logits(peft, ids), rtol=0, atol=1e-5)
 
     capsys.readouterr()
     places = {"adapter": cwd / "theirs", "checkpoint_dir": cwd / "base", "output_dir": cwd / "in"}
@@ -346,6 +349,33 @@ def test_what_peft_trained_of_single_tokens_is_read_and_goes_on(bases, tmp_path,
     torch.testing.assert_close(ours[..., kept], logits(peft, ids)[..., kept], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("indices", "said"),
+    [
+        ({"embed_tokens": [1, 2]}, r"tok_embeddings: its rows are \[3, 256\], expected \[2, 256\]"),
+        ({"embed_tokens": [1, 2, 10**15]}, "is for a base of 1000000000000001 rows"),
+        ({"embed_tokens": [1, 2, 448]}, "has not all others of lm_head"),
+        ({"embed_tokens": [1, 2, 2]}, "trainable_token_indices: .* must be a list"),
+        ({"embed_tokens": [1, 2, -3]}, "trainable_token_indices: .* must be a list"),
+        ({"lm_head": [1, 2, 3]}, "output: its rows are missing"),
+    ],
+)
+def test_rows_that_nobody_could_put_somewhere_are_refused(indices, said, bases, tmp_path):
+    base = bases / "spare" / "base"
+    how = {"target_modules": ["o_proj"], "trainable_token_indices": [1, 2, 3]}
+    get_peft_model(in_transformers(base, 448), LoraConfig(**how)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    keys = json.loads(file.read_text("utf-8"))
+    assert read_adapter(tmp_path, config=read_config(base)).rows["tok_embeddings"].keys() == {
+        1,
+        2,
+        3,
+    }
+    file.write_text(json.dumps({**keys, "trainable_token_indices": indices}), "utf-8")
+    with pytest.raises(AdapterError, match=said):
+        read_adapter(tmp_path, config=read_config(base))
+
+
 @pytest.mark.parametrize("replicas", some([1, 2], quick=[]))
 def test_one_process_and_two_are_one_run(replicas, bases, tmp_path):
     cwd = linked(bases, "grown", tmp_path / "run")
@@ -359,3 +389,43 @@ def test_one_process_and_two_are_one_run(replicas, bases, tmp_path):
     same_losses(losses(cwd / "two"), losses(one))
     files = [load_file(out / "final" / "adapter_model.safetensors") for out in (one, cwd / "two")]
     same_weights(*files)
+
+
+def test_commands_take_the_tokens_from_the_folder(bases, tmp_path, monkeypatch, capsys):
+    """An evaluation's base has the rows that training started from; answers are those of PEFT."""
+    monkeypatch.chdir(linked(bases, "grown", tmp_path / "run"))
+    cwd = Path.cwd()
+    one = ("batch_size=11", "gradient_accumulation_steps=1", "max_steps=4", "prove=True")
+    out = finished(*TINY, *one, ADD, "output_dir=out", cwd=cwd)
+    assert "Proof: " in capsys.readouterr().out
+    adapter = f"adapter={out / 'final'}"
+    measured = ("output_dir=eval", adapter, "answers=False", "batch_size=11")
+    assert phi3_evaluate.main.__wrapped__(merged(*TINY, *measured, cwd=cwd)) == 0
+    results = json.loads((cwd / "eval" / "results.json").read_text("utf-8"))
+    assert results["measures"]["loss"]["base"]["value"] == pytest.approx(losses(out)[0], rel=1e-5)
+    with pytest.raises(ConfigError, match="add_tokens"):
+        other = ("output_dir=other", "tokenizer.add_tokens=['<else>']")
+        phi3_evaluate.main.__wrapped__(merged(*TINY, *measured, *other, cwd=cwd))
+
+    files = {"checkpoint_dir": "base", "adapter": str(out / "final")}
+    assert commands.adapter({"verb": "merge", **files, "output_dir": "merged"}) == 0
+    assert commands.adapter({"verb": "check", **files}) == 0
+    assert "resize_token_embeddings(400), then PeftModel" in capsys.readouterr().out
+    assert commands.adapter({"verb": "import", **files, "output_dir": "taken"}) == 0
+    assert f"add_tokens: {NEW}" in capsys.readouterr().out
+    for name in ("torchtune", "loralib.pt"):
+        with pytest.raises(AdapterError, match="tok_embeddings"):
+            to = name.partition(".")[0]
+            commands.adapter({"verb": "convert", **files, "to": to, "output_dir": name})
+
+    prompt = "Add: one <call> two zork"
+    asked = {**files, "prompt": [prompt], "dtype": "fp32", "max_new_tokens": 8}
+    assert commands.generate(asked) == 0
+    answer = capsys.readouterr().out
+    theirs = AutoTokenizer.from_pretrained("merged")
+    chat = [{"role": "user", "content": prompt}]
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert {397, 399} < {*ids}
+    model = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    said = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+    assert answer.strip() == theirs.decode(said, skip_special_tokens=True).strip()

@@ -252,6 +252,11 @@ def test_a_ratio_of_rates_needs_a_rate(problems):
         ("val_fraction=0.1", "dataset_val", VAL),
         ("group_by_length=True", "dataset.packed: True", "dataset.packed=True"),
         ("group_by_length=True", "shuffle: False", "shuffle=False"),
+        (
+            "tokenizer.add_tokens=['<a>']",
+            "model.apply_lora_to_output: True",
+            "model.apply_lora_to_output=True",
+        ),
     ],
 )
 def test_conflicts(problems, one, other, more):
