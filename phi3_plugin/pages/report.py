@@ -262,8 +262,9 @@ def _window(losses: list[Point]) -> int:
 
 def _curves(history: Sequence[Logged], key: str, title: str) -> list[Curve]:
     """Return what was measured at each step, and at each validation if it was there."""
-    held_out = Curve(f"{title}, validation", series(history, f"val_{key}"), VALIDATION)
-    return [curve for curve in (Curve(title, series(history, key)), held_out) if curve.points]
+    held_out = Curve("Validation", series(history, f"val_{key}"), VALIDATION)
+    training = Curve("Training" if held_out.points else title, series(history, key))
+    return [curve for curve in (training, held_out) if curve.points]
 
 
 def _loss_curves(history: Sequence[Logged]) -> list[Curve]:

@@ -492,10 +492,9 @@ def test_a_run_on_preferences(tmp_path):
     page = read_report(tmp_path, lines)
     assert "Its reward accuracy 90 %" in page.words and "perplexity" not in page.words
     assert page.charts[1] == (
-        "Reward margin: 0.1 at step 1, 2 at step 20. "
-        "Reward margin, validation: 1.5 at step 20, 1.5 at step 20."
+        "Training: 0.1 at step 1, 2 at step 20. Validation: 1.5 at step 20, 1.5 at step 20."
     )
-    assert page.charts[2].startswith("Reward accuracy: 0.75")
+    assert page.charts[2].startswith("Training: 0.75")
 
 
 def test_a_run_without_a_step(tmp_path):
