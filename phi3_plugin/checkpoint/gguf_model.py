@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from torch import Tensor
 
 from phi3_plugin import hub
@@ -364,6 +365,11 @@ PRE_TOKENIZERS = {
 }
 """How a text is cut before it is encoded, Phi-4-mini's and Phi-4's, and what llama.cpp calls it."""
 
+CUTS = (
+    "He'll I'VE WE'RE 'tis HelloWORLD naïve नमस्ते 中文 3 45 6789.01 a//b !!\n\n  \n x \t  y .\r\n/"
+)
+"""A text that they cut at different places."""
+
 
 def _add_vocabulary(
     gguf: Any, writer: Any, folder: Path, config: Phi3Config, vocabulary: Vocabulary
@@ -406,16 +412,16 @@ def _add_vocabulary(
 
 def _pre_tokenizer(vocabulary: Vocabulary, description: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for how a byte-level tokenizer cuts a text."""
-    cutter = description.get("pre_tokenizer") or {}
-    steps = cutter.get("pretokenizers") or [cutter]
-    pattern = (steps[0].get("pattern") or {}).get("Regex")
-    byte_level = steps[-1].get("type") == "ByteLevel"
-    if not byte_level or pattern not in PRE_TOKENIZERS or description.get("normalizer"):
-        raise TokenizerError(
-            f"{vocabulary.file}: llama.cpp knows no tokenizer that cuts texts like this one "
-            f"({json.dumps(cutter)[:200]}), expected Phi-3's, Phi-4's or Phi-4-mini's."
-        )
-    return PRE_TOKENIZERS[pattern]
+    own = vocabulary.backend.pre_tokenizer
+    for pattern, name in PRE_TOKENIZERS.items():
+        steps = [Split(Regex(pattern), "isolated"), ByteLevel(False, use_regex=False)]
+        cuts = pre_tokenizers.Sequence(steps).pre_tokenize_str(CUTS)
+        if own and own.pre_tokenize_str(CUTS) == cuts and not description.get("normalizer"):
+            return name
+    raise TokenizerError(
+        f"{vocabulary.file}: llama.cpp knows no tokenizer that cuts texts like this one "
+        f"({json.dumps(description.get('pre_tokenizer'))[:200]}), expected one of the family."
+    )
 
 
 def _pieces(
