@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_package_and_nothing_at_the_top(wheel):
         target + "/" + file.relative_to(ROOT / folder).as_posix()
         for folder, target in FOLDERS.items()
         for file in (ROOT / folder).rglob("*")
-        if file.suffix in (".py", ".pyi", ".yaml", ".typed", ".j2")
+        if file.suffix in (".py", ".pyi", ".yaml", ".typed", ".j2", ".json")
         and "__pycache__" not in file.parts
     ]
     assert package == sorted(expected)

@@ -191,7 +191,7 @@ def test_only_the_same_base_is_shared_and_before_it_is_served(place, tmp_path):
 def test_each_process_of_a_machine_has_its_own_gpu(place, monkeypatch, rank):
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
     devices = []
     monkeypatch.setattr(phi3_load, "fill", lambda model, values, device: devices.append(device))
     load_model(place / "gqa")
@@ -243,7 +243,7 @@ def test_what_no_keys_say_is_to_be_merged(place, tmp_path):
         ("gqa", "for-wide", {}, AdapterError, "is not an adapter of this base"),
         ("mini", "for-wide", {}, AdapterError, "is not an adapter of this base"),
         ("gqa", None, {"dtype": "fp16"}, ConfigError, "'fp16' must be one of bf16, fp32"),
-        ("gqa", None, {"device": "tpu"}, ConfigError, "'tpu' must be 'cpu', 'cuda' or null"),
+        ("gqa", None, {"device": "tpu"}, ConfigError, "'tpu' must be one of 'cpu', 'cuda', 'xpu'"),
         ("gqa", None, {"quantize": True}, ConfigError, "cannot be stored in NF4"),
     ],
 )
