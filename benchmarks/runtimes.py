@@ -381,28 +381,17 @@ def shortened(text: str) -> str:
 UNEXPLAINED = "not explained yet"
 CAUSES = (
     ("llama.cpp", "", "window", "llama.cpp computes Phi-3 without its sliding window"),
-    (
-        "PEFT 0.10",
-        "",
-        "window",
-        "transformers 4.43 has the window in flash attention alone",
-    ),
+    ("vLLM", "peft", "DoRA|whole|rows", "vLLM does not take such adapters: merge"),
+    ("PEFT 0.10", "", "window", "transformers 4.43 has the window in flash attention alone"),
     ("PEFT 0.10", "", "Phi-4", "transformers 4.43 does not know partial_rotary_factor"),
+    ("PEFT 0.10", "peft", "rows", "PEFT 0.10 has no trainable_token_indices: merge"),
     ("MLX", "", "window", "mlx-lm computes Phi-3 without its sliding window"),
-    (
-        "MLX",
-        "",
-        "(128k|3.5|mini):",
-        "mlx-lm takes LongRoPE's long factors for short texts too",
-    ),
+    ("MLX", "", "(128k|3.5|mini):", "mlx-lm takes LongRoPE's long factors for short texts too"),
+    ("ONNX", "", "window", "a text longer than the window is refused by onnxruntime's attention"),
     ("ONNX", "peft", "DoRA", "the model builder passes over DoRA's magnitudes: merge"),
+    ("ONNX", "peft", "rows", "the model builder passes over rows of tokens: merge"),
     ("ONNX", "peft", "embedding$", "the model builder passes over the LoRA of an embedding: merge"),
-    (
-        "ONNX",
-        "peft",
-        "head$",
-        "the model builder makes no valid graph of it: merge",
-    ),
+    ("ONNX", "peft", "head$", "the model builder makes no valid graph of it: merge"),
 )
 """Why a form does not agree: runtime, form, what is in the name of the row, and the cause there."""
 
@@ -410,7 +399,7 @@ CAUSES = (
 def cause(runtime: str, kind: str, row: str) -> str | None:
     """Return why a runtime does not compute this, if that is known and its own doing."""
     for name, its_kind, words, why in CAUSES:
-        if name == runtime and its_kind in ("", kind) and re.search(words, row):
+        if name == runtime and kind.startswith(its_kind) and re.search(words, row):
             return why
     return None
 

@@ -126,6 +126,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` takes; 16 if it is not given."""
 
 
+REFUSED = "correct what is named; convert and merge refuse it, too"
+"""What to do where nothing here reads an adapter either."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What one runtime makes of an adapter."""
@@ -166,7 +170,7 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
         "vLLM": f"--enable-lora --max-lora-rank {least} --lora-modules NAME={folder}",
         "llama.cpp": f"convert_lora_to_gguf.py --base BASE {folder}, then --lora",
     }
-    instead, judged = _instead(adapter, base), []
+    instead, judged = _instead(adapter, base), list[Verdict]()
     for runtime in RUNTIMES:
         status, reasons = LOADS, list[str]()
         for name, detail in properties:
@@ -175,6 +179,8 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
             if reason is not None:
                 reasons.append(reason)
         advice = use[runtime] if status == LOADS else instead[runtime]
+        if advice == REFUSED and judged and judged[0].status == LOADS:
+            advice = "only PEFT computes it; convert and merge refuse it, too"
         judged.append(Verdict(runtime, status, tuple(dict.fromkeys(reasons)), advice))
     return judged
 
@@ -192,7 +198,7 @@ def _instead(adapter: "PeftFolder", base: Phi3Config | None) -> dict[str, str]:
         except (AdapterError, CheckpointError) as error:
             problems = [str(error)]
     if problems:
-        return dict.fromkeys(RUNTIMES, "correct what is named; convert and merge refuse it, too")
+        return dict.fromkeys(RUNTIMES, REFUSED)
     tied = base is None or base.tie_word_embeddings
     whole = any(adapter.with_kind(kind) for kind in (MAGNITUDE, NEW_ROWS, "saved"))
     of_tied = tied and {"lm_head", "model.embed_tokens"} & {*adapter.adapted}
