@@ -110,6 +110,11 @@ def prepared(preparation: Preparation, options: UseOptions) -> Store:
         raise DataError(_no_sample(store, preparation))
     store.findings.log(store.rows)
     _log_passed_over(preparation.sources)
+    new = preparation.tokenizer.new_tokens
+    if unseen := [str(new[number].entry["content"]) for number in store.lacking(new)]:
+        sources = ", ".join(source.name for source in preparation.sources)
+        text = f"tokenizer.add_tokens: no sample of {sources} has {', '.join(map(repr, unseen))}"
+        log_rank_zero(logger, harmless(text), logging.WARNING)
     return store
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,6 +192,15 @@ class Store:
         tokens, trained = self._files
         ids = np.frombuffer(os.pread(tokens, 4 * length, 4 * start), np.int32)
         return Tokens(ids, np.frombuffer(os.pread(trained, length, start), np.bool_))
+
+    def lacking(self, ids: Iterable[int]) -> list[int]:
+        """Return which of these tokens no sample has; reads on until all are found."""
+        left, at, (tokens, _) = [*ids], 0, self._files
+        while left and (block := os.pread(tokens, 1 << 22, at)):
+            some = np.frombuffer(block, np.int32)
+            left = [number for number in left if not (some == number).any()]
+            at += len(block)
+        return left
 
     def is_intact(self) -> bool:
         """Whether tokens and labels have the hash that they were written with.

@@ -123,3 +123,12 @@ def test_a_text_that_is_not_read_as_its_token_is_told(folder, tmp_path, caplog):
     anywhere = {"content": "<call>", "normalized": False}
     dataset = chat_dataset(phi3_tokenizer(folder, add_tokens=[anywhere]), file)
     assert not dataset.findings.counts[UNREAD_TOKEN]
+
+
+def test_a_token_that_no_sample_has_is_told(folder, tmp_path, caplog):
+    file = str(write(tmp_path / "rows.jsonl", [{"question": "a <call> b", "answer": "c"}]))
+    chat_dataset(phi3_tokenizer(folder, add_tokens=["<call>"]), file)
+    assert "tokenizer.add_tokens" not in caplog.text
+    chat_dataset(phi3_tokenizer(folder, add_tokens=["<call>", "<cell>"]), file)
+    assert "rows.jsonl has '<cell>'" in caplog.text
+    assert "tokenizer.add_tokens: no sample of " in caplog.text
