@@ -81,6 +81,8 @@ def register() -> None:
     try:
         if not any(isinstance(finder, _TorchtuneFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _TorchtuneFinder())
+        if "torchtune" in sys.modules:  # where torchtune brings torch, which brings us
+            _quiet_torchao()
     except Exception as error:
         _warn("cannot watch for torchtune", error)
 

@@ -132,7 +132,11 @@ class _Axis:
         else:
             low, high = min(low, values[0]), max(high, values[-1])
         self._low, self._high = self._scale(low), self._scale(high)
-        self.ticks = [Tick(self.place(value), rounded(value, 6)) for value in values]
+        texts = [rounded(value, 6) for value in values]
+        if not logarithmic and not any("e" in text for text in texts):  # one precision for all
+            places = max(len(text.partition(".")[2]) for text in texts)
+            texts = [number(value, places) for value in values]
+        self.ticks = [Tick(self.place(v), text) for v, text in zip(values, texts, strict=True)]
 
     def place(self, value: float) -> float:
         room = self._high - self._low

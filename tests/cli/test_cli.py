@@ -381,9 +381,17 @@ def test_a_shell_is_told_how_a_word_goes_on(phi3_tune, monkeypatch):
     assert asked == ["phi3-tune"]
 
 
+@pytest.mark.slow
+def test_they_are_not_shown_where_torchtune_is_the_first_to_import_torch():
+    code = "import torchtune, torchao.prototype.mx_formats"  # as `tune` does it
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_torchaos_warnings_are_not_shown_and_others_are(caplog):
     import torchtune  # noqa: F401
 
+    caplog.clear()  # of what is said where nothing has imported it before
     kernel, enum = logging.getLogger("torchao"), logging.getLogger("torch.utils._pytree")
     kernel.warning("Failed to load /x/_C_mxfp8.so: Could not load this library: /x/_C_mxfp8.so")
     enum.warning("%s is an Enum subclass and is now natively supported by torch.compile", 1)

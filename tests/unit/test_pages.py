@@ -543,7 +543,9 @@ def test_a_chart_of_many_steps_shows_its_spikes_and_can_be_read_off():
 def test_axes_name_round_values_within_the_chart():
     made = chart("Rate", [Curve("Rate", [(1, 0.0), (366, 0.004)])], from_zero=True)
     assert [tick.text for tick in made.xs] == ["100", "200", "300"]
-    assert (made.ys[0], made.ys[-1]) == ((0.0, "0"), (100.0, "0.004"))
+    assert (made.ys[0], made.ys[-1]) == ((0.0, "0.000"), (100.0, "0.004"))
+    tiny = chart("Rate", [Curve("Rate", [(1, 0.0), (2, 4e-5)])])
+    assert [tick.text for tick in tiny.ys][:2] == ["0", "1e−05"]
     of_one = chart("Rate", [Curve("Rate", [(7, 3.0)])])
     assert of_one.xs == [(50.0, "7")] and of_one.lines[0].marks
     spiked = chart("Loss", [Curve("Loss", [(1, 1.0), (2, 2.0), (3, 1e6)])])
