@@ -269,6 +269,10 @@ def write_merged(out: Path, model: Model) -> None:
     merge_into(out, model.base, ours(model), dtype="fp32")
 
 
+FORMS["merged, int4"] = write_merged
+"""The runtime rounds it."""
+
+
 @form("merged, f16")
 def write_merged_gguf(out: Path, model: Model) -> None:
     """Write a model for llama.cpp with the adapter in its weights."""
@@ -293,6 +297,7 @@ COLUMNS = (
     ("llama.cpp", "merged"),
     ("llama.cpp", "merged, f16"),
     ("ONNX", "merged"),
+    ("ONNX", "merged, int4"),
     ("MLX", "merged"),
 )
 """What is loaded where. Folders become GGUF and ONNX files by the converters of the runtimes."""
@@ -309,6 +314,7 @@ def job(id: str, model: Model, written: Path, kind: str) -> dict:
         "steps": STEPS,
         "context": model.context,
         "rank": model.rank,
+        "type": "int4" if kind.endswith("int4") else "fp32",
     }
 
 
@@ -387,7 +393,8 @@ CAUSES = (
     ("PEFT 0.10", "peft", "rows", "PEFT 0.10 has no trainable_token_indices: merge"),
     ("MLX", "", "window", "mlx-lm computes Phi-3 without its sliding window"),
     ("MLX", "", "(128k|3.5|mini):", "mlx-lm takes LongRoPE's long factors for short texts too"),
-    ("ONNX", "", "window", "a text longer than the window is refused by onnxruntime's attention"),
+    ("ONNX", "", "window", "onnxruntime-genai computes Phi-3 without its sliding window"),
+    ("ONNX", "merged, int4", "", "four bits round the weights, here random ones, of small models"),
     ("ONNX", "peft", "DoRA", "the model builder passes over DoRA's magnitudes: merge"),
     ("ONNX", "peft", "rows", "the model builder passes over rows of tokens: merge"),
     ("ONNX", "peft", "embedding$", "the model builder passes over the LoRA of an embedding: merge"),

@@ -16,8 +16,9 @@ def run(job: dict) -> Answer:
     with tempfile.TemporaryDirectory() as folder:
         model = job["model"]
         if not list(Path(model).glob("*.onnx")):
-            given = [f"adapter_path={job['adapter']}"] if job["adapter"] else []
-            told = ("", model, folder, "fp32", "cpu", f"{folder}/cache")
+            given = ["windowed_kv_cache=false"]  # as phi3_plugin/checkpoint/onnx.py tells it
+            given += [f"adapter_path={job['adapter']}"] if job["adapter"] else []
+            told = ("", model, folder, job["type"], "cpu", f"{folder}/cache")
             create_model(*told, **parse_extra_options(*told, given))
             model = folder
         loaded = og.Model(model)

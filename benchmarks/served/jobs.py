@@ -1,8 +1,9 @@
 """What the programs of this folder share: jobs come in a file, each answer is a line of another.
 
 A job: ``id``, ``model`` (a folder), ``adapter`` (a folder, a file or null), ``prompt`` (token ids),
-``steps`` (how many tokens to choose), ``context`` (for how many the runtime has to reckon). The
-answer: ``tokens`` and ``logits [steps, V]``, or ``error``.
+``steps`` (how many tokens to choose), ``context`` (for how many the runtime has to reckon) and
+``type`` (of the weights, where the runtime makes its model itself). The answer: ``tokens`` and
+``logits [steps, V]``, or ``error``.
 """
 
 import json

@@ -166,8 +166,8 @@ def _unfit(adapter: Adapter) -> Iterator[str]:
     """Yield what the builder passes over in silence, or breaks at."""
     if adapter.is_dora:
         yield "magnitude: DoRA's are passed over."
-    if adapter.saved:
-        yield f"{', '.join(sorted(adapter.saved))}: weights that are trained whole."
+    if whole := {**adapter.saved, **adapter.rows}:
+        yield f"{', '.join(sorted(whole))}: weights or rows of them that are trained whole."
     if ends := sorted({TOK_EMBEDDINGS, OUTPUT} & adapter.ranks.keys()):
         yield f"{', '.join(ends)}: an adapter on embedding or head."
 

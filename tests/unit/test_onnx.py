@@ -99,7 +99,8 @@ def test_a_merged_model_is_given_in_its_place(base, builder):
         ({"dora": True}, "magnitude: DoRA's are passed over"),
         ({"inner": "output"}, "output: an adapter on embedding or head"),
         ({"inner": "tok_embeddings"}, "tok_embeddings: an adapter on embedding or head"),
-        ({"saved": "output.weight"}, r"output\.weight: weights that are trained whole"),
+        ({"saved": "output.weight"}, r"output\.weight: weights or rows"),
+        ({"rows": "tok_embeddings"}, "tok_embeddings: weights or rows of them that are trained"),
     ],
 )
 def test_what_the_builder_would_pass_over_is_to_be_merged(base, builder, keys, message):
@@ -108,7 +109,8 @@ def test_what_the_builder_would_pass_over_is_to_be_merged(base, builder, keys, m
     out = builder()
     inner = (*WHOLE, keys["inner"]) if "inner" in keys else WHOLE
     saved = {keys["saved"]: torch.ones(160, 64)} if "saved" in keys else {}
-    made = adapter(read_config(base), inner, dora=keys.get("dora", False), saved=saved)
+    rows = {keys["rows"]: {3: torch.ones(64)}} if "rows" in keys else {}
+    made = adapter(read_config(base), inner, dora=keys.get("dora", False), saved=saved, rows=rows)
     with pytest.raises(AdapterError, match=message) as error:
         write_onnx(out, base, "int4", made)
     assert "adapter merge --to onnx" in str(error.value)
