@@ -87,7 +87,7 @@ def for_stdout(text: str) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def fitted(text: str, *, is_terminal: bool | None = None) -> str:
+def in_lines(text: str, *, is_terminal: bool | None = None) -> str:
     """Return a text whose lines a terminal need not break within a word.
 
     For anything else it stays as it is: whoever searches a log finds sentences whole.

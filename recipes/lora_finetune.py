@@ -39,7 +39,7 @@ from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
-from phi3_plugin.terminal import fitted, outlived
+from phi3_plugin.terminal import in_lines, outlived
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.cached_reference import compare_with_cached
 from phi3_plugin.train.data import (
@@ -431,13 +431,13 @@ class Finetune:
         if not self.world.is_main:
             return
         if self.is_lora:
-            print(fitted(served_by(folder)))
+            print(in_lines(served_by(folder)))
         if interrupted:
-            print(fitted(f"Saved {folder}. Repeat the command with resume=auto to go on."))
+            print(in_lines(f"Saved {folder}. Repeat the command with resume=auto to go on."))
             return
         print(f"Saved {folder}.")
         if self.s.prove and self.is_lora:
-            print(fitted(str(proof_of_run(folder, self.s.checkpoint_dir))))
+            print(in_lines(str(proof_of_run(folder, self.s.checkpoint_dir))))
         if self.s.push_to_hub:
             print(f"Uploaded to {upload.push(folder, self.s.push_to_hub)}.")
 
@@ -462,7 +462,7 @@ class Finetune:
                 f"{self.last.folder}. Nothing was trained or written. Raise max_steps or epochs to "
                 "train on, or set another output_dir for another run."
             )
-            print(fitted(text))
+            print(in_lines(text))
 
     def close(self) -> None:
         """Leave signals and the folder to others, however the run has ended."""

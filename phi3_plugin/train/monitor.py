@@ -18,7 +18,7 @@ from phi3_plugin.errors import CheckpointError, OutputError
 from phi3_plugin.options import spelled
 from phi3_plugin.redaction import as_config, redacted
 from phi3_plugin.settings import Settings
-from phi3_plugin.terminal import fitted
+from phi3_plugin.terminal import in_lines
 from phi3_plugin.train.checkpoints import LastCheckpoint
 from phi3_plugin.train.curve import open_logger
 from phi3_plugin.train.step import StepResult
@@ -401,7 +401,7 @@ class Progress:
     def print(self, text: str) -> None:
         """Write text above the bar."""
         if self._bar is not None:
-            self._bar.write(fitted(text, is_terminal=True), file=self._stream)
+            self._bar.write(in_lines(text, is_terminal=True), file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 

@@ -11,7 +11,7 @@ import torch
 
 from phi3_plugin.errors import DataError
 from phi3_plugin.launch import STOPPED
-from phi3_plugin.terminal import fitted
+from phi3_plugin.terminal import in_lines
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.world import World
 
@@ -183,6 +183,6 @@ class Stop:
     def _say(self, text: str) -> None:
         # print() fails if the signal came within another one
         if self._world.is_main:
-            text = fitted(f"\nphi3_plugin: {text}\n", is_terminal=os.isatty(2))
+            text = in_lines(f"\nphi3_plugin: {text}\n", is_terminal=os.isatty(2))
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, text.encode())

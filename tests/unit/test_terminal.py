@@ -8,7 +8,7 @@ import pytest
 
 from phi3_plugin import terminal
 from phi3_plugin.errors import DataError
-from phi3_plugin.terminal import fitted, harmless, outlived, show_error
+from phi3_plugin.terminal import harmless, in_lines, outlived, show_error
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_what_joins_nothing_is_spelled_out(text, expected):
 def test_lines_break_between_words_in_a_terminal_alone(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     text = "Saved.\nThe quick brown fox jumps over /a/folder/of-a-long-name.\n  short"
-    lines = fitted(text, is_terminal=True).splitlines()
+    lines = in_lines(text, is_terminal=True).splitlines()
     assert lines == [
         *("Saved.", "The quick brown fox", "jumps over", "/a/folder/of-a-long-name.", "  short")
     ]
-    assert fitted(text) == text  # which goes into a log
+    assert in_lines(text) == text  # which goes into a log
 
 
 def test_an_error_is_shown_and_does_nothing(capsys):
