@@ -189,13 +189,7 @@ def test_the_run_is_that_of_torchtunes_dpo_recipe(cwd, monkeypatch):
     same_weights(load_adapter(out / "final"), load_adapter(cwd / "stock" / "epoch_1"))
 
 
-FULL = {
-    "model": {
-        "_component_": "phi3_plugin.models.phi3",
-        "checkpoint_dir": "${checkpoint_dir}",
-    },
-    "save_adapter_weights_only": False,
-}
+WHOLE = {"_component_": "phi3_plugin.models.phi3", "checkpoint_dir": "${checkpoint_dir}"}
 
 
 @pytest.mark.exhaustive
@@ -203,8 +197,9 @@ FULL = {
 def test_torchtunes_distributed_dpo_recipes_take_our_pairs(recipe, cwd):
     cfg = OmegaConf.load(CONFIG)
     if recipe == "full_dpo_distributed":
-        cfg = OmegaConf.merge(cfg, FULL, {"ref_checkpointer": cfg.checkpointer})
-        del cfg.checkpointer["lora_dropout"], cfg.ref_checkpointer["lora_dropout"]
+        cfg = OmegaConf.merge({**cfg, "model": WHOLE}, {"ref_checkpointer": cfg.checkpointer})
+        for section in (cfg.checkpointer, cfg.ref_checkpointer):
+            del section["lora_dropout"], section["save_adapter_weights_only"]
     OmegaConf.save(cfg, cwd / "stock.yaml")
     keys = ("checkpoint_dir=base", "output_dir=out", "dataset.source=pairs.jsonl", "dtype=fp32")
     sizes = ("batch_size=2", "gradient_accumulation_steps=1", "epochs=2", "optimizer.fused=False")
@@ -215,8 +210,9 @@ def test_torchtunes_distributed_dpo_recipes_take_our_pairs(recipe, cwd):
     (log,) = (cwd / "out" / "logs").iterdir()
     told = [line for line in log.read_text().splitlines() if "loss:" in line]
     seen = [float(line.split("loss:")[1].split()[0]) for line in told]
-    assert seen[0] == pytest.approx(0.6931472, abs=1e-4)
-    assert seen[-1] < 0.6
+    told_as = 2 if "lora" in recipe else 1  # that one tells the sum over both processes
+    assert seen[0] == pytest.approx(told_as * 0.6931472, abs=1e-4)
+    assert seen[-1] < 0.9 * seen[0]
     weights = "adapter_model.safetensors" if "lora" in recipe else "model.safetensors.index.json"
     assert list((cwd / "out" / "epoch_1").glob(weights.split(".")[0] + "*"))
 
