@@ -60,7 +60,7 @@ def write_model(
         folder: Has the model's config.json, tokenizer and, where there are, generation_config.json
             and README.md. Its name is the model's where the card gives it none.
         shapes: Our name and the shape of each weight.
-        weight: Gives one when it is written; one is in memory at a time.
+        weight: Gives one; the next is asked for, by another thread, while the last is written.
         quantization: Type of all weights that are matrices. In ``q4_0`` the head has ``q8_0``.
 
     Returns:
@@ -100,11 +100,24 @@ def write_model(
             writer.write_ti_data_to_file()
             for values in factors.values():
                 writer.write_tensor_data(values)
-            for name, kind in kinds.items():
-                writer.write_tensor_data(_encoded(gguf, to_hf(name), weight(name), kind))
+            for name, value in _read_ahead([*kinds], weight):
+                writer.write_tensor_data(_encoded(gguf, to_hf(name), value, kinds[name]))
         finally:
             writer.close()
     return [*_differences(vocabulary, config)]
+
+
+def _read_ahead(
+    names: Sequence[str], weight: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights; the next one is made while the last one is written."""
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(weight, names[0])
+        for name, following in pairwise([*names, names[-1]]):
+            value = coming.result()
+            if following != name:
+                coming = ahead.submit(weight, following)
+            yield name, value
 
 
 def _check_room(file: Path, size: int) -> None:

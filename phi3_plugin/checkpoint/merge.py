@@ -110,8 +110,8 @@ def merge_into(
 ) -> MergeReport:
     """Write a model that computes what base and adapter compute, as a checkpoint folder or a file.
 
-    One shard is in memory at a time; of a file for llama.cpp one weight. Sums are in fp32 and
-    rounded once.
+    One shard is in memory at a time; of a file for llama.cpp a weight and the next. Sums are in
+    fp32 and rounded once.
 
     Args:
         out: The folder to create, or the file.
