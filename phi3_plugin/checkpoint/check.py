@@ -112,7 +112,7 @@ def known_verdicts() -> dict[tuple[str, str], list[tuple[str, str]]]:
     return known
 
 
-def told(name: str, detail: str, runtime: str) -> tuple[str, str | None]:
+def verdict_of(name: str, detail: str, runtime: str) -> tuple[str, str | None]:
     """Return what a runtime makes of a property, and the reason, where there is one to tell."""
     (_, verdict), *others = known_verdicts().get((name, runtime), [("", LOADS)])
     reason = REASONS[name].format(detail)
@@ -174,7 +174,7 @@ def verdicts(folder: str | Path, base: Phi3Config | None = None) -> list[Verdict
     for runtime in RUNTIMES:
         status, reasons = LOADS, list[str]()
         for name, detail in properties:
-            verdict, reason = told(name, detail, runtime)
+            verdict, reason = verdict_of(name, detail, runtime)
             status = max(status, verdict, key=WORST.index)
             if reason is not None:
                 reasons.append(reason)

@@ -31,7 +31,7 @@ from phi3_plugin.errors import AdapterError, CheckpointError, MissingFileError
 from phi3_plugin.options import OnnxType
 
 BUILDER = "onnxruntime_genai.models.builder"
-PACKAGES = {
+ONNX_PACKAGES = {
     "onnxruntime_genai": "onnxruntime-genai",
     "onnx": "onnx",
     "onnx_ir": "onnx-ir",
@@ -52,7 +52,9 @@ def check_builder() -> None:
     Raises:
         MissingFileError: A package is not installed; all are named.
     """
-    if missing := [package for module, package in PACKAGES.items() if find_spec(module) is None]:
+    if missing := [
+        package for module, package in ONNX_PACKAGES.items() if find_spec(module) is None
+    ]:
         raise MissingFileError(
             "A model of ONNX Runtime is made by onnxruntime-genai's builder, for which here is no "
             f"{', no '.join(missing)}. Install what is missing: pip install {' '.join(missing)}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
 
-from phi3_plugin.checkpoint.onnx import PACKAGES, merge_onnx, onnx_differs, write_onnx
+from phi3_plugin.checkpoint.onnx import ONNX_PACKAGES, merge_onnx, onnx_differs, write_onnx
 from phi3_plugin.checkpoint.peft import TOKENIZER_FILES, export_adapter
 from phi3_plugin.config import read_config
 from phi3_plugin.data import phi3_tokenizer
@@ -18,8 +18,8 @@ from tests.adapters import PARTS, WHOLE, adapter
 from tests.chosen import some
 from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
 
-for package in PACKAGES:
-    pytest.importorskip(package, reason=f"needs {PACKAGES[package]}")
+for package in ONNX_PACKAGES:
+    pytest.importorskip(package, reason=f"needs {ONNX_PACKAGES[package]}")
 
 SIZES = {"vocab_size": 416, "eos_token_id": 357, "pad_token_id": 357, "torch_dtype": "float32"}
 """The builder takes any layer with as many rows as the vocabulary for the head."""
