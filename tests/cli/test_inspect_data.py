@@ -83,8 +83,11 @@ def test_the_numbers_are_those_of_the_samples(inspect, folder):
 
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda file: file.stem)
-def test_every_config_is_taken_as_it_is(inspect, config):
-    code, out, _ = inspect("dtype=bf16", config=config)
+def test_every_config_is_taken_as_it_is(inspect, config, tmp_path):
+    pairs = [{"prompt": f"Add {i}", "chosen": "one", "rejected": "two"} for i in range(20)]
+    paired = "preference" in OmegaConf.load(config).dataset._component_
+    rows = [rows_file(tmp_path, *(json.dumps(pair) + "\n" for pair in pairs))] if paired else []
+    code, out, _ = inspect("dtype=bf16", *rows, config=config)
     assert code == 0 and "Rows                    20 read" in out
 
 
