@@ -1,10 +1,10 @@
 """How fast answers come, beside transformers' ``generate`` and PEFT, in one process, interleaved.
 
-    python benchmarks/generation.py [--layers 4] [--dtype bf16] [--rounds 5] [--only prefill,decode]
+    python benchmarks/generation.py [--preset full] [--layers 4] [--device cpu] [--only prefill]
 
-Random weights of Phi-3-mini's width, which is what the speed depends on. Each row is a question of
-its own; a round asks every contestant once, and the median over rounds counts. Prints tokens a
-second and ratios; asserts nothing.
+Random weights of Phi-3-mini's width, which is what the speed depends on, or of another preset's of
+training_cases.py. Each row is a question of its own; a round asks every contestant once, and the
+median over rounds counts. Prints tokens a second and ratios; asserts nothing.
 
 Needs the packages of the `hf` extra and 2 GB a contestant.
 """
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from load_memory import CONFIG
+from environments import setting
 from safetensors.torch import save_file
 from torch import Tensor
-from training_limit import machine, synchronize
+from training_cases import PRESETS, sized
+from training_limit import machine
 
 from phi3_plugin.checkpoint.base import expected_shapes
 from phi3_plugin.config import parse_config
@@ -121,30 +122,29 @@ def questions() -> Iterator[Question]:
     yield Question("batch of 8 after 16, adapter", prompts(*[16] * 8), 48, adapted=True)
 
 
-def write_base(folder: Path, layers: int, dtype: torch.dtype) -> None:
-    """Write a checkpoint with random weights."""
-    keys = {**CONFIG, "num_hidden_layers": layers}
+def write_base(folder: Path, keys: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    """Write a checkpoint with random weights, drawn on a device: a GPU takes no time for it."""
     (folder / "config.json").write_text(json.dumps(keys))
     torch.manual_seed(0)
     shapes = expected_shapes(parse_config(keys))
-    values = {name: random(shape, dtype) for name, shape in shapes.items()}
+    values = {name: random(shape, dtype, device).cpu() for name, shape in shapes.items()}
     save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def random(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
     """Return weights of the size that a model has."""
-    return (
-        torch.ones(*shape, dtype=dtype) if len(shape) == 1 else STD * torch.randn(*shape).to(dtype)
-    )
+    if len(shape) == 1:
+        return torch.ones(*shape, dtype=dtype)
+    return (STD * torch.randn(*shape, device=device)).to(dtype)
 
 
-def write_adapter(base: Path, folder: Path, dtype: torch.dtype) -> Any:
+def write_adapter(base: Path, folder: Path, dtype: torch.dtype, device: str) -> Any:
     """Write an adapter with random weights, and return transformers' model and PEFT's."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     given = AutoModelForCausalLM.from_pretrained
-    plain, other = (given(base, dtype=dtype).eval() for _ in range(2))
+    plain, other = (given(base, dtype=dtype).to(device).eval() for _ in range(2))
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"
     )
@@ -181,7 +181,6 @@ def measured(
         for name, call in calls.items():
             start = time.perf_counter()
             count = call()
-            synchronize(torch.device("cpu"))
             if turn:  # the first one sets up
                 speeds[name].append((read or count) / (time.perf_counter() - start))
     return speeds
@@ -190,7 +189,9 @@ def measured(
 def main() -> None:
     """Write a base, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="size of the model")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
@@ -201,14 +202,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         base, adapter = Path(name) / "base", Path(name) / "adapter"
         base.mkdir()
-        write_base(base, args.layers, DTYPES[args.dtype])
-        plain, adapted = write_adapter(base, adapter, DTYPES[args.dtype])
-        new = partial(load_model, base, dtype=args.dtype, device="cpu")
+        write_base(base, sized(args.preset, args.layers), DTYPES[args.dtype], args.device)
+        plain, adapted = write_adapter(base, adapter, DTYPES[args.dtype], args.device)
+        new = partial(load_model, base, dtype=args.dtype, device=args.device)
         pair = new(), new(adapter)
         serve(*pair)
         models = {"theirs": plain, "theirs + adapter": adapted}
         models |= dict(zip(("ours", "ours + adapter"), pair, strict=True))
-        print(f"{machine()}; Phi-3-mini's width, {args.layers} layers, {args.dtype}\n")
+        print(f"{setting('transformers', 'peft')}; {machine()}")
+        print(f"{args.preset}, {args.layers} layers, {args.dtype}\n", flush=True)
         race(asked, models, args)
         quantized = new(quantize=True)
         serve(quantized)

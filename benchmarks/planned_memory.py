@@ -1,17 +1,18 @@
 """The peak that the planner predicts for a training step, against the measured one.
 
-    python benchmarks/planned_memory.py [--width 1024] [--layers 4] [--tokens 2048] [--case NAME]...
+    python benchmarks/planned_memory.py [--width 1024] [--layers 4] [--device cuda] [--case NAME]...
 
 Random weights, Phi-3-mini's vocabulary, bf16, adapters in fp32 on all four layers, four documents.
-Each case takes three steps on the CPU in a process of its own. Measured is what the process had
-resident at most (VmHWM), less what it had after a step of a tiny model, which loads the libraries.
-Prints one row a case; asserts nothing. Linux only.
+Each case takes three steps in a process of its own. Measured is what the process had resident at
+most (VmHWM), or allocated on the GPU, less what it had after a step of a tiny model, which loads
+the libraries. Prints one row a case; asserts nothing. Linux only.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from environments import setting, table
+from training_limit import machine
 
 from phi3_plugin.data.collate import concatenate
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--labelled", type=float, default=0.66, help="share of them")
     parser.add_argument("--case", action="append", choices=CASES)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--alone", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
@@ -67,9 +70,10 @@ def main() -> None:
         command = [sys.executable, *sys.argv, "--alone", case]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         predicted, measured = json.loads(done.stdout.splitlines()[-1])
+        print(case, predicted, measured, file=sys.stderr)
         apart = f"{predicted / measured - 1:+.1%}"
         rows.append([case, f"{predicted / MB:.0f}", f"{measured / MB:.0f}", apart])
-    print(setting())
+    print(f"{setting()}; {machine()}")
     print(f"width {args.width}, {args.layers} layers, {args.tokens} tokens\n")
     print(table(["case", "predicted, MB", "measured, MB", "apart"], rows))
 
@@ -83,14 +87,15 @@ def both(args: argparse.Namespace) -> tuple[int, int]:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         model = built(config, kind, again)
-    work = Work((length,) * DOCUMENTS, labelled * DOCUMENTS)
+    world = World(args.device)
+    joined = world.device.type == "cuda"
+    work = Work((length,) * DOCUMENTS, labelled * DOCUMENTS, joined=joined)
     predicted = estimate(model, work, adamw, again).total
     give_memory_back()
-    steps(built(replace(sized(256, 1), vocab_size=256), kind, 1), 64, 32)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident("VmRSS")
-    steps(built(config, kind, again), length, labelled)
-    return predicted, resident("VmHWM") - before
+    steps(world, partial(built, replace(sized(256, 1), vocab_size=256), kind, 1), 64, 32)
+    before = restart(args.device)
+    steps(world, partial(built, config, kind, again), length, labelled)
+    return predicted, highest(args.device) - before
 
 
 def sized(width: int, layers: int) -> Any:
@@ -117,8 +122,9 @@ def built(config: Any, kind: str, recomputed: int) -> Any:
     return model
 
 
-def steps(model: Any, length: int, labelled: int) -> None:
-    """Train three steps on random documents whose ends are labelled."""
+def steps(world: World, make: Callable[[], Any], length: int, labelled: int) -> None:
+    """Build a model and train it three steps on random documents whose ends are labelled."""
+    model = world.build(make, torch.bfloat16)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad])
     vocabulary = model.tok_embeddings.num_embeddings
     for _ in range(3):
@@ -129,7 +135,22 @@ def steps(model: Any, length: int, labelled: int) -> None:
             {"tokens": row.tolist(), "labels": targets.tolist()}
             for row, targets in zip(tokens, labels, strict=True)
         ]
-        train_step(World("cpu"), model, optimizer, sft, [concatenate(samples)], 1.0)
+        train_step(world, model, optimizer, sft, [concatenate(samples)], 1.0)
+
+
+def restart(device: str) -> int:
+    """Let the peak count from here, and return what is taken now, in bytes."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def highest(device: str) -> int:
+    """Return the peak, in bytes."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
 
 
 def resident(kind: str) -> int:

@@ -9,8 +9,10 @@ Each round trains every contestant for one step on the same samples, in an order
 and measures the matrix product in between. What is printed of a case: the median of its useful
 tokens a second (padding does not count), that over the limit of training_limit.py, that over
 the simple count of 4 FLOP x all parameters x useful tokens (6 with --recompute), the median of
-its lead over "PEFT" in the same round, and the loss and the seconds of its first step, which is
-not timed otherwise. Losses of the first step are of equal weights, and must be equal to 2 %.
+its lead over PEFT and torchtune in the same round, and the loss and the seconds of its first step,
+which is not timed otherwise. Losses of the first step are of equal weights, and must be equal to
+2 %. A case that cannot be built or fails in training is named and left out; after the latter the
+exit code is 1.
 
     ours                 the steps of our recipe
     torchtune            torchtune's own model, its recipe's step, its configs' loss; padded right
@@ -27,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -51,6 +54,7 @@ CASES: dict[str, Callable[[Setup], Case]] = {
     "PEFT, packed": partial(peft, packed=True),
     "TRL": trl,
 }
+PEERS = "PEFT", "PEFT, packed", "torchtune", "torchtune, packed"
 TOLERANCE = 0.02
 
 
@@ -76,7 +80,10 @@ def main() -> None:
     cases = built(args.case or list(CASES), setup)
     found, roofline = race(cases, steps, setup)
     report(args, setup, [work_of(samples) for samples in steps[1:]], roofline, found)
-    footer(setup, cases)
+    if args.footer:
+        footer(setup, cases)
+    if failed := [name for name in cases if name not in found]:
+        raise SystemExit(f"Failed: {failed}; see above.")
 
 
 def built(names: list[str], setup: Setup) -> dict[str, Case]:
@@ -86,8 +93,16 @@ def built(names: list[str], setup: Setup) -> dict[str, Case]:
         try:
             cases[name] = CASES[name](setup)
         except Skipped as reason:
-            print(f"Left out: {name}, since {reason}.", file=sys.stderr)
+            print(f"Left out: {name}, since {reason}.\n")
+        except Exception as error:  # of somebody else's code, on a machine that we do not know
+            print(f"Failed: {name}, {told(error)}\n")
     return cases
+
+
+def told(error: Exception) -> str:
+    """Return what an error says first; the rest goes to the terminal."""
+    traceback.print_exception(error, limit=-5)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def race(
@@ -102,8 +117,15 @@ def race(
     for number, samples in enumerate(steps):
         roofline.measure()
         for name in order[number % len(order) :] + order[: number % len(order)]:
-            found[name].append(one_step(cases[name], samples, setup.device))
-            print(number, name, found[name][-1], file=sys.stderr)
+            if name not in found:
+                continue
+            try:
+                found[name].append(one_step(cases[name], samples, setup.device))
+            except Exception as error:  # such as too little memory, which others may not need
+                print(f"Failed: {name}, {told(error)}\n")
+                del found[name]
+            else:
+                print(number, name, found[name][-1], file=sys.stderr)
         if number == 0:
             check_equal({name: results[0].loss for name, results in found.items()})
     return found, roofline
@@ -152,6 +174,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--adapter-dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--liger", action="store_true", help="PEFT computes with Liger's kernels")
+    parser.add_argument(
+        "--footer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="what starting and saving take, too",
+    )
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device, for a column of MFU")
     return parser
 
@@ -217,7 +245,7 @@ def cells(
         f"of {n}": f"{speed / limit:.2f}"
         for n, limit in zip(("limit", "simple"), limits, strict=True)
     }
-    for other in [other for other in ("PEFT", "torchtune") if other in found]:
+    for other in [peer for peer in PEERS if peer in found]:
         both = zip(steps, found[other][1:], strict=True)
         lead = statistics.median(theirs.seconds / own.seconds for own, theirs in both)
         shown[f"x {other}"] = f"{lead:.2f}"

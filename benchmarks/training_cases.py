@@ -43,6 +43,13 @@ PRESETS = {
 """The values of `SIZES`; all else is Phi-3-mini-4k's, the vocabulary too."""
 
 
+def sized(preset: str, layers: int | None) -> dict[str, Any]:
+    """Return the config.json of a preset, with another number of layers if that is given."""
+    sizes = dict(zip(SIZES, PRESETS[preset], strict=True))
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
+    return {**CONFIG, **sizes, "num_key_value_heads": sizes["num_attention_heads"]}
+
+
 class Skipped(Exception):
     """This case cannot run here; says why."""
 
@@ -78,9 +85,7 @@ class Setup:
     @cached_property
     def keys(self) -> dict[str, Any]:
         """The model's config.json."""
-        sizes = dict(zip(SIZES, PRESETS[self.preset], strict=True))
-        sizes["num_hidden_layers"] = self.layers or sizes["num_hidden_layers"]
-        return {**CONFIG, **sizes, "num_key_value_heads": sizes["num_attention_heads"]}
+        return sized(self.preset, self.layers)
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
