@@ -26,7 +26,7 @@ from phi3_plugin.data.order import hold_out
 from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
-from phi3_plugin.inspect import arrays, is_chat_dataset, place_of, source_name
+from phi3_plugin.inspect import arrays, is_chat_dataset, is_text_dataset, place_of, source_name
 from phi3_plugin.pages.numbers import MINUS, count, number
 from phi3_plugin.prompts import as_line, too_long
 from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, Settings
@@ -96,6 +96,8 @@ def evaluation_data(
         section = {**section, "_component_": CHAT_DATASETS[0]}
     if is_chat_dataset(section):  # each conversation is a sample of its own
         section = {**section, "packed": False, "split_documents": False}
+    if is_text_dataset(section):
+        section = {**section, "packed": False}
     rest, part = hold_out(
         instantiate(section, tokenizer), 0.0 if s.dataset_val else s.val_fraction or 0.0, s.seed
     )

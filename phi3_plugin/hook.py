@@ -45,6 +45,7 @@ _RECIPES_OF = {
     "phi3_mini_qlora_1gpu": ("phi3_lora_finetune",),
     "phi3_mini_qlora_8gpu": ("phi3_lora_finetune",),
     "phi3_mini_full_8gpu": ("phi3_lora_finetune",),
+    "phi3_mini_text": ("phi3_lora_finetune",),
     "phi3_adapter": ("phi3_adapter",),
     "phi3_generate": ("phi3_generate",),
 }

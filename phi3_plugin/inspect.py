@@ -37,7 +37,7 @@ from phi3_plugin.data.preferences import PreferenceDataset
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
 from phi3_plugin.pages.numbers import count, percent
-from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, Settings
+from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, TEXT_DATASETS, Settings
 from phi3_plugin.train.data import FEW_STEPS, RunData
 
 # Shapes: N samples, S tokens of one of them, L conversations that gave no sample
@@ -53,6 +53,11 @@ def is_chat_dataset(section: Mapping[str, Any]) -> bool:
     return section["_component_"] in CHAT_DATASETS
 
 
+def is_text_dataset(section: Mapping[str, Any]) -> bool:
+    """Whether a section of a YAML is a data set of documents, whose samples are windows of them."""
+    return section["_component_"] in TEXT_DATASETS
+
+
 def source_name(section: Mapping[str, Any]) -> str:
     """Return where the rows of a section come from, or what makes them."""
     source = section.get("source") or section["_component_"]
@@ -64,7 +69,8 @@ def all_rows(settings: Settings) -> Settings:
     """Return settings under which rows that cannot be used are counted, and stop nothing."""
 
     def dropping(section: Any) -> Any:
-        knows = section and section["_component_"] in (*CHAT_DATASETS, *PREFERENCE_DATASETS)
+        ours = (*CHAT_DATASETS, *PREFERENCE_DATASETS, *TEXT_DATASETS)
+        knows = section and section["_component_"] in ours
         return {**section, "bad_rows": "drop"} if knows else section
 
     val = dropping(settings.dataset_val)
@@ -351,6 +357,7 @@ def statistics(
     things = "packs" if isinstance(data.order.dataset, Packs) else "samples"
     tokens, labelled = tokens_per_epoch(data.order.dataset, samples)
     padded = pads(data.collate)
+    is_text = is_text_dataset(settings.dataset)  # nothing of it is lost, and no turn ends
     answers = samples
     if isinstance(dataset, PreferenceDataset):  # a limit is that of a prompt with one answer
         answers = survey(dataset.single(), data.tokenizer.stop_tokens)
@@ -374,9 +381,9 @@ def statistics(
         steps=data.total_steps,
         padded=padded,
         stock=stock_steps(stock, settings.epochs) if stock else None,
-        cuts=cuts(answers, lost, named, limit=limit, truncate=truncate),
+        cuts=[] if is_text else cuts(answers, lost, named, limit=limit, truncate=truncate),
         alike=alike(samples),
-        endless=int((~samples.stops).sum()),
+        endless=0 if is_text else int((~samples.stops).sum()),
         endless_uncut=int((~samples.stops & (samples.full <= samples.lengths)).sum()),
         held_out=_held_out(data, samples),
     )
@@ -516,8 +523,9 @@ def _batchings(
     if settings.shuffle and padded:
         orders[GROUPED] = order(dataset, group_by_length=True)
     limit = getattr(data.tokenizer, "max_seq_len", None)
-    if limit is not None and is_chat_dataset(settings.dataset):
-        orders[PACKED] = order(Packs(dataset, limit, seed=settings.dataset.get("seed", 0)))
+    section = settings.dataset
+    if limit is not None and (is_chat_dataset(section) or is_text_dataset(section)):
+        orders[PACKED] = order(Packs(dataset, limit, seed=section.get("seed", 0)))
     mine = GROUPED if chosen.group_by_length else UNGROUPED
     if isinstance(chosen.dataset, Packs):
         mine = PACKED

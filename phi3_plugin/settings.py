@@ -476,6 +476,7 @@ CHAT_DATASETS = ("phi3_plugin.data.chat_dataset", "phi3_plugin.data.dataset.chat
 PREFERENCE_DATASETS = (
     *("phi3_plugin.data.preference_dataset", "phi3_plugin.data.preferences.preference_dataset"),
 )
+TEXT_DATASETS = ("phi3_plugin.data.text_dataset", "phi3_plugin.data.text.text_dataset")
 CONCATENATE = "phi3_plugin.data.collate.concatenate"
 
 WHOLE_MODELS = ("phi3_plugin.models.phi3", "phi3_plugin.models.phi3_mini")

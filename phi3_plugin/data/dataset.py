@@ -157,7 +157,7 @@ def _conflicts(o: Any, tokenizer: Phi3Tokenizer) -> Iterator[str]:
         yield "dataset.packed: True needs the length of a pack. Set tokenizer.max_seq_len."
     if getattr(o, "split_documents", False) and not o.packed:
         yield "dataset.split_documents: True needs dataset.packed=True."
-    if o.tool_calls is not None and tokenizer.special_in_text == "text":
+    if getattr(o, "tool_calls", None) is not None and tokenizer.special_in_text == "text":
         yield (
             "dataset.tool_calls: special tokens that it writes into messages would become text "
             "with tokenizer.special_in_text=text. Set that to parse."

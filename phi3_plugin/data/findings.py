@@ -21,7 +21,8 @@ FILTERED = "do not pass the filter"
 CUT_AWAY = "have nothing to train on within max_seq_len"
 TOO_LONG = "are longer than max_seq_len"
 SAME_ANSWERS = "have two answers that do not differ"
-DROPPED = (BROKEN, UNUSABLE, FILTERED, SAME_ANSWERS, CUT_AWAY, TOO_LONG)
+NO_TEXT = "have no text"
+DROPPED = (BROKEN, UNUSABLE, FILTERED, SAME_ANSWERS, NO_TEXT, CUT_AWAY, TOO_LONG)
 """Why a row gives no sample."""
 
 TRUNCATED = "are cut at max_seq_len"
@@ -38,7 +39,7 @@ NOTICED = (
 """What was noticed about rows that do."""
 
 LOGGED = (
-    *(BROKEN, UNUSABLE, SAME_ANSWERS, CUT_AWAY, TOO_LONG, TRUNCATED),
+    *(BROKEN, UNUSABLE, SAME_ANSWERS, NO_TEXT, CUT_AWAY, TOO_LONG, TRUNCATED),
     *(DROPPED_MESSAGE, UNREAD_TOKEN, PASSED_OVER),
 )
 """What is logged; `phi3-tune inspect-data` shows all."""

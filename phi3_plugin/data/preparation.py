@@ -113,7 +113,7 @@ class Preparation:
     tokenizer: Phi3Tokenizer
     sources: Sequence[Source]
     options: Any
-    """`SampleOptions`, or what a data set of answers has in their place."""
+    """`SampleOptions`, or what another data set has in their place."""
 
     @cached_property
     def settings(self) -> dict[str, Any] | None:
@@ -121,7 +121,7 @@ class Preparation:
         content = [source.fingerprint() for source in self.sources]
         if None in content:
             return None
-        names = [field.name for field in fields(SampleOptions)]
+        names = [field.name for field in fields(SampleOptions) if hasattr(self.options, field.name)]
         return {
             "content": content,
             "sources": [[*map(str, s.files or ()), s.settings()] for s in self.sources],
@@ -142,7 +142,7 @@ class Preparation:
             try:
                 for rows in self._rendered(writer):
                     texts = [rendered for _, rendered in rows]
-                    waiting.append((rows, pool.submit(self.tokenizer.encode_chats, texts)))
+                    waiting.append((rows, pool.submit(self.encode, texts)))
                     if len(waiting) > WAITING:
                         self.append(*waiting.popleft(), writer)
                 while waiting:
@@ -224,6 +224,10 @@ class Preparation:
             if any(piece.said and tokens.search(piece.text) for piece in rendered.pieces):
                 findings.add(SPECIAL_IN_TEXT, row.where)
 
+    def encode(self, texts: Sequence[Rendered]) -> TokenizedChats:
+        """Encode what was rendered."""
+        return self.tokenizer.encode_chats(texts)
+
     def append(
         self, rows: Sequence[RenderedRow], encoding: Future[TokenizedChats], writer: StoreWriter
     ) -> None:
@@ -231,7 +235,7 @@ class Preparation:
         chats = encoding.result()
         if self.tokenizer.new_tokens:
             for (row, rendered), tokens in zip(rows, chats.split(), strict=True):
-                self._notice_unread(row, rendered, tokens, writer.findings)
+                self.notice_unread(row, rendered, tokens, writer.findings)
         full = chats.lengths
         limit = self.tokenizer.max_seq_len
         if limit is not None and (full > limit).any():
@@ -250,7 +254,7 @@ class Preparation:
         kept_rows = [row for (row, _), keep in zip(rows, kept, strict=True) if keep]
         writer.append(chats.select(kept), full[kept], kept_rows)
 
-    def _notice_unread(
+    def notice_unread(
         self, row: ChatRow, rendered: Rendered, tokens: Tokens, findings: Findings
     ) -> None:
         """Tell of texts that were to be one token and are not, as behind a letter for a Phi-3."""
@@ -283,8 +287,7 @@ class Preparation:
             if not first:
                 continue
             readable = [row.value for _, row in first if isinstance(row.value, dict)]
-            reads = self.tokenizer.template.reads
-            format = _format(readable, source, self.options.tool_calls, reads)
+            format = self.format_of(readable, source)
             shape = f"{source.name}: read as {format}"
             for index, row in chain(first, rows):
                 if isinstance(row.value, DataError):
@@ -294,6 +297,14 @@ class Preparation:
                     if noticed is not None and isinstance(found, ChatRow):
                         noticed.add_columns(shape, unread)
                     yield found
+
+    def format_of(self, first: Sequence[dict[str, Any]], source: Source) -> Format:
+        """Return how the rows of a source are read, judged by the first, at least one.
+
+        Raises:
+            DataError: No format fits.
+        """
+        return _format(first, source, self.options.tool_calls, self.tokenizer.template.reads)
 
     def _conversation(
         self, source: int, index: int, where: str, row: dict[str, Any], format: Format

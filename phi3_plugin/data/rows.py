@@ -35,19 +35,27 @@ Placed = Iterator[tuple[str, Any]]
 """What a reader yields: ``:line`` or ``[index]``, and the row, or why it cannot be read."""
 
 
-def file_rows(file: Path) -> Iterator[Row]:
+def file_rows(file: Path, column: str | None = None) -> Iterator[Row]:
     """Read the rows of a file; one that is broken by itself becomes an error in its place.
 
     Little more than one row is held at a time, however long the file is; only the text of a JSON
-    list is held whole.
+    list, or of a document, is held whole.
+
+    Args:
+        file: Where they are.
+        column: Where the text of a file stands that is one document, see `DOCUMENTS`. None: such
+            files hold no rows.
 
     Raises:
         DataError: The file cannot be read at all, or not from some place on.
     """
-    suffix = suffix_of(file.name)
+    documents = column is not None
+    suffix = suffix_of(file.name, documents=documents)
     if not suffix:
-        raise DataError(f"dataset.source: {file} must end in {SUFFIXES_IN_WORDS}.")
+        raise DataError(f"dataset.source: {file} must end in {suffixes_in_words(documents)}.")
     _refuse_other_content(file, suffix)
+    if column is not None and suffix in DOCUMENTS:
+        return iter([Row(str(file), _document(file, column))])
     return (make_row(f"{file}{place}", value) for place, value in READERS[suffix](file))
 
 
@@ -58,10 +66,21 @@ def make_row(where: str, value: Any) -> Row:
     return Row(where, value)
 
 
-def suffix_of(name: str) -> str:
-    """Return which of `SUFFIXES` a name ends in, in whatever case; empty if in none."""
+def suffix_of(name: str, *, documents: bool = False) -> str:
+    """Return which of `SUFFIXES` a name ends in, in whatever case; empty if in none.
+
+    Args:
+        name: Of a file.
+        documents: Whether those of `DOCUMENTS` count too.
+    """
     lower = name.lower()
-    return next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), "")
+    known = (*SUFFIXES, *DOCUMENTS) if documents else SUFFIXES
+    return next((suffix for suffix in known if lower.endswith(suffix)), "")
+
+
+def suffixes_in_words(documents: bool) -> str:
+    """Return what the name of a file must end in."""
+    return f".txt, .md, {SUFFIXES_IN_WORDS}" if documents else SUFFIXES_IN_WORDS
 
 
 OTHER_CONTENT = {
@@ -98,6 +117,8 @@ def _refuse_other_content(file: Path, suffix: str) -> None:
                 f"dataset.source: {file} holds {content}. Rename it so that it ends in {right}."
             )
     for start, problem in UNREADABLE_CONTENT.items():
+        if suffix in DOCUMENTS and start.startswith(b"<"):
+            continue  # a document may be one of markup
         if head.lower().lstrip(b" \t\r\n\xef\xbb\xbf").startswith(start.lower()):
             raise DataError(f"dataset.source: {file} {problem}.")
 
@@ -152,6 +173,24 @@ def _check_utf8(text: str) -> None:
         ) from None
 
 
+# Documents: a file is one
+
+
+def _document(file: Path, column: str) -> dict[str, Any] | DataError:
+    r"""Return the whole text as one row. Its lines end in ``\n``, whatever the file has."""
+    with _opened(file) as stream:
+        text, more = stream.read(LONGEST_LINE), stream.read(1)
+    if more:
+        return DataError(f"the text has more than {LONGEST_LINE:,} characters")
+    if "\0" in text:
+        return DataError("it is no text: it holds a byte 0, as binary files do")
+    try:
+        _check_utf8(text)
+    except ValueError as error:
+        return DataError(str(error))
+    return {column: text}
+
+
 # JSON: one value a line, or the elements of one list
 
 HEAD_CHARACTERS = 1 << 16
@@ -160,7 +199,7 @@ HEAD_CHARACTERS = 1 << 16
 EXPECTED_JSON = "Expected one list of objects, or one object a line."
 
 LONGEST_LINE = 100_000_000
-"""Characters of a line at most: a small packed file can hold one that fills the memory."""
+"""Characters of a line or document at most: a small packed file can hold one that fills memory."""
 
 SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -640,6 +679,9 @@ READERS: Mapping[str, Callable[[Path], Placed]] = {
     ".parquet": _parquet_rows,
 }
 """What reads a file, by what its name ends in, in upper or lower case."""
+
+DOCUMENTS = tuple(text + packing for packing in ("", *PACKED) for text in (".txt", ".md"))
+"""How the names of files end that are one document each; conversations are in none."""
 
 SUFFIXES = tuple(READERS)
 SUFFIXES_IN_WORDS = f"{', '.join(TEXTS)} (each also with {', '.join(PACKED)}), .arrow or .parquet"

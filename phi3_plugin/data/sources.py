@@ -17,12 +17,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phi3_plugin.data.formats import FORMATS, known_formats, prompt_columns
 from phi3_plugin.data.rows import (
-    SUFFIXES_IN_WORDS,
     Row,
     file_rows,
     join_turns,
     make_row,
     suffix_of,
+    suffixes_in_words,
     without_added,
 )
 from phi3_plugin.data.turns import ROLE, ROLES, key_names
@@ -32,6 +32,7 @@ from phi3_plugin.options import (
     AnyText,
     Count,
     Kind,
+    Name,
     Positive,
     Switch,
     made,
@@ -98,17 +99,9 @@ _ROLES = Kind(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """How rows are read: said for all sources, or in the dictionary of one."""
+class RowOptions:
+    """Which rows are read: said for all sources, or in the dictionary of one."""
 
-    format: Annotated[Annotated[str, _FORMAT] | None, Advice(known_formats())] = None
-    """One of `phi3_plugin.data.formats.FORMATS`; by default recognized from the first rows."""
-    columns: Annotated[dict[str, str], _COLUMNS] | None = None
-    """Role to column name, for rows that no format fits; or where the list of messages is."""
-    prompt: AnyText | None = None
-    """What the user says, with columns in braces, as in ``"{instruction}\\n\\n{context}"``."""
-    roles: Annotated[dict[str, str], _ROLES] | None = None
-    """What names of roles in lists of messages mean, as in ``{human: user}``."""
     split: AnyText | None = None
     """Which part of a hub data set, or of a folder that has parts, see `splits_of`. None is
     ``train``, or the only one that a folder has."""
@@ -122,6 +115,28 @@ class SourceOptions:
     """Take the first so many rows, of those that pass the filter."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(RowOptions):
+    """How conversations are read: said for all sources, or in the dictionary of one."""
+
+    format: Annotated[Annotated[str, _FORMAT] | None, Advice(known_formats())] = None
+    """One of `phi3_plugin.data.formats.FORMATS`; by default recognized from the first rows."""
+    columns: Annotated[dict[str, str], _COLUMNS] | None = None
+    """Role to column name, for rows that no format fits; or where the list of messages is."""
+    prompt: AnyText | None = None
+    """What the user says, with columns in braces, as in ``"{instruction}\\n\\n{context}"``."""
+    roles: Annotated[dict[str, str], _ROLES] | None = None
+    """What names of roles in lists of messages mean, as in ``{human: user}``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentOptions(RowOptions):
+    """How documents are read: said for all sources, or in the dictionary of one."""
+
+    column: Name = "text"
+    """The column whose text is a document, of files that hold several."""
+
+
 @dataclass(frozen=True)
 class Source(SourceOptions):
     """One source of rows, checked. In a configuration ``name`` is called ``source``."""
@@ -133,6 +148,8 @@ class Source(SourceOptions):
     """The local files; None is the hub."""
     weight: float = 1.0
     """How often an epoch sees each sample, see :func:`phi3_plugin.data.order.repeats`."""
+    column: str | None = None
+    """The column that is a document; None: rows are conversations."""
     passed_over: tuple[str, ...] = field(default=(), compare=False)
     """Files of a folder that are not read, and are not known to hold no rows."""
 
@@ -147,7 +164,7 @@ class Source(SourceOptions):
         row = None
         passed = 0
         taken = 0
-        recognized = not (self.format or self.columns or self.prompt)
+        recognized = not (self.format or self.columns or self.prompt or self.column)
         rows = join_turns(self._all_rows()) if recognized else self._all_rows()
         for row in rows:
             if passes is not None and isinstance(row.value, dict):
@@ -191,7 +208,7 @@ class Source(SourceOptions):
 
     def _all_rows(self) -> Iterator[Row]:
         if self.files is not None:
-            yield from chain.from_iterable(map(file_rows, self.files))
+            yield from chain.from_iterable(file_rows(file, self.column) for file in self.files)
             return
         try:
             for i, row in enumerate(self._hub):
@@ -218,13 +235,14 @@ class Source(SourceOptions):
         )
 
 
-def read_sources(source: object, common: SourceOptions | None = None) -> list[Source]:
+def read_sources(source: object, common: RowOptions | None = None) -> list[Source]:
     """Check what ``dataset.source`` says, and find the local files.
 
     Args:
         source: A name as in `Source`; or a dictionary of ``source``, perhaps ``weight``, and of
-            `SourceOptions`; or a list of either.
-        common: Options of those that do not say otherwise.
+            options; or a list of either.
+        common: Options of those that do not say otherwise, `SourceOptions` or `DocumentOptions`,
+            and which of the two a dictionary may have.
 
     Raises:
         ConfigError: No source is given, or options have values that they cannot have: all are
@@ -233,6 +251,7 @@ def read_sources(source: object, common: SourceOptions | None = None) -> list[So
         DataError: The notes of a saved data set are damaged.
     """
     common = common or SourceOptions()
+    kind = DocumentOptions if isinstance(common, DocumentOptions) else SourceOptions
     listed = isinstance(source, Sequence) and not isinstance(source, str) and len(source) > 0
     entries: Sequence[Any] = source if listed else [source]  # type: ignore[assignment]
     problems = list[str]()
@@ -242,7 +261,7 @@ def read_sources(source: object, common: SourceOptions | None = None) -> list[So
         if isinstance(entry, Mapping):
             described.append(dict(entry))
             problems += _wrong_name(f"{key}.source", entry.get("source"))
-            problems += _wrong_options(key, described[-1])
+            problems += _wrong_options(key, described[-1], kind)
         else:
             described.append({"source": entry})
             problems += _wrong_name(key, entry)
@@ -253,7 +272,7 @@ def read_sources(source: object, common: SourceOptions | None = None) -> list[So
     missing = list[str]()
     for own in described:
         try:
-            sources.append(_source(own, common))
+            sources.append(_source(own, common, kind))
         except MissingFileError as error:
             missing.append(f"dataset.source: {error}")
         except ConfigError as error:
@@ -265,10 +284,10 @@ def read_sources(source: object, common: SourceOptions | None = None) -> list[So
     return sources
 
 
-def _source(own: Mapping[str, Any], common: SourceOptions) -> Source:
-    checked = made(SourceOptions, own)
+def _source(own: Mapping[str, Any], common: RowOptions, kind: type[RowOptions]) -> Source:
+    checked = made(kind, own)
     options = {}
-    for option in fields(SourceOptions):
+    for option in fields(kind):
         options[option.name] = getattr(checked if option.name in own else common, option.name)
     # One way to read the rows goes before the other
     if own.keys() & {*WAYS}:
@@ -279,7 +298,8 @@ def _source(own: Mapping[str, Any], common: SourceOptions) -> Source:
             f"{name!r} is a kind of file and names no data. Name the files themselves, as in "
             f"dataset.source=my_chats.{name if name in ('csv', 'parquet', 'arrow') else 'jsonl'}."
         )
-    found = local_files(name, options["split"], options["subset"])
+    documents = kind is DocumentOptions
+    found = local_files(name, options["split"], options["subset"], documents=documents)
     files, passed_over = (None, ()) if found is None else found
     return Source(name, files, own.get("weight", 1.0), passed_over=passed_over, **options)
 
@@ -290,9 +310,9 @@ def _wrong_name(key: str, name: object) -> list[str]:
     return [f"{key}: {name!r} must be a string. {UNSET}" if name else f"{key} is not set. {UNSET}"]
 
 
-def _wrong_options(key: str, own: Mapping[str, Any]) -> list[str]:
+def _wrong_options(key: str, own: Mapping[str, Any], kind: type[RowOptions]) -> list[str]:
     others = ("source", "weight")
-    problems = option_problems(SourceOptions, own, "a source", section=f"{key}.", others=others)
+    problems = option_problems(kind, own, "a source", section=f"{key}.", others=others)
     if "weight" in own:
         problems += mistakes(f"{key}.weight", own["weight"], Positive)
     return [*problems, *source_conflicts(own, key)]
@@ -397,13 +417,20 @@ Found = tuple[tuple[Path, ...], tuple[str, ...]]
 """The files to read, and those that are passed over."""
 
 
-def local_files(source: str, split: str | None = None, subset: str | None = None) -> Found | None:
+def local_files(
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    *,
+    documents: bool = False,
+) -> Found | None:
     """Return the files a source names, or None if it is the name of a hub data set.
 
     Args:
         source: A file, a folder, a glob or a name on the hub.
         split: Which part of it, see :attr:`SourceOptions.split`.
         subset: Which configuration, of a clone of the hub whose README.md lists some.
+        documents: Whether files that are one document each count.
 
     Raises:
         ConfigError: The source is local and has no such split or subset, or several and no
@@ -422,7 +449,7 @@ def local_files(source: str, split: str | None = None, subset: str | None = None
     if path.is_file():
         files, passed_over = [path], list[str]()
     elif path.is_dir():
-        files, passed_over = _folder_files(path)
+        files, passed_over = _folder_files(path, documents)
         splits_found = splits_of(path, files)
         if subsets := _subsets(path):
             splits_found = _subset_splits(path, files, subsets, subset)
@@ -443,13 +470,14 @@ def local_files(source: str, split: str | None = None, subset: str | None = None
         pattern = os.path.join(escape(str(there)), path.relative_to(there))
         files = [file for file in map(Path, glob(pattern, recursive=True)) if file.is_file()]
         passed_over = []
-    elif HUB_NAME.fullmatch(source) and not suffix_of(source) and not _is_mistyped(source):
+    elif _is_hub_name(source, documents):
         return None
     else:
         raise MissingFileError(f"there is no file or folder {path}.")
     if not files:
         also = f" It has: {key_names(passed_over)}." if passed_over else ""
-        raise MissingFileError(f"{source} holds no file that ends in {SUFFIXES_IN_WORDS}.{also}")
+        ends = suffixes_in_words(documents)
+        raise MissingFileError(f"{source} holds no file that ends in {ends}.{also}")
     if split not in (None, TRAIN):
         raise ConfigError(
             f"{source} is local and has no split {split!r}. Remove split, or set it for the "
@@ -553,7 +581,7 @@ def _of_name(name: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
-def _folder_files(folder: Path) -> tuple[list[Path], list[str]]:
+def _folder_files(folder: Path, documents: bool) -> tuple[list[Path], list[str]]:
     """Return the files of a folder that hold rows, with those of its folders; and what others.
 
     Hidden files are no data, nor is what accompanies a clone of the hub.
@@ -571,11 +599,13 @@ def _folder_files(folder: Path) -> tuple[list[Path], list[str]]:
             file = Path(parent) / name
             if name.startswith(".") or name.lower() in NOT_DATA:
                 continue
-            if suffix_of(name):
+            if suffix_of(name, documents=documents):
                 data += [file] if file.is_file() else []
             elif not name.lower().endswith(NOT_DATA_SUFFIXES):
                 others.append(str(file.relative_to(folder)))
         files += _without_caches(Path(parent), data)
+    if any(suffix_of(file.name) for file in files):  # the card of a data set is none of its rows
+        files = [file for file in files if file != folder / "README.md"]
     return files, others
 
 
@@ -597,6 +627,12 @@ def content_hash(files: Iterable[Path]) -> str:
         named = f"{file.name}\n{digest.hexdigest()}\n"
         whole.update(named.encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
+
+
+def _is_hub_name(name: str, documents: bool) -> bool:
+    if suffix_of(name, documents=documents) or _is_mistyped(name):
+        return False
+    return HUB_NAME.fullmatch(name) is not None
 
 
 def _is_mistyped(name: str) -> bool:

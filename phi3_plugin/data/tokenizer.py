@@ -166,9 +166,9 @@ class Phi3Tokenizer:
         self._may_drop = options.dropped == "warn"
         self.new_tokens = vocabulary.new_tokens
         """By id; those that are in no file of the checkpoint."""
-        self._disguise = None
-        if options.special_in_text == "text":
-            self._disguise = Disguise(self.backend, self.new_tokens)
+        self._disguise = self.disguise if options.special_in_text == "text" else None
+        self.text_start = vocabulary.text_start
+        """What comes in front of a text that is no chat."""
         ids: dict[str, int] = self.backend.get_vocab()
         self.vocab_size = len(ids)
         added = self.backend.get_added_tokens_decoder().items()
@@ -178,6 +178,8 @@ class Phi3Tokenizer:
         self.unk_id = named.get("unk_token")
         self.eos_id = named["eos_token"]
         self.eos_token = self.template.special_tokens["eos_token"]
+        self.text_end = ids.get("<|endoftext|>", self.eos_id)
+        """What ends such a text; the end token of a Phi-4 is that of a turn."""
         self.pad_id = named.get("pad_token", self.eos_id)
         if options.pad == "unk":
             if self.unk_id is None:
@@ -267,6 +269,31 @@ class Phi3Tokenizer:
                     first += encoding.ids[first] in added
                 trained[at + first : at + last] = True
         return TokenizedChats(ids, trained, lengths)
+
+    def encode_documents(self, texts: Sequence[str], *, special: bool) -> TokenizedChats:
+        """Encode raw texts as transformers' tokenizer does, the end-of-text token after each.
+
+        Args:
+            texts: Documents.
+            special: Whether special tokens that are written in a text are those tokens, as for
+                transformers by itself; or else the characters they are written in.
+        """
+        backend = self.backend if special else self.disguise.backend
+        with naming(self._file):
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+        documents = list[Tokens]()
+        for encoding in encodings:
+            inner = np.array(encoding.ids, np.int32)
+            inner = inner if special else self.disguise.true_ids(inner)
+            end = [] if len(inner) and inner[-1] == self.text_end else [self.text_end]
+            ids = np.array([*self.text_start, *inner, *end], np.int32)
+            documents.append(Tokens(ids, np.ones(len(ids), np.bool_)))
+        return TokenizedChats.join(documents)
+
+    @cached_property
+    def disguise(self) -> "Disguise":
+        """The tokenizer that takes special tokens in a text for text."""
+        return Disguise(self.backend, self.new_tokens)
 
     def tokenize_chats(
         self, chats: Iterable[Sequence[Turn]], *, add_generation_prompt: bool = False

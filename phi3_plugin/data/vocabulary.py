@@ -29,6 +29,8 @@ class Vocabulary(NamedTuple):
     stop_tokens: list[int]
     new_tokens: dict[int, NewToken]
     """Those that the files have not, by id."""
+    text_start: list[int]
+    """What tokenizer.json puts in front of a text that is no chat."""
 
 
 def read_vocabulary(
@@ -46,7 +48,7 @@ def read_vocabulary(
         TokenizerError: A file is broken, or of a generation that is not supported.
     """
     folder = checkpoint_folder(checkpoint_dir)
-    backend = _read_backend(_existing(folder / "tokenizer.json"))
+    backend, text_start = _read_backend(_existing(folder / "tokenizer.json"))
     settings = _read_json(folder / "tokenizer_config.json")
     _check_size(backend, folder)
     _check_agreement(backend, settings, folder)
@@ -56,20 +58,24 @@ def read_vocabulary(
     ends = (names["eos_token"], template.turn_end)
     file = folder / "tokenizer.json"
     stops = _read_stop_tokens(backend, ends, folder)
-    return Vocabulary(file, backend, template, stops, add_tokens(backend, add))
+    return Vocabulary(file, backend, template, stops, add_tokens(backend, add), text_start)
 
 
-def _read_backend(file: Path) -> Tokenizer:
+def _read_backend(file: Path) -> tuple[Tokenizer, list[int]]:
+    """Return the tokenizer without what it adds to a text, and what it would put in front."""
     with naming(file):
         backend = Tokenizer.from_file(str(file))
     # A file may carry the settings of whoever saved it; Hugging Face resets them as well.
     backend.no_truncation()
     backend.no_padding()
+    with naming(file):
+        probe = backend.encode(PROBE)
+    start = probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
     # It adds no token to a chat, and may move the borders of tokens past the spaces in them
     backend.post_processor = None
     with naming(file):
         backend.encode(PROBE, add_special_tokens=False)
-    return backend
+    return backend, start
 
 
 @contextmanager

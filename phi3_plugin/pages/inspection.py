@@ -122,16 +122,19 @@ def tables(stats: Statistics) -> list[Table]:
         for cut in stats.cuts
     ]
     title = f"If samples are {'dropped above' if stats.fate == 'dropped' else 'cut at'}"
-    return [
+    listed = [
         Table(f"Batches{'' if stats.padded or not stats.stock else STOCK_PADS}", heads, batches),
-        Table(title, (f"samples {stats.fate}", "tokens lost"), limits),
     ]
+    if limits:
+        listed.append(Table(title, (f"samples {stats.fate}", "tokens lost"), limits))
+    return listed
 
 
 def lengths_title(stats: Statistics) -> str:
     """Return what the lengths are of."""
     what = "a sample" if stats.pairs is None else "a prompt with one answer"
-    return f"Tokens of {what}{' before it is cut' if stats.fate == 'cut' else ''}"
+    is_cut = stats.fate == "cut" and stats.cuts  # windows of a document lose nothing
+    return f"Tokens of {what}{' before it is cut' if is_cut else ''}"
 
 
 def lengths_text(stats: Statistics) -> str:
@@ -139,9 +142,9 @@ def lengths_text(stats: Statistics) -> str:
     lengths = stats.lengths
     text = f"Median {lengths.median:,.0f}, 95 % have up to {lengths.p95:,.0f}"
     text += f", longest {lengths.longest:,}."
-    if stats.limit and stats.fate == "cut":
+    if stats.limit and stats.cuts and stats.fate == "cut":
         text += f" Samples are cut at {stats.limit:,}."
-    elif stats.limit:
+    elif stats.limit and stats.fate == "dropped":
         text += f" Samples of more than {stats.limit:,} are dropped."
     return text
 

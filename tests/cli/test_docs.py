@@ -87,6 +87,9 @@ def place(tmp_path_factory):
         for question, answer in pairs:
             row = {"prompt": question, "chosen": answer, "rejected": question}
             file.write(json.dumps(row) + "\n")
+    (cwd / "my_texts").mkdir()
+    for number, (question, answer) in enumerate(pairs):
+        (cwd / "my_texts" / f"{number}.txt").write_text(f"{question}\n\n{answer}\n", "utf-8")
     with (cwd / "my_pairs.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("ask", "reply"), *pairs])
     (cwd / "tiny_split.py").write_text(TINY_SPLIT)

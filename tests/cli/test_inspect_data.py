@@ -14,6 +14,7 @@ from tests import warm
 from tests.own import CONFIG, TINY, chat, merged, tiny_inputs
 
 RUNS = [f for f in sorted(CONFIG.parent.glob("*.yaml")) if "dataset" in OmegaConf.load(f)]
+TEXT = CONFIG.parent / "phi3_mini_text.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +85,26 @@ def test_the_numbers_are_those_of_the_samples(inspect, folder):
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda file: file.stem)
 def test_every_config_is_taken_as_it_is(inspect, config, tmp_path):
-    pairs = [{"prompt": f"Add {i}", "chosen": "one", "rejected": "two"} for i in range(20)]
-    paired = "preference" in OmegaConf.load(config).dataset._component_
-    rows = [rows_file(tmp_path, *(json.dumps(pair) + "\n" for pair in pairs))] if paired else []
+    pair = {"prompt": "Add", "chosen": "one", "rejected": "two"}
+    own = {"preference_dataset": pair, "text_dataset": {"text": "one plus two"}}
+    row = own.get(OmegaConf.load(config).dataset._component_.rpartition(".")[2])
+    rows = [] if row is None else [rows_file(tmp_path, *lines(*[row] * 20))]
     code, out, _ = inspect("dtype=bf16", *rows, config=config)
     assert code == 0 and "Rows                    20 read" in out
+
+
+def test_raw_text_is_shown_in_windows(inspect, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "long.txt").write_text("plus one " * 200, "utf-8")
+    (texts / "empty.md").write_text("", "utf-8")
+    settings = (f"dataset.source={texts}", "dataset.overlap=4", "batch_size=1")
+    code, out, page = inspect(*settings, config=TEXT)
+    assert code == 0 and "Rows                    2 read" in out
+    assert "left out: 1 has no text" in out
+    for text in (out, page):
+        assert "long.txt" in text and "ends a turn" not in text and "If samples are cut" not in text
+    assert "Samples are cut" not in out
 
 
 def test_bad_rows_are_shown_and_end_with_1(inspect, tmp_path):

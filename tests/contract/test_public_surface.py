@@ -50,6 +50,10 @@ CALLS = {
         "system_prompt train_on truncate add_eos bad_rows group_by held_out part seed packed "
         "split_documents cache_dir"
     ),
+    "data.text_dataset": words(
+        "tokenizer source column split subset streaming filter max_samples overlap special_in_text "
+        "group_by bad_rows held_out part seed packed cache_dir"
+    ),
     "data.ChatDataset": [],
     "data.Phi3Tokenizer": [],
     "data.collate.concatenate": words("batch padding_idx"),
@@ -199,6 +203,7 @@ FILES = {
     **dict.fromkeys(words("phi3_mini_lora_1gpu phi3_mini_qlora_1gpu"), SINGLE),
     **dict.fromkeys(words("phi3_mini_lora_8gpu phi3_mini_qlora_8gpu"), MANY),
     "phi3_mini_full_8gpu": FOR_OURS,
+    "phi3_mini_text": [*FOR_OURS, *words("tokenizer.max_seq_len dataset.overlap dataset.packed")],
     "phi3_demo": [*OF_ALL_RUNS, *OF_LORA, *OF_STOCK, "lr_scheduler.num_warmup_steps"],
     "phi3_generate": KEYS[GenerateOptions],
     "phi3_adapter": words(
