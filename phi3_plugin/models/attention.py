@@ -238,8 +238,12 @@ class Documents:
     sin: Tensor
 
     def __post_init__(self) -> None:
-        """Put the borders on the device, for the kernel."""
+        """Put the borders on the device, and find what else the kernel asks.
+
+        Here, since a compiled layer that looked at the lengths would be compiled for each pack.
+        """
         self.borders = borders_of(self.lengths, self.cos.device)
+        self.longest = max(self.lengths)
 
     def attend(self, qkv: Tensor, heads: list[int], window: int | None) -> Tensor:
         """See :meth:`Attends.attend`."""
@@ -251,10 +255,10 @@ class Documents:
     def by_kernel(self, qkv: Tensor, heads: list[int], window: int | None) -> Tensor:
         """Attend in all documents at once."""
         q, k, v = qkv[0].split(heads, dim=1)
-        longest = max(self.lengths)
         seen = (-1 if window is None else window - 1, 0)
         how: Any = {"window_size": seen, "enable_gqa": heads[0] != heads[1]}
-        out: Any = varlen_attn(q, k, v, self.borders, self.borders, longest, longest, **how)
+        ends = self.borders, self.borders, self.longest, self.longest
+        out: Any = varlen_attn(q, k, v, *ends, **how)
         attended: Tensor = out.flatten(1)[None]
         return attended
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from phi3_plugin.models import attention as module
 from phi3_plugin.models.attention import Documents, borders_of, take
@@ -84,6 +85,16 @@ def test_the_kernel_takes_what_it_is_given(heads):
     assert out.shape == (1, 50, heads[0] * 96)
     out.sum().backward()
     assert qkv.grad.shape == qkv.shape
+
+
+def test_a_compiled_layer_serves_every_pack():
+    """Once for the first pack and once for those of other sizes, not for each; shapes alone."""
+    counter = CompileCounter()
+    attend = torch.compile(lambda qkv, d: d.by_kernel(qkv, [4, 4, 4], 7), backend=counter)
+    for lengths in [(20, 30), (10, 25, 40), (5, 6, 7, 8), (50, 20), (9, 9, 9, 9, 9)]:
+        qkv = torch.empty(1, sum(lengths), 12, 16, dtype=torch.bfloat16, device="meta")
+        attend(qkv, Documents(lengths, qkv, qkv))
+    assert counter.frame_count == 2
 
 
 @pytest.mark.gpu
