@@ -101,6 +101,7 @@ def parts(args: argparse.Namespace, device: str) -> list[Part]:
     where = ["--device", "cpu" if args.tiny else "cuda"]
     sizes = ["--preset", "tiny", "--dtype", "fp32"] if args.tiny else ["--preset", "full"]
     rounds = ["--rounds", "1" if args.tiny else "6"]
+    few = ["--rounds", "1" if args.tiny else "3"]  # an answer takes as long as several steps
     layers = ["--layers", "2" if args.tiny else "32"]
     width = ["--width", "256", "--tokens", "256"]
     width = width if args.tiny else ["--width", "3072", "--tokens", "4096"]
@@ -122,11 +123,11 @@ def parts(args: argparse.Namespace, device: str) -> list[Part]:
         Part("Tests", 90, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *tests]),
         training("LoRA, recomputed", 60, again),
         training("LoRA", 50),
-        training("LoRA, compiled, recomputed", 90, compiled, again),
-        training("LoRA, compiled", 70, compiled),
+        training("LoRA, compiled, recomputed", 110, compiled, again),
+        training("LoRA, compiled", 80, compiled),
         training("LoRA, compiled, recomputed, PEFT with Liger", 70, compiled, again, "--liger"),
         training("QLoRA, recomputed", 60, "--quantize", again),
-        script("Answers", 90, "generation", *where, *sizes, *layers, *rounds, "--only", asked),
+        script("Answers", 110, "generation", *where, *sizes, *layers, *few, "--only", asked),
         *map(planned, ["LoRA, all recomputed", "LoRA", "QLoRA, all recomputed"]),
         script("Attention", 60, "attention", *where, *tokens, *rounds),
     ]
