@@ -124,6 +124,7 @@ class Finetune:
         self.loss = loss_of(self.s)
         self.state = TrainState()
         self.answers: list[str] = []  # to the sample questions, at the last validation
+        self.new_tokens: dict[int, Any] = {}  # of the tokenizer, by id
         self.settings = record(cfg)
         self.card = (redacted(cfg).get("checkpointer") or {}).get("card", {})
         self.differences: list[Change] = []  # from those of the checkpoint to go on from
