@@ -63,6 +63,24 @@ TINY_GQA = {**TINY_MHA, "num_attention_heads": 8, "num_key_value_heads": 2}
 """Published ratio of query to key heads: 4."""
 
 
+def tiny_phi4_mini(hidden_size: int, pairs: int) -> dict[str, object]:
+    """Return sizes of a tiny Phi-4-mini: LongRoPE of so many rotated pairs, and a tied head."""
+    return {
+        **TINY_GQA,
+        "hidden_size": hidden_size,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 16,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + n / 10 for n in range(pairs)],
+            "long_factor": [1.0 + n for n in range(pairs)],
+        },
+        "sliding_window": 512,
+        "tie_word_embeddings": True,
+    }
+
+
 def hf_model(published: dict, seed: int = 0, std: float = 0.06, **sizes: object) -> Phi3ForCausalLM:
     """Return transformers' fp32 model with random weights, from published values."""
     torch.manual_seed(seed)

@@ -1,14 +1,30 @@
 """Runs torchtune's own recipes from the command line, as a user does."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import torchtune
+from torchtune._recipe_registry import get_all_recipes
 
 from tests import warm
 from tests.assets import assets_dir
 from tests.oracles import MINI_4K, hf_model, save_checkpoint
+
+
+def stock_module(name: str) -> ModuleType:
+    """Return the module of torchtune's own recipe by its name, unmodified."""
+    found = next(recipe for recipe in get_all_recipes() if recipe.name == name)
+    root = torchtune.__file__.partition("torchtune/__init__")[0]
+    spec = importlib.util.spec_from_file_location("stock", f"{root}recipes/{found.file_path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 TUNE = Path(sys.executable).with_name("tune")
 """The real one, where its start is part of what is proven."""

@@ -88,11 +88,30 @@ def chat_dataset(
     """
     o = read_dataset_options(DatasetOptions, "chat_dataset", options, tokenizer)
     preparation = Preparation(tokenizer, read_sources(source, o), o)
-    store = prepared(preparation, o)
-    dataset = ChatDataset(store, repeated(store, preparation.sources, o.seed)).used(o)
-    if not o.packed or tokenizer.max_seq_len is None:
+    return dataset_of(preparation, o, split_documents=o.split_documents)
+
+
+def dataset_of(
+    preparation: Preparation, options: UseOptions, *, split_documents: bool = False
+) -> "ChatDataset | StockPacks":
+    """Return the prepared samples, in packs if that is asked for.
+
+    Args:
+        preparation: Of the rows.
+        options: How the samples are used.
+        split_documents: See :class:`phi3_plugin.data.packing.Packs`.
+
+    Raises:
+        DataError: As :func:`chat_dataset`.
+        OutputError: The tokenized data cannot be written.
+    """
+    store, tokenizer = prepared(preparation, options), preparation.tokenizer
+    chosen = repeated(store, preparation.sources, options.seed)
+    dataset = ChatDataset(store, chosen).used(options)
+    if not options.packed or tokenizer.max_seq_len is None:
         return dataset
-    packs = Packs(dataset, tokenizer.max_seq_len, seed=o.seed, split_documents=o.split_documents)
+    size = tokenizer.max_seq_len
+    packs = Packs(dataset, size, seed=options.seed, split_documents=split_documents)
     return StockPacks(packs, tokenizer.pad_id)
 
 

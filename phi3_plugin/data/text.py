@@ -21,13 +21,12 @@ from phi3_plugin.data.columns import filled_but
 from phi3_plugin.data.dataset import (
     ChatDataset,
     UseOptions,
-    prepared,
+    dataset_of,
     read_dataset_options,
-    repeated,
 )
 from phi3_plugin.data.findings import NO_TEXT, Findings, UnusedRow
 from phi3_plugin.data.formats import Format
-from phi3_plugin.data.packing import Packs, StockPacks
+from phi3_plugin.data.packing import StockPacks
 from phi3_plugin.data.preparation import LONGEST, Preparation, RenderedRow
 from phi3_plugin.data.sources import DocumentOptions, Source, read_sources
 from phi3_plugin.data.store import ChatRow, StoreWriter
@@ -82,12 +81,7 @@ def text_dataset(
             f"dataset.overlap: {o.overlap} must be less than the length of a window, which is "
             f"tokenizer.max_seq_len={limit}."
         )
-    preparation = TextPreparation(tokenizer, read_sources(source, o), o)
-    store = prepared(preparation, o)
-    dataset = ChatDataset(store, repeated(store, preparation.sources, o.seed)).used(o)
-    if not o.packed or limit is None:
-        return dataset
-    return StockPacks(Packs(dataset, limit, seed=o.seed), tokenizer.pad_id)
+    return dataset_of(TextPreparation(tokenizer, read_sources(source, o), o), o)
 
 
 @dataclass(frozen=True)

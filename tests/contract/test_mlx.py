@@ -20,27 +20,20 @@ from phi3_plugin.config import read_config
 from phi3_plugin.proof import load_base_with_hf, load_with_peft
 from tests.adapters import PARTS, WHOLE, adapter
 from tests.chosen import some
-from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
+from tests.oracles import (
+    MEDIUM_4K,
+    MINI_4K,
+    TINY_GQA,
+    TINY_MHA,
+    hf_model,
+    save_checkpoint,
+    tiny_phi4_mini,
+)
 
 mlx_lm = pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install 'mlx-lm' 'mlx[cpu]'")
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
-PAIRS = 6
-LONGROPE = {
-    "type": "longrope",
-    "short_factor": [1.0 + n / 10 for n in range(PAIRS)],
-    "long_factor": [1.0 + n for n in range(PAIRS)],
-}
-PHI4_MINI = {
-    **TINY_GQA,
-    "hidden_size": 128,
-    "max_position_embeddings": 64,
-    "original_max_position_embeddings": 16,
-    "partial_rotary_factor": 0.75,
-    "rope_scaling": LONGROPE,
-    "sliding_window": 512,
-    "tie_word_embeddings": True,
-}
+PHI4_MINI = tiny_phi4_mini(128, pairs=6)
 BASES = {
     "mini": (MINI_4K, TINY_MHA),
     "gqa": (MEDIUM_4K, TINY_GQA),

@@ -16,29 +16,22 @@ from phi3_plugin.data import phi3_tokenizer
 from phi3_plugin.proof import load_with_peft
 from tests.adapters import PARTS, WHOLE, adapter
 from tests.chosen import some
-from tests.oracles import MEDIUM_4K, MINI_4K, TINY_GQA, TINY_MHA, hf_model, save_checkpoint
+from tests.oracles import (
+    MEDIUM_4K,
+    MINI_4K,
+    TINY_GQA,
+    TINY_MHA,
+    hf_model,
+    save_checkpoint,
+    tiny_phi4_mini,
+)
 
 for package in ONNX_PACKAGES:
     pytest.importorskip(package, reason=f"needs {ONNX_PACKAGES[package]}")
 
 SIZES = {"vocab_size": 416, "eos_token_id": 357, "pad_token_id": 357, "torch_dtype": "float32"}
 """The builder takes any layer with as many rows as the vocabulary for the head."""
-PAIRS = 24  # its kernels turn multiples of eight
-LONGROPE = {
-    "type": "longrope",
-    "short_factor": [1.0 + n / 10 for n in range(PAIRS)],
-    "long_factor": [1.0 + n for n in range(PAIRS)],
-}
-PHI4_MINI = {
-    **TINY_GQA,
-    "hidden_size": 512,
-    "max_position_embeddings": 64,
-    "original_max_position_embeddings": 16,
-    "partial_rotary_factor": 0.75,
-    "rope_scaling": LONGROPE,
-    "sliding_window": 512,
-    "tie_word_embeddings": True,
-}
+PHI4_MINI = tiny_phi4_mini(512, pairs=24)  # its kernels turn multiples of eight pairs
 BASES = {
     "mini": (MINI_4K, {**TINY_MHA, "hidden_size": 128}),
     "gqa": (MEDIUM_4K, {**TINY_GQA, "hidden_size": 256}),

@@ -1,15 +1,12 @@
 """The recipe computes what transformers and PEFT, torchtune's recipe and other splits compute."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchtune
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from torchtune._recipe_registry import get_all_recipes
 from transformers import get_cosine_schedule_with_warmup
 
 from phi3_plugin.checkpoint.base import load_base_weights, to_hf, to_peft
@@ -34,6 +31,7 @@ from tests.own import (
     started,
     tiny_inputs,
 )
+from tests.stock import stock_module
 
 pytestmark = pytest.mark.slow
 
@@ -108,16 +106,6 @@ def test_twenty_steps_are_those_of_transformers_and_peft(variant, cwd):
     same_weights({rename(n): v for n, v in trained(recipe.model).items()}, theirs)
 
 
-def stock_recipe(cfg):
-    """Return torchtune's own recipe for one device, unmodified."""
-    found = next(r for r in get_all_recipes() if r.name == "lora_finetune_single_device")
-    root = torchtune.__file__.partition("torchtune/__init__")[0]
-    spec = importlib.util.spec_from_file_location("stock", f"{root}recipes/{found.file_path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LoRAFinetuneRecipeSingleDevice(cfg)
-
-
 @pytest.mark.parametrize("variant", some(["lora", "dora", "qlora"], quick={"lora", "qlora"}))
 def test_the_run_is_that_of_torchtunes_recipe(variant, cwd, monkeypatch):
     """Where torchtune drops no sample: eight rows, in their order, in steps of four."""
@@ -126,7 +114,7 @@ def test_the_run_is_that_of_torchtunes_recipe(variant, cwd, monkeypatch):
     settings = (*TINY, *VARIANTS[variant], "dataset.source=eight/rows.jsonl", "shuffle=False")
     settings += ("batch_size=2", "gradient_accumulation_steps=2", "epochs=5")
     cfg = merged(*settings, "output_dir=stock", cwd=cwd)
-    stock = stock_recipe(cfg)
+    stock = stock_module("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice(cfg)
     stock.setup(cfg)
     wrapper = "_checkpoint_wrapped_module."
     start = {name.replace(wrapper, ""): p for name, p in trained(stock._model).items()}

@@ -1,13 +1,10 @@
 """Runs on preferences: however they are split, stopped or computed, and as torchtune's recipe."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-import torchtune
 from omegaconf import OmegaConf
-from torchtune._recipe_registry import get_all_recipes
 
 from phi3_plugin.train import cached_reference
 from phi3_plugin.train import start as starting
@@ -28,7 +25,7 @@ from tests.own import (
     same_weights,
     tiny_inputs,
 )
-from tests.stock import torchrun_stock
+from tests.stock import stock_module, torchrun_stock
 
 pytestmark = pytest.mark.slow
 
@@ -150,22 +147,12 @@ def test_the_reference_may_be_computed_once(loss, cwd, monkeypatch):
         finished(*settings, *keep, "output_dir=damaged", cwd=cwd, config=CONFIG)
 
 
-def stock_recipe(cfg):
-    """Return torchtune's own recipe of DPO for one device, unmodified."""
-    found = next(r for r in get_all_recipes() if r.name == "lora_dpo_single_device")
-    root = torchtune.__file__.partition("torchtune/__init__")[0]
-    spec = importlib.util.spec_from_file_location("stock", f"{root}recipes/{found.file_path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LoRADPORecipeSingleDevice(cfg)
-
-
 def test_the_run_is_that_of_torchtunes_dpo_recipe(cwd, monkeypatch):
     """Twenty pairs, in their order, four at once: theirs logs the rewards of the last batch."""
     settings = (*TINY, "dataset.source=pairs.jsonl", "shuffle=False", "epochs=2")
     settings += ("batch_size=4", "gradient_accumulation_steps=1", "clip_grad_norm=null")
     cfg = merged(*settings, "output_dir=stock", cwd=cwd, config=CONFIG)
-    stock = stock_recipe(cfg)
+    stock = stock_module("lora_dpo_single_device").LoRADPORecipeSingleDevice(cfg)
     stock.setup(cfg)
     wrapper = "_checkpoint_wrapped_module."
     start = {
