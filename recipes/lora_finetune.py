@@ -104,7 +104,8 @@ class Finetune:
 
         Args:
             cfg: YAML and command line, merged.
-            is_announced: Whether somebody has said already what the run is going to do.
+            is_announced: Whether somebody has said already what the run is going to do, and will
+                say how to go on with it.
         """
         self.cfg = cfg
         self.is_announced = is_announced
@@ -434,7 +435,8 @@ class Finetune:
         if self.is_lora:
             print(in_lines(served_by(folder)))
         if interrupted:
-            print(in_lines(f"Saved {folder}. Repeat the command with resume=auto to go on."))
+            again = "" if self.is_announced else " Repeat the command with resume=auto to go on."
+            print(in_lines(f"Saved {folder}.{again}"))
             return
         print(f"Saved {folder}.")
         if self.s.prove and self.is_lora:

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phi3_plugin.data.formats import FORMATS, known_formats, prompt_columns
 from phi3_plugin.data.rows import (
+    DOCUMENTS,
     Row,
     file_rows,
     join_turns,
@@ -545,6 +546,8 @@ def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
     By ``data/NAME-00000-of-00001``; or else by folders whose name has one of `SPLIT_WORDS`; or
     else by files of such names. Files that match nothing are of ``train``, if no other is.
+    Documents are named by what they are about: their names count only where they are nothing but
+    such a word, and where one says ``train``.
 
     Args:
         folder: What was named as the source.
@@ -556,8 +559,9 @@ def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     names = [file.relative_to(folder).as_posix() for file in files]
     for split_of in (_of_shard, _of_folder, _of_name):
         found = [split_of(name) for name in names]
-        if not any(found):
-            continue
+        naming = [name for name, split in zip(names, found, strict=True) if split]
+        if TRAIN not in found and all(name.lower().endswith(DOCUMENTS) for name in naming):
+            continue  # a note called test.md holds nothing out
         rest = None if TRAIN in found else TRAIN
         splits = dict[str, list[Path]]()
         for file, split in zip(files, found, strict=True):
@@ -577,7 +581,10 @@ def _of_folder(name: str) -> str | None:
 
 
 def _of_name(name: str) -> str | None:
-    words = re.split(r"[-._ 0-9]+", name.rpartition("/")[2])
+    name = name.rpartition("/")[2]
+    if name.lower().endswith(DOCUMENTS):
+        return SPLIT_WORDS.get(name.partition(".")[0])
+    words = re.split(r"[-._ 0-9]+", name)
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 

@@ -9,6 +9,7 @@ import pytest
 from phi3_plugin.data import chat_dataset, phi3_tokenizer, text_dataset
 from phi3_plugin.data.findings import NO_TEXT
 from phi3_plugin.data.packing import without_padding
+from phi3_plugin.data.sources import local_files
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError
 from tests.files import write_arrow
 from tests.variants import write_checkpoint
@@ -64,6 +65,25 @@ def test_each_file_is_a_document_and_each_row_of_a_table(make, ids, tmp_path):
     expected = ["the a\nb", "the b", "the e", "the c", "the d"]
     assert sorted(tokens_of(rows)) == sorted(map(ids, expected))
     assert any("table.jsonl" in told or "url" in told for told in rows.findings.columns_told())
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (("a.txt", "test.md", "valid notes.txt"), ("a.txt", "test.md", "valid notes.txt")),
+        (
+            ("training plan.md", "test plan.md", "a.md"),
+            ("a.md", "test plan.md", "training plan.md"),
+        ),
+        (("train.txt", "test.txt", "valid.txt.gz"), ("train.txt",)),
+        (("chats_train.jsonl", "test.md"), ("chats_train.jsonl",)),
+    ],
+)
+def test_a_document_is_held_out_by_its_name_only_where_that_is_plain(tmp_path, files, read):
+    for name in files:
+        (tmp_path / name).touch()
+    found, _ = local_files(str(tmp_path), documents=True)
+    assert [path.name for path in found] == sorted(read)
 
 
 def test_a_column_of_another_name(make, ids):
