@@ -25,7 +25,7 @@ from training_limit import machine
 from phi3_plugin.data.collate import concatenate
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import MINI, adapted
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.plan import Work, estimate, give_memory_back
 from phi3_plugin.train.step import train_step
@@ -135,7 +135,7 @@ def steps(world: World, make: Callable[[], Any], length: int, labelled: int) -> 
             {"tokens": row.tolist(), "labels": targets.tolist()}
             for row, targets in zip(tokens, labels, strict=True)
         ]
-        train_step(world, model, optimizer, sft, [concatenate(samples)], 1.0)
+        train_step(world, model, optimizer, SFT(), [concatenate(samples)], 1.0)
 
 
 def restart(device: str) -> int:

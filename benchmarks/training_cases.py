@@ -25,7 +25,7 @@ from phi3_plugin.data.collate import IGNORED, concatenate
 from phi3_plugin.models.lora_settings import LoRASettings
 from phi3_plugin.models.nf4 import is_nf4, rows_of
 from phi3_plugin.models.phi3 import PRECISIONS, adapted
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.step import train_step
 from phi3_plugin.train.world import World
@@ -131,7 +131,7 @@ def ours(setup: Setup) -> Case:
 
     def step(samples: Samples) -> float:
         batches = [concatenate(samples)]
-        return train_step(world, model, optimizer, sft, batches, None).loss
+        return train_step(world, model, optimizer, SFT(), batches, None).loss
 
     return Case(model, step)
 

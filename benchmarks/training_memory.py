@@ -37,7 +37,7 @@ from training_limit import HEAD, Roofline, Work, layer_shapes, least, machine, w
 import phi3_plugin.models  # noqa: F401  or loading would be charged for the import
 from phi3_plugin.data.collate import concatenate
 from phi3_plugin.models.phi3 import PRECISIONS
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.step import train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -108,7 +108,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     recipe.data = SimpleNamespace(total_steps=1)
     recipe.setup_optimizer()
     loaded, middle = peak(), time.perf_counter()
-    rest: tuple[Any, ...] = sft, [concatenate(batch)], recipe.s.clip_grad_norm
+    rest: tuple[Any, ...] = SFT(), [concatenate(batch)], recipe.s.clip_grad_norm
     result = train_step(recipe.world, recipe.model, recipe.optimizer, *rest)
     end, highest = time.perf_counter(), peak()
     if not result.moved:

@@ -160,8 +160,8 @@ TRAINING = {
     "fsdp": one_of(None, "", [], instead=SHARDS),
     "auto_find_batch_size": one_of(False, instead="Set per_device_train_batch_size."),
     "resume_from_checkpoint": one_of(None, False, instead="Add resume=auto to the command."),
-    "neftune_noise_alpha": one_of(None, instead="Remove it."),
-    "label_smoothing_factor": one_of(0, 0.0, instead="Remove it."),
+    "neftune_noise_alpha": Rule(Positive | None, "neftune_alpha"),
+    "label_smoothing_factor": Rule(Share),
 }
 """Of TrainingArguments; `packing` and the two names of a length are handed to the trainer."""
 
@@ -356,6 +356,10 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
     betas = [get("adam_beta1", 0.9), get("adam_beta2", 0.999)]
     if betas != [0.9, 0.999]:
         out.put("optimizer.betas", betas)
+
+    if smoothing := get("label_smoothing_factor"):
+        loss = "phi3_plugin.train.losses.sft"
+        out.put("loss", {"_component_": loss, "label_smoothing": smoothing})
 
     saving = get("save_strategy", "steps")
     out.put("save_every_n_steps", get("save_steps", 500) if saving == "steps" else None)

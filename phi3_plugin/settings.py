@@ -362,6 +362,8 @@ STOCK_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 CROSS_ENTROPIES = ("CEWithChunkedOutputLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss")
 LOSS_NEUTRAL = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0, "weight": None}
+OF_ENTROPY = ("_component_", "num_output_chunks", "label_smoothing")
+"""What a section of torch's or torchtune's cross entropy may hold, whatever the values."""
 
 
 def stock_problems(given: Mapping[str, Any]) -> Iterator[str]:
@@ -386,12 +388,14 @@ def stock_problems(given: Mapping[str, Any]) -> Iterator[str]:
 PREFERENCE_LOSS = "phi3_plugin.train.losses."
 """What those of ours are called; `sft` is the cross entropy."""
 
+SFT = PREFERENCE_LOSS + "sft"
+
 STOCK_LOSSES = {"torchtune.rlhf.loss.DPOLoss": "dpo", "torchtune.rlhf.loss.dpo.DPOLoss": "dpo"}
 """Losses of torchtune's that are ones of ours, with the same options."""
 
 
 def own_loss(section: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the section of a loss under the name that it has here; None is cross entropy.
+    """Return the section of a loss under the name that it has here; None is plain cross entropy.
 
     One that asks for what no loss here does stays as it is.
     """
@@ -399,10 +403,12 @@ def own_loss(section: dict[str, Any]) -> dict[str, Any] | None:
     options = {key: value for key, value in section.items() if key != "_component_"}
     if name in STOCK_LOSSES:
         return {**section, "_component_": PREFERENCE_LOSS + STOCK_LOSSES[name]}
-    neutral = {**LOSS_NEUTRAL, "num_output_chunks": options.get("num_output_chunks")}
-    is_plain = all(neutral.get(key, ...) == value for key, value in options.items())
-    is_entropy = name.rpartition(".")[2] in CROSS_ENTROPIES
-    return None if is_plain and (is_entropy or name == PREFERENCE_LOSS + "sft") else section
+    if name.rpartition(".")[2] in CROSS_ENTROPIES and all(
+        key in OF_ENTROPY or LOSS_NEUTRAL.get(key, ...) == value for key, value in options.items()
+    ):
+        name, options = SFT, {"label_smoothing": options.get("label_smoothing", 0)}
+        section = {"_component_": name, **options}
+    return None if name == SFT and not any(options.values()) else section
 
 
 def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
@@ -413,19 +419,19 @@ def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
     """
     section, data = given.get("loss"), given.get("dataset")
     named = data.get("_component_") if isinstance(data, Mapping) else None
-    if not isinstance(section, Mapping):
+    name = section.get("_component_") if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping) or name == SFT:
         if named in PREFERENCE_DATASETS:
             yield (
-                f"loss: {spelled(section)} would learn rejected answers as well. Compare them, as "
+                f"loss: {spelled(name)} would learn rejected answers as well. Compare them, as "
                 f"with loss._component_={PREFERENCE_LOSS}dpo, or learn the chosen ones alone with "
                 "dataset._component_=phi3_plugin.data.chat_dataset."
             )
         return
-    name = section.get("_component_")
     if str(name).rpartition(".")[2] in CROSS_ENTROPIES:
         for key, value in section.items():
             is_neutral = LOSS_NEUTRAL.get(key, ...) == value
-            if key not in ("_component_", "num_output_chunks") and not is_neutral:
+            if key not in OF_ENTROPY and not is_neutral:
                 yield f"loss.{key}: {spelled(value)} is not supported by this recipe. Remove it."
         return
     try:

@@ -21,7 +21,11 @@ LOGITS = 1 << 25
 
 # Shapes: N labelled tokens, n some of them, D model, V vocabulary
 def token_logps(
-    hidden: Tensor, head: nn.Module | TiedLinear, targets: Tensor, vocabulary: int
+    hidden: Tensor,
+    head: nn.Module | TiedLinear,
+    targets: Tensor,
+    vocabulary: int,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return log p of each target, ``[N]`` in fp32.
 
@@ -30,14 +34,16 @@ def token_logps(
         head: Maps ``[n, D]`` to logits ``[n, V]``.
         targets: The token that each row predicts, ``[N]``.
         vocabulary: V.
+        label_smoothing: Share of the mean log p of all V tokens in the result, as in torch's
+            ``cross_entropy``.
     """
     rows = max(LOGITS // vocabulary // 64 * 64, 64)  # kernels like multiples of 64
     trained = _trained_parameters(head) if torch.is_grad_enabled() else []
     logps: Tensor
     if trained:
-        logps = _TrainedHead.apply(hidden, head, targets, rows, *trained)  # type: ignore[no-untyped-call]
+        logps = _TrainedHead.apply(hidden, head, targets, rows, label_smoothing, *trained)  # type: ignore[no-untyped-call]
     else:
-        logps = _FrozenHead.apply(hidden, head, targets, rows)  # type: ignore[no-untyped-call]
+        logps = _FrozenHead.apply(hidden, head, targets, rows, label_smoothing)  # type: ignore[no-untyped-call]
     return logps
 
 
@@ -52,7 +58,12 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        targets: Tensor,
+        rows: int,
+        smoothing: float,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -64,10 +75,12 @@ class _FrozenHead(torch.autograd.Function):
                 logits = head(piece)
             logp = torch.log_softmax(logits.detach().float(), dim=-1)
             at_target = torch.arange(len(logp), device=logp.device), targets[some]
-            logps[some] = logp[at_target]
+            logps[some] = _smoothed(logp[at_target], logp, smoothing)
             if slopes is not None:
                 by_logits = logp.exp_().neg_()  # in place, as it is the widest
-                by_logits[at_target] += 1
+                if smoothing:
+                    by_logits += smoothing / by_logits.shape[-1]
+                by_logits[at_target] += 1 - smoothing
                 (slopes[some],) = torch.autograd.grad(logits, piece, by_logits.to(logits.dtype))
                 del by_logits
             del logits, logp  # or they would be there beside the next ones
@@ -75,10 +88,10 @@ class _FrozenHead(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,), (g,) = ctx.saved_tensors, grads
         # In fp32: rounding the factor would turn the whole gradient
-        return (slopes.float() * g[:, None]).to(slopes.dtype), None, None, None
+        return (slopes.float() * g[:, None]).to(slopes.dtype), None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -86,13 +99,19 @@ class _TrainedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor, rows: int, *trained: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        head: nn.Module,
+        targets: Tensor,
+        rows: int,
+        smoothing: float,
+        *trained: Tensor,
     ) -> Tensor:
         ctx.rows, ctx.trained, ctx.pieces = rows, trained, []
         for some, predicted in zip(hidden.split(rows), targets.split(rows), strict=True):
             piece = some.detach().requires_grad_()
             with torch.enable_grad():
-                logps = checkpoint(_logps, piece, head, predicted, use_reentrant=False)
+                logps = checkpoint(_logps, piece, head, predicted, smoothing, use_reentrant=False)
             ctx.pieces.append((piece, logps))
         return torch.cat([logps.detach() for _, logps in ctx.pieces])
 
@@ -108,7 +127,7 @@ class _TrainedHead(torch.autograd.Function):
             sums = [_sum(total, more) for total, more in zip(sums, rest, strict=True)]
         found = zip(sums, ctx.trained, strict=True)
         by_head = [None if total is None else total.to(value.dtype) for total, value in found]
-        return torch.cat(by_hidden), None, None, None, *by_head
+        return torch.cat(by_hidden), None, None, None, None, *by_head
 
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -117,6 +136,13 @@ def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     return more.float() if total is None else total.add_(more)
 
 
-def _logps(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
+def _logps(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, smoothing: float
+) -> Tensor:
     logp = torch.log_softmax(head(hidden).float(), dim=-1)
-    return logp.gather(1, targets[:, None])[:, 0]
+    return _smoothed(logp.gather(1, targets[:, None])[:, 0], logp, smoothing)
+
+
+def _smoothed(at_target: Tensor, logp: Tensor, smoothing: float) -> Tensor:
+    """Return log p of targets, [n], with a share of the mean of all, of [n, V]."""
+    return at_target.lerp(logp.mean(-1), smoothing) if smoothing else at_target

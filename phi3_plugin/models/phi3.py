@@ -174,6 +174,7 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         lengths: Sequence[int] | None = None,
         input_pos: Tensor | None = None,
         step: Step | None = None,
+        label_smoothing: float = 0.0,
         **rest: Any,
     ) -> Any:
         """Return logits ``[B, S, V]`` as torchtune's decoder does, or with ``targets`` their log p.
@@ -189,6 +190,7 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
             lengths: Tokens of each document, which attend within themselves alone.
             input_pos: Position of each token ``[B, S]``; None counts from 0.
             step: Which cached rows the tokens ``[1, T]`` go on with; they are cached too.
+            label_smoothing: See :func:`phi3_plugin.models.logps.token_logps`.
             **rest: See torchtune's: ``mask``.
 
         Raises:
@@ -198,7 +200,7 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
             return self._next(tokens, step)
         if targets is None:
             return super().forward(tokens, input_pos=input_pos, **rest)
-        return self._logps(tokens, targets, rows, lengths, input_pos, **rest)
+        return self._logps(tokens, targets, rows, lengths, input_pos, label_smoothing, **rest)
 
     def _logps(
         self,
@@ -207,6 +209,7 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         rows: Tensor | None,
         lengths: Sequence[int] | None,
         input_pos: Tensor | None,
+        label_smoothing: float,
         **rest: Any,
     ) -> Tensor:
         """Compute what labelled tokens need alone; see :meth:`forward`."""
@@ -226,7 +229,8 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         for layer in self.layers[:-1]:
             h = layer(h, **seen)
         h = self.norm(self.layers[-1](h, rows=rows, **seen))[0]
-        return token_logps(h, self.output, targets, self.tok_embeddings.num_embeddings)
+        vocabulary = self.tok_embeddings.num_embeddings
+        return token_logps(h, self.output, targets, vocabulary, label_smoothing)
 
     def _next(self, tokens: Tensor, step: Step) -> Tensor:
         """Compute new tokens of cached rows; the step is told which layer asks it."""

@@ -13,7 +13,7 @@ from phi3_plugin.data.packing import without_padding
 from phi3_plugin.data.preferences import PreferenceDataset
 from phi3_plugin.errors import ConfigError, DataError
 from phi3_plugin.settings import Settings, component
-from phi3_plugin.train.losses import Loss, Preference, sft
+from phi3_plugin.train.losses import SFT, Loss, Preference
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def check_positions(data: RunData, positions: int) -> None:
 
 def loss_of(s: Settings) -> Loss:
     """Return the loss of a run."""
-    return sft if s.loss is None else instantiate(s.loss)
+    return SFT() if s.loss is None else instantiate(s.loss)
 
 
 def _compared(dataset: Any, loss: Loss) -> Any:

@@ -35,15 +35,29 @@ ANSWER_KEYS = frozenset(("labelled", "wanted", "reference", "mismatched", "kl", 
 
 
 # Shapes: N labelled tokens, A answers, P pairs
-def predicted(model: nn.Module, batch: Batch) -> Tensor:
-    """Return log p of each labelled token, [N]."""
-    logps: Tensor = model(**{key: batch[key] for key in batch if key not in ANSWER_KEYS})
+def predicted(model: nn.Module, batch: Batch, **asked: Any) -> Tensor:
+    """Return log p of each labelled token, [N]; or what else of it a loss has `asked` for."""
+    given = {key: batch[key] for key in batch if key not in ANSWER_KEYS}
+    logps: Tensor = model(**given, **asked)
     return logps
 
 
-def sft(logps: Tensor, batch: Batch) -> Tensor:
-    """Return the cross entropy: -log p, summed over tokens."""
-    return -logps.sum()
+@dataclass(frozen=True)
+class SFT:
+    """Cross entropy of the labelled tokens."""
+
+    label_smoothing: Share = 0.0
+    """Share of each target that all tokens of the vocabulary have in equal parts, as in torch's
+    ``cross_entropy``. Validation measures without it."""
+
+    def __call__(self, logps: Tensor, batch: Batch) -> Tensor:
+        """Return -log p, summed over tokens."""
+        return -logps.sum()
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """What the model is asked for in training beside log p; see its ``forward``."""
+        return {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
 
 
 class Answers(NamedTuple):
@@ -282,7 +296,8 @@ class KTO(Preference):
         return torch.stack([sums, torch.cat([sides.sum(1), sums.new_tensor([count])])], dim=1)
 
 
-# By which a YAML names them, beside `sft`
+# By which a YAML names them
+sft = SFT
 dpo = DPO
 simpo = SimPO
 orpo = ORPO

@@ -35,7 +35,7 @@ from phi3_plugin.errors import ConfigError
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.settings import PREFERENCE_DATASETS, Settings, read, without_weights
 from phi3_plugin.train.data import instantiate
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import model_of, prepare
 from phi3_plugin.train.world import World, pick_device
 
@@ -330,7 +330,7 @@ def footprint(model: Any, work: Work) -> tuple[int, int, int, int]:
         "lengths": (total,) if work.joined else work.lengths,
     }
     with live:
-        loss = sft(model(**batch), batch)
+        loss = SFT()(model(**batch), batch)
         highest = live.peak
         loss.backward()
         del loss

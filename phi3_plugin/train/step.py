@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phi3_plugin.data.collate import IGNORED
-from phi3_plugin.train.losses import Batch, Loss, Preference, predicted
+from phi3_plugin.train.losses import SFT, Batch, Loss, Preference, predicted
 from phi3_plugin.train.reference import compare
 from phi3_plugin.train.world import World, exact
 
@@ -64,12 +64,13 @@ def train_step(
     measures = Measures(loss, world.device)
     if isinstance(loss, Preference):
         compare(world, model, loss, batches)
+    asked = loss.asked if isinstance(loss, SFT) else {}
     # Gradients are averaged over processes; each share is scaled up to undo that.
     share = world.size / count  # without a label not finite, so that the weights stay
     total = torch.zeros((), device=count.device)
     for i, batch in enumerate(batches):
         world.before_backward(model, last=i == len(batches) - 1)
-        logps = predicted(model, batch)
+        logps = predicted(model, batch, **asked)
         summed = loss(logps, batch)
         (summed * share).backward()
         total += summed.detach()

@@ -12,7 +12,7 @@ from torchtune.modules.peft import disable_adapter
 
 from phi3_plugin.checkpoint.base import to_peft
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
 from tests import twins
 from tests.chosen import some
@@ -69,13 +69,14 @@ def as_one_row():
 
 def summed_loss(model, **instead):
     batch = {**as_one_row(), **instead}
-    return sft(model(**batch), batch)
+    return SFT()(model(**batch), batch)
 
 
-def one_by_one(logits_of):
+def one_by_one(logits_of, **options):
     """Return the summed loss by autograd over each document's whole logits."""
+    options["reduction"] = "sum"
     losses = [
-        F.cross_entropy(logits_of(tokens[None])[0, :-1].float(), labels[1:], reduction="sum")
+        F.cross_entropy(logits_of(tokens[None])[0, :-1].float(), labels[1:], **options)
         for tokens, labels in documents()
         if len(tokens) > 1
     ]
@@ -109,6 +110,29 @@ def test_loss_and_gradients_are_those_of_each_document_alone(family, variant, re
     loss = summed_loss(model)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert far(gradients(model, loss), slopes) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    some(
+        [(family, v) for family, v in CASES if v in ("lora", "whole head")],
+        {("tied", "lora"), ("gqa", "whole head")},
+    ),
+)
+def test_a_smoothed_loss_is_that_of_whole_logits_of_transformers(family, variant, bases):
+    hf, folder = bases[family]
+    model = twins.ours(folder, **VARIANTS[variant])
+    twins.train_by_hand(model)
+    theirs = twins.twin(hf, model, **VARIANTS[variant])
+    expected = one_by_one(
+        lambda tokens: theirs(input_ids=tokens, use_cache=False).logits, label_smoothing=0.2
+    )
+    slopes = {twins.in_file(name): slope for name, slope in gradients(theirs, expected).items()}
+    loss = summed_loss(model, label_smoothing=0.2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert abs(loss.item() - summed_loss(model).item()) > 1e-4 * loss.item()
+    found = {to_peft(name): slope for name, slope in gradients(model, loss).items()}
+    assert far(found, slopes) <= 1e-5
 
 
 def test_a_document_longer_than_the_window(bases):

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from phi3_plugin.data import phi3_tokenizer, text_dataset
 from phi3_plugin.data.collate import concatenate
 from phi3_plugin.data.packing import without_padding
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from tests import twins
 from tests.adapters import load_adapter
 from tests.chosen import examples
@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_transformers_with_peft(overlap, tmp_path):
         labels = batch.pop("labels")[0]
         at = (labels != -100).nonzero().squeeze(1)
         batch = {**batch, "targets": labels[at], "rows": at - 1}
-        mine, counted = mine + sft(model(**batch), batch).item(), counted + len(at)
+        mine, counted = mine + SFT()(model(**batch), batch).item(), counted + len(at)
 
     total, tokens = 0.0, 0
     for text in texts:

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.step import train_step, validate, with_targets
 from phi3_plugin.train.world import World
 from tests.tiny import rows, tiny_batch, tiny_model
@@ -15,7 +16,7 @@ def labelled(batch):
 
 def summed_loss(model, batch):
     batch = with_targets(batch)
-    return sft(model(**batch), batch)
+    return SFT()(model(**batch), batch)
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ class Run:
     def __init__(self, world, make=torch.optim.AdamW, max_norm=None, **model):
         self.world, self.max_norm = world, max_norm
         self.model = tiny_model(**model)
-        self.loss = sft
+        self.loss = SFT()
         self.optimizer = make(self.model.parameters(), lr=0.01)
 
     def step(self, batches, loss=None):
@@ -159,6 +160,20 @@ def test_validation_is_the_mean_over_all_labelled_tokens(world):
     assert validate(world, run.model, run.loss, batches) == (loss, tokens)
     assert not run.model.training
     assert all(torch.equal(value, before[name]) for name, value in run.weights.items())
+
+
+def test_smoothed_steps_are_torchs_and_validation_is_not_smoothed(world):
+    run, batch = Run(world, torch.optim.SGD), tiny_batch()
+    run.loss = SFT(label_smoothing=0.2)
+    logits, labels = run.model(batch["tokens"])[:, :-1].flatten(0, 1), batch["labels"][:, 1:]
+    mean = F.cross_entropy(logits, labels.flatten(), label_smoothing=0.2)
+    plain, _ = validate(world, run.model, run.loss, [batch])
+    assert plain == pytest.approx(F.cross_entropy(logits, labels.flatten()).item(), rel=1e-6)
+    slopes = torch.autograd.grad(mean, [*run.model.parameters()])
+    norm = torch.cat([slope.flatten() for slope in slopes]).norm()
+    result = run.step(rows(batch))
+    assert result.loss == pytest.approx(mean.item(), rel=1e-6) != plain
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
 
 
 def test_validation_without_a_label_is_a_loss_of_zero_over_no_tokens(world):

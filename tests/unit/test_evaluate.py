@@ -46,7 +46,7 @@ from phi3_plugin.generate import Answer
 from phi3_plugin.models import logps
 from phi3_plugin.pages.evaluation import LONGEST_TEXT, page_of_evaluation
 from phi3_plugin.train.data import instantiate
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.step import validate, with_targets
 from phi3_plugin.train.world import World
 from tests.inspected import Page, check_fetches_nothing
@@ -318,7 +318,7 @@ def test_each_document_is_measured_as_if_it_were_alone(model, monkeypatch, piece
 def test_the_mean_is_that_of_validation(model):
     batch = concatenate(samples())
     losses, _ = token_scores(model, with_targets(batch))
-    loss, count = validate(World("cpu"), model, sft, [batch])
+    loss, count = validate(World("cpu"), model, SFT(), [batch])
     assert len(losses) == count
     assert float(losses.double().mean()) == pytest.approx(loss, rel=1e-6)
 

@@ -68,6 +68,14 @@ def trainable(section):
     return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
+def test_smoothing_and_noise_are_ours():
+    yaml = translate(sample({"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5})).yaml
+    assert yaml["neftune_alpha"] == 5
+    loss = {"_component_": "phi3_plugin.train.losses.sft", "label_smoothing": 0.1}
+    assert yaml["loss"] == loss
+    assert "loss" not in translate(sample({"label_smoothing_factor": 0.0})).yaml
+
+
 def test_the_sample_script():
     out = translate(SAMPLE)
     assert out.yaml == {

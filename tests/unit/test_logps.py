@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchtune.modules import TiedLinear
 
 from phi3_plugin.models import logps as module
@@ -43,17 +44,20 @@ def inputs(rows=N, dtype=torch.float32):
     return torch.randn(rows, D).to(dtype).requires_grad_(), torch.randint(V, (rows,))
 
 
-def whole(hidden, head, targets):
-    return torch.log_softmax(head(hidden).float(), dim=-1).gather(1, targets[:, None])[:, 0]
+def whole(hidden, head, targets, smoothing=0.0):
+    logits = head(hidden).float()
+    return -F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("rows", [N, 64, 1, 0])
 @pytest.mark.parametrize("kind", HEADS)
-def test_values_and_gradients_are_those_of_whole_logits(kind, rows, monkeypatch):
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_values_and_gradients_are_those_of_whole_logits(kind, rows, smoothing, monkeypatch):
     """Whatever the loss weighs each row with, and however many pieces there are."""
     monkeypatch.setattr(module, "LOGITS", 64 * V)
     head, (hidden, targets) = filled(HEADS[kind]()), inputs(rows)
-    ours, theirs = token_logps(hidden, head, targets, V), whole(hidden, head, targets)
+    ours = token_logps(hidden, head, targets, V, smoothing)
+    theirs = whole(hidden, head, targets, smoothing)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert ours.dtype == torch.float32
     weights, trained = torch.randn(rows), (hidden, *parameters(head))

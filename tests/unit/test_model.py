@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import is_adapted, prepare
 from phi3_plugin.train.step import with_targets
 from tests.tiny import tiny_batch, tiny_model
@@ -13,7 +13,7 @@ from tests.tiny import tiny_batch, tiny_model
 
 def gradients(model):
     batch = with_targets(tiny_batch())
-    sft(model(**batch), batch).backward()
+    SFT()(model(**batch), batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -32,7 +32,7 @@ from phi3_plugin.models.cache import serve
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.models.phi3 import adapted
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.optimizer import parameter_groups
 from phi3_plugin.train.step import with_targets
@@ -162,7 +162,7 @@ WAYS = {
 
 def train(mode, model, batch):
     """Run what a step runs on the device, but for the way back through torch's own operations."""
-    loss = sft(model(**moved(mode, batch)), batch)
+    loss = SFT()(model(**moved(mode, batch)), batch)
     assert (loss.device, loss.dtype, loss.requires_grad) == (CUDA, torch.float32, True)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 16.0))
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -11,7 +11,7 @@ from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import adapted, decoder
 from phi3_plugin.train import plan
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.plan import (
     Estimate,
@@ -69,7 +69,7 @@ def batch():
 
 
 def summed_loss(model, batch):
-    return sft(model(**batch), batch)
+    return SFT()(model(**batch), batch)
 
 
 def kept(model):

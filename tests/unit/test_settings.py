@@ -402,6 +402,14 @@ def test_cross_entropy_is_accepted(settings, loss):
 
 
 LOSSES = "phi3_plugin.train.losses."
+
+
+@pytest.mark.parametrize("name", ["torch.nn.CrossEntropyLoss", f"{LOSSES}sft"])
+def test_a_smoothed_cross_entropy_is_ours(settings, name):
+    loss = settings(edited={"loss": {"_component_": name, "label_smoothing": 0.1}}).loss
+    assert loss == {"_component_": f"{LOSSES}sft", "label_smoothing": 0.1}
+
+
 WHOLE = {"_component_": "phi3_plugin.models.phi3", "checkpoint_dir": "x"}
 PAIRS = {"dataset._component_": "phi3_plugin.data.preference_dataset"}
 
@@ -412,9 +420,20 @@ PAIRS = {"dataset._component_": "phi3_plugin.data.preference_dataset"}
         ({"_component_": "torchtune.rlhf.loss.PPOLoss"}, PAIRS, "loss._component_: 'torchtune.rlh"),
         ("torch.nn.CrossEntropyLoss", {}, "loss: 'torch.nn.CrossEntropyLoss' must be a section"),
         (
-            {"_component_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1},
+            {"_component_": "torch.nn.CrossEntropyLoss", "label_smoothing": 1.5},
             {},
-            "loss.label_smoothing: 0.1 is not supported by this recipe. Remove it.",
+            "loss.label_smoothing: 1.5 must be at least 0 and below 1",
+        ),
+        (
+            {"_component_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1, "weight": 1},
+            {},
+            "loss.weight: 1 is not supported by this recipe. Remove it.",
+        ),
+        ({"_component_": f"{LOSSES}sft", "label_smothing": 0.1}, {}, "loss.label_smothing: 0.1 "),
+        (
+            {"_component_": f"{LOSSES}sft", "label_smoothing": 0.1},
+            PAIRS,
+            "loss: 'phi3_plugin.train.losses.sft' would learn rejected answers as well.",
         ),
         ({"_component_": f"{LOSSES}dpo", "beta": -1}, PAIRS, "loss.beta: -1 must be a number abo"),
         ({"_component_": f"{LOSSES}dpo", "form": "x"}, PAIRS, "loss.form: 'x' must be sigmoid "),

@@ -2,7 +2,7 @@
 
 import torch
 
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.step import ready, with_targets
 from tests.tiny import tiny_model
 
@@ -21,7 +21,7 @@ def test_a_single_token_predicts_nothing_and_its_gradient_is_zero():
     batch = ready(
         {"tokens": torch.tensor([[5]]), "labels": torch.tensor([[5]])}, torch.device("cpu")
     )
-    loss = sft(model(**batch), batch)
+    loss = SFT()(model(**batch), batch)
     loss.backward()
     assert loss.item() == 0 and len(batch["targets"]) == 0
     assert all(not p.grad.any() for p in model.parameters())

@@ -11,7 +11,7 @@ import torch
 
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.models.nf4 import rows_of
-from phi3_plugin.train.losses import sft
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.optimizer import load_optimizer_state, optimizer_state
 from phi3_plugin.train.step import train_step
@@ -228,10 +228,10 @@ def trained(world, settings, offload=False):
     world.load(model, start, offload=offload)
     for name, parameter in model.named_parameters():
         assert torch.equal(world.whole(parameter.detach()), start[name]), name
-    loss = sft
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
-    for lengths in ((9, 4, 7, 17, 3, 12), (5, 6, 7, 8, 9, 10)):
+    steps = {(9, 4, 7, 17, 3, 12): SFT(), (5, 6, 7, 8, 9, 10): SFT(label_smoothing=0.1)}
+    for lengths, loss in steps.items():
         mine = rows(tiny_batch(lengths))[world.rank :: world.size]
         losses.append(train_step(world, model, optimizer, loss, mine, 1.0).loss)
     weights = {n: world.whole(p.detach()).clone() for n, p in model.named_parameters()}
