@@ -253,6 +253,18 @@ IRRELEVANT = {
 """Keys that do not change what a forward or backward pass computes."""
 
 
+OTHER_MODELS = {
+    "phi": "Phi-1, 1.5 and 2",
+    "phi3small": "Phi-3-small",
+    "phi3_v": "Phi-3-vision and Phi-3.5-vision",
+    "phimoe": "Phi-3.5-MoE",
+    "phi4flash": "Phi-4-mini-flash-reasoning, whose layers are Mamba's and differential attention",
+    "phi4mm": "Phi-4-multimodal",
+    "phi4_multimodal": "Phi-4-multimodal",
+}
+"""Models with Phi in their names that are built in another way, by their ``model_type``."""
+
+
 def parse_config(keys: dict[str, Any], source: str = "config.json") -> Phi3Config:
     """Check the content of a config.json and keep what is used.
 
@@ -263,10 +275,14 @@ def parse_config(keys: dict[str, Any], source: str = "config.json") -> Phi3Confi
     Raises:
         ConfigError: Any key is missing, unknown or not supported; all are listed.
     """
-    if keys.get("model_type") != "phi3":
+    kind = keys.get("model_type")
+    if kind != "phi3":
+        other = OTHER_MODELS.get(kind) if isinstance(kind, str) else None
         raise ConfigError(
-            f"{source}: model_type is {keys.get('model_type')!r}, expected 'phi3'. "
-            "Only Phi-3 checkpoints can be used here."
+            f"{source}: model_type is {kind!r}{f' ({other})' if other else ''}, expected 'phi3'. "
+            "Only checkpoints that are built as Phi-3 is can be used here: Phi-3-mini and medium, "
+            "Phi-3.5-mini, Phi-4, Phi-4-mini, and what was made of them, such as Phi-4-reasoning "
+            "and Phi-4-mini-reasoning."
         )
     sizes: dict[str, Any] = {name: keys.get(name) for name in SIZES}
     sizes["num_key_value_heads"] = keys.get("num_key_value_heads") or keys.get(

@@ -57,6 +57,14 @@ FIGURES = {
 }
 """Of which only figures are known; the factors, which are not, are made up."""
 
+FIGURES["phi-4-reasoning"] = {
+    **FIGURES["phi-4"],
+    "max_position_embeddings": 32768,
+    "original_max_position_embeddings": 32768,
+    "rope_theta": 500000,
+}
+"""And -plus; source: Lightning-AI/litgpt, litgpt/config.py, which cites their config.json."""
+
 VARIANTS = [*FILES, *FIGURES]
 
 LONG = ["mini-128k", "3.5-mini", "phi-4-mini", "mini-128k-april", "medium-128k"]

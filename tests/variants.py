@@ -1,7 +1,8 @@
 """A checkpoint folder for every revision of the family, and for templates that nobody published.
 
 The templates are published facts. The tokenizers are small ones with the published special tokens
-and flags; Phi-4's flags were not at hand, so it has all and the first revision of it none.
+and flags, Phi-4's those of microsoft/onnxruntime-extensions, test/data/phi-4-base; the flags of its
+first revision were not at hand, so it has none.
 """
 
 import json
@@ -140,12 +141,39 @@ PHI4_FIRST = (
     "{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|im_end|>'}}"
     "{% endif %}{% endfor %}"
 )
-REASONING = (
-    "<|im_start|>system<|im_sep|>You are Phi.<|im_end|>{% for message in messages %}"
-    "{% if (message['role'] == 'user') %}{{" + USER4 + "}}{% elif (message['role'] == 'assistant')"
-    " %}{{" + OPEN4 + "}}{% generation %}{{message['content'] + '<|im_end|>'}}{% endgeneration %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ " + OPEN4 + " }}{% endif %}"
+PHI4_REASONING = (
+    "<|im_start|>system<|im_sep|>You are Phi, a language model trained by Microsoft to help users. "
+    "Your role as an assistant involves thoroughly exploring questions through a systematic "
+    "thinking process before providing the final precise and accurate solutions. This requires "
+    "engaging in a comprehensive cycle of analysis, summarizing, exploration, reassessment, "
+    "reflection, backtracing, and iteration to develop well-considered thinking process. Please "
+    "structure your response into two main sections: Thought and Solution using the specified "
+    "format: <think> {Thought section} </think> {Solution section}. In the Thought section, detail "
+    "your reasoning process in steps. Each step should include detailed considerations such as "
+    "analysing questions, summarizing relevant findings, brainstorming new ideas, verifying the "
+    "accuracy of the current steps, refining any errors, and revisiting previous steps. In the "
+    "Solution section, based on various attempts, explorations, and reflections from the Thought "
+    "section, systematically present the final solution that you deem correct. The Solution "
+    "section should be logical, accurate, and concise and detail necessary steps needed to reach "
+    "the conclusion. Now, try to solve the following question through the above guidelines:"
+    "<|im_end|>{% for message in messages %}{% if (message['role'] == 'user') %}{{" + USER4 + "}}"
+    "{% elif (message['role'] == 'assistant') %}{{" + OPEN4 + "}}{% generation %}"
+    "{{message['content'] + '<|im_end|>'}}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ " + OPEN4 + " }}{% endif %}"
 )
+"""Of Phi-4-reasoning and -plus, as a user's data set class for verl quotes it whole; other copies
+in public repositories agree. Its tokenizer was not at hand; two of Phi-4's placeholders became
+<think> and </think> by the technical report (arXiv 2504.21318)."""
+PHI4_MINI_REASONING = (
+    "{{ '<|system|>Your name is Phi, an AI math expert developed by Microsoft.' }}{% for message "
+    "in messages %}{% if message['role'] == 'system' %} {{ message['content'] }}{% if 'tools' in "
+    "message and message['tools'] is not none %}{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}"
+    "{% endif %}{% endif %}{% endfor %}{{ '<|end|>' }}{% for message in messages %}{% if "
+    "message['role'] != 'system' %}{{ '<|' + message['role'] + '|>' + message['content'] + "
+    "'<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{% else %}{{ eos_token }}{% endif %}"
+)
+"""Source: microsoft/onnxruntime-extensions, test/data/phi-4-mini-reasoning/chat_template.jinja."""
 CHATML = (
     "{% set ns = namespace(first=true) %}\n{%- for m in messages %}\n"
     "    {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\n{%- endfor %}\n"
@@ -173,6 +201,7 @@ LINES = [
 MINI_TOKENS = ("<|assistant|>", "<|end|>", "<|user|>", "<|system|>")
 MINI_TOOLS = ("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>")
 PHI4_TOKENS = ("<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|fim_prefix|>")
+THOUGHT_TOKENS = ("<think>", "</think>")
 
 
 def byte_level(special: Sequence[str], plain: Sequence[str] = (), **flags: bool) -> Tokenizer:
@@ -195,14 +224,20 @@ def byte_level(special: Sequence[str], plain: Sequence[str] = (), **flags: bool)
     return tokenizer
 
 
-def phi4_mini(folder: Path) -> Path:
+def phi4_mini(folder: Path, *, chat_template: str = PHI4_MINI) -> Path:
     backend = byte_level(MINI_TOKENS, MINI_TOOLS, rstrip=True)
     names = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "pad", "unk")}
-    return write_byte_level(folder, backend, PHI4_MINI, names)
+    return write_byte_level(folder, backend, chat_template, names)
 
 
-def phi4(folder: Path, *, chat_template: str = PHI4, flags: bool = True) -> Path:
-    backend = byte_level(PHI4_TOKENS, lstrip=flags, rstrip=flags)
+def phi4(
+    folder: Path,
+    *,
+    chat_template: str = PHI4,
+    flags: bool = True,
+    tokens: Sequence[str] = PHI4_TOKENS,
+) -> Path:
+    backend = byte_level(tokens, lstrip=flags, rstrip=flags)
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|fim_prefix|>"}
     # A named token that is only in the vocabulary, as Phi-4's unknown token may be
     return write_byte_level(folder, backend, chat_template, {**names, "unk_token": "the"})
@@ -245,7 +280,10 @@ BUILT = {
     "phi4-mini": phi4_mini,
     "phi4": phi4,
     "phi4-first": partial(phi4, chat_template=PHI4_FIRST, flags=False),
-    "phi4-reasoning": partial(phi4, chat_template=REASONING),
+    "phi4-reasoning": partial(
+        phi4, chat_template=PHI4_REASONING, tokens=(*PHI4_TOKENS, *THOUGHT_TOKENS)
+    ),
+    "phi4-mini-reasoning": partial(phi4_mini, chat_template=PHI4_MINI_REASONING),
     "invented-chatml": partial(phi4, chat_template=CHATML, flags=False),
     "invented-trimming": partial(write_checkpoint, chat_template=TRIMMING, rstrip=False),
 }

@@ -181,6 +181,12 @@ def _conflicts(o: Any, tokenizer: Phi3Tokenizer) -> Iterator[str]:
             "dataset.tool_calls: special tokens that it writes into messages would become text "
             "with tokenizer.special_in_text=text. Set that to parse."
         )
+    thoughts = getattr(o, "thoughts", None) or ""
+    if tokenizer.special_in_text == "text" and tokenizer.template.control_tokens.search(thoughts):
+        yield (
+            "dataset.thoughts: special tokens that it writes into messages would become text with "
+            "tokenizer.special_in_text=text. Set that to parse."
+        )
 
 
 STARTS_TOO_LATE = {
@@ -325,9 +331,9 @@ def messages_of_rows(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield where each row stands, and its messages: role, content, tools and whether trained.
 
-    ``fields`` and ``variables`` are those of `Turn`, and ``raw`` is the message as it is in the
-    row, where the row has one. Rows that give no sample, and those that are a text already, are
-    passed over.
+    ``thought``, ``fields`` and ``variables`` are those of `Turn`, and ``raw`` is the message as it
+    is in the row, where the row has one. Rows that give no sample, and those that are a text
+    already, are passed over.
 
     Args:
         tokenizer: Of the checkpoint.
@@ -347,6 +353,8 @@ def messages_of_rows(
         for turn, raw in zip(turns, raws, strict=True):
             tools = {} if turn.tools is None else {"tools": turn.tools}
             message = {"role": turn.role, "content": turn.content, **tools}
+            if turn.thought is not None:
+                message["thought"] = turn.thought
             beside = {"fields": turn.fields, "variables": turn.variables, "raw": raw}
             messages.append({**message, "trained": turn.trained, **beside})
         yield row.where, messages

@@ -27,20 +27,23 @@ DROPPED = (BROKEN, UNUSABLE, FILTERED, SAME_ANSWERS, NO_TEXT, CUT_AWAY, TOO_LONG
 
 TRUNCATED = "are cut at max_seq_len"
 DROPPED_MESSAGE = "have a message that the chat template leaves out"
+FORGOTTEN_THOUGHT = (
+    "have an earlier answer that is not trained on, since the chat template leaves out its thought"
+)
 NO_FINAL_ANSWER = "do not end with an assistant turn"
 BLANK_ANSWER = "have an answer that says nothing, and would be trained on"
 SPECIAL_IN_TEXT = "have special tokens written in a message"
 UNREAD_TOKEN = "have a text of tokenizer.add_tokens where it is not read as that token"
 PASSED_OVER = "have weight or train fields that dataset.train_on passes over"
 NOTICED = (
-    *(TRUNCATED, DROPPED_MESSAGE, NO_FINAL_ANSWER),
+    *(TRUNCATED, DROPPED_MESSAGE, FORGOTTEN_THOUGHT, NO_FINAL_ANSWER),
     *(BLANK_ANSWER, SPECIAL_IN_TEXT, UNREAD_TOKEN, PASSED_OVER),
 )
 """What was noticed about rows that do."""
 
 LOGGED = (
     *(BROKEN, UNUSABLE, SAME_ANSWERS, NO_TEXT, CUT_AWAY, TOO_LONG, TRUNCATED),
-    *(DROPPED_MESSAGE, UNREAD_TOKEN, PASSED_OVER),
+    *(DROPPED_MESSAGE, FORGOTTEN_THOUGHT, UNREAD_TOKEN, PASSED_OVER),
 )
 """What is logged; `phi3-tune inspect-data` shows all."""
 

@@ -25,6 +25,7 @@ from phi3_plugin.data.columns import (
     unread_columns,
     with_columns_beside,
 )
+from phi3_plugin.data.thoughts import THINK, THOUGHT_IN_TEXT, thought_of
 from phi3_plugin.data.turns import (
     READS_NOTHING,
     ROLES,
@@ -308,7 +309,7 @@ CALLS = "function_call"
 UNREAD_FIELDS = {
     **dict.fromkeys(
         (
-            *("function_call", "refusal", "reasoning", "reasoning_content", "thinking"),
+            *("function_call", "refusal"),
             *(*MEDIA, "file", "files", "attachments"),
         ),
         "content, or remove it",
@@ -339,6 +340,9 @@ class MessageList:
     """What to read beside the list, by the part that it is: the user said so."""
     reads: Reads = READS_NOTHING
     """What the chat template reads of a message and of the row."""
+    thoughts: str | None = None
+    """How thoughts are written in front of the content, with {} for them; None leaves them to the
+    template, or refuses them where it reads none."""
     precedence: ClassVar[int] = 0
 
     def fits(self, row: Mapping[str, Any]) -> bool:
@@ -409,8 +413,28 @@ class MessageList:
                 raise DataError(f"a message has {name}, which nothing reads; {advice}")
         tools = tools_text(message.get("tools"))
         turn = make_turn(role, content, tools=tools, wanted=_train_flag(message))
+        if (thought := thought_of(message)) is not None:
+            turn = self._with_thought(turn, thought)
         fields = self.reads.of_message(message)
         return turn._replace(fields=fields) if fields else turn
+
+    def _with_thought(self, turn: Turn, thought: str) -> Turn:
+        """Put what was thought where the template writes it, or in front of what is said."""
+        checked_text(f"the thought of the {turn.role} message", thought)
+        if turn.role != "assistant":
+            raise DataError(f"the {turn.role} message has a thought, and only the assistant's may")
+        if turn.content.lstrip().startswith(THINK):
+            raise DataError(
+                f"a message has its thought in a field, and {THINK} in its content; remove one"
+            )
+        if self.thoughts is not None:
+            return turn._replace(content=self.thoughts.replace("{}", thought) + turn.content)
+        if self.reads.thought is None:
+            raise DataError(
+                "a message has a thought, and neither the chat template nor anything else says how "
+                f"to write it; set dataset.thoughts, as in {THOUGHT_IN_TEXT!r}, or remove it"
+            )
+        return turn._replace(thought=thought)
 
     def _role(self, speaker: Any, mapped: bool) -> str:
         if not isinstance(speaker, str):
@@ -784,6 +808,7 @@ def pick_format(
     roles: Mapping[str, str] | None = None,
     prompt: str | None = None,
     reads: Reads = READS_NOTHING,
+    thoughts: str | None = None,
 ) -> Format:
     """Choose how rows are read.
 
@@ -799,6 +824,8 @@ def pick_format(
         roles: Names of roles, and what they mean.
         prompt: What the user says, with columns in braces.
         reads: What the chat template reads beside.
+        thoughts: How thoughts are written in front of an answer, with {} for them; None leaves them
+            to the template, or refuses them where it reads none.
 
     Raises:
         DataError: No format fits the rows, or several do.
@@ -815,19 +842,15 @@ def pick_format(
         format = FORMATS[name] if name else _recognized(rows)
         if name and not any(map(format.fits, rows)) and _has_capitals(rows):
             format = AnyCase(format)
+    options = {"tool_calls": tool_calls, "roles": roles or {}, "reads": reads, "thoughts": thoughts}
     if isinstance(format, AnyCase):
-        return AnyCase(_with_options(format.format, tool_calls, roles, reads))
-    return _with_options(format, tool_calls, roles, reads)
+        return AnyCase(_with_options(format.format, options))
+    return _with_options(format, options)
 
 
-def _with_options(
-    format: Format,
-    tool_calls: str | None,
-    roles: Mapping[str, str] | None,
-    reads: Reads,
-) -> Format:
-    if isinstance(format, MessageList) and (tool_calls is not None or roles or reads):
-        return replace(format, tool_calls=tool_calls, roles=roles or {}, reads=reads)
+def _with_options(format: Format, options: Mapping[str, Any]) -> Format:
+    if isinstance(format, MessageList) and any(options.values()):
+        return replace(format, **options)
     return format
 
 

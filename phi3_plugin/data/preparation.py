@@ -28,6 +28,7 @@ from phi3_plugin.data.findings import (
     CUT_AWAY,
     DROPPED_MESSAGE,
     FILTERED,
+    FORGOTTEN_THOUGHT,
     NO_FINAL_ANSWER,
     PASSED_OVER,
     SPECIAL_IN_TEXT,
@@ -44,8 +45,9 @@ from phi3_plugin.data.rows import Row
 from phi3_plugin.data.sources import Filtered, FilterFailed, Source
 from phi3_plugin.data.store import ChatRow, StoreWriter
 from phi3_plugin.data.template import Rendered
+from phi3_plugin.data.thoughts import THOUGHT_IN_TEXT
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, TokenizedChats, Tokens
-from phi3_plugin.data.turns import Chat, Reads, Turn, Written
+from phi3_plugin.data.turns import Chat, Turn, Written
 from phi3_plugin.data.unwanted import refuse_unwanted
 from phi3_plugin.errors import DataError
 from phi3_plugin.options import AnyText, Kind, Switch
@@ -63,9 +65,18 @@ LONGEST = 4_000_000
 WAITING = 2
 """Batches that are being encoded while the next is rendered."""
 
+
+def _holds_one_gap(value: object) -> bool:
+    return isinstance(value, str) and value.count("{}") == 1
+
+
 _CALLS = Kind(
     "a text with one {}, where the calls are written, as in <|tool_call|>{}<|/tool_call|>,",
-    lambda value: isinstance(value, str) and value.count("{}") == 1,
+    _holds_one_gap,
+)
+_THOUGHTS = Kind(
+    f"a text with one {{}}, where the thought is written, as in {THOUGHT_IN_TEXT!r},",
+    _holds_one_gap,
 )
 
 
@@ -75,6 +86,10 @@ class RenderOptions:
 
     tool_calls: Annotated[str, _CALLS] | None = None
     """How a message's ``tool_calls`` are written: a text with one ``{}`` for them."""
+    thoughts: Annotated[str, _THOUGHTS] | None = None
+    """How what a message has in ``reasoning_content``, ``reasoning`` or ``thinking`` is written in
+    front of its content: a text with one ``{}`` for it. By default where the chat template writes
+    it, or ``<think>\\n{}\\n</think>\\n`` for a checkpoint that thinks; any other refuses it."""
     system_prompt: AnyText | None = None
     """Put in front of every conversation that has no system message; one that has any keeps its
     own. An empty text is an empty system message, which the template may leave out; None adds
@@ -212,6 +227,8 @@ class Preparation:
     def _notice(self, row: ChatRow, rendered: Rendered, findings: Findings) -> None:
         if rendered.dropped:
             findings.add(DROPPED_MESSAGE, row.where, ", ".join(rendered.dropped))
+        if rendered.forgotten:
+            findings.add(FORGOTTEN_THOUGHT, row.where)
         if not isinstance(row.chat, Written) and row.chat[-1].role != "assistant":
             findings.add(NO_FINAL_ANSWER, row.where, f"the last turn is {row.chat[-1].role}'s")
         if any(turn.trained and not turn.content.strip() for turn in rendered.turns):
@@ -220,7 +237,7 @@ class Preparation:
             findings.add(PASSED_OVER, row.where)
         # Calls of tools are written with special tokens
         if self.tokenizer.special_in_text == "parse" and self.options.tool_calls is None:
-            tokens = self.tokenizer.template.tokens
+            tokens = self.tokenizer.template.control_tokens
             if any(piece.said and tokens.search(piece.text) for piece in rendered.pieces):
                 findings.add(SPECIAL_IN_TEXT, row.where)
 
@@ -304,7 +321,13 @@ class Preparation:
         Raises:
             DataError: No format fits.
         """
-        return _format(first, source, self.options.tool_calls, self.tokenizer.template.reads)
+        options = {
+            "tool_calls": self.options.tool_calls,
+            "roles": source.roles,
+            "reads": self.tokenizer.template.reads,
+            "thoughts": self.options.thoughts or self.tokenizer.thoughts,
+        }
+        return _format(first, source, options)
 
     def _conversation(
         self, source: int, index: int, where: str, row: dict[str, Any], format: Format
@@ -392,6 +415,8 @@ class Preparation:
         # Who asks or answers under a name that the template does not know is not left out
         if rendered.dropped and (role := _unusual_role(turns, rendered.dropped)):
             raise unknown_role(role)
+        if rendered.forgotten and not any(piece.trained for piece in rendered.pieces):
+            raise DataError("the chat template leaves out the thought of what is to be trained on")
         if self.options.add_eos:
             rendered = rendered.ended(self.tokenizer.eos_token)
         return rendered.trained_throughout() if self.options.train_on == "all" else rendered
@@ -510,11 +535,8 @@ def _unused(where: str, problem: DataError) -> UnusedRow:
     return UnusedRow(kind, where, str(problem))
 
 
-def _format(
-    first: Sequence[dict[str, Any]], source: Source, tool_calls: str | None, reads: Reads
-) -> Format:
+def _format(first: Sequence[dict[str, Any]], source: Source, options: dict[str, Any]) -> Format:
     """Return how the rows of a source are read, judged by the first, at least one."""
-    options: dict[str, Any] = {"tool_calls": tool_calls, "roles": source.roles, "reads": reads}
     try:
         return pick_format(source.format, source.columns, first, prompt=source.prompt, **options)
     except DataError as error:

@@ -37,6 +37,12 @@ from phi3_plugin.data.rendering import (
     is_cheap,
     write_text,
 )
+from phi3_plugin.data.thoughts import (
+    END_OF_THOUGHT,
+    THINK,
+    THOUGHT_FIELDS,
+    begun_thought,
+)
 from phi3_plugin.data.turns import ROLES, Reads, Turn, Written, make_turn
 from phi3_plugin.errors import DataError, TokenizerError
 
@@ -69,6 +75,9 @@ class Rendered(NamedTuple):
     turns: Sequence[Turn] = ()
     dropped: tuple[str, ...] = ()
     """What the template leaves out, in words."""
+    forgotten: bool = False
+    """Whether an answer is not trained on since the template leaves out what was thought before it,
+    as it does when the conversation goes on."""
 
     @property
     def text(self) -> str:
@@ -136,11 +145,15 @@ class ChatTemplate:
         # What a row brings along, such as documents, is its own and may be long
         lay_out = _layout.__wrapped__ if turns[-1].variables else _layout
         layout = lay_out(self, shape_of(turns), add_generation_prompt)
-        pieces = [part.fill(turns) if isinstance(part, Slot) else part for part in layout.parts]
-        rendered = Rendered(pieces, turns, layout.dropped)
+        rendered = layout.filled(turns)
         if layout.holds:
             return rendered
-        if rendered.text != self.write(turns, add_generation_prompt=add_generation_prompt):
+        text = self.write(turns, add_generation_prompt=add_generation_prompt)
+        for around in ("\n", None):  # which templates strip that write the lines around a thought
+            if rendered.text != text and any(turn.thought for turn in turns):
+                bare = [turn._replace(thought=(turn.thought or "").strip(around)) for turn in turns]
+                rendered = layout.filled(bare)
+        if rendered.text != text:
             raise DataError(f"{UNCLEAR}: the chat template changes what the messages say")
         return rendered
 
@@ -162,6 +175,7 @@ class ChatTemplate:
                 "role": turn.role,
                 "content": turn.content,
                 **({} if turn.tools is None else {"tools": turn.tools}),
+                **({} if turn.thought is None else {str(self.reads.thought): turn.thought}),
                 **json.loads(turn.fields or "{}"),
             }
             for turn in turns
@@ -220,7 +234,12 @@ class ChatTemplate:
                     f"an assistant message goes on into {next_turn[0]!r}, expected "
                     f"{self.turn_end!r} before it"
                 )
-        return written._replace(said=tuple(answer.span(1) for answer in answers))
+        begun, spans = self.begins_with, [answer.span(1) for answer in answers]
+        said = [
+            (start + len(begun) * written.text.startswith(begun, start, end), end)
+            for start, end in spans
+        ]
+        return written._replace(said=tuple(said))
 
     def cut_up(self, written: Written, trained: Sequence[tuple[int, int]]) -> Rendered:
         """Cut a text that is written already into pieces.
@@ -263,6 +282,26 @@ class ChatTemplate:
     # What the template shows of itself when it renders a question and an answer
 
     @cached_property
+    def begins_with(self) -> str:
+        """What a prompt ends in that an answer begins with: ``<think>``, as a rule nothing."""
+        return begun_thought(self.write([USER], add_generation_prompt=True))
+
+    @cached_property
+    def opens_thought(self) -> str:
+        """What the template writes before a thought and no prompt ends in: the model writes it.
+
+        Raises:
+            DataError: The template begins an answer in another way than a prompt ends.
+        """
+        mark = "Qz0zK"
+        answered = [USER, ASSISTANT._replace(thought=mark)]
+        before, _, _ = self.write(answered, add_generation_prompt=False).partition(mark)
+        asked = self.write([USER], add_generation_prompt=True)
+        if not before.startswith(asked) and not asked.startswith(before):
+            raise DataError(f"{UNCLEAR}: a thought does not follow what a prompt ends in")
+        return before[len(asked) :]
+
+    @cached_property
     def turn_end(self) -> str | None:
         """The added token after what the assistant says, if there is one."""
         last = self._example[-1]
@@ -273,6 +312,11 @@ class ChatTemplate:
     def tokens(self) -> re.Pattern[str]:
         """Finds the added tokens in a text."""
         return token_pattern(self.added)
+
+    @cached_property
+    def control_tokens(self) -> re.Pattern[str]:
+        """Finds those that no message should hold: all but the marks around thoughts."""
+        return token_pattern(self.added - {THINK, END_OF_THOUGHT})
 
     @cached_property
     def ending(self) -> re.Pattern[str]:
@@ -315,6 +359,9 @@ def _is_name(node: nodes.Node | None) -> bool:
 
 # The layout of a shape of conversation
 
+TEXTS = ("content", "tools", "thought")
+"""What of a turn is a text, which every conversation of a shape has its own of."""
+
 LEAD = "\u2003"
 TAIL = "\u2002"
 """White space before and after a mark: it is missing where the template trims. Two kinds, so that
@@ -336,21 +383,26 @@ class Slot(NamedTuple):
     turn: int
     """Index of the message."""
     field: str
-    """``content`` or ``tools``."""
+    """One of `TEXTS`."""
     trained: bool
     lead: bool = True
     """Whether white space before the text is kept."""
     tail: bool = True
     """Whether white space after the text is kept."""
+    begins_with: str = ""
+    """What a prompt has of it already, if the text begins so: that is not trained on."""
 
     def text_in(self, turns: Sequence[Turn]) -> str:
         """Return the conversation's text for this place."""
-        turn = turns[self.turn]
-        return turn.content if self.field == "content" else turn.tools or ""
+        return getattr(turns[self.turn], self.field) or ""
 
-    def fill(self, turns: Sequence[Turn]) -> Piece:
+    def fill(self, turns: Sequence[Turn]) -> Iterator[Piece]:
         """Put the conversation's text in."""
-        return Piece(self.trim(self.text_in(turns)), self.trained, said=True)
+        text = self.trim(self.text_in(turns))
+        if self.begins_with and text.startswith(self.begins_with):
+            yield Piece(self.begins_with, False, said=True)
+            text = text.removeprefix(self.begins_with)
+        yield Piece(text, self.trained, said=True)
 
     def trim(self, text: str) -> str:
         """Take the white space off that is not kept."""
@@ -367,6 +419,18 @@ class Layout(NamedTuple):
     holds: bool
     """Whether it is known to be the layout of all of them: the template only writes texts, and none
     of these is blank, which it may ask."""
+    forgotten: bool
+    """See `Rendered`."""
+
+    def filled(self, turns: Sequence[Turn]) -> Rendered:
+        """Put the texts of a conversation in."""
+        pieces = list[Piece]()
+        for part in self.parts:
+            if isinstance(part, Slot):
+                pieces += part.fill(turns)
+            else:
+                pieces.append(part)
+        return Rendered(pieces, turns, self.dropped, self.forgotten)
 
 
 def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
@@ -376,8 +440,16 @@ def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """
     return tuple(
         [
-            Turn(role, _outline(content), trained, tools and _outline(tools), None, False, *beside)
-            for role, content, trained, tools, _, _, *beside in turns
+            Turn(
+                role,
+                _outline(content),
+                trained,
+                tools and _outline(tools),
+                fields=fields,
+                variables=variables,
+                thought=thought and _outline(thought),
+            )
+            for role, content, trained, tools, _, _, fields, variables, thought in turns
         ]
     )
 
@@ -393,6 +465,7 @@ def _layout(template: ChatTemplate, shape: tuple[Turn, ...], ask: bool) -> Layou
     """Render a shape with marks for texts, and tell the marks from what the template writes."""
     marked = MarkedShape(template, shape, ask)
     dropped = tuple(marked.dropped())
+    forgotten = any(shape[turn].trained for turn in marked.forgotten)
     parts = list[Piece | Slot]()
     before: Slot | None = None
     blocks = list[int]()  # where in the parts each open {% generation %} begins
@@ -411,13 +484,29 @@ def _layout(template: ChatTemplate, shape: tuple[Turn, ...], ask: bool) -> Layou
             parts[start:] = [part._replace(trained=trained) for part in parts[start:]]
             continue
         slot = marked.slot(mark)
-        role = shape[slot.turn].role if slot.field == "content" else None
-        parts += _template_pieces(template, between, before, role)
+        if slot.turn in marked.forgotten:
+            slot = slot._replace(trained=False)
+        role = shape[slot.turn].role if slot.field != "tools" else None
+        if before is not None and before.field == "thought" and before.turn == slot.turn:
+            _refuse_unknown(template, between)
+            parts.append(Piece(between, slot.trained))
+        elif slot.field == "thought" and slot.trained and not blocks:
+            opening = template.opens_thought
+            if not between.endswith(opening):
+                raise DataError(f"{UNCLEAR}: a thought begins in another way than elsewhere")
+            header = between.removesuffix(opening)
+            parts += _template_pieces(template, header, before, role)
+            parts.append(Piece(opening, True))
+        else:
+            parts += _template_pieces(template, between, before, role)
+            if slot.field == "content" and slot.trained and role == "assistant" and not blocks:
+                slot = slot._replace(begins_with=template.begins_with)
         parts.append(slot)
         before = None if blocks else slot
     parts += _template_pieces(template, marked.text[at:], before, None)
-    texts = {text for turn in shape for text in (turn.content, turn.tools) if text is not None}
-    return Layout(_joined(parts), dropped, texts == {"x"} and template.only_writes)
+    texts = {text for turn in shape for name in TEXTS if (text := getattr(turn, name)) is not None}
+    holds = texts == {"x"} and template.only_writes
+    return Layout(_joined(parts), dropped, holds, forgotten)
 
 
 def _joined(parts: Iterable[Piece | Slot]) -> list[Piece | Slot]:
@@ -462,7 +551,7 @@ class MarkedShape:
         self._slots = [
             Slot(i, field, turn.trained)
             for i, turn in enumerate(shape)
-            for field in ("content", "tools")
+            for field in TEXTS
             if getattr(turn, field) is not None
         ]
         self._texts = [f"{LEAD}Qz{n}zK{TAIL}" for n in range(len(self._slots))]
@@ -498,13 +587,32 @@ class MarkedShape:
         for n, slot in enumerate(self._slots):
             if marks[n] == 1:
                 continue
-            tools = "the tools of " if slot.field == "tools" else ""
-            name = f"{tools}the {self._shape[slot.turn].role} message"
+            if slot.field == "thought" and slot.turn in self.forgotten:
+                continue
+            part = "" if slot.field == "content" else f"the {slot.field} of "
+            name = f"{part}the {self._shape[slot.turn].role} message"
             is_marked = MARK.search(self._texts[n])
             if is_marked and self._render(self._with(n, "another text")) != self.text:
                 raise DataError(f"{UNCLEAR}: the chat template changes or repeats {name}")
             if slot.trained or slot.text_in(self._shape).strip():
                 yield name
+
+    @cached_property
+    def forgotten(self) -> set[int]:
+        """The turns whose thought is left out, and was not before the conversation went on.
+
+        Their answers are not learned: when the model gives one, it has thought before it.
+        """
+        marks = {int(mark[2]) for mark in MARK.finditer(self.text)}
+        thoughts = [(n, slot) for n, slot in enumerate(self._slots) if slot.field == "thought"]
+        turns = self._turns_with(self._texts)
+        return {
+            slot.turn
+            for n, slot in thoughts
+            if n not in marks
+            and f"Qz{n}zK"
+            in self._template.write(turns[: slot.turn + 1], add_generation_prompt=False)
+        }
 
     def _filled(self, texts: Mapping[int, str]) -> str:
         """Return what was rendered, with texts in place of their marks."""
@@ -531,13 +639,15 @@ class MarkedShape:
                 f"the conversation has {len(self._shape)} messages, and too many of them are blank "
                 "or left out by the chat template. Split it, or remove those"
             )
+        turns = self._turns_with(texts)
+        return self._template.write(turns, add_generation_prompt=self._ask, bounds=True)
+
+    def _turns_with(self, texts: Sequence[str]) -> list[Turn]:
         turns = list(self._shape)
         for slot, text in zip(self._slots, texts, strict=True):
-            turn = turns[slot.turn]
-            turns[slot.turn] = (
-                turn._replace(tools=text) if slot.field == "tools" else turn._replace(content=text)
-            )
-        return self._template.write(turns, add_generation_prompt=self._ask, bounds=True)
+            changed: dict[str, Any] = {slot.field: text}
+            turns[slot.turn] = turns[slot.turn]._replace(**changed)
+        return turns
 
 
 def _template_pieces(
@@ -551,11 +661,7 @@ def _template_pieces(
         before: The text that comes before.
         role: Who speaks after it, if this is a header.
     """
-    unknown = [token for token in TOKEN.findall(text) if token not in template.added]
-    if unknown:
-        raise DataError(
-            f"the chat template writes {', '.join(unknown)}, no added token of tokenizer.json"
-        )
+    _refuse_unknown(template, text)
     # A template that takes any role would let a misspelt one pass. (`turn_end` renders an example,
     # which comes here too, but has no such role.)
     if role is not None and role not in ROLES:
@@ -573,6 +679,14 @@ def _template_pieces(
         )
     rest = text[end.end() :]
     return [Piece(end[0], True), *([Piece(rest, False)] if rest else [])]
+
+
+def _refuse_unknown(template: ChatTemplate, text: str) -> None:
+    unknown = [token for token in TOKEN.findall(text) if token not in template.added]
+    if unknown:
+        raise DataError(
+            f"the chat template writes {', '.join(unknown)}, no added token of tokenizer.json"
+        )
 
 
 # What the syntax of a template proves
@@ -633,7 +747,7 @@ class WritesOnly:
                 return self._is_asked(node.left) and self._is_asked(node.right)
             case nodes.Not():
                 return self._is_asked(node.node)
-            case nodes.Test(name="none" | "defined"):
+            case nodes.Test(name="none" | "defined" | "string"):
                 return self._is_text(node.node) or self._is_textless(node.node)
         return self._is_text(node) or self._is_textless(node)
 
@@ -642,12 +756,12 @@ class WritesOnly:
         match node:
             case nodes.Filter(name="trim", args=[], kwargs=[], dyn_args=None, dyn_kwargs=None):
                 return node.node is not None and self._is_text(node.node)
-        return self._field(node) in ("content", "tools")
+        return self._field(node) in ("content", "tools", *THOUGHT_FIELDS)
 
     def _is_textless(self, node: nodes.Node) -> bool:
         """Whether a value depends on the shape of the conversation alone."""
         if (field := self._field(node)) is not None:
-            return field not in ("content", "tools")
+            return field not in ("content", "tools", *THOUGHT_FIELDS)
         match node:
             case nodes.Name():
                 return node.name not in {"messages", "loop", *self._loops}

@@ -21,6 +21,12 @@ from torchtune.utils import log_rank_zero
 
 from phi3_plugin.data.added_tokens import ManyTokens
 from phi3_plugin.data.template import Piece, Rendered, token_pattern
+from phi3_plugin.data.thoughts import (
+    END_OF_THOUGHT,
+    SHOW_REASONING,
+    THINK,
+    THOUGHT_IN_TEXT,
+)
 from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.data.vocabulary import Vocabulary, naming, read_vocabulary
 from phi3_plugin.errors import ConfigError, DataError, TokenizerError
@@ -166,13 +172,15 @@ class Phi3Tokenizer:
         self._may_drop = options.dropped == "warn"
         self.new_tokens = vocabulary.new_tokens
         """By id; those that are in no file of the checkpoint."""
+        added = self.backend.get_added_tokens_decoder()
+        marks = (THINK, END_OF_THOUGHT)  # tokens that messages hold, where they are tokens at all
+        self._thought_tokens = {i for i, token in added.items() if token.content in marks}
         self._disguise = self.disguise if options.special_in_text == "text" else None
         self.text_start = vocabulary.text_start
         """What comes in front of a text that is no chat."""
         ids: dict[str, int] = self.backend.get_vocab()
         self.vocab_size = len(ids)
-        added = self.backend.get_added_tokens_decoder().items()
-        self.special_tokens = {token.content: i for i, token in added if token.special}
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         named = {name: ids[text] for name, text in self.template.special_tokens.items()}
         self.bos_id = named.get("bos_token")
         self.unk_id = named.get("unk_token")
@@ -208,6 +216,23 @@ class Phi3Tokenizer:
         with naming(self._file):
             return str(self.backend.decode([*token_ids], skip_special_tokens=skip_special_tokens))
 
+    @property
+    def thoughts(self) -> str | None:
+        """How a thought is written in front of what is said, with {} for it.
+
+        None where the template writes it by itself, and where nothing shows that the checkpoint
+        thinks.
+        """
+        thinks = self._thought_tokens or any(w in self.template.source for w in SHOW_REASONING)
+        return THOUGHT_IN_TEXT if thinks and self.template.reads.thought is None else None
+
+    def decode_answer(self, token_ids: Sequence[int]) -> str:
+        """Turn what a model wrote into text; of special tokens the marks of a thought show."""
+        if not self._thought_tokens:
+            return self.decode(token_ids)
+        hidden = {*self.special_tokens.values()} - self._thought_tokens
+        return self.decode([i for i in token_ids if i not in hidden], skip_special_tokens=False)
+
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Rendered:
         """Write a conversation as the chat template does.
 
@@ -218,7 +243,7 @@ class Phi3Tokenizer:
         """
         if self._disguise is not None:
             beside = "".join([turn.fields + turn.variables for turn in turns])
-            if token := self.template.tokens.search(beside):
+            if token := self.template.control_tokens.search(beside):
                 raise DataError(
                     f"a field beside the content holds {token[0]!r}, which could end a turn; "
                     "remove it, or set tokenizer.special_in_text to parse"
@@ -244,7 +269,7 @@ class Phi3Tokenizer:
 
         An added token is the exception: the white space of an answer that the header's
         ``<|assistant|>`` takes to itself does not make it a part of the answer. One that the user
-        has added is a word like others.
+        has added is a word like others, and so is ``<think>``.
         """
         pieces = [chat.pieces for chat in chats]
         backend = self.backend
@@ -260,7 +285,8 @@ class Phi3Tokenizer:
         if self._disguise is not None:
             ids = self._disguise.true_ids(ids)
         trained = np.zeros(total, np.bool_)
-        added = backend.get_added_tokens_decoder().keys() - self.new_tokens.keys()
+        words = self.new_tokens.keys() | self._thought_tokens
+        added = backend.get_added_tokens_decoder().keys() - words
         starts = (np.cumsum(lengths) - lengths).tolist()
         for at, chat, encoding in zip(starts, pieces, encodings, strict=True):
             for start, end in _trained_spans(chat):
@@ -293,7 +319,7 @@ class Phi3Tokenizer:
     @cached_property
     def disguise(self) -> "Disguise":
         """The tokenizer that takes special tokens in a text for text."""
-        return Disguise(self.backend, self.new_tokens)
+        return Disguise(self.backend, self.new_tokens.keys() | self._thought_tokens)
 
     def tokenize_chats(
         self, chats: Iterable[Sequence[Turn]], *, add_generation_prompt: bool = False

@@ -10,6 +10,7 @@ from reprlib import repr as shortened
 from typing import Any, NamedTuple
 
 from phi3_plugin.config import strict_json
+from phi3_plugin.data.thoughts import THOUGHT_FIELDS
 from phi3_plugin.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -34,6 +35,8 @@ class Turn(NamedTuple):
     """Other fields of the message that the chat template reads (``name``, …), a JSON object."""
     variables: str = ""
     """What else of the row it reads (``documents``, …), a JSON object; every turn has the same."""
+    thought: str | None = None
+    """What was thought before it was said, where the template writes that by itself."""
 
 
 class Written(NamedTuple):
@@ -104,6 +107,11 @@ class Reads(NamedTuple):
         """Whether it reads anything."""
         return self != READS_NOTHING
 
+    @property
+    def thought(self) -> str | None:
+        """The field of a message in which it looks for what was thought."""
+        return next((name for name in THOUGHT_FIELDS if name in (self.fields or ())), None)
+
     def of_message(self, message: Mapping[str, Any]) -> str:
         """Return the fields of a message that are read, as `Turn` holds them."""
         names = [
@@ -140,7 +148,7 @@ The last one, torchtune's, says that it is not.
 """
 
 MESSAGE_FIELDS = frozenset(
-    ("role", "content", "from", "value", "tools", "tool_calls", *TRAIN_FLAGS)
+    ("role", "content", "from", "value", "tools", "tool_calls", *THOUGHT_FIELDS, *TRAIN_FLAGS)
 )
 """What is read of a message for itself."""
 

@@ -20,6 +20,7 @@ import torch
 from tests import warm
 from tests.assets import assets_dir
 from tests.stock import tiny_checkpoint
+from tests.variants import PHI4_MINI_REASONING, edit_json
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
@@ -74,6 +75,8 @@ def place(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("reader")
     tiny_checkpoint(cwd / "Phi-3-mini-4k", hidden_size=256, intermediate_size=512)
     with_longrope(shutil.copytree(cwd / "Phi-3-mini-4k", cwd / "Phi-3.5-mini"))
+    thinking = shutil.copytree(cwd / "Phi-3.5-mini", cwd / "Phi-4-mini-reasoning")
+    edit_json(thinking / "tokenizer_config.json", chat_template=PHI4_MINI_REASONING)
     lines = (assets_dir() / "data" / "gsm8k_train.jsonl").read_text("utf-8").splitlines()
     shortest = map(json.loads, sorted(lines, key=len)[:40])
     # Of an answer the last line, its number: the head over 32,064 tokens takes most of the time
@@ -82,6 +85,11 @@ def place(tmp_path_factory):
         for question, answer in pairs:
             turns = (("user", question), ("assistant", answer))
             messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    with (cwd / "my_thoughts.jsonl").open("w", encoding="utf-8") as file:
+        for question, answer in pairs:
+            said = {"role": "assistant", "content": answer, "reasoning_content": question}
+            messages = [{"role": "user", "content": question}, said]
             file.write(json.dumps({"messages": messages}) + "\n")
     with (cwd / "my_preferences.jsonl").open("w", encoding="utf-8") as file:
         for question, answer in pairs:

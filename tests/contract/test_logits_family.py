@@ -31,8 +31,8 @@ def small_model(variant):
     return hf_model(keys, std=0.04, **sizes(variant))
 
 
-SECOND = ("mini-128k", "medium-4k")
-"""Like 3.5-mini but for its numbers, and in test_logits.py on both sides of the window."""
+SECOND = ("mini-128k", "medium-4k", "phi-4-reasoning")
+"""Like 3.5-mini, or phi-4, but for their numbers; medium in test_logits.py, too."""
 LONG_QUICK = ("3.5-mini", "phi-4-mini")
 
 
@@ -72,6 +72,15 @@ def test_positions_that_are_given_count_as_those_that_are_not(long):
     ours, batch = loaded(long.folder), tokens(1, 4097)
     with torch.no_grad():
         close(ours(batch, input_pos=torch.arange(4097)[None]), hf_logits(long.hf, batch))
+
+
+def test_phi4_reasoning_turns_slower_than_phi4(tmp_path):
+    one, other = (made(name, tmp_path / name) for name in ("phi-4", "phi-4-reasoning"))
+    batch = tokens(1, 40)
+    with torch.no_grad():
+        ours = loaded(other.folder)(batch)
+    close(ours, hf_logits(other.hf, batch))
+    assert (ours - hf_logits(one.hf, batch)).abs().max() > 1e-3
 
 
 def test_the_two_sets_of_factors_differ(long):

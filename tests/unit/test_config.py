@@ -56,6 +56,11 @@ def test_rope_parameters_of_transformers_5():
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama', expected 'phi3'"),
+        (
+            {"model_type": "phi4flash"},
+            r"'phi4flash' \(Phi-4-mini-flash-reasoning, whose layers are",
+        ),
+        ({"model_type": ["phi3"]}, r"model_type is \['phi3'\], expected"),
         ({"new_key": 3}, "new_key: 3 is an unknown key"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: 'yes' must be True or False"),

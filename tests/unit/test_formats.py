@@ -12,7 +12,8 @@ from phi3_plugin.data.formats import (
     AnyCase,
     pick_format,
 )
-from phi3_plugin.data.turns import NAMES_LISTED, Written, key_names, make_turn, short_repr
+from phi3_plugin.data.thoughts import THOUGHT_FIELDS
+from phi3_plugin.data.turns import NAMES_LISTED, Reads, Written, key_names, make_turn, short_repr
 from phi3_plugin.data.unwanted import refuse_unwanted
 from phi3_plugin.errors import DataError
 
@@ -51,17 +52,17 @@ ROWS = {
 }
 
 
-def read(row, name=None, columns=None, tool_calls=None):
-    return pick_format(name, columns, [row], tool_calls=tool_calls).read(row)
+def read(row, name=None, columns=None, **options):
+    return pick_format(name, columns, [row], **options).read(row)
 
 
 def spoken(turns):
     return [turn[:2] for turn in turns]
 
 
-def messages(*listed, name="messages", tool_calls=None, **row):
+def messages(*listed, name="messages", tool_calls=None, thoughts=None, **row):
     key = "conversations" if name == "sharegpt" else "messages"
-    return read({key: list(listed), **row}, name, tool_calls=tool_calls)
+    return read({key: list(listed), **row}, name, tool_calls=tool_calls, thoughts=thoughts)
 
 
 def refused(says, read, *args, **options):
@@ -264,6 +265,54 @@ def test_fields_without_effect():
 @pytest.mark.parametrize("name", UNREAD_FIELDS)
 def test_fields_that_would_be_lost(name):
     refused(f"a message has {name}, which nothing reads; ", messages, USER | {name: {"a": 1}})
+
+
+@pytest.mark.parametrize("name", THOUGHT_FIELDS)
+def test_a_thought_is_written_in_front_of_the_answer(name):
+    listed = [USER, ASSISTANT | {name: " t\n"}]
+    (_, said) = messages(*listed, thoughts="<t>{}</t>")
+    assert (said.content, said.thought) == ("<t> t\n</t>a", None)
+    (_, said) = messages(USER, ASSISTANT | {name: "t", "tool_calls": [CALL]}, **WRITTEN)
+    assert said.content == f"<t>t</t>a<c>{CALL_TEXT}</c>"
+    refused("a message has a thought, and .* set dataset.thoughts, as in", messages, *listed)
+
+
+WRITTEN = {"thoughts": "<t>{}</t>", "tool_calls": "<c>{}</c>"}
+
+
+@pytest.mark.parametrize("fields", [{"reasoning": " "}, {"thinking": None, "reasoning": ""}])
+def test_a_thought_that_is_blank_is_none(fields):
+    assert messages(USER, ASSISTANT | fields) == messages(USER, ASSISTANT)
+
+
+@pytest.mark.parametrize("read_name", ["reasoning_content", "thinking"])
+def test_a_thought_that_the_template_reads_is_apart(read_name):
+    row = {"messages": [USER, ASSISTANT | {"reasoning": "t", "name": "n"}]}
+    reads = Reads(frozenset({read_name, "role", "name"}))
+    said = read(row, reads=reads)[1]
+    assert (said.content, said.thought, said.fields) == ("a", "t", '{"name": "n"}')
+    assert read(row, reads=reads, thoughts="<t>{}</t>")[1].content == "<t>t</t>a"  # as was asked
+
+
+def test_the_same_thought_under_several_names():
+    details = {"reasoning_details": [{"text": "t"}]}
+    fields = {"reasoning": "t", "reasoning_content": "t", **details}
+    assert messages(ASSISTANT | fields, thoughts="{} ")[0].content == "t a"
+    for more, says in (
+        (details, "reasoning_details, which nothing reads; write it as reasoning_content"),
+        ({"reasoning": "t", "thinking": "u"}, "reasoning and thinking, which differ; remove one"),
+        ({"thinking": ["t"]}, "thinking is list, expected a string"),
+        ({"reasoning": "\ud800"}, "the thought of the assistant message is not valid Unicode"),
+    ):
+        refused(says, messages, ASSISTANT | more, thoughts="{}")
+
+
+def test_thoughts_that_belong_nowhere():
+    refused("the user message has a thought", messages, USER | {"thinking": "t"}, thoughts="{}")
+    twice = {"content": "\n<think>t</think>a", "reasoning": "t"}
+    refused(
+        "has its thought in a field, and <think> in", messages, ASSISTANT | twice, thoughts="{}"
+    )
 
 
 @pytest.mark.parametrize(

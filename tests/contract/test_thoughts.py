@@ -1,0 +1,194 @@
+"""Thoughts before answers, beside transformers: ids, and what of them is trained on.
+
+What a model would be asked for is worked out from transformers' own texts: an answer begins where
+the prompt for it ends (``add_generation_prompt``), and is learned only if it is still there, whole,
+when the conversation goes on.
+"""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from phi3_plugin.data import chat_dataset, phi3_tokenizer
+from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.data.findings import FORGOTTEN_THOUGHT
+from tests.variants import (
+    OPEN4,
+    PHI4,
+    PHI4_MINI_REASONING,
+    PHI4_REASONING,
+    PHI4_TOKENS,
+    THOUGHT_TOKENS,
+    USER4,
+    phi4,
+    phi4_mini,
+)
+
+HEAD = "{% for message in messages %}{% if message.role == 'user' %}{{" + USER4 + "}}{% else %}"
+TAIL = "{% endif %}{% endfor %}{% if add_generation_prompt %}{{" + OPEN4 + "}}{% endif %}"
+WRITES = (
+    HEAD + "{{" + OPEN4 + "}}{% if message.reasoning_content %}{{ '<think>\n' + "
+    "message.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ message.content + '<|im_end|>' }}"
+    + TAIL
+)
+"""Invented for Phi-4's tokens: writes every thought."""
+BLOCKS = WRITES.replace("{% if message.reas", "{% generation %}{% if message.reas").replace(
+    "'<|im_end|>' }}" + TAIL, "'<|im_end|>' }}{% endgeneration %}" + TAIL
+)
+OPENED = OPEN4 + " + '<think>\n'"
+OPENS = WRITES.replace(TAIL, TAIL.replace(OPEN4, OPENED))
+"""A prompt of it ends in ``<think>``, as DeepSeek-R1's does."""
+FORGETS = (
+    "{%- set ns = namespace(last=0) %}{%- for message in messages %}{%- if message.role == 'user' "
+    "%}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}" + HEAD + "{{" + OPEN4 + "}}"
+    "{%- set thought = '' %}{%- if message.reasoning_content is string %}"
+    "{%- set thought = message.reasoning_content %}{%- endif %}"
+    "{%- if loop.index0 > ns.last and thought %}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + message.content }}"
+    "{%- else %}{{ message.content }}{%- endif %}{{ '<|im_end|>' }}" + TAIL
+)
+"""Thoughts of earlier answers are left out, as by Qwen3's."""
+
+MARKED = (*PHI4_TOKENS, *THOUGHT_TOKENS)
+
+
+def folder_of(place, template, tokens=PHI4_TOKENS):
+    if template is PHI4_MINI_REASONING:
+        return phi4_mini(place, chat_template=template)
+    return phi4(place, chat_template=template, tokens=tokens)
+
+
+def user(text="What is 2 + 2?"):
+    return {"role": "user", "content": text}
+
+
+def answer(text="It is 4.", **fields):
+    return {"role": "assistant", "content": text, **fields}
+
+
+def samples(folder, rows, **options):
+    """Return tokens and labels of rows as a run takes them, and what was noticed."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), "utf-8")
+    dataset = chat_dataset(phi3_tokenizer(folder), source=str(file), **options)
+    listed = [dataset[i] for i in range(len(dataset))]
+    return [([*one["tokens"]], [*one["labels"]]) for one in listed], dataset.findings
+
+
+def expected(folder, messages, end):
+    """Return tokens and labels as transformers' texts have them."""
+    theirs = AutoTokenizer.from_pretrained(folder)
+
+    def written(some, ask=False):
+        return theirs.apply_chat_template(some, tokenize=False, add_generation_prompt=ask)
+
+    text = written(messages)
+    encoding = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = theirs.apply_chat_template(messages, return_dict=False)
+    assert ids == encoding["input_ids"]
+    labels = [IGNORED] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked, said = written(messages[:i], ask=True), written(messages[: i + 1])
+        said = said[: said.rindex(end) + len(end)]
+        assert said.startswith(asked)
+        if not text.startswith(said):
+            continue  # it is no more what the model has written
+        for n, (first, last) in enumerate(encoding["offset_mapping"]):
+            if first < len(said) and last > len(asked):
+                labels[n] = ids[n]
+    return ids, labels
+
+
+def is_as_expected(folder, row, seen=None, end="<|im_end|>", **options):
+    """Compare a row with what transformers makes of it, or of one that says it in its words."""
+    (sample,), findings = samples(folder, [row], **options)
+    assert sample == expected(folder, seen or row, end)
+    return findings
+
+
+THOUGHT = {"reasoning_content": "Two and two.\n\nThat is four."}
+ROWS = {
+    "none": [user(), answer()],
+    "one": [user(), answer(**THOUGHT)],
+    "two": [user(), answer(**THOUGHT), user("And 3 + 3?"), answer("6", reasoning_content="Three")],
+    "first": [user(), answer(**THOUGHT), user("And 3 + 3?"), answer("6")],
+    "last": [user(), answer(), user("And 3 + 3?"), answer("6", **THOUGHT)],
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("template", [WRITES, BLOCKS, FORGETS], ids=["writes", "blocks", "forgets"])
+@pytest.mark.parametrize("tokens", [PHI4_TOKENS, MARKED], ids=["text", "tokens"])
+def test_a_thought_that_the_template_writes(tmp_path, template, row, tokens):
+    folder = folder_of(tmp_path, template, tokens)
+    findings = is_as_expected(folder, row)
+    left_out = template is FORGETS and len(row) > 2 and "reasoning_content" in row[1]
+    assert findings.counts[FORGOTTEN_THOUGHT] == left_out
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking"])
+def test_a_thought_under_another_name_is_given_under_the_templates(tmp_path, name):
+    row = [user(), answer(**{name: "Two."})]
+    is_as_expected(folder_of(tmp_path, WRITES), row, [user(), answer(reasoning_content="Two.")])
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(PHI4_REASONING, "<|im_end|>"), (PHI4_MINI_REASONING, "<|end|>")],
+    ids=["phi4-reasoning", "phi4-mini-reasoning"],
+)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_a_checkpoint_that_thinks_gets_thoughts_in_front_of_the_answer(
+    tmp_path, template, end, row
+):
+    seen = [
+        {"role": m["role"], "content": m["content"]}
+        if "reasoning_content" not in m
+        else answer(f"<think>\n{m['reasoning_content']}\n</think>\n{m['content']}")
+        for m in row
+    ]
+    for tokens in (PHI4_TOKENS, MARKED):
+        folder = folder_of(tmp_path / str(len(tokens)), template, tokens)
+        is_as_expected(folder, row, seen, end)
+        is_as_expected(folder, seen, None, end)  # as it is written already
+
+
+def test_a_checkpoint_that_does_not_think_is_told_how_to_write_thoughts(tmp_path):
+    folder = folder_of(tmp_path, PHI4)
+    row = [user(), answer(**THOUGHT)]
+    _, findings = samples(folder, [row, ROWS["none"]], bad_rows="drop")
+    ((_, reason),) = findings.places["cannot be used"]
+    assert "set dataset.thoughts" in reason
+    seen = [user(), answer("<t>" + THOUGHT["reasoning_content"] + "</t>It is 4.")]
+    is_as_expected(folder, row, seen, thoughts="<t>{}</t>")
+
+
+ALSO_OPENS = PHI4_REASONING.replace(OPEN4 + " }}", OPENED + " }}")
+
+
+@pytest.mark.parametrize("template", [OPENS, ALSO_OPENS], ids=["opens", "opens-in-blocks"])
+def test_a_prompt_that_opens_the_thought_is_not_learned(tmp_path, template):
+    folder = folder_of(tmp_path, template)
+    said = "<think>\nTwo and two.\n</think>\n\nIt is 4."
+    row = [user(), answer(said)]
+    if "generation %}" in template:  # what stands in there counts, as in transformers' mask
+        (sample,), _ = samples(folder, [row])
+        theirs = AutoTokenizer.from_pretrained(folder)
+        masked = theirs.apply_chat_template(
+            row, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert [label != IGNORED for label in sample[1]] == [*map(bool, masked["assistant_masks"])]
+        return
+    is_as_expected(folder, row)
+    is_as_expected(folder, [user(), answer(reasoning_content="Two and two.")])
+    text = f"{said}<|im_end|>"
+    asked = "<|im_start|>user<|im_sep|>What?<|im_end|><|im_start|>assistant<|im_sep|>"
+    file = folder / "texts.jsonl"
+    file.write_text(json.dumps({"text": asked + text}))
+    tokenizer = phi3_tokenizer(folder)
+    (sample,) = chat_dataset(tokenizer, source=str(file))
+    learned = tokenizer.decode([i for i in sample["labels"] if i != IGNORED], False)
+    assert learned == text.removeprefix("<think>\n")
