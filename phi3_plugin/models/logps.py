@@ -17,6 +17,8 @@ from torchtune.modules import TiedLinear
 
 LOGITS = 1 << 25
 """Computed at a time, about: 128 MiB in fp32."""
+IN_CACHE = 1 << 17
+"""Of those, how many become probabilities at a time on a CPU; on a GPU it is all of them."""
 
 
 # Shapes: N labelled tokens, n some of them, D model, V vocabulary
@@ -73,17 +75,11 @@ class _FrozenHead(torch.autograd.Function):
             piece = hidden[some].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = head(piece)
-            logp = torch.log_softmax(logits.detach().float(), dim=-1)
-            at_target = torch.arange(len(logp), device=logp.device), targets[some]
-            logps[some] = _smoothed(logp[at_target], logp, smoothing)
+            by_logits = logits.detach()
+            _predict(by_logits, targets[some], logps[some], smoothing, slopes=wanted)
             if slopes is not None:
-                by_logits = logp.exp_().neg_()  # in place, as it is the widest
-                if smoothing:
-                    by_logits += smoothing / by_logits.shape[-1]
-                by_logits[at_target] += 1 - smoothing
-                (slopes[some],) = torch.autograd.grad(logits, piece, by_logits.to(logits.dtype))
-                del by_logits
-            del logits, logp  # or they would be there beside the next ones
+                (slopes[some],) = torch.autograd.grad(logits, piece, by_logits)
+            del logits, by_logits  # or they would be there beside the next ones
         ctx.save_for_backward(slopes)
         return logps
 
@@ -92,6 +88,27 @@ class _FrozenHead(torch.autograd.Function):
         (slopes,), (g,) = ctx.saved_tensors, grads
         # In fp32: rounding the factor would turn the whole gradient
         return (slopes.float() * g[:, None]).to(slopes.dtype), None, None, None, None
+
+
+def _predict(
+    logits: Tensor, targets: Tensor, logps: Tensor, smoothing: float, *, slopes: bool
+) -> None:
+    """Write log p of the targets to ``logps [n]``; if asked, its slopes by the logits over these.
+
+    Nothing else is as wide as ``logits [n, V]``: they become probabilities a few rows at a time.
+    """
+    rows = max(IN_CACHE // logits.shape[1], 1) if logits.device.type == "cpu" else len(logits)
+    pieces = (whole.split(rows) for whole in (logits, targets, logps))
+    for some, predicted, found in zip(*pieces, strict=True):
+        logp = torch.log_softmax(some.float(), dim=-1)
+        at_target = torch.arange(len(logp), device=logp.device), predicted
+        found.copy_(_smoothed(logp[at_target], logp, smoothing))
+        if slopes:
+            by_logits = logp.exp_().neg_()
+            if smoothing:
+                by_logits += smoothing / by_logits.shape[-1]
+            by_logits[at_target] += 1 - smoothing
+            some.copy_(by_logits)
 
 
 class _TrainedHead(torch.autograd.Function):

@@ -215,8 +215,9 @@ def plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _dequantized(weight).to(dtype)
 
 
-DEQUANTIZED_AT_ONCE = 1 << 20
-"""Weights that are dequantized at a time on a CPU: what its cache holds."""
+DEQUANTIZED_AT_ONCE = 1 << 18
+"""Weights that are dequantized at a time on a CPU: what its cache holds, and small enough that the
+C library uses the same memory again for each, where new pages cost more than dequantizing."""
 
 
 class _Memory(threading.local):
@@ -246,12 +247,9 @@ def _dequantized(weight: Any) -> Tensor:
     for first in range(0, count, step):
         last = min(first + step, count)
         piece = out[first:last]
-        found = values.index_select(0, codes[first // each : last // each].int())
-        torch.mul(
-            found.view(weight.dtype).view(-1, GROUP),
-            scalers[first // GROUP : last // GROUP, None],
-            out=piece.view(-1, GROUP),
-        )
+        words = codes[first // each : last // each].int()
+        torch.index_select(values, 0, words, out=piece.view(values.dtype))
+        piece.view(-1, GROUP).mul_(scalers[first // GROUP : last // GROUP, None])
     return out.view(weight.shape)
 
 

@@ -123,7 +123,8 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         both = torch.empty_like(gate_up)
         to_gate, to_up = both.chunk(2, dim=-1)  # written in place: no concatenation
-        torch.ops.aten.silu_backward.grad_input(g * up, gate, grad_input=to_gate)
+        torch.mul(g, up, out=to_up)  # on its way to the other half
+        torch.ops.aten.silu_backward.grad_input(to_up, gate, grad_input=to_gate)
         torch.mul(F.silu(gate), g, out=to_up)
         return both
 

@@ -122,3 +122,20 @@ def test_without_gradients_the_head_runs_once(monkeypatch):
     with torch.no_grad():
         assert not token_logps(hidden.detach(), head, targets, V).requires_grad
     assert seen == [N]
+
+
+def test_rows_become_probabilities_a_few_at_a_time_and_are_the_same(monkeypatch):
+    """Bit for bit; without a gradient the logits stay as they are."""
+    head, found = filled(HEADS["frozen"](), torch.bfloat16), []
+    hidden, targets = inputs(dtype=torch.bfloat16)
+    weights = torch.randn(N)
+    for size in (1 << 17, 7 * V, 1):
+        monkeypatch.setattr(module, "IN_CACHE", size)
+        logps = token_logps(hidden, head, targets, V)
+        found.append((logps, *torch.autograd.grad(logps, hidden, weights)))
+    for values in zip(*found, strict=True):
+        assert all(torch.equal(values[0], other) for other in values[1:])
+    logits = []
+    head.register_forward_hook(lambda *call: logits.append((call[-1], call[-1].clone())))
+    token_logps(hidden.detach(), head, targets, V)
+    assert torch.equal(*logits[0])

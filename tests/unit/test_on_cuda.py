@@ -298,6 +298,7 @@ ELSEWHERE = {
 
 BRANCHES = {
     "models/nf4.py": ["DEQUANTIZED_AT_ONCE if codes", "if codes.device.type"],
+    "models/logps.py": ["rows = max(IN_CACHE"],
     "models/attention.py": ["_flex(q.device.type)", 'qkv.device.type == "cuda"'],
     "models/cache.py": ["twice = q.shape[2] == 1", "plain = weight.device.type"],
 }
