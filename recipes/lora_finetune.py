@@ -30,6 +30,7 @@ from phi3_plugin.checkpoint.files import check_output
 from phi3_plugin.checkpoint.peft import base_name, export_adapter, export_model
 from phi3_plugin.config import read_config
 from phi3_plugin.data.order import held_out, shares
+from phi3_plugin.device import computes_ahead
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.first_run import next_commands
 from phi3_plugin.generate import answers_in_training
@@ -41,6 +42,7 @@ from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
 from phi3_plugin.terminal import in_lines, outlived
 from phi3_plugin.train import checkpoints
+from phi3_plugin.train.ahead import Batches
 from phi3_plugin.train.cached_reference import compare_with_cached
 from phi3_plugin.train.data import (
     check_positions,
@@ -54,6 +56,7 @@ from phi3_plugin.train.model import is_adapted, model_of, prepare, trained_param
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import (
     check_shards,
+    for_gpu,
     load_optimizer_state,
     optimizer_state,
     parameter_groups,
@@ -73,7 +76,7 @@ from phi3_plugin.train.resume import (
     told,
 )
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
-from phi3_plugin.train.step import train_step, validate
+from phi3_plugin.train.step import StepResult, train_step, validate
 from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
 
@@ -130,6 +133,7 @@ class Finetune:
         self.card = (redacted(cfg).get("checkpointer") or {}).get("card", {})
         self.differences: list[Change] = []  # from those of the checkpoint to go on from
         self.finished = False
+        self.unnoted: Callable[[], None] | None = None  # tells of the last step
 
     def setup(self) -> None:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
@@ -250,7 +254,7 @@ class Finetune:
         """Build optimizer and schedule."""
         rate = self.s.optimizer.get("lr")
         groups = parameter_groups(self.model, rate, self.s.lora_plus_ratio)
-        self.optimizer = instantiate(self.s.optimizer, groups)
+        self.optimizer = instantiate(self.s.optimizer, groups, **for_gpu(self.s.optimizer, groups))
         check_shards(self.optimizer, self.model.named_parameters(), self.world.shards)
         self.scheduler = instantiate(
             self.s.lr_scheduler, self.optimizer, num_training_steps=self.data.total_steps
@@ -262,12 +266,12 @@ class Finetune:
         """Make steps until they are made or there is a reason to stop."""
         if self.finished:
             return
-        state, order = self.state, self.data.order
-        while state.step < self.data.total_steps and not self.stop.now():
-            samples = order.indices(state.step)
+        state, order, total = self.state, self.data.order, self.data.total_steps
+        made = Batches(self.world, order, self.data.collate, total)
+        while state.step < total and not self.stop.now():
+            samples, batches = made.of(state.step)
             epoch = state.step // order.steps_per_epoch
             rate = float(self.optimizer.param_groups[0]["lr"])
-            batches = order.batches(state.step, self.world.rank, self.data.collate)
             # Counts the labelled tokens of all processes, runs forward and backward, clips, steps
             result = train_step(
                 self.world,
@@ -280,9 +284,11 @@ class Finetune:
             if self.scheduler:
                 self.scheduler.step()
             state.step += 1
-            self.monitor.step(state.step, epoch, result, rate)
-            self.stop.after_step(result.problem, samples)
-            if state.step == self.data.total_steps:
+            self.note()  # the step before: a GPU has just begun with this one
+            self.unnoted = partial(self.note_step, state.step, epoch, result, rate, samples)
+            if not computes_ahead(self.world.device):
+                self.note()
+            if state.step == total:
                 break  # finish() validates and saves
             if self.data.order_val and is_due(state.step, self.s.run_val_every_n_steps):
                 self.validate()
@@ -290,10 +296,25 @@ class Finetune:
             is_kept = self.s.save_every_epoch and epoch_ends
             if is_kept or is_due(state.step, self.s.save_every_n_steps):
                 self.save(checkpoints.step_name(state.step))
+        self.note()
+
+    def note(self) -> None:
+        """Tell of the last step, if nobody has yet; waits for a GPU that is at it."""
+        tell, self.unnoted = self.unnoted, None
+        if tell:
+            tell()
+
+    def note_step(
+        self, step: int, epoch: int, result: StepResult, rate: float, samples: list[int]
+    ) -> None:
+        """Tell of a step, and end the run if too many in a row left the weights alone."""
+        self.monitor.step(step, epoch, result, rate)
+        self.stop.after_step(result.problem, samples)
 
     def validate(self) -> None:
         """Measure the loss on held-out data; keep the best, and stop if it stays behind."""
         assert self.data.order_val is not None  # the settings are refused otherwise
+        self.note()
         state = self.state
         batches = shares(self.data.order_val, self.world.rank, self.data.collate_val)
         measures = dict[str, float]()
@@ -320,6 +341,7 @@ class Finetune:
 
     def save(self, name: str) -> Path:
         """Write a checkpoint that serves and that the run can go on from."""
+        self.note()
         trained: dict[str, Tensor] = {}
         for parameter_name, parameter in trained_parameters(self.model).items():
             whole = self.world.whole(parameter.detach())

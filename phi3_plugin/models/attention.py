@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import (
 from torch.nn.attention.varlen import varlen_attn
 from torchtune.modules import KVCache
 
+from phi3_plugin.device import sent
 from phi3_plugin.models.rope import RotaryEmbedding, rotate
 
 Mask = Tensor | BlockMask | None
@@ -275,7 +276,7 @@ class Documents:
 def borders_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Return where documents of these lengths begin and the last one ends, int32."""
     ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return ends.to(device, non_blocking=True)
+    return sent(ends, device)
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

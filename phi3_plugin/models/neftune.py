@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from phi3_plugin.device import sent
+
 
 def noisy(h: Tensor, lengths: Sequence[int] | None, alpha: float) -> Tensor:
     """Return embeddings with noise of at most alpha / sqrt(tokens of the document x width).
@@ -19,6 +21,7 @@ def noisy(h: Tensor, lengths: Sequence[int] | None, alpha: float) -> Tensor:
         alpha: 5 is what the paper began with.
     """
     sizes = torch.tensor(lengths or (h.shape[1],))
-    scale = (alpha / (sizes * h.shape[2]).sqrt()).repeat_interleave(sizes)
+    scale = alpha / (sizes * h.shape[2]).sqrt()
+    scale = scale.repeat_interleave(sizes, output_size=h.shape[1])
     noise = torch.empty_like(h).uniform_(-1, 1)
-    return h + noise * scale.to(h.device, h.dtype)[:, None]
+    return h + noise * sent(scale.to(h.dtype), h.device)[:, None]

@@ -90,7 +90,9 @@ class Answers(NamedTuple):
 
 def summed(logps: Tensor, batch: Batch) -> Tensor:
     """Return log p of each answer, [A]; of [N] those of an answer are neighbours."""
-    return torch.segment_reduce(logps, "sum", lengths=batch["labelled"], initial=0)
+    # Unsafe is not to look whether the lengths add up, for which a GPU would be waited for
+    how: Any = {"lengths": batch["labelled"], "initial": 0, "unsafe": True}
+    return torch.segment_reduce(logps, "sum", **how)
 
 
 def answers(logps: Tensor, batch: Batch) -> Answers:
@@ -293,7 +295,7 @@ class KTO(Preference):
         rewards, count = self.rewards(all), len(all.wanted)
         sides = torch.stack([all.wanted, ~all.wanted]).to(rewards.dtype)
         sums = torch.cat([sides @ rewards, batch["kl"][None] * count])
-        return torch.stack([sums, torch.cat([sides.sum(1), sums.new_tensor([count])])], dim=1)
+        return torch.stack([sums, torch.cat([sides.sum(1), sums.new_full((1,), count)])], dim=1)
 
 
 # By which a YAML names them

@@ -19,8 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchtune.utils import log_rank_zero
 
 from phi3_plugin.checkpoint.base import NEW_ROWS
+from phi3_plugin.device import computes_ahead
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.options import Kind, Seed, is_number, mistakes
+from phi3_plugin.settings import component
 from phi3_plugin.train.data import FEW_STEPS
 from phi3_plugin.train.world import World
 
@@ -54,6 +56,47 @@ def parameter_groups(
         is_fast = name.endswith("lora_b.weight") and not name.startswith("tok_embeddings.")
         (fast if is_fast else slow).append(parameter)
     return [{"params": slow}, {"params": fast, "lr": rate * lora_plus_ratio}, *undecayed]
+
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW)
+"""Those of torch whose step is one kernel, if asked, and can be left out by a number on a GPU."""
+
+
+def for_gpu(section: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    """Return what an optimizer is told beside its section: on CUDA to make a step in one kernel.
+
+    On a CPU a step would have other bits than torch's default, and gain nothing.
+
+    Args:
+        section: Of the YAML; what it says of how a step is computed is left to it.
+        groups: From :func:`parameter_groups`.
+    """
+    if component(section["_component_"]) not in FUSED or HOW_COMPUTED & section.keys():
+        return {}
+    parameters = [p for group in groups for p in group["params"]]
+    return {"fused": True} if all(computes_ahead(p.device) for p in parameters) else {}
+
+
+HOW_COMPUTED = {"fused", "foreach", "capturable", "differentiable"}
+"""Arguments of torch's optimizers that exclude each other."""
+
+
+def skips_by_itself(optimizer: Optimizer) -> bool:
+    """Whether a GPU can decide if an optimizer moves its weights: the fused ones of torch can."""
+    able = getattr(optimizer, "_step_supports_amp_scaling", False)
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return able and all(computes_ahead(p.device) for p in parameters)
+
+
+def step_if(optimizer: Optimizer, wanted: Tensor) -> None:
+    """Make a step if a number on the GPU is true; without waiting for it.
+
+    Source: torch 2.13 ``GradScaler._maybe_opt_step``, from which fused optimizers have this.
+    """
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = (~wanted).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 Schedule = Callable[..., LambdaLR]

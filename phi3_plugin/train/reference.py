@@ -42,8 +42,9 @@ def compare(world: World, model: nn.Module, loss: Preference, batches: Sequence[
             gains = summed(predicted(model, others), others) - others["reference"]
         if not len(batch["targets"]):  # it is there so that all processes have as many
             continue
-        values = gains if loss.mismatched else batch["labelled"][batch["wanted"]]
-        sums += torch.stack([values.to(sums.dtype).sum(), sums.new_tensor(len(values))])
+        values = gains if loss.mismatched else batch["labelled"] * batch["wanted"]
+        number = sums.new_full((), len(gains)) if loss.mismatched else batch["wanted"].sum()
+        sums += torch.stack([values.to(sums.dtype).sum(), number.to(sums.dtype)])
     total, count = world.sum(sums)
     mean = (total / count).float()
     for batch in batches:

@@ -1,7 +1,7 @@
 """One optimizer step: count first, divide once, look before the weights move."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,25 +10,45 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.device import Received, pinned, sent
 from phi3_plugin.train.losses import SFT, Batch, Loss, Preference, predicted
+from phi3_plugin.train.optimizer import skips_by_itself, step_if
 from phi3_plugin.train.reference import compare
 from phi3_plugin.train.world import World, exact
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, over all processes and micro-batches."""
+    """What one step did, over all processes and micro-batches.
 
-    loss: float
-    """Mean over all labelled tokens; of a loss of answers over pairs, or answers."""
+    A GPU may still be at it: whoever asks for a number other than the tokens waits for that.
+    """
+
     tokens: int
     """Labelled tokens."""
-    grad_norm: float
-    """Norm of the gradient before clipping."""
-    moved: bool
-    """False if the weights were left alone: loss or norm was not finite, or nothing labelled."""
-    measures: dict[str, float] = field(default_factory=dict)
-    """What a loss of answers tells beside itself, see `Preference.measured`."""
+    received: Received
+    """The next two and the means of the loss."""
+    told: "Measures" = field(compare=False)
+
+    @property
+    def loss(self) -> float:
+        """Mean over all labelled tokens; of a loss of answers over pairs, or answers."""
+        return self.received.read()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradient before clipping."""
+        return self.received.read()[1]
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """What a loss of answers tells beside itself, see `Preference.measured`."""
+        return self.told.named(self.received.read()[2:])
+
+    @property
+    def moved(self) -> bool:
+        """False if the weights were left alone: loss or norm not finite, or nothing labelled."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
     def problem(self) -> str | None:
@@ -48,7 +68,8 @@ def train_step(
 ) -> StepResult:
     """Accumulate over the micro-batches of this process, then move the weights once.
 
-    Where loss or gradient is not finite, as without any label, the weights stay.
+    Where loss or gradient is not finite, as without any label, the weights stay. On a GPU nothing
+    is waited for, if the optimizer can find that out there: the step returns before it is made.
 
     Args:
         world: All processes; each brings as many micro-batches.
@@ -59,15 +80,16 @@ def train_step(
         max_norm: Clip the gradient to this norm; None only measures it.
     """
     batches = [ready(batch, world.device) for batch in batches]
-    own = [sum(len(batch["targets"]) for batch in batches), count_of(loss, batches)]
-    tokens, count = world.sum(torch.tensor(own, device=world.device))
+    own = sum(len(batch["targets"]) for batch in batches), count_of(loss, batches)
+    tokens, count = world.totals(*own)
     measures = Measures(loss, world.device)
     if isinstance(loss, Preference):
         compare(world, model, loss, batches)
     asked = loss.asked if isinstance(loss, SFT) else {}
     # Gradients are averaged over processes; each share is scaled up to undo that.
-    share = world.size / count  # without a label not finite, so that the weights stay
-    total = torch.zeros((), device=count.device)
+    # Without a label it is not finite, so that the weights stay.
+    share = world.size / count if count else math.inf
+    total = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
         world.before_backward(model, last=i == len(batches) - 1)
         logps = predicted(model, batch, **asked)
@@ -75,16 +97,20 @@ def train_step(
         (summed * share).backward()
         total += summed.detach()
         measures.add(logps, batch)
-    mean = (world.sum(total) / count).item()
+    mean = world.sum(total) / count
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     world.average_gradients(trained)
     limit = math.inf if max_norm is None else max_norm
-    norm = world.whole(torch.nn.utils.clip_grad_norm_(trained, limit)).item()
-    moved = math.isfinite(mean) and math.isfinite(norm)
-    if moved:
+    norm = world.whole(torch.nn.utils.clip_grad_norm_(trained, limit))
+    wide = exact(world.device)
+    numbers = torch.stack([mean.to(wide), norm.to(world.device, wide)])
+    result = StepResult(tokens, Received(torch.cat([numbers, measures.means(world)])), measures)
+    if skips_by_itself(optimizer):
+        step_if(optimizer, numbers.isfinite().all())
+    elif result.moved:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean, int(tokens), norm, moved, measures.means(world))
+    return result
 
 
 class Measures:
@@ -100,14 +126,18 @@ class Measures:
         if self._loss is not None:
             self._sums = self._sums + self._loss.measure(logps.detach(), batch)
 
-    def means(self, world: World) -> dict[str, float]:
-        """Return the means; one over nothing is not a number."""
+    def means(self, world: World) -> Tensor:
+        """Return the means ``[measured]``; one over nothing is not a number."""
+        if self._loss is None:
+            return self._sums.new_empty(0)
+        sums, counts = world.sum(self._sums).T.unbind()
+        return sums / counts
+
+    def named(self, means: Sequence[float]) -> dict[str, float]:
+        """Return the means as they are told."""
         if self._loss is None:
             return {}
-        sums, counts = world.sum(self._sums).T
-        return self._loss.told(
-            dict(zip(self._loss.measured, (sums / counts).tolist(), strict=True))
-        )
+        return self._loss.told(dict(zip(self._loss.measured, means, strict=True)))
 
 
 def count_of(loss: Loss, batches: Iterable[Batch]) -> int:
@@ -151,20 +181,35 @@ def validate(
         measures.add(logps, batch)
     model.train(training)
     if measured is not None:
-        measured.update(measures.means(world))
+        measured.update(measures.named(measures.means(world).tolist()))
     summed, count = world.sum(total).tolist()
     return summed / max(count, 1), int(count)
 
 
 def ready(batch: Batch, device: torch.device) -> Batch:
     """Return a batch with targets in place of labels, where the model is."""
+    return _each(awaiting(batch, device), lambda value: sent(value, device))
+
+
+def awaiting(batch: Batch, device: torch.device) -> Batch:
+    """Return what :func:`ready` needs of the CPU alone, so that another thread can do it."""
+    if "targets" in batch:
+        return batch
     batch = with_targets(batch)
     if "mismatched" in batch:
-        batch["mismatched"] = ready(batch["mismatched"], device)
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+        batch["mismatched"] = with_targets(batch["mismatched"])
+    return _each(batch, lambda value: pinned(value, device))
+
+
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """Return a batch whose tensors are changed."""
+    changed: Batch = {}
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            changed[name] = change(value)
+        else:
+            changed[name] = _each(value, change) if isinstance(value, dict) else value
+    return changed
 
 
 # Shapes: B batch, S sequence, N labelled tokens

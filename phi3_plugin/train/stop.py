@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from phi3_plugin.errors import DataError
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.terminal import in_lines
@@ -98,8 +96,7 @@ class Stop:
 
         A signal reaches the processes at different moments, so each acts on it only here.
         """
-        asked = torch.tensor(int(self._signal is not None), device=self._world.device)
-        if self._world.sum(asked).item():
+        if self._world.totals(self._signal is not None)[0]:
             self.reason = self.reason or self._signal or "another process was asked to stop"
         self._is_training = True
         return self.reason is not None

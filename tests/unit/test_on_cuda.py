@@ -16,13 +16,14 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchtune.training import set_default_dtype
 
 import phi3_plugin
@@ -30,13 +31,16 @@ from phi3_plugin.config import parse_config
 from phi3_plugin.models import attention, nf4
 from phi3_plugin.models.cache import serve
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
+from phi3_plugin.models.new_tokens import add_new_tokens
 from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.models.phi3 import adapted
+from phi3_plugin.train import losses
+from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
-from phi3_plugin.train.optimizer import parameter_groups
-from phi3_plugin.train.step import with_targets
-from phi3_plugin.train.world import exact
+from phi3_plugin.train.optimizer import for_gpu, linear_with_warmup, parameter_groups
+from phi3_plugin.train.step import StepResult, train_step, with_targets
+from phi3_plugin.train.world import World, exact
 from tests.chosen import some
 from tests.family import VARIANTS, published
 
@@ -114,7 +118,9 @@ def own_functions():
 def fake():
     """Compute without numbers; what is kept from call to call is forgotten afterwards."""
     try:
-        with FakeTensorMode() as mode:
+        # torch's fake tensors cannot be pinned, and no event is there to be recorded
+        pinned = patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        with pinned, patch("torch.Event"), FakeTensorMode() as mode:
             yield mode
     finally:
         nf4._memory.of.clear()
@@ -122,12 +128,23 @@ def fake():
             kept.cache_clear()
 
 
-def a_model(variant="mini-4k", dtype=torch.bfloat16, *, targets=TARGETS, **settings):
+def a_model(
+    variant="mini-4k",
+    dtype=torch.bfloat16,
+    *,
+    targets=TARGETS,
+    new_tokens=(),
+    neftune_alpha=None,
+    **settings,
+):
     """Build two layers of a checkpoint's own widths there, ready to be trained."""
     config = parse_config({**published(variant), "num_hidden_layers": 2})
     keys = {"apply_lora_to_mlp": True, **settings}
     with set_default_dtype(dtype), CUDA:  # as World.build does
-        return prepare(adapted(config, LoRASettings(targets, **keys)), adapter_dtype="fp32")
+        model = adapted(config, LoRASettings(targets, **keys))
+        if new_tokens:
+            add_new_tokens(model, new_tokens)
+        return prepare(model, adapter_dtype="fp32", neftune_alpha=neftune_alpha)
 
 
 def a_batch():
@@ -138,8 +155,9 @@ def a_batch():
     return {**batch, "lengths": (60, 40)}
 
 
-def moved(mode, batch):
-    return {k: mode.from_tensor(v).to(CUDA) if torch.is_tensor(v) else v for k, v in batch.items()}
+def faked(mode, batch):
+    """Return a batch on the CPU without its numbers."""
+    return tree_map_only(torch.Tensor, mode.from_tensor, batch)
 
 
 WAYS = {
@@ -160,18 +178,43 @@ WAYS = {
 }
 
 
-def train(mode, model, batch):
-    """Run what a step runs on the device, but for the way back through torch's own operations."""
-    loss = SFT()(model(**moved(mode, batch)), batch)
-    assert (loss.device, loss.dtype, loss.requires_grad) == (CUDA, torch.float32, True)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 16.0))
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
-    kept = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
-    assert {x.device for x in (norm, *kept, *trained)} == {CUDA}
+class NoWaits(TorchDispatchMode):
+    """Finds what makes Python wait for a GPU; numbers and sizes that it has are errors anyhow."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        tensors = filter(torch.is_tensor, tree_leaves((args, kwargs, out)))
+        if len({x.device for x in tensors if x.dim()}) > 1:  # without dimensions it is a number
+            assert kwargs.get("non_blocking"), function
+        if function is torch.ops.aten.segment_reduce.default:
+            assert kwargs["unsafe"], "it looks whether the lengths add up"
+        return out
+
+
+def train(mode, model, batch, loss=None, **optimizer):
+    """Make a step, but for the way back through torch's own operations; on CUDA without a wait."""
+    world = World("cpu")
+    world.device = CUDA
+    section = {"_component_": "torch.optim.AdamW", "lr": 1e-4, **optimizer}
+    groups = parameter_groups(model, 1e-4, 16.0)
+    made = instantiate(section, groups, **for_gpu(section, groups))
+    schedule = linear_with_warmup(made, 10)
+    trained = [p for group in groups for p in group["params"]]
+
+    def backward(loss):
+        assert (loss.device, loss.dtype, loss.requires_grad) == (CUDA, torch.float32, True)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+
+    is_cuda = CUDA.type == "cuda"
+    watched = NoWaits() if is_cuda else patch.object(StepResult, "moved", True)
+    with patch.object(torch.Tensor, "backward", backward), watched:
+        result = train_step(world, model, made, loss or SFT(), [faked(mode, batch)], 1.0)
+        schedule.step()
+    assert result.tokens == len(batch["targets"])
+    kept = [v for state in made.state.values() for v in state.values()]
+    assert {x.device for x in (*kept, *trained) if x.dim() or is_cuda} == {CUDA}
 
 
 EXACTLY = pytest.param(torch.float32, id="fp32", marks=pytest.mark.exhaustive)
@@ -200,6 +243,30 @@ def test_a_step_of_each_checkpoint(backward, variant):
     batch = a_batch()
     with fake() as mode:
         train(mode, a_model(variant), batch)
+
+
+@pytest.mark.parametrize("name", [kind.__name__ for kind in losses.Preference.__subclasses__()])
+def test_a_step_over_answers(backward, name):
+    loss = getattr(losses, name)()
+    batch = {**a_batch(), "wanted": torch.tensor([True, False])}
+    batch["labelled"] = torch.tensor([20, 13])
+    batch["mismatched"] = {**batch} if loss.mismatched else None
+    with fake() as mode:
+        train(mode, a_model(), batch, loss)
+
+
+def test_a_step_with_noise_smoothing_and_new_tokens(backward):
+    batch = a_batch()
+    with fake() as mode:
+        model = a_model(new_tokens=range(32011, 32020), neftune_alpha=5.0)
+        train(mode, model, batch, SFT(label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("asked", [{"fused": False}, {"_component_": "torch.optim.SGD"}])
+def test_others_look_before_they_step(backward, asked):
+    batch = a_batch()
+    with fake() as mode, pytest.raises(DataDependentOutputException):
+        train(mode, a_model(), batch, **asked)
 
 
 class NoDoubles(TorchDispatchMode):
@@ -297,6 +364,7 @@ ELSEWHERE = {
 """Files that ask for the device and compute nothing by it that could be run without one."""
 
 BRANCHES = {
+    "device.py": ['device.type == "cuda"'],
     "models/nf4.py": ["DEQUANTIZED_AT_ONCE if codes", "if codes.device.type"],
     "models/logps.py": ["rows = max(IN_CACHE"],
     "models/attention.py": ["_flex(q.device.type)", 'qkv.device.type == "cuda"'],

@@ -2,18 +2,22 @@
 
 import pytest
 import torch
+from torch import nn
 
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.train import constant_with_warmup, cosine_with_warmup, linear_with_warmup
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.optimizer import (
+    FUSED,
     check_shards,
     load_optimizer_state,
     optimizer_state,
     parameter_groups,
     replay,
+    step_if,
 )
 from phi3_plugin.train.world import World
+from tests.own import same
 from tests.tiny import tiny_model
 
 
@@ -282,3 +286,21 @@ def test_what_stays_in_full_precision_may_be_shared_out_anyhow(dtype):
     optimizer, names = made(dtype=dtype)
     names[0][1].requires_grad_(False)
     check_shards(optimizer, names, 4)
+
+
+@pytest.mark.parametrize("make", FUSED)
+def test_a_fused_step_is_left_out_by_a_number(make):
+    """As a GPU does it, whose Python does not know the number."""
+    plain, asked = (nn.Linear(3, 2) for _ in range(2))
+    asked.load_state_dict(plain.state_dict())
+    steps = [make(model.parameters(), lr=0.1, fused=True) for model in (plain, asked)]
+    for wanted in (True, False, True, False):
+        for model in (plain, asked):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.5 if wanted else torch.nan)
+        if wanted:
+            steps[0].step()
+        step_if(steps[1], torch.tensor(wanted))
+        assert same(plain.state_dict(), asked.state_dict())
+        assert same(*(optimizer.state_dict()["state"] for optimizer in steps))
+    assert not hasattr(steps[1], "found_inf")
