@@ -14,6 +14,7 @@ import torch
 
 from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.config import read_config
+from phi3_plugin.data.thoughts import THOUGHT_FIELDS, split_thought
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.data.turns import Turn, make_turn
 from phi3_plugin.errors import DataError, OutputError, Phi3Error
@@ -22,13 +23,12 @@ from phi3_plugin.load import load_model, tokenizer_of
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import ChatOptions, closest
 from phi3_plugin.prompts import (
-    CUT,
+    Speaker,
     as_line,
     check_stop,
     check_system,
     prompt_ids,
     too_long,
-    writer,
 )
 
 HELP = """\
@@ -66,7 +66,8 @@ def run(o: ChatOptions) -> int:
     if is_terminal():
         tell("/help lists what you can type. Ctrl-C stops an answer, Ctrl-D leaves.")
     with suppress(BrokenPipeError):  # `| head` has seen enough
-        return talk(ChatSession(generator, tokenizer, positions, o.system))
+        hide = {"hide_thoughts": o.hide_thoughts}
+        return talk(ChatSession(generator, tokenizer, positions, o.system, **hide))
     return 1
 
 
@@ -95,7 +96,13 @@ class ChatSession:
     """A conversation, and who answers."""
 
     def __init__(
-        self, generator: Generator, tokenizer: Phi3Tokenizer, positions: int, system: str | None
+        self,
+        generator: Generator,
+        tokenizer: Phi3Tokenizer,
+        positions: int,
+        system: str | None,
+        *,
+        hide_thoughts: bool = False,
     ) -> None:
         """Start with nothing said.
 
@@ -104,16 +111,17 @@ class ChatSession:
             tokenizer: Renders the conversation.
             positions: How many tokens the model can take.
             system: The system message.
+            hide_thoughts: Whether what is thought before an answer is not shown.
         """
         self.generator = generator
         self.tokenizer = tokenizer
         self.positions = positions
         self.system = system
+        self.hide_thoughts = hide_thoughts
         self.turns: list[Turn] = []
         """The user and the assistant by turns."""
         self._first = 0  # before this turn, the model sees nothing any more
         self._stopped = False  # whether the last answer is not whole
-        self._show = writer()
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self.reset,
             "/system": self.set_system,
@@ -164,14 +172,9 @@ class ChatSession:
 
     def _reply(self) -> Turn | None:
         """Let the model answer; None if it says nothing."""
-        pieces: list[str] = []
-
-        def show(piece: str) -> None:
-            pieces.append(piece)
-            self._show(piece)
-
+        speaker = Speaker(hide_thoughts=self.hide_thoughts)
         try:
-            reason = self.generator.answer(self._prompt(), show).reason
+            reason = self.generator.answer(self._prompt(), speaker).reason
         except KeyboardInterrupt:
             reason = "stopped"
         except DataError as error:
@@ -180,16 +183,19 @@ class ChatSession:
         except torch.OutOfMemoryError:
             tell("The device has no memory left for a conversation of this length. Try /reset.")
             return None
-        text = "".join(pieces)
+        text = speaker.text
         self._stopped = reason == "stopped"
         if text or self._stopped:
-            self._show("\n")
-        if reason in CUT:
-            tell(f"(Cut {CUT[reason].format(self.generator.sampling)}.)")
+            speaker.end()
+        if cut := speaker.told(reason, self.generator.sampling):
+            tell(f"({cut.capitalize()}.)")
         if not text.strip():
             tell("(No answer. Your message was taken back.)")
             return None
-        return make_turn("assistant", text)
+        if self.tokenizer.template.reads.thought is None:
+            return make_turn("assistant", text)
+        thought, said = split_thought(text)  # as the template takes them
+        return make_turn("assistant", said)._replace(thought=thought or None)
 
     def _prompt(self) -> list[int]:
         """Return what the model reads; where it has no room for all, the oldest is left out.
@@ -235,7 +241,7 @@ class ChatSession:
         if file.suffix != ".jsonl":
             return tell("Name a file that ends in .jsonl, as in /save chats.jsonl.")
         turns = [*self._head(), *self.turns]
-        row = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+        row = {"messages": [_message(turn) for turn in turns]}
         line = as_line(row).encode()
         try:
             if file.exists() and (size := file.stat().st_size):
@@ -246,6 +252,11 @@ class ChatSession:
         except OSError as error:
             return tell(f"{file} cannot be written: {error.strerror or error}.")
         tell(f"Added a conversation of {len(turns)} messages to {file}.")
+
+
+def _message(turn: Turn) -> dict[str, str]:
+    thought = {} if turn.thought is None else {THOUGHT_FIELDS[0]: turn.thought}
+    return {"role": turn.role, "content": turn.content, **thought}
 
 
 # The terminal, or the streams of a program.

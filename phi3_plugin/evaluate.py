@@ -23,9 +23,10 @@ from phi3_plugin.checkpoint.files import append_whole
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.dataset import ChatDataset, messages_of_rows
 from phi3_plugin.data.order import hold_out
+from phi3_plugin.data.thoughts import is_thinking, split_thought
 from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
-from phi3_plugin.generate import Answer
+from phi3_plugin.generate import Answer, decoder
 from phi3_plugin.inspect import arrays, is_chat_dataset, is_text_dataset, place_of, source_name
 from phi3_plugin.pages.numbers import MINUS, count, number
 from phi3_plugin.prompts import as_line, too_long
@@ -153,7 +154,9 @@ def question_of(messages: Messages, tokenizer: Any) -> Question:
     before = messages[: answers[-1]]
     turns = [
         make_turn(m["role"], m["content"], tools=m.get("tools"))._replace(
-            fields=m.get("fields", ""), variables=m.get("variables", "")
+            fields=m.get("fields", ""),
+            variables=m.get("variables", ""),
+            thought=m.get("thought"),
         )
         for m in before
     ]
@@ -177,7 +180,7 @@ def last_labelled(tokens: Sequence[int], labels: Sequence[int], tokenizer: Any) 
         raise DataError(NO_ANSWER)
     prompt = list(tokens[:start])
     reference = [labels[i] for i in labelled.tolist() if i >= start]
-    return prompt, tokenizer.decode(prompt, False), tokenizer.decode(reference)
+    return prompt, tokenizer.decode(prompt, False), decoder(tokenizer)(reference)
 
 
 def _source(s: Settings, section: Mapping[str, Any], dataset: Any, number: int) -> str:
@@ -276,12 +279,13 @@ class Scorer:
         self._chrf = sacrebleu.CHRF()
 
     def score(self, answer: str, reference: str) -> Scores:
-        """Compare an answer with what was expected.
+        """Compare an answer with what was expected, each without what was thought before it.
 
         Args:
             answer: What a model wrote.
             reference: What the data set has.
         """
+        answer, reference = (split_thought(text)[1] for text in (answer, reference))
         rouge = self._rouge.score(reference, answer)
         values = {name: 100.0 * float(rouge[name].fmeasure) for name in ROUGE}
         plain = [text.replace("\r\n", "\n").strip() for text in (answer, reference)]
@@ -499,6 +503,13 @@ class Evaluation:
             notes.append(
                 f"{unlabelled:,} of {number:,} samples {have} no labelled token, and so no loss."
             )
+        for name, outcomes in self.outcomes.items():
+            answers = [outcome.answer.text for outcome in outcomes if outcome.answer]
+            if thinking := sum(map(is_thinking, answers)):
+                notes.append(
+                    f"{count(thinking, 'answer')} of the {name} ended within the thought, and "
+                    "count as empty: raise generation.max_new_tokens."
+                )
         scores = [outcome.scores for outcome in self.outcomes[BASE] if outcome.scores]
         if unreadable := sum(not one.readable for one in scores):
             notes.append(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchtune.data import Message
 
 from phi3_plugin.callable_module import CallableModule
+from phi3_plugin.data.thoughts import begun_thought
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import CheckpointError, DataError
 from phi3_plugin.options import Sampling
@@ -67,21 +68,32 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
 # The text of an answer while it grows.
 
 
+def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Return what makes a text of an answer's tokens: ours shows thoughts, others what they do."""
+    decode: Callable[[Sequence[int]], str]
+    decode = getattr(tokenizer, "decode_answer", tokenizer.decode)
+    return decode
+
+
 class GrowingText:
     """The text of the tokens so far: shown in whole characters, and ended by a stop text."""
 
-    def __init__(self, tokenizer: Phi3Tokenizer, stops: Sequence[str] = ()) -> None:
-        """Start empty.
+    def __init__(
+        self, tokenizer: Phi3Tokenizer, stops: Sequence[str] = (), begun: str = ""
+    ) -> None:
+        """Start with what is there already.
 
         Args:
             tokenizer: Decodes.
             stops: Texts that end the answer, and are no part of it.
+            begun: What the prompt has of it.
         """
-        self.text = ""
+        self.text = begun
         """So far, without a stop text."""
+        self._begun = begun
         self.stopped = False
         """Whether a stop text ended it."""
-        self._tokenizer = tokenizer
+        self._decode = decoder(tokenizer)
         self._stops = stops
         self._tokens: list[int] = []
         self._last = slice(0, 0)  # the tokens that the last piece came from
@@ -92,8 +104,8 @@ class GrowingText:
         self._tokens.append(token)
         # Only the last tokens are decoded, and those before them to see what is new: the first
         # token of a text may lose a space that it has elsewhere.
-        before = self._tokenizer.decode(self._tokens[self._last])
-        now = self._tokenizer.decode(self._tokens[self._last.start :])
+        before = self._decode(self._tokens[self._last])
+        now = self._decode(self._tokens[self._last.start :])
         # Bytes that are no character yet decode to a replacement character
         if len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
@@ -104,7 +116,7 @@ class GrowingText:
         """Return what was held back, and is no part of a stop text after all."""
         shown = ""
         if not self.stopped:
-            whole = self._tokenizer.decode(self._tokens)
+            whole = self._begun + self._decode(self._tokens)
             if not whole.startswith(self.text):  # bytes that were no character: shown as they are
                 self.text = whole
                 return ""
@@ -131,6 +143,9 @@ class GrowingText:
 
 # Many answers at once: a row that has ended makes room for the next prompt.
 
+TOKENS_OF_A_MARK = 16
+"""At the end of a prompt in which it is looked for: ``<think>`` and white space take fewer."""
+
 READ_AT_ONCE = 4096
 """Tokens of new prompts that are read together, if they are several."""
 
@@ -142,7 +157,7 @@ class Answer:
     index: int
     """Number of the prompt."""
     text: str
-    """Without the token or text that ended it."""
+    """Without the token or text that ended it; with the ``<think>`` that its prompt may end in."""
     tokens: tuple[int, ...]
     """As they came, with the token that ended it."""
     reason: str
@@ -278,7 +293,8 @@ class Generator:
                 f"prompt {index + 1} has the token {unknown[0]}, but the model knows {vocabulary}. "
                 "Use the tokenizer of its own folder."
             )
-        text = GrowingText(self.tokenizer, self._stop_texts)
+        begun = begun_thought(decoder(self.tokenizer)(list(prompt[-TOKENS_OF_A_MARK:])))
+        text = GrowingText(self.tokenizer, self._stop_texts, begun)
         return _Row(index, prompt, self.sampling.seed, text)
 
     # A cache outlives a call, and is written in place: not as a tensor of inference mode

@@ -627,6 +627,8 @@ class AnswerOptions(Sampling):
     """keep the base's weights in NF4"""
     system: AnyText | None = None
     """system message"""
+    hide_thoughts: Switch = False
+    """leave out what stands between <think> and </think> before an answer"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,14 @@ from typing import IO, Any, NamedTuple
 from phi3_plugin.data.columns import with_system_prompt
 from phi3_plugin.data.formats import MessageList
 from phi3_plugin.data.rows import lines
+from phi3_plugin.data.thoughts import (
+    THOUGHT_IN_TEXT,
+    ThoughtsHidden,
+    is_thinking,
+    split_thought,
+)
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, warn_of_dropped
-from phi3_plugin.data.turns import Reads, Turn, kind, make_turn
+from phi3_plugin.data.turns import Turn, kind, make_turn
 from phi3_plugin.errors import ConfigError, DataError, MissingFileError, OutputError
 from phi3_plugin.generate import Answer
 from phi3_plugin.options import PromptOptions, Sampling, closest
@@ -132,7 +138,7 @@ def read_prompts(o: PromptOptions, tokenizer: Phi3Tokenizer, positions: int) -> 
     dropped: Counter[str] = Counter()
     for where, row in _typed(o) if o.prompt else _file_rows(o.prompts):
         try:
-            turns = _turns(row, o)
+            turns = _turns(row, o, tokenizer)
             if o.raw:
                 ids = tokenizer.encode(turns[0].content)
             else:
@@ -210,7 +216,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _turns(row: Any, o: PromptOptions) -> list[Turn]:
+def _turns(row: Any, o: PromptOptions, tokenizer: Phi3Tokenizer) -> list[Turn]:
     """Return what the model is to answer: the conversation, or the text alone."""
     if isinstance(row, DataError):
         raise row
@@ -227,7 +233,10 @@ def _turns(row: Any, o: PromptOptions) -> list[Turn]:
     elif o.raw:
         raise DataError(f"{key} is {kind(value)}; without a chat template, prompt is a text")
     else:
-        turns = MessageList(key, "role", reads=Reads(None)).read(row)
+        reads = tokenizer.template.reads._replace(variables=frozenset())
+        # A thought before an answer, or in the reference, which is not shown
+        thoughts = None if reads.thought else tokenizer.thoughts or THOUGHT_IN_TEXT
+        turns = MessageList(key, "role", reads=reads, thoughts=thoughts).read(row)
         if turns[-1].role == "assistant":  # a reference, with which the answer is compared
             turns = turns[:-1]
         if not any(turn.content.strip() for turn in turns if turn.role != "system"):
@@ -264,6 +273,35 @@ def writer() -> Callable[[str], None]:
     return (lambda piece: put(safe(piece))) if sys.stdout.isatty() else put
 
 
+class Speaker:
+    """Shows an answer as it is written, with its thought or without."""
+
+    def __init__(self, *, hide_thoughts: bool = False) -> None:
+        """Show nothing yet."""
+        self._show = writer()
+        self._hidden = ThoughtsHidden(self._show) if hide_thoughts else None
+        self.text = ""
+        """All of the answer, so far."""
+
+    def __call__(self, piece: str) -> None:
+        """Take a piece of the answer."""
+        self.text += piece
+        (self._hidden or self._show)(piece)
+
+    def end(self) -> None:
+        """Show the rest, and end the line."""
+        if self._hidden is not None:
+            self._hidden.end()
+        self._show("\n")
+
+    def told(self, reason: str, sampling: Sampling) -> str:
+        """Say what cut the answer off; empty where it ended by itself."""
+        if reason not in CUT:
+            return ""
+        where = ", within its thought" if is_thinking(self.text) else ""
+        return f"cut {CUT[reason].format(sampling)}{where}"
+
+
 def safe(text: str) -> str:
     """Return text without what drives a terminal: control characters and turns of direction."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", text)
@@ -298,7 +336,7 @@ def as_line(row: Mapping[str, Any]) -> str:
 # The lines of a file of answers.
 
 
-def answer_row(row: JsonRow, answer: Answer) -> JsonRow:
+def answer_row(row: JsonRow, answer: Answer, *, hide_thoughts: bool = False) -> JsonRow:
     """Return a row with its answer.
 
     What it has under our names goes on as ``given_...``, so that answers can be answered again.
@@ -306,7 +344,8 @@ def answer_row(row: JsonRow, answer: Answer) -> JsonRow:
     ours = re.compile("(given_)*(answer|reason|tokens|prompt_tokens)")
     given = {f"given_{key}" if ours.fullmatch(key) else key: value for key, value in row.items()}
     counts = {"tokens": len(answer.tokens), "prompt_tokens": answer.prompt_tokens}
-    return {**given, "answer": answer.text, "reason": answer.reason, **counts}
+    text = split_thought(answer.text)[1] if hide_thoughts else answer.text
+    return {**given, "answer": text, "reason": answer.reason, **counts}
 
 
 def cut_off(rows: Iterable[JsonRow], sampling: Sampling) -> str:

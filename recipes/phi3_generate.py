@@ -24,11 +24,11 @@ from phi3_plugin.load import load_model, tokenizer_of
 from phi3_plugin.models.cache import serve
 from phi3_plugin.options import GenerateOptions, PromptOptions, read_options
 from phi3_plugin.prompts import (
-    CUT,
     STDIN,
     AnswersFile,
     PrintedAnswers,
     Prompt,
+    Speaker,
     answer_row,
     check_answers_file,
     check_stop,
@@ -37,7 +37,6 @@ from phi3_plugin.prompts import (
     identity_of,
     read_prompts,
     safe,
-    writer,
 )
 
 
@@ -77,19 +76,19 @@ def speak(o: PromptOptions, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt])
     """Print answers as they are written, one after the other."""
     generator = load_generator(o, tokenizer)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    show = writer()
     for n, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
             say(f"[{n}] {safe(prompt.row['prompt'])}")
+        speaker = Speaker(hide_thoughts=o.hide_thoughts)
         try:
-            answer = generator.answer(prompt.ids, show)
+            answer = generator.answer(prompt.ids, speaker)
         except KeyboardInterrupt:
-            show("\n")
+            speaker.end()
             say("Stopped.")
             return STOPPED
-        show("\n")
-        if answer.reason in CUT:
-            say(f"The answer was cut {CUT[answer.reason].format(o)}.")
+        speaker.end()
+        if cut := speaker.told(answer.reason, o):
+            say(f"The answer was {cut}.")
     return 0
 
 
@@ -112,7 +111,9 @@ def write(o: PromptOptions, tokenizer: Phi3Tokenizer, prompts: Sequence[Prompt])
                 start, total = len(sink.done), len(prompts)
                 with tqdm(total=total, initial=start, disable=None, unit=" prompts") as bar:
                     for answer in answers:
-                        sink.add(answer.index, answer_row(prompts[answer.index].row, answer))
+                        row = prompts[answer.index].row
+                        row = answer_row(row, answer, hide_thoughts=o.hide_thoughts)
+                        sink.add(answer.index, row)
                         bar.update()
             wrote = sink.finish()
         except KeyboardInterrupt:

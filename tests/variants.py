@@ -174,6 +174,30 @@ PHI4_MINI_REASONING = (
     "{% else %}{{ eos_token }}{% endif %}"
 )
 """Source: microsoft/onnxruntime-extensions, test/data/phi-4-mini-reasoning/chat_template.jinja."""
+HEAD_THINKING = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{" + USER4 + "}}{% else %}"
+)
+TAIL_THINKING = "{% endif %}{% endfor %}{% if add_generation_prompt %}{{" + OPEN4 + "}}{% endif %}"
+WRITES = (
+    HEAD_THINKING + "{{" + OPEN4 + "}}{% if message.reasoning_content %}{{ '<think>\n' + "
+    "message.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ message.content + '<|im_end|>' }}"
+    + TAIL_THINKING
+)
+"""Invented for Phi-4's tokens: writes every thought."""
+FORGETS = (
+    "{%- set ns = namespace(last=0) %}{%- for message in messages %}{%- if message.role == 'user' "
+    "%}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    + HEAD_THINKING
+    + "{{"
+    + OPEN4
+    + "}}"
+    "{%- set thought = '' %}{%- if message.reasoning_content is string %}"
+    "{%- set thought = message.reasoning_content %}{%- endif %}"
+    "{%- if loop.index0 > ns.last and thought %}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + message.content }}"
+    "{%- else %}{{ message.content }}{%- endif %}{{ '<|im_end|>' }}" + TAIL_THINKING
+)
+"""Thoughts of earlier answers are left out, as by Qwen3's."""
 CHATML = (
     "{% set ns = namespace(first=true) %}\n{%- for m in messages %}\n"
     "    {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\n{%- endfor %}\n"

@@ -6,7 +6,7 @@ Phi-4-mini-reasoning), the thought is written in front of the content.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from phi3_plugin.errors import DataError
@@ -66,3 +66,35 @@ def begun_thought(text: str) -> str:
     """Return the mark at the end of a prompt that opens a thought, with the space after it."""
     match = re.search(rf"{THINK}\s*\Z", text)
     return match[0] if match else ""
+
+
+def is_thinking(text: str) -> bool:
+    """Whether an answer ends before its thought does."""
+    return END_OF_THOUGHT not in text and split_thought(text)[0] is not None
+
+
+class ThoughtsHidden:
+    """Passes on an answer as it is written, without what is thought before it."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        """Take what shows a piece of text."""
+        self._show = show
+        self._text = ""
+        self._answers = False  # whether what comes now is answer
+
+    def __call__(self, piece: str) -> None:
+        """Take a piece; it is held back while it may belong to a thought."""
+        self._text += piece
+        if not self._answers:
+            start = self._text.lstrip()
+            thinks = start.startswith(THINK) or THINK.startswith(start)
+            answer = split_thought(self._text)[1]
+            if (thinks and END_OF_THOUGHT not in self._text) or not answer:
+                return
+            self._answers, piece = True, answer
+        self._show(piece)
+
+    def end(self) -> None:
+        """Show what was held back and is no thought."""
+        if not self._answers and not is_thinking(self._text):
+            self._show(split_thought(self._text)[1])

@@ -152,8 +152,7 @@ def test_in_a_terminal_an_interrupt_stops_an_answer_and_no_more(cwd):
         process.send_signal(signal.SIGINT)
         wait_for(ours, ">>> ")
         os.write(ours, b"/save chats.jsonl\n")
-        wait_for(ours, "Added a conversation of 2 messages")
-        wait_for(ours, ">>> ")
+        wait_for(ours, "Added a conversation of 2 messages to chats.jsonl.\r\n", more=len(">>> "))
         os.write(ours, b"\x04")
         assert process.wait(30) == 0
     finally:

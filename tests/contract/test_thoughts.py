@@ -14,42 +14,25 @@ from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.findings import FORGOTTEN_THOUGHT
 from tests.variants import (
+    FORGETS,
     OPEN4,
     PHI4,
     PHI4_MINI_REASONING,
     PHI4_REASONING,
     PHI4_TOKENS,
+    TAIL_THINKING,
     THOUGHT_TOKENS,
-    USER4,
+    WRITES,
     phi4,
     phi4_mini,
 )
 
-HEAD = "{% for message in messages %}{% if message.role == 'user' %}{{" + USER4 + "}}{% else %}"
-TAIL = "{% endif %}{% endfor %}{% if add_generation_prompt %}{{" + OPEN4 + "}}{% endif %}"
-WRITES = (
-    HEAD + "{{" + OPEN4 + "}}{% if message.reasoning_content %}{{ '<think>\n' + "
-    "message.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ message.content + '<|im_end|>' }}"
-    + TAIL
-)
-"""Invented for Phi-4's tokens: writes every thought."""
 BLOCKS = WRITES.replace("{% if message.reas", "{% generation %}{% if message.reas").replace(
-    "'<|im_end|>' }}" + TAIL, "'<|im_end|>' }}{% endgeneration %}" + TAIL
+    "'<|im_end|>' }}" + TAIL_THINKING, "'<|im_end|>' }}{% endgeneration %}" + TAIL_THINKING
 )
 OPENED = OPEN4 + " + '<think>\n'"
-OPENS = WRITES.replace(TAIL, TAIL.replace(OPEN4, OPENED))
+OPENS = WRITES.replace(TAIL_THINKING, TAIL_THINKING.replace(OPEN4, OPENED))
 """A prompt of it ends in ``<think>``, as DeepSeek-R1's does."""
-FORGETS = (
-    "{%- set ns = namespace(last=0) %}{%- for message in messages %}{%- if message.role == 'user' "
-    "%}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}" + HEAD + "{{" + OPEN4 + "}}"
-    "{%- set thought = '' %}{%- if message.reasoning_content is string %}"
-    "{%- set thought = message.reasoning_content %}{%- endif %}"
-    "{%- if loop.index0 > ns.last and thought %}"
-    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + message.content }}"
-    "{%- else %}{{ message.content }}{%- endif %}{{ '<|im_end|>' }}" + TAIL
-)
-"""Thoughts of earlier answers are left out, as by Qwen3's."""
-
 MARKED = (*PHI4_TOKENS, *THOUGHT_TOKENS)
 
 

@@ -12,6 +12,7 @@ from phi3_plugin.data import chat_dataset, phi3_tokenizer
 from phi3_plugin.generate import Answer
 from phi3_plugin.options import Sampling
 from tests.answers import without_system
+from tests.variants import FORGETS, phi4
 
 
 def spoken(chat):
@@ -61,6 +62,28 @@ def test_the_model_hears_all_that_was_said(chat_with, capsys):
         ("assistant", "two"),
     ]
     assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_thoughts_stay_in_the_conversation_and_may_be_hidden(chat_with, capsys):
+    said = "<think>\ntwo\n</think>\n\nthree"
+    chat = chat_with(said, said)
+    chat.take("one")
+    chat.hide_thoughts = True
+    chat.take("four")
+    assert spoken(chat)[1::2] == [("assistant", said)] * 2 and said in chat.asked()[1]
+    assert capsys.readouterr().out == f"{said}\nthree\n"
+
+
+def test_thoughts_go_where_the_template_takes_them(tmp_path, capsys):
+    tokenizer = phi3_tokenizer(phi4(tmp_path / "base", chat_template=FORGETS), dropped="warn")
+    chat = ChatSession(Parrot("<think>\ntwo\n</think>\n\nthree", "five"), tokenizer, 512, None)
+    chat.take("one")
+    chat.take("four")
+    assert spoken(chat)[1] == ("assistant", "three") and chat.turns[1].thought == "two"
+    assert "two" not in tokenizer.decode(chat.generator.asked[1], False)
+    chat.take(f"/save {tmp_path / 'saved.jsonl'}")
+    row = json.loads((tmp_path / "saved.jsonl").read_text())
+    assert row["messages"][1]["reasoning_content"] == "two"
 
 
 def test_reset_and_system(chat_with, capsys):

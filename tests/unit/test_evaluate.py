@@ -404,6 +404,13 @@ def test_exact_and_numeric(scores):
     assert [one.values.get("numeric") for one in scores] == [None] * 7 + [100]
 
 
+def test_thoughts_are_not_compared(scorer):
+    plain = scorer.score("It is 4", "#### 4")
+    for said in ("<think>5?</think>\nIt is 4", "5?\n</think>\n\nIt is 4"):
+        assert scorer.score(said, "<think>1 + 1</think>\n#### 4") == plain
+    assert scorer.score("<think>It is 4", "#### 4") == scorer.score("", "#### 4")
+
+
 def test_rouge_cannot_read_every_script(scores):
     assert [one.readable for one in scores] == [True] * 5 + [False, False, True]
     assert scores[5].values["rouge1"] == 0 and scores[5].values["chrf"] > 0
@@ -656,6 +663,12 @@ def test_what_limits_the_numbers():
         "ROUGE finds no word in 1 of 5 references, for it knows Latin letters and digits alone. "
         "Look at chrF.",
     ]
+
+
+def test_answers_that_end_within_a_thought_are_told():
+    rows = [(*row[:3], "<think>Hm") for row in ROWS[:2]]
+    (told,) = [note for note in made(rows=rows, times=20).notes if "thought" in note]
+    assert told.startswith("40 answers of the adapter ended within the thought, and count as empty")
 
 
 def test_nothing_to_say():

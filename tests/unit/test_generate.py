@@ -209,6 +209,20 @@ def test_says_why_an_answer_ended(model):
     assert (hurried.reason, len(hurried.tokens)) == ("time", 1)
 
 
+class Thinking(Letters):
+    """Whose token 1 opens a thought."""
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return "".join("<think>" if i == 1 else Letters.decode(self, [i]) for i in token_ids)
+
+
+def test_an_answer_begins_with_the_thought_that_its_prompt_opens(model):
+    asked, pieces = Generator(model, Thinking(), Sampling(max_new_tokens=4)), []
+    (answer,) = asked.answers([[5, 6, 1]], lambda _, piece: pieces.append(piece))
+    assert answer.text == "".join(pieces) == "<think>" + Thinking().decode(answer.tokens)
+    assert asked.answer([5, 1, 6]).text == Thinking().decode(asked.answer([5, 1, 6]).tokens)
+
+
 def test_stop_texts_end_an_answer_and_are_no_part_of_it(model):
     (prompt,) = prompts_of(10)
     whole = next(generator(model, max_new_tokens=16).answers([prompt]))
