@@ -31,6 +31,7 @@ from phi3_plugin.proof import PROVEN, load_with_peft, proven
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.start import fitting_tensors
 from tests.adapters import base_folder
+from tests.assets import assets_dir
 from tests.chosen import some
 from tests.commands import adapter
 
@@ -125,6 +126,26 @@ def test_what_changes_nothing_or_can_be_computed_merges(bases, tmp_path, case):
     theirs = made(bases / "mini", tmp_path / "adapter", **EXACT[case])
     ours = merged(bases / "mini", tmp_path / "adapter", tmp_path / "out")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+SAVED = {
+    **dict.fromkeys(("plain", "metadata_null", "patterns", "token_rows", "bias_lora_only"), "base"),
+    **dict.fromkeys(("rslora", "adalora", "named/sft"), "base"),
+    **dict.fromkeys(("new_tokens_saved", "new_tokens_auto"), "base_resized"),
+    "tied_head": "base_tied",
+}
+"""Adapters that PEFT wrote beside its logits, and the base of each."""
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("case", SAVED)
+def test_saved_adapters_merge_into_what_peft_computed(tmp_path, case):
+    cases = assets_dir().with_name("cases") / "adapters"
+    if not (cases / case).is_dir():
+        pytest.skip(f"no {cases / case}")
+    expected = torch.load(cases / case / "logits.pt", weights_only=True)
+    ours = merged(cases / SAVED[case], cases / case, tmp_path / "out")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
 
 def test_keys_of_swift_that_only_training_reads_are_passed_over(bases, tmp_path):
