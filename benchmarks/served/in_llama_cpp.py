@@ -1,9 +1,14 @@
-"""Models and adapters in llama.cpp; folders become GGUF files by its own converters first."""
+"""Models and adapters in llama.cpp; folders become GGUF files by its own converters first.
 
+Where the weights are to be rounded, its library does that, as llama-quantize calls it.
+"""
+
+import ctypes
 import hashlib
 import json
 import logging
 import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -51,6 +56,42 @@ def converted(folder: str, script: str, *arguments: str) -> str:
     return str(file)
 
 
+class Quantization(ctypes.Structure):
+    """What is told to llama_model_quantize: ``llama_model_quantize_params`` of llama.h."""
+
+    _fields_ = (
+        ("threads", ctypes.c_int32),
+        ("file_type", ctypes.c_int),
+        ("head_type", ctypes.c_int),
+        ("embedding_type", ctypes.c_int),
+        ("flags", ctypes.c_bool * 6),
+        ("pointers", ctypes.c_void_p * 4),
+        ("most_bytes", ctypes.c_size_t),
+    )
+
+
+FILE_TYPES = {"q8_0": 7, "q4_0": 2}
+HEAD_Q8_0 = 8
+"""The head of both; llama-quantize is told so by ``--output-tensor-type q8_0``."""
+
+
+def quantized(file: str, kind: str) -> str:
+    """Return a file of weights of fp32 with those of another type, made if it is not there."""
+    out = Path(file).with_suffix(f".{kind}.gguf")
+    if not out.exists():
+        machine = {"x86_64": "x64", "aarch64": "arm64"}[platform.machine()]
+        place = PLACE / "node_modules" / "@node-llama-cpp" / f"linux-{machine}" / "bins"
+        for name in ("libggml-base.so*", "libggml.*", "libllama.*"):
+            (path,) = place.glob(f"linux-{machine}/{name}")
+            library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        library.llama_model_quantize_default_params.restype = Quantization
+        told = library.llama_model_quantize_default_params()
+        told.threads, told.file_type, told.head_type = 1, FILE_TYPES[kind], HEAD_Q8_0
+        if library.llama_model_quantize(file.encode(), str(out).encode(), ctypes.byref(told)):
+            raise RuntimeError(f"llama_model_quantize makes no {kind}")
+    return str(out)
+
+
 def run(job: dict) -> Answer:
     """Convert what is no GGUF file yet, then load and choose in a process of its own."""
     model, adapter = job["model"], job["adapter"]
@@ -58,6 +99,7 @@ def run(job: dict) -> Answer:
         adapter = converted(adapter, "convert_lora_to_gguf.py", "--base", model)
     if not model.endswith(".gguf"):
         model = converted(model, "convert_hf_to_gguf.py")
+        model = quantized(model, job["type"]) if job["type"] in FILE_TYPES else model
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, "job.json"), Path(folder, "answer.json")]
         files[0].write_text(json.dumps({**job, "model": model, "adapter": adapter}))
