@@ -214,6 +214,7 @@ def evaluate(
     from omegaconf import OmegaConf
 
     from phi3_plugin import first_run
+    from phi3_plugin.train.world import pick_device
 
     folder = hub.adapter(str(adapter))
     of_run = folder.parent / "config.yaml"
@@ -227,8 +228,9 @@ def evaluate(
         "val_fraction": None if data is None else 0.0,
         "max_samples": max_samples,
     }
-    if file != of_run and not first_run.cpu_has_bf16():
-        given["dtype"] = "fp32"
+    if file != of_run:
+        device = pick_device(settings.get("device", cfg.get("device")), 0)
+        given["dtype"] = first_run.native_dtype(device)
     fixed = {"adapter": str(folder), "output_dir": str(out), "answers": answers, "overwrite": True}
     for key, value in {**given, **fixed, **settings}.items():
         if value is not None or key in settings:

@@ -279,20 +279,29 @@ def at(cfg: "DictConfig", folder: Path) -> "DictConfig":
 
 
 def choose_precision(draft: Draft, device: "torch.device") -> str:
-    """Choose fp32 where a device computes bf16 by detours, and return why."""
+    """Choose a precision that a device has instructions for, and return why it is another."""
+    from phi3_plugin import settings
+
+    native = native_dtype(device)
+    if native == "fp16" and draft.cfg.model._component_ in settings.WHOLE_MODELS:
+        native = "fp32"
+    draft.choose("dtype", native)
+    name = "processor" if device.type == "cpu" else "card"
+    if native == "bf16" or draft.cfg.dtype not in ("bf16", native):
+        return ""
+    if draft.cfg.dtype == native:
+        return f": this {name} has no instructions for bf16"
+    many = " many times" if device.type == "cpu" else ""
+    return f", which this {name} has no instructions for: dtype={native} is{many} faster"
+
+
+def native_dtype(device: "torch.device") -> str:
+    """Return in what a device computes the fastest, and accurately enough to train adapters."""
     import torch
 
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        draft.choose("dtype", "fp32")
-        if not draft.is_said("dtype"):  # fp32 weights are twice as large
-            draft.choose("model._component_", "phi3_plugin.models.qlora_phi3")
-            return " over NF4: this card has no bf16"
-    elif device.type == "cpu" and not cpu_has_bf16():
-        draft.choose("dtype", "fp32")
-        if draft.is_said("dtype") and draft.cfg.dtype == "bf16":
-            return ", which this processor has no instructions for: dtype=fp32 is many times faster"
-        return ": this processor has no instructions for bf16"
-    return ""
+        return "fp16"
+    return "fp32" if device.type == "cpu" and not cpu_has_bf16() else "bf16"
 
 
 def cpu_has_bf16() -> bool:
@@ -458,7 +467,7 @@ def next_commands(
         yield "talk to it", command("phi3-tune", "chat", "--base", str(adapter))
         return
     how = [*(["--quantize"] if is_quantized(s.model) else [])]
-    how += ["--dtype", "fp32"] if s.dtype == "fp32" else []
+    how += ["--dtype", s.dtype] if s.dtype != "bf16" else []
     chat = ("phi3-tune", "chat", "--base", base, "--adapter", str(adapter), *how)
     yield "talk to it", command(*chat)
     if file.is_file():

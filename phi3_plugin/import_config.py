@@ -111,6 +111,7 @@ TRAINING = {
     "max_steps": Rule(Whole),
     "seed": Rule(Seed, "seed"),
     "bf16": Rule(Switch),
+    "fp16": Rule(Switch),
     "gradient_checkpointing": Rule(Switch, "enable_activation_checkpointing"),
     "group_by_length": Rule(Switch, "group_by_length"),
     "max_seq_length": Rule(Count | None, "tokenizer.max_seq_len"),
@@ -146,9 +147,6 @@ TRAINING = {
     "per_device_eval_batch_size": Rule(note="validation takes batch_size; its loss is the same"),
     "overwrite_output_dir": Rule(
         note="a run that is there is never overwritten: name another output_dir"
-    ),
-    "fp16": one_of(
-        False, instead="Its gradients underflow. Use bf16, or fp32 over bnb_config's NF4 base."
     ),
     "tf32": one_of(False, None, instead="Remove it."),
     "logging_strategy": one_of("steps", instead='Use "steps".'),
@@ -200,12 +198,15 @@ NOT_GIVEN = {
 }
 """What the keys of BitsAndBytesConfig are if they are not given."""
 
-COMPUTE_DTYPES = ("bfloat16", "float32", "torch.bfloat16", "torch.float32")
+COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""What BitsAndBytesConfig calls them."""
 QUANTIZED = {
     "load_in_4bit": one_of(True, False),
     "bnb_4bit_quant_type": one_of("nf4", instead="If it is not given, it is 'fp4'."),
     "bnb_4bit_use_double_quant": one_of(True, instead="If it is not given, it is False."),
-    "bnb_4bit_compute_dtype": one_of(*COMPUTE_DTYPES),
+    "bnb_4bit_compute_dtype": one_of(
+        *COMPUTE_DTYPES.values(), *(f"torch.{name}" for name in COMPUTE_DTYPES.values())
+    ),
 }
 """Of BitsAndBytesConfig: what an NF4 base of ours can be asked for; its compute type is dtype."""
 
@@ -331,7 +332,9 @@ def _training(training: Mapping[str, Any], out: Translation) -> None:
             out.put(ours, None if no_limit else value)
     if get("packing") is True and not (get("max_seq_length") or get("max_length")):
         problems.append("packing: True needs the length of a pack. Add max_seq_length.")
-    out.put("dtype", "bf16" if get("bf16") else "fp32")
+    if get("bf16") and get("fp16"):
+        problems.append("fp16: True conflicts with bf16: True. Keep one.")
+    out.put("dtype", "bf16" if get("bf16") else "fp16" if get("fp16") else "fp32")
 
     steps, epochs = get("max_steps", -1), get("num_train_epochs", 3)
     if steps > 0:  # there it overrules the epochs, here the shorter of the two counts
@@ -393,8 +396,8 @@ def _base(quantized: Any, out: Translation) -> bool:
     asked = {**NOT_GIVEN, **quantized} if is_nf4 else quantized
     out.take(asked, QUANTIZED, "bnb_config.")
     dtype, kind = out.yaml["dtype"], str(asked.get("bnb_4bit_compute_dtype"))
-    if is_nf4 and kind.removeprefix("torch.") != {"bf16": "bfloat16", "fp32": "float32"}[dtype]:
-        line = f"bnb_4bit_compute_dtype: {spelled(kind)} has no effect: bf16 makes it {dtype}."
+    if is_nf4 and kind.removeprefix("torch.") != COMPUTE_DTYPES[dtype]:
+        line = f"bnb_4bit_compute_dtype: {spelled(kind)} has no effect: dtype is {dtype}."
         out.notes.append(line)
     return is_nf4
 

@@ -563,7 +563,9 @@ class TrainOptions:
 
 BASE_FLAGS = Flags(("--base", "--checkpoint-dir"), "ID|DIR")
 Base = Annotated[Checkpoint, BASE_FLAGS]
-Dtype = Literal["bf16", "fp32"]
+Dtype = Literal["bf16", "fp16", "fp32"]
+WideDtype = Literal["bf16", "fp32"]
+"""With a range of exponents that no weight or update leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -757,7 +759,7 @@ class CheckOptions:
     """end with 1 unless this one loads the adapter as it is; may be repeated"""
     json: Switch = False
     """print JSON instead of lines"""
-    dtype: Dtype = "fp32"
+    dtype: WideDtype = "fp32"
     """what both compute in (default: fp32)"""
 
 
@@ -805,7 +807,7 @@ class MergeOptions(AdapterOptions):
     """of the weights in a .gguf file (default: q8_0), or for ONNX Runtime (int4)"""
     onto: Literal["original", "nf4"] = "original"
     """the base as it was downloaded (default), or as QLoRA quantizes it"""
-    dtype: Dtype | None = None
+    dtype: WideDtype | None = None
     """of the weights (default: the base's own); others are rounded to it first"""
 
 

@@ -42,6 +42,7 @@ from phi3_plugin.options import (
     Switch,
     Texts,
     Unresolved,
+    WideDtype,
     closest,
     marks,
     spelled,
@@ -166,13 +167,11 @@ class Settings:
 
     dtype: Annotated[
         Dtype,
-        Advice(
-            "Where a card has no bf16, use dtype=fp32 over an NF4 base, "
-            "model=phi3_plugin.models.qlora_phi3: the gradients of fp16 underflow."
-        ),
+        Advice("fp16 is for cards without bf16, such as T4 and V100."),
         OnResume.REFUSED,
     ]
-    adapter_dtype: Annotated[Dtype | None, OnResume.REFUSED] = "fp32"
+    """fp16 keeps adapters and optimizer in fp32 and scales the loss."""
+    adapter_dtype: Annotated[WideDtype | None, OnResume.REFUSED] = "fp32"
     """null is dtype; adapters in fp32 over a base in bf16 keep updates that bf16 rounds away."""
     device: Annotated[
         Literal["cpu", "cuda", "xpu", "mps"] | None,
@@ -698,6 +697,19 @@ def conflicts(given: Mapping[str, Any], processes: int) -> Iterator[str]:
                     f"{key}: {spelled(get(key))} is for adapters, which "
                     f"{model['_component_']} has not. Set it to null."
                 )
+
+    if get("dtype") == "fp16":
+        if isinstance(model, dict) and model.get("_component_") in WHOLE_MODELS:
+            yield (
+                f"dtype: 'fp16' is too coarse for weights that are trained, and "
+                f"{model['_component_']} trains all. Train adapters with "
+                "phi3_plugin.models.lora_phi3, or use dtype=bf16 or fp32."
+            )
+        elif get("adapter_dtype", "fp32") != "fp32":
+            yield (
+                f"adapter_dtype: {spelled(get('adapter_dtype'))} is too coarse over a base in "
+                "fp16. Set it to fp32."
+            )
 
     tokenizer = get("tokenizer")
     if isinstance(tokenizer, dict) and isinstance(model, dict) and tokenizer.get("add_tokens"):

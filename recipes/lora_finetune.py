@@ -76,7 +76,7 @@ from phi3_plugin.train.resume import (
     told,
 )
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
-from phi3_plugin.train.step import StepResult, train_step, validate
+from phi3_plugin.train.step import StepResult, loss_scaler, train_step, validate
 from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
 
@@ -95,6 +95,8 @@ class TrainState:
     """Step of the last validation."""
     answers_before: dict[str, str] = field(default_factory=dict)
     """To the sample questions, before the first step."""
+    skipped: int = 0
+    """Steps whose gradient overflowed in fp16, for which the learning rate waits."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that changed when the run went on, see `phi3_plugin.train.resume.noted`."""
 
@@ -134,6 +136,7 @@ class Finetune:
         self.differences: list[Change] = []  # from those of the checkpoint to go on from
         self.finished = False
         self.unnoted: Callable[[], None] | None = None  # tells of the last step
+        self.unsettled: StepResult | None = None  # of the last step, which the rate follows
 
     def setup(self) -> None:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
@@ -251,7 +254,7 @@ class Finetune:
                 )
 
     def setup_optimizer(self) -> None:
-        """Build optimizer and schedule."""
+        """Build optimizer and schedule, and what scales the loss in fp16."""
         rate = self.s.optimizer.get("lr")
         groups = parameter_groups(self.model, rate, self.s.lora_plus_ratio)
         self.optimizer = instantiate(self.s.optimizer, groups, **for_gpu(self.s.optimizer, groups))
@@ -260,7 +263,8 @@ class Finetune:
             self.s.lr_scheduler, self.optimizer, num_training_steps=self.data.total_steps
         )
         if self.scheduler:
-            replay(self.scheduler, self.state.step)
+            replay(self.scheduler, self.state.step - self.state.skipped)
+        self.scaler = loss_scaler(self.s.dtype, self.world.device)
 
     def train(self) -> None:
         """Make steps until they are made or there is a reason to stop."""
@@ -271,7 +275,6 @@ class Finetune:
         while state.step < total and not self.stop.now():
             samples, batches = made.of(state.step)
             epoch = state.step // order.steps_per_epoch
-            rate = float(self.optimizer.param_groups[0]["lr"])
             # Counts the labelled tokens of all processes, runs forward and backward, clips, steps
             result = train_step(
                 self.world,
@@ -280,9 +283,11 @@ class Finetune:
                 self.loss,
                 batches,
                 self.s.clip_grad_norm,
+                self.scaler,
+                self.settle,
             )
-            if self.scheduler:
-                self.scheduler.step()
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            self.unsettled = result
             state.step += 1
             self.note()  # the step before: a GPU has just begun with this one
             self.unnoted = partial(self.note_step, state.step, epoch, result, rate, samples)
@@ -298,6 +303,17 @@ class Finetune:
                 self.save(checkpoints.step_name(state.step))
         self.note()
 
+    def settle(self) -> None:
+        """Move the learning rate on after the last step, unless it overflowed in fp16.
+
+        As in transformers. A GPU is asked for that when it has the next step to compute.
+        """
+        result, self.unsettled = self.unsettled, None
+        if result and result.overflowed:
+            self.state.skipped += 1
+        elif result and self.scheduler:
+            self.scheduler.step()
+
     def note(self) -> None:
         """Tell of the last step, if nobody has yet; waits for a GPU that is at it."""
         tell, self.unnoted = self.unnoted, None
@@ -309,7 +325,7 @@ class Finetune:
     ) -> None:
         """Tell of a step, and end the run if too many in a row left the weights alone."""
         self.monitor.step(step, epoch, result, rate)
-        self.stop.after_step(result.problem, samples)
+        self.stop.after_step(result, samples)
 
     def validate(self) -> None:
         """Measure the loss on held-out data; keep the best, and stop if it stays behind."""
@@ -342,6 +358,7 @@ class Finetune:
     def save(self, name: str) -> Path:
         """Write a checkpoint that serves and that the run can go on from."""
         self.note()
+        self.settle()
         trained: dict[str, Tensor] = {}
         for parameter_name, parameter in trained_parameters(self.model).items():
             whole = self.world.whole(parameter.detach())
@@ -393,6 +410,7 @@ class Finetune:
         """
         state = {
             "optimizer": optimizer_state(self.world, self.model, self.optimizer),
+            "loss_scale": self.scaler.state_dict(),
             "random": self.world.gather(self.world.random_state()),
             "train": asdict(self.state),
             "data": self.data.order.identity,
@@ -432,6 +450,8 @@ class Finetune:
         """Go on where a checkpoint ended; the trained tensors are in the model by now."""
         with checkpoints.going_on(self.last.folder):
             load_optimizer_state(self.world, self.model, self.optimizer, saved["optimizer"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(saved["loss_scale"])
             self.stop.after_validation(self.state.stale)
             self.world.set_random_state(saved["random"], self.s.seed + self.state.step)
 

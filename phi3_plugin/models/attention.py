@@ -245,10 +245,11 @@ class Documents:
         """
         self.borders = borders_of(self.lengths, self.cos.device)
         self.longest = max(self.lengths)
+        self.has_flash = has_flash(self.cos.device)
 
     def attend(self, qkv: Tensor, heads: list[int], window: int | None) -> Tensor:
         """See :meth:`Attends.attend`."""
-        if qkv.device.type == "cuda" and qkv.dtype.itemsize == 2:  # the kernel knows no fp32
+        if self.has_flash and qkv.dtype.itemsize == 2:  # the kernel knows no fp32
             return self.by_kernel(qkv, heads, window)
         out: Tensor = self._one_by_one(qkv, heads, window)
         return out
@@ -273,6 +274,16 @@ class Documents:
         return torch.cat(found, dim=1)
 
 
+def has_flash(device: torch.device) -> bool:
+    """Whether FlashAttention's kernels run on a device: CUDA from compute capability 8.0 on.
+
+    A T4 and a V100 have less. Of a GPU that is only planned for it is assumed.
+    """
+    if device.type != "cuda":
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def borders_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Return where documents of these lengths begin and the last one ends, int32."""
     ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -293,6 +304,10 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     """
     count, keys, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     before, window = keys - count, window or keys
+    if gqa and q.is_cuda and not (has_flash(q.device) and q.dtype.itemsize == 2):
+        # The kernel that is left knows no groups, and torch would keep every score instead
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        gqa = False
     if not before and keys <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     found = []

@@ -20,6 +20,10 @@ LOGITS = 1 << 25
 IN_CACHE = 1 << 17
 """Of those, how many become probabilities at a time on a CPU; on a GPU it is all of them."""
 
+FP16_FACTOR = 1024
+"""By which gradients in fp16 are larger while they wait for the backward pass: there is nothing
+below 6e-8 in fp16, and most tokens are less likely than that. It is too much for weights of 64."""
+
 
 # Shapes: N labelled tokens, n some of them, D model, V vocabulary
 def token_logps(
@@ -68,6 +72,7 @@ class _FrozenHead(torch.autograd.Function):
         smoothing: float,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
+        ctx.factor = FP16_FACTOR if hidden.dtype == torch.float16 else 1
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         slopes = torch.empty_like(hidden) if wanted else None
         for first in range(0, len(hidden), rows):
@@ -76,7 +81,8 @@ class _FrozenHead(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 logits = head(piece)
             by_logits = logits.detach()
-            _predict(by_logits, targets[some], logps[some], smoothing, slopes=wanted)
+            factor = ctx.factor if wanted else None
+            _predict(by_logits, targets[some], logps[some], smoothing, slopes=factor)
             if slopes is not None:
                 (slopes[some],) = torch.autograd.grad(logits, piece, by_logits)
             del logits, by_logits  # or they would be there beside the next ones
@@ -87,13 +93,16 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,), (g,) = ctx.saved_tensors, grads
         # In fp32: rounding the factor would turn the whole gradient
-        return (slopes.float() * g[:, None]).to(slopes.dtype), None, None, None, None
+        slopes = (slopes.float() * (g[:, None] / ctx.factor)).to(slopes.dtype)
+        return slopes, None, None, None, None
 
 
 def _predict(
-    logits: Tensor, targets: Tensor, logps: Tensor, smoothing: float, *, slopes: bool
+    logits: Tensor, targets: Tensor, logps: Tensor, smoothing: float, *, slopes: int | None
 ) -> None:
     """Write log p of the targets to ``logps [n]``; if asked, its slopes by the logits over these.
+
+    They are multiplied by a factor, ``slopes``.
 
     Nothing else is as wide as ``logits [n, V]``: they become probabilities a few rows at a time.
     """
@@ -103,12 +112,12 @@ def _predict(
         logp = torch.log_softmax(some.float(), dim=-1)
         at_target = torch.arange(len(logp), device=logp.device), predicted
         found.copy_(_smoothed(logp[at_target], logp, smoothing))
-        if slopes:
+        if slopes is not None:
             by_logits = logp.exp_().neg_()
             if smoothing:
                 by_logits += smoothing / by_logits.shape[-1]
             by_logits[at_target] += 1 - smoothing
-            some.copy_(by_logits)
+            some.copy_(by_logits if slopes == 1 else by_logits.mul_(slopes))
 
 
 class _TrainedHead(torch.autograd.Function):

@@ -22,7 +22,7 @@ from phi3_plugin.models.nf4 import dequantize_in_state_dicts
 from phi3_plugin.models.rope import RotaryEmbedding
 from phi3_plugin.options import OnResume, takes
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What a model may be computed in, by the name that settings have for it."""
 
 RopeFactors = Annotated[str, OnResume.REFUSED]

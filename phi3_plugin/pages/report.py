@@ -21,7 +21,7 @@ from phi3_plugin.pages.charts import NOISY, VALIDATION, Curve, Point, chart, pic
 from phi3_plugin.pages.numbers import count, number, percent
 from phi3_plugin.settings import Settings, component
 from phi3_plugin.terminal import harmless
-from phi3_plugin.train.monitor import CHANGED, RESUMED, SKIPPED, History, clock_face
+from phi3_plugin.train.monitor import CHANGED, OVERFLOWED, RESUMED, SKIPPED, History, clock_face
 
 Logged = Mapping[str, Any]
 """A line of metrics.jsonl."""
@@ -180,6 +180,8 @@ def _tiles(history: Sequence[Logged], samples: int, held_out: int) -> Iterator[t
         yield "Peak memory", f"{number(max(many for _, many in memory), 2)} GiB"
     if skipped := events[SKIPPED]:
         yield "Skipped steps", number(skipped)
+    if overflowed := events[OVERFLOWED]:
+        yield "Steps skipped for a smaller loss scale", number(overflowed)
     if resumed := series([line for line in history if line.get("event") == RESUMED], "step"):
         yield "Resumed at step", " and ".join(number(step) for step, _ in resumed)
 

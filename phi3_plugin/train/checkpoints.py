@@ -83,9 +83,10 @@ def save(
 RUN_STATE: Mapping[str, Any] = {
     "step": int,
     "optimizer": {"kind": str, "state": dict},
+    "loss_scale": dict,
     "random": list,
     "train": {
-        **{"step": int, "best": float, "stale": int, "validated": int},
+        **{"step": int, "best": float, "stale": int, "validated": int, "skipped": int},
         **{"answers_before": dict, "changes": list},
     },
     "data": dict,

@@ -23,8 +23,8 @@ from phi3_plugin.train.checkpoints import LastCheckpoint
 from phi3_plugin.train.curve import open_logger
 from phi3_plugin.train.step import StepResult
 
-RESUMED, SKIPPED, CHANGED = "resumed", "skipped", "changed"
-"""Events of the metrics file that a report reads."""
+RESUMED, SKIPPED, OVERFLOWED, CHANGED = "resumed", "skipped", "overflowed", "changed"
+"""Events of the metrics file that a report reads; a step that overflowed in fp16 is skipped too."""
 
 MEASURED = frozenset({"tokens_per_second", "seconds", "peak_memory_gib"})
 """Fields that depend on the machine and the hour; all others repeat if the run is repeated."""
@@ -52,6 +52,7 @@ class Monitor:
         self._history = History(settings.output_dir / "metrics.jsonl", start or None)
         self._progress = Progress(total, start)
         self._started = time.perf_counter()
+        self._overflows = 0  # since this start
         self._logger: Any = None
         if settings.metric_logger:
             config, folder = as_config(redacted(cfg)), settings.output_dir
@@ -102,6 +103,7 @@ class Monitor:
         seconds = now - self._started
         self._started = now
         speed = result.tokens / seconds
+        scaled = {} if result.loss_scale is None else {"loss_scale": result.loss_scale}
         self._history.log(
             step,
             epoch=epoch,
@@ -109,20 +111,30 @@ class Monitor:
             lr=rate,
             grad_norm=result.grad_norm,
             **result.measures,
+            **scaled,
             tokens=result.tokens,
             tokens_per_second=speed,
             seconds=seconds,
             peak_memory_gib=_peak_memory_gib(),
         )
-        if not result.moved:
+        if result.overflowed:
+            self._history.log(step, event=OVERFLOWED)
+            self._overflows += 1
+            self._progress.print(f"step {step}: skipped, {result.problem}, which is halved")
+        elif not result.moved:
             self._history.log(step, event=SKIPPED)
             self._progress.print(f"step {step}: {result.problem}, the weights were left alone")
         self._progress.update(
-            step, loss=result.loss, lr=rate, tokens_per_second=speed, measures=result.measures
+            step,
+            loss=result.loss,
+            lr=rate,
+            tokens_per_second=speed,
+            measures=result.measures,
+            skipped=self._overflows,
         )
         if self._logger is not None and step % self._log_every == 0:
             numbers = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}
-            numbers |= result.measures
+            numbers |= {**result.measures, **scaled}
             self._logger.log_dict({**numbers, "tokens_per_second": speed}, step=step)
 
     def validation(
@@ -370,6 +382,7 @@ class Progress:
         lr: float,
         tokens_per_second: float,
         measures: Mapping[str, float] | None = None,
+        skipped: int = 0,
     ) -> None:
         """Show that ``step`` steps are made.
 
@@ -379,11 +392,13 @@ class Progress:
             lr: Learning rate of this step.
             tokens_per_second: Of this step.
             measures: What a loss of answers tells beside itself; margin and accuracy are shown.
+            skipped: Steps that overflowed in fp16, of those since this start.
         """
         measures = measures or {}
         told = [
             f"{word} {measures[name]:.3g}  " for name, word in SHOWN.items() if name in measures
         ]
+        told += [f"skipped {skipped}  "] if skipped else []
         numbers = f"loss {loss:.4f}  {''.join(told)}lr {lr:.2e}  {tokens_per_second:,.0f} tok/s"
         if self._bar is not None:
             self._bar.set_description_str(numbers, refresh=False)

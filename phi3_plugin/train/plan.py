@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from phi3_plugin.errors import ConfigError
+from phi3_plugin.models.attention import has_flash
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.settings import PREFERENCE_DATASETS, Settings, read, without_weights
 from phi3_plugin.train.data import instantiate
@@ -150,7 +151,7 @@ def estimated(s: Settings, device: torch.device, shards: int, recomputed: int) -
         reshard=s.fsdp_reshard_after_forward,
         cpu_weights=s.fsdp_cpu_offload,
         cpu_activations=s.enable_activation_offloading,
-        joined=device.type == "cuda",
+        joined=has_flash(device) and s.dtype != "fp32",
     )
     return estimate(model, work, partial(instantiate, s.optimizer), recomputed)
 

@@ -1,4 +1,9 @@
-"""One optimizer step: count first, divide once, look before the weights move."""
+"""One optimizer step: count first, divide once, look before the weights move.
+
+In fp16 the loss is multiplied by a scale, so that gradients do not round to zero on their way, and
+they are divided by it before they are clipped. Where one of them is not finite it was too much: the
+step is skipped and the scale halved. After 2000 steps without that it is doubled.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from phi3_plugin.data.collate import IGNORED
@@ -15,6 +21,18 @@ from phi3_plugin.train.losses import SFT, Batch, Loss, Preference, predicted
 from phi3_plugin.train.optimizer import skips_by_itself, step_if
 from phi3_plugin.train.reference import compare
 from phi3_plugin.train.world import World, exact
+
+UNSCALED = GradScaler(enabled=False)
+"""What all but fp16 does with: nothing."""
+
+
+def loss_scaler(dtype: str, device: torch.device) -> GradScaler:
+    """Return what scales the loss of a run in this precision.
+
+    Its rules are torch's own: 65536 at first, half of it after an overflow, twice as much after
+    2000 steps without one.
+    """
+    return GradScaler(device.type, enabled=dtype == "fp16")
 
 
 @dataclass(frozen=True)
@@ -27,8 +45,10 @@ class StepResult:
     tokens: int
     """Labelled tokens."""
     received: Received
-    """The next two and the means of the loss."""
+    """Loss, norm and loss scale, and the means of a loss of answers."""
     told: "Measures" = field(compare=False)
+    is_scaled: bool = False
+    """Whether the loss was scaled, as in fp16."""
 
     @property
     def loss(self) -> float:
@@ -43,7 +63,7 @@ class StepResult:
     @property
     def measures(self) -> dict[str, float]:
         """What a loss of answers tells beside itself, see `Preference.measured`."""
-        return self.told.named(self.received.read()[2:])
+        return self.told.named(self.received.read()[3:])
 
     @property
     def moved(self) -> bool:
@@ -51,10 +71,22 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
+    def loss_scale(self) -> float | None:
+        """By which the loss was multiplied, in fp16."""
+        return self.received.read()[2] if self.is_scaled else None
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the loss was scaled by too much: the next step does with half of that."""
+        return self.is_scaled and not self.moved and math.isfinite(self.loss)
+
+    @property
     def problem(self) -> str | None:
         """Why the weights were left alone."""
         if self.moved:
             return None
+        if self.overflowed:
+            return f"the gradient overflowed at a loss scale of {self.loss_scale:,.10g}"
         return "loss or gradient is not finite" if self.tokens else "no token has a label"
 
 
@@ -65,6 +97,8 @@ def train_step(
     loss: Loss,
     batches: Sequence[Batch],
     max_norm: float | None,
+    scaler: GradScaler = UNSCALED,
+    before_moving: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate over the micro-batches of this process, then move the weights once.
 
@@ -78,6 +112,8 @@ def train_step(
         loss: A sum over labelled tokens, or a loss of answers.
         batches: Micro-batches with ``labels``.
         max_norm: Clip the gradient to this norm; None only measures it.
+        scaler: Of the loss, see :func:`loss_scaler`; goes on with its next scale.
+        before_moving: Called before the optimizer is, when a GPU has all else to do.
     """
     batches = [ready(batch, world.device) for batch in batches]
     own = sum(len(batch["targets"]) for batch in batches), count_of(loss, batches)
@@ -94,21 +130,26 @@ def train_step(
         world.before_backward(model, last=i == len(batches) - 1)
         logps = predicted(model, batch, **asked)
         summed = loss(logps, batch)
-        (summed * share).backward()
+        scaler.scale(summed * share).backward()
         total += summed.detach()
         measures.add(logps, batch)
     mean = world.sum(total) / count
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     world.average_gradients(trained)
+    scaler.unscale_(optimizer)
     limit = math.inf if max_norm is None else max_norm
     norm = world.whole(torch.nn.utils.clip_grad_norm_(trained, limit))
     wide = exact(world.device)
-    numbers = torch.stack([mean.to(wide), norm.to(world.device, wide)])
-    result = StepResult(tokens, Received(torch.cat([numbers, measures.means(world)])), measures)
+    scale = scaler.scale(torch.ones((), device=world.device))
+    numbers = torch.stack([x.to(world.device, wide) for x in (mean, norm, scale)])
+    received = Received(torch.cat([numbers, measures.means(world)]))
+    result = StepResult(tokens, received, measures, scaler.is_enabled())
+    before_moving()
     if skips_by_itself(optimizer):
         step_if(optimizer, numbers.isfinite().all())
     elif result.moved:
         optimizer.step()
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return result
 

@@ -11,9 +11,11 @@ from phi3_plugin.errors import DataError
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.terminal import in_lines
 from phi3_plugin.train import checkpoints
+from phi3_plugin.train.step import StepResult
 from phi3_plugin.train.world import World
 
 NO_IMPROVEMENT = "no improvement"
+INSTEAD_OF_FP16 = "dtype=fp32 over an NF4 base, model._component_=phi3_plugin.models.qlora_phi3"
 SOON = 0.7
 """Seconds in which Python acts on a signal by itself, unless a library's call holds it up."""
 
@@ -105,24 +107,34 @@ class Stop:
         """Let a signal end the process at once again: nothing more is to be saved."""
         self._is_training = False
 
-    def after_step(self, problem: str | None, samples: list[int]) -> None:
+    def after_step(self, result: StepResult, samples: list[int]) -> None:
         """Refuse to go on if the run has lost its way.
 
+        A gradient that overflowed in fp16 is no reason, as long as there is a scale to halve.
+
         Args:
-            problem: Why the step left the weights alone; None if it did not.
+            result: What the step did.
             samples: Numbers of the samples it saw.
 
         Raises:
-            DataError: Too many steps in a row left them alone.
+            DataError: Too many steps in a row left the weights alone.
         """
-        self._nonfinite = self._nonfinite + 1 if problem else 0
-        if self._nonfinite >= self._max_nonfinite:
-            last = checkpoints.find(self._output_dir, "auto").folder
-            raise DataError(
-                f"{self._nonfinite} steps in a row left the weights alone: {problem}. The last "
-                f"saw samples {samples}. Lower the learning rate, or look at these samples. "
-                + (f"The last checkpoint is {last}." if last else "No checkpoint was saved.")
-            )
+        scale = result.loss_scale
+        if result.overflowed:
+            is_lost = scale is not None and scale <= 1
+        else:
+            self._nonfinite = self._nonfinite + 1 if result.problem else 0
+            is_lost = self._nonfinite >= self._max_nonfinite
+        if not is_lost:
+            return
+        last = checkpoints.find(self._output_dir, "auto").folder
+        many = "Step after step" if result.overflowed else f"{self._nonfinite} steps in a row"
+        wide = "" if scale is None else f", or use a wider range than fp16 has: {INSTEAD_OF_FP16}"
+        raise DataError(
+            f"{many} left the weights alone: {result.problem}. The last saw samples {samples}. "
+            f"Lower the learning rate, or look at these samples{wide}. "
+            + (f"The last checkpoint is {last}." if last else "No checkpoint was saved.")
+        )
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._handled += 1

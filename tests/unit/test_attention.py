@@ -5,10 +5,11 @@ Documents without a mask are in tests/contract/test_documents.py, cached rows in
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtune.modules.attention_utils import create_block_causal_mask
 
-from phi3_plugin.models.attention import Dense, attend_causally, windowed
+from phi3_plugin.models.attention import Dense, attend_causally, has_flash, windowed
 
 CPU = torch.device("cpu")
 
@@ -74,3 +75,26 @@ def test_the_last_tokens_of_a_row_see_what_they_see_in_the_whole(queries, window
     whole = attend_causally(q, k, v, window)
     last = attend_causally(q[:, :, -queries:], k, v, window)
     torch.testing.assert_close(last, whole[:, :, -queries:], rtol=0, atol=1e-6)
+
+
+def test_grouped_heads_attend_one_by_one_where_a_card_has_no_kernel_for_groups(monkeypatch):
+    """A T4 and a V100 have none, and fp32 has none anywhere on CUDA."""
+    q, k, v = torch.randn(1, 4, 9, 8), *torch.randn(2, 1, 2, 9, 8)
+    expected = attend_causally(q, k, v, None)
+    asked, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **how: asked.append(how["enable_gqa"]) or attend(q, k, v, **how),
+    )
+    torch.testing.assert_close(attend_causally(q, k, v, None), expected, rtol=0, atol=1e-6)
+    assert asked == [False]
+
+
+@pytest.mark.parametrize(("capability", "has"), [((7, 0), False), ((7, 5), False), ((8, 0), True)])
+def test_flash_attention_begins_with_ampere(monkeypatch, capability, has):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_flash(torch.device("cuda")) == has
+    assert not has_flash(CPU)

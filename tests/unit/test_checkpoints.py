@@ -333,9 +333,10 @@ def test_what_could_not_be_written_stops_the_run_at_the_next_save(tmp_path, save
 WHOLE = {
     "step": 1,
     "optimizer": {"kind": "AdamW", "state": {}},
+    "loss_scale": {},
     "random": [],
     "train": {
-        **{"step": 1, "best": 0.5, "stale": 0, "validated": 0},
+        **{"step": 1, "best": 0.5, "stale": 0, "validated": 0, "skipped": 0},
         **{"answers_before": {}, "changes": []},
     },
     "data": {},

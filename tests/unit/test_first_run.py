@@ -153,11 +153,18 @@ def test_bf16_is_for_processors_that_have_it(draft, monkeypatch, has_bf16):
     assert asked.cfg.dtype == "bf16"
 
 
-def test_a_card_without_bf16_trains_over_nf4(draft, monkeypatch):
+def test_a_card_without_bf16_trains_in_fp16(draft, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    run = draft()
-    assert "this card has no bf16" in first_run.choose_precision(run, torch.device("cuda"))
-    assert (run.cfg.dtype, run.cfg.model._component_.endswith("qlora_phi3")) == ("fp32", True)
+    card, run = torch.device("cuda"), draft()
+    assert "this card has no instructions for bf16" in first_run.choose_precision(run, card)
+    assert run.cfg.dtype == "fp16"
+    asked = draft("dtype=bf16")
+    assert "dtype=fp16 is faster" in first_run.choose_precision(asked, card)
+    assert asked.cfg.dtype == "bf16"
+    assert first_run.choose_precision(draft("dtype=fp32"), card) == ""
+    whole = draft("model._component_=phi3_plugin.models.phi3")
+    first_run.choose_precision(whole, card)
+    assert whole.cfg.dtype == "fp32"
 
 
 def test_the_warnings_of_an_inspection(draft):

@@ -375,7 +375,14 @@ def test_starts_that_need_another_base_are_refused():
         translate(sample(init_lora_weights="loftq"))
     out = translate({**sample(init_lora_weights="loftq"), "bnb_config": nf4})
     assert out.yaml["model"]["lora_init"] == "loftq"
-    assert "bnb_4bit_compute_dtype: 'float32' has no effect: bf16 makes it bf16." in out.notes
+    assert "bnb_4bit_compute_dtype: 'float32' has no effect: dtype is bf16." in out.notes
+
+
+def test_fp16_is_ours():
+    out = translate(sample({"fp16": True, "bf16": False}))
+    assert out.yaml["dtype"] == "fp16"
+    with pytest.raises(ConfigError, match="fp16: True conflicts with bf16: True"):
+        translate(sample({"fp16": True, "bf16": True}))
 
 
 def test_a_length_of_its_own_and_no_other():

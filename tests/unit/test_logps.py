@@ -80,6 +80,21 @@ def test_bf16_logits_are_read_in_fp32_and_pieces_summed_in_it(monkeypatch):
     assert (head.weight.grad - expected).norm() <= 2e-3 * expected.norm()
 
 
+def test_gradients_in_fp16_do_not_lose_the_many_unlikely_tokens():
+    """Beside a token that is sure each is less likely than fp16 has numbers for; all pull alike."""
+    torch.manual_seed(0)
+    head, vocabulary = Linear(D, 32064).requires_grad_(False), 32064
+    hidden, targets = torch.randn(20, D), torch.arange(20)
+    head.weight.normal_(std=0.02)[:, 0] += 1
+    head.weight[:20] += 18 * hidden / hidden.square().sum(dim=1, keepdim=True)
+    head, hidden = head.half(), hidden.half().requires_grad_()
+    weight, p = head.weight.float(), head(hidden).float().softmax(dim=1).detach()
+    assert p[:, 20:].max() < 2.9e-8 and p[:, 20:].sum(dim=1).max() > 1e-4
+    expected = 65536 / 1000 * (p @ weight - weight[targets])
+    token_logps(hidden, head, targets, vocabulary).backward(torch.full((20,), -65536 / 1000))
+    assert (hidden.grad - expected).norm() <= 2e-3 * expected.norm()
+
+
 def test_a_dropped_input_of_the_heads_adapter_is_dropped_again(monkeypatch):
     monkeypatch.setattr(module, "LOGITS", 64 * V)
     head, (hidden, targets) = filled(lora(dropout=0.5)), inputs(50)

@@ -167,3 +167,15 @@ def test_a_product_keeps_nothing_dequantized():
     direction = torch.randn(3, 128)
     out.backward(direction)
     torch.testing.assert_close(x.grad, direction @ weight.get_original_weight())
+
+
+@pytest.mark.parametrize("size", [1, 1e-3])
+def test_scales_of_a_weight_in_fp16_keep_their_range(size):
+    """Where they are alike, what they are divided by is more than fp16 has numbers for."""
+    weight = size * torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+    found = rows_of(weight, in_the_model(torch.float16, *weight.shape), 0, 1, CPU)
+    exact = rows_of(weight, in_the_model(torch.float32, *weight.shape), 0, 1, CPU)
+    assert found.dtype == torch.float16
+    assert found.quantization_factor.isfinite().all()
+    difference = plain(found, torch.float32) - plain(exact, torch.float32)
+    assert difference.norm() <= 1e-3 * weight.norm()

@@ -220,7 +220,8 @@ def train(mode, model, batch, loss=None, **optimizer):
 EXACTLY = pytest.param(torch.float32, id="fp32", marks=pytest.mark.exhaustive)
 QUICK = ("phi-4-mini", "medium-128k")
 """Tied and with partial rotation; grouped heads and LongRoPE; mini-4k is that of the steps."""
-PRECISIONS = [pytest.param(torch.bfloat16, id="bf16"), EXACTLY]
+HALF = pytest.param(torch.float16, id="fp16", marks=pytest.mark.exhaustive)
+PRECISIONS = [pytest.param(torch.bfloat16, id="bf16"), HALF, EXACTLY]
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -354,6 +355,7 @@ ELSEWHERE = {
     "load.py": "a docstring",
     "api.py": "a docstring",
     "first_run.py": "whether a plan for a GPU is asked for",
+    "train/step.py": "tells torch's scaler of losses where it is",
     "train/monitor.py": "asks the allocator for its peak",
     "train/world.py": "chooses the device, and names it to NCCL, to the mesh and to its generator",
     "train/plan.py": "asks the driver what memory is free, and waits for a step that it tries",
@@ -367,7 +369,10 @@ BRANCHES = {
     "device.py": ['device.type == "cuda"'],
     "models/nf4.py": ["DEQUANTIZED_AT_ONCE if codes", "if codes.device.type"],
     "models/logps.py": ["rows = max(IN_CACHE"],
-    "models/attention.py": ["_flex(q.device.type)", 'qkv.device.type == "cuda"'],
+    "models/attention.py": [
+        *("_flex(q.device.type)", 'if device.type != "cuda"', "get_device_capability"),
+        "if gqa and q.is_cuda",
+    ],
     "models/cache.py": ["twice = q.shape[2] == 1", "plain = weight.device.type"],
 }
 """Those that decide how something is computed; the tests above run them."""

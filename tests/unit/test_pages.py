@@ -378,6 +378,7 @@ def history(steps, validations=True):
 
 def test_what_a_reader_of_a_report_finds(tmp_path):
     lines = [*history(100), {"event": "skipped", "step": 5}, {"event": "skipped", "step": 9}]
+    lines += [{"event": "overflowed", "step": 7}]
     lines += [{"event": "resumed", "step": 40}, {"step": 60, "answers": ["Perhaps."]}]
     changes = told(
         [
@@ -415,6 +416,7 @@ def test_what_a_reader_of_a_report_finds(tmp_path):
         "layers.*.attn × 2",
         "12 of 42 (28.57 %)",
         "Skipped steps 2",
+        "Steps skipped for a smaller loss scale 1",
         "Resumed at step 40",
         "Tokens 100,000",
         "Training time 0:00:50",

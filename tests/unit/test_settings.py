@@ -177,7 +177,7 @@ def test_what_resembles_nothing_is_just_refused(problems):
             "device='cuda:1'",
             "'cuda:1' must be cpu or cuda or xpu or mps or null. Choose a card with",
         ),
-        ("dtype=fp16", "'fp16' must be bf16 or fp32. Where a card has no bf16, use dtype=fp32"),
+        ("dtype=half", "'half' must be bf16 or fp16 or fp32. fp16 is for cards without bf16"),
         ("output_dir=2024", "2024 must be text; put quotes around a number."),
         ("sample_prompts=Hello", "'Hello' must be a list of texts, as in ['one', 'two']."),
         ("sample_prompts=[1]", "[1] must be a list of texts, as in ['one', 'two']."),

@@ -1,15 +1,20 @@
 """When a run ends before its last step."""
 
+import math
 import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
+from phi3_plugin.device import Received
 from phi3_plugin.errors import DataError
 from phi3_plugin.launch import STOPPED
 from phi3_plugin.train import checkpoints
+from phi3_plugin.train.step import StepResult
 from phi3_plugin.train.stop import NO_IMPROVEMENT, Stop
 from phi3_plugin.train.world import World
 from tests import warm
@@ -141,15 +146,43 @@ def test_patience_ends_a_run_that_was_not_interrupted(stop):
     assert (stop.now(), stop.reason, stop.interrupted) == (True, NO_IMPROVEMENT, False)
 
 
+def made(loss, norm=1.0, scale=None):
+    """Return what a step did, in fp16 if it has a scale."""
+    numbers = torch.tensor([loss, norm, scale or 1.0])
+    return StepResult(5, Received(numbers), None, scale is not None)
+
+
 def test_only_steps_in_a_row_that_moved_nothing_end_it(stop, tmp_path):
-    for problem in ("NaN", "NaN", None, "NaN", "NaN"):
-        stop.after_step(problem, [1, 2])
+    nan, moved = made(math.nan), made(1.0)
+    for result in (nan, nan, moved, nan, nan):
+        stop.after_step(result, [1, 2])
     with pytest.raises(DataError) as error:
-        stop.after_step("no token has a label", [7, 3])
+        stop.after_step(replace(nan, tokens=0), [7, 3])
     assert str(error.value) == (
         "3 steps in a row left the weights alone: no token has a label. The last saw samples "
         "[7, 3]. Lower the learning rate, or look at these samples. No checkpoint was saved."
     )
     checkpoints.save(tmp_path / "step_000002", 2, lambda folder: None, {}, replace=False)
     with pytest.raises(DataError, match=rf"The last checkpoint is {tmp_path}/step_000002\."):
-        stop.after_step("NaN", [7, 3])
+        stop.after_step(nan, [7, 3])
+
+
+def test_overflows_in_fp16_end_it_where_no_scale_is_left(stop):
+    for power in range(16, 0, -1):
+        stop.after_step(made(1.0, math.inf, 2.0**power), [1])
+    with pytest.raises(DataError) as error:
+        stop.after_step(made(1.0, math.nan, 1.0), [7, 3])
+    assert str(error.value) == (
+        "Step after step left the weights alone: the gradient overflowed at a loss scale of 1. "
+        "The last saw samples [7, 3]. Lower the learning rate, or look at these samples, or use a "
+        "wider range than fp16 has: dtype=fp32 over an NF4 base, "
+        "model._component_=phi3_plugin.models.qlora_phi3. No checkpoint was saved."
+    )
+
+
+def test_a_loss_that_is_not_finite_in_fp16_is_no_matter_of_its_scale(stop):
+    lost = made(math.nan, math.nan, 65536.0)
+    for _ in range(2):
+        stop.after_step(lost, [1])
+    with pytest.raises(DataError, match=r"3 steps .* not finite.* a wider range than fp16 has"):
+        stop.after_step(lost, [1])
