@@ -8,8 +8,9 @@
 ``equal`` trains a tiny checkpoint for 20 steps in fp32 from equal weights, with equal tokens and
 schedule, by our recipe and by TRL's trainers, and by torchtune's DPO recipe, and compares losses,
 rewards, margins and final adapters. ``fast`` times steps of DPO at Phi-3-mini's width, with two
-layers. ``general`` trains on pairs whose better answer has the words of the question, and tells the
-accuracy of the reward on held-out ones.
+layers, TRL's and ours in turns, and compares the most that a step of ours allocates with a step of
+cross entropy on the same row; some minutes. ``general`` trains on pairs whose better answer has the
+words of the question, and tells the accuracy of the reward on held-out ones (``--steps 200``).
 """
 
 import argparse
@@ -20,6 +21,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -39,8 +41,10 @@ from phi3_plugin.data.packing import StockPairs, without_padding
 from phi3_plugin.data.preferences import PreferenceDataset, preference_dataset
 from phi3_plugin.data.store import ChatRow, Store, StoreWriter
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, TokenizedChats, Tokens
+from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.monitor import History
 from phi3_plugin.train.start import initial_adapter
+from phi3_plugin.train.step import train_step
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "phi3_mini_dpo.yaml"
@@ -342,97 +346,138 @@ WIDE = {
 
 
 def fast(options: argparse.Namespace, folder: Path) -> None:
-    """Time steps of DPO, TRL's and ours in turns, on pairs of uneven lengths."""
+    """Time steps of DPO, TRL's and ours in turns on the same pairs, and tell what memory ours take.
+
+    Both are there all the time, and each waits while the other makes a step.
+    """
     from transformers import Phi3Config, Phi3ForCausalLM
 
     inputs(folder)
     draw = random.Random(3)
 
     def answer() -> str:  # about as uneven as answers of assistants are
-        return " ".join(draw.choices(WORDS[2:], k=min(int(draw.lognormvariate(4, 0.8)), 350)))
+        return " ".join(draw.choices(WORDS[2:], k=min(int(draw.lognormvariate(2.6, 0.8)) + 1, 60)))
 
-    rows = [
-        {
-            "prompt": " ".join(draw.choices(WORDS[2:], k=draw.randint(10, 80))),
-            "chosen": answer(),
-            "rejected": answer(),
-        }
-        for _ in range(4 * options.turns)
-    ]
-    write_rows(folder / "pairs.jsonl", rows)
+    def row() -> dict[str, str]:
+        asked = " ".join(draw.choices(WORDS[2:], k=draw.randint(4, 16)))
+        return {"prompt": asked, "chosen": answer(), "rejected": answer()}
+
+    write_rows(folder / "pairs.jsonl", [row() for _ in range(options.batch * options.steps)])
     for file in (folder / "base").glob("model*"):
         file.unlink()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     Phi3ForCausalLM(Phi3Config(**WIDE)).to(dtype).save_pretrained(folder / "base")
-    same = (
+    out = folder / "wide"
+    recipe = run_of(
+        folder,
         f"dataset.source={folder / 'pairs.jsonl'}",
         "tokenizer.max_seq_len=1024",
-        "batch_size=4",
+        f"batch_size={options.batch}",
         f"dtype={'bf16' if options.dtype == 'bfloat16' else 'fp32'}",
         "adapter_dtype=null",
+        f"output_dir={out}",
+        f"max_steps={options.steps}",
+        "reference=live",
     )
-    head = ["", "step, s", "useful tokens/s", "beside TRL's"]
-    table_rows = list[list[str]]()
-    speeds = {"TRL": list[float](), "ours": list[float](), "ours, cached reference": list[float]()}
-    for turn in range(options.turns):
-        for name in speeds:
-            out = folder / f"{name.split()[-1]}_{turn}"
-            own = (*same, f"output_dir={out}", f"max_steps={options.steps}")
-            recipe = run_of(folder, *own, f"reference={'cached' if 'cached' in name else 'live'}")
-            samples = recipe.data.order.dataset
-            tokens = [
-                int(samples.lengths[recipe.data.order.indices(n)].sum())
-                for n in range(options.steps)
-            ]
-            if name == "TRL":
-                recipe.save("step_000000")
-                recipe.close()
-                job = {
-                    "loss": "dpo",
-                    "options": {"beta": 0.1},
-                    "base": str(folder / "base"),
-                    "adapter": str(out / "step_000000"),
-                    "rows": as_trl(recipe, "dpo"),
-                    "batch_size": 4,
-                    "steps": options.steps,
-                    "lr": RATE,
-                    "warmup": WARMUP,
-                    "weight_decay": DECAY,
-                    "dtype": options.dtype,
-                    "threads": torch.get_num_threads(),
-                }
-                del recipe
-                work = folder / f"trl_{turn}"
-                work.mkdir()
-                seconds = run_trl(options.trl, work, job)["seconds"]
-            else:
-                recipe.train()
-                recipe.close()
-                seconds = [
-                    line["seconds"]
-                    for line in History.read(out / "metrics.jsonl")
-                    if "loss" in line
-                ]
-            # The first step of each is left out: memory is taken and weights are read in it
-            speeds[name] += [n / s for n, s in zip(tokens[1:], seconds[1:], strict=True)]
-            print(
-                turn,
-                name,
-                [round(n / s, 1) for n, s in zip(tokens, seconds, strict=True)],
-                flush=True,
-            )
-    beside = median(speeds["TRL"])
-    for name, values in speeds.items():
-        table_rows.append(
-            [
-                name,
-                f"{1 / median(values):.4f} a token",
-                f"{median(values):,.0f}",
-                f"{median(values) / beside:.2f}",
-            ]
-        )
-    print(table(head, table_rows))
+    samples = recipe.data.order.dataset
+    recipe.save("step_000000")
+    job = {
+        "loss": "dpo",
+        "options": {"beta": 0.1},
+        "base": str(folder / "base"),
+        "adapter": str(out / "step_000000"),
+        "rows": as_trl(recipe, "dpo"),
+        "batch_size": options.batch,
+        "steps": options.steps,
+        "lr": RATE,
+        "warmup": WARMUP,
+        "weight_decay": DECAY,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "waits": True,
+    }
+    trl = Stepped(options.trl, folder, job) if options.trl else None
+    head = [
+        "step",
+        "tokens",
+        "of padded",
+        *["TRL, s"] * bool(trl),
+        "ours, s",
+        *["ratio"] * bool(trl),
+    ]
+    rows, ratios = list[list[str]](), list[float]()
+    for step in range(options.steps):
+        indices = recipe.data.order.indices(step)
+        lengths = [samples[int(n)]["lengths"].tolist() for n in indices]
+        total, longest = sum(map(sum, lengths)), max(map(max, lengths))
+        theirs = trl.step() if trl else math.nan
+        start = time.perf_counter()
+        batches = recipe.data.order.batches(step, 0, recipe.data.collate)
+        parts = recipe.world, recipe.model, recipe.optimizer, recipe.loss, batches, 1.0
+        result = train_step(*parts)
+        recipe.scheduler.step()
+        ours = time.perf_counter() - start
+        assert result.moved
+        padded = f"{total / (2 * len(lengths) * longest):.0%}"
+        both = [f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}"]
+        rows.append([str(step), str(total), padded, *(both if trl else both[1:2])])
+        print(rows[-1], f"loss {result.loss:.5f}", flush=True)
+        ratios += [theirs / ours] if step else []  # in the first, memory is taken and weights read
+    print(table(head, rows))
+    if trl:
+        losses = trl.end()["losses"]
+        print(f"\nuseful tokens/s beside TRL's: {median(ratios):.2f}; its losses: {losses}")
+    print()
+    print(memory(recipe))
+
+
+class Stepped:
+    """TRL in a process of its own, which makes a step when it is told to."""
+
+    def __init__(self, python: str, folder: Path, job: Mapping[str, Any]) -> None:
+        self.folder = folder
+        (folder / "job.json").write_text(json.dumps(job))
+        command = [python, str(HERE / "preferences_trl.py"), str(folder / "job.json")]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def step(self) -> float:
+        """Let it make one and return its seconds."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print("go", file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("step took "):
+                return float(line.split()[-1])
+        raise RuntimeError("TRL has ended; see above")
+
+    def end(self) -> dict[str, Any]:
+        """Wait for the end and return the result."""
+        self.process.communicate()
+        result: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
+        return result
+
+
+def memory(recipe: Finetune) -> str:
+    """Return what a step of DPO takes beside one of cross entropy on the same packed row."""
+    (row,) = recipe.data.order.batches(0, 0, recipe.data.collate)
+    plain = {key: value for key, value in row.items() if key != "wanted"}
+    parts = recipe.world, recipe.model, recipe.optimizer
+    peaks = {}
+    for name, loss, batch in (("sft", SFT(), plain), ("dpo", recipe.loss, row)):
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            with torch.profiler.profile(profile_memory=True) as profiled:
+                train_step(*parts, loss, [batch], 1.0)
+            profiled.export_chrome_trace(file.name)
+            events = json.loads(Path(file.name).read_text())["traceEvents"]
+        peaks[name] = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
+    tokens = row["tokens"].shape[1]
+    width, size = recipe.model.norm.scale.shape[0], recipe.model.norm.scale.element_size()
+    one = tokens * width * size
+    cells = [f"{tokens:,}", *(f"{peaks[name] / 2**20:,.2f}" for name in ("sft", "dpo"))]
+    cells += [f"{one / 2**20:.2f}", f"{(peaks['dpo'] - peaks['sft']) / one:+.3f}"]
+    head = ["tokens of the row", "SFT, MiB", "DPO, MiB", "hidden states, MiB", "more, in these"]
+    return table(head, [cells])
 
 
 def general(options: argparse.Namespace, folder: Path) -> None:
@@ -477,9 +522,9 @@ def main() -> None:
     parser.add_argument("what", choices=["equal", "fast", "general"])
     parser.add_argument("--trl", help="a Python that has TRL 1.16")
     parser.add_argument("--losses", nargs="*")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=4000)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2, help="pairs of a step of `fast`")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))

@@ -58,18 +58,23 @@ class Recorded:
 
 
 class Clock(TrainerCallback):
-    """Notes when each step ends."""
+    """Notes how long each step takes, and waits for a line before it if another is timed too."""
 
-    def __init__(self) -> None:
+    def __init__(self, waits: bool) -> None:
+        self.waits = waits
         self.times: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
+        if self.waits:
+            input()
         self.begun = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Stop it."""
         self.times.append(time.perf_counter() - self.begun)
+        if self.waits:
+            print("step took", self.times[-1], flush=True)
 
 
 def trainer_of(job: dict[str, Any]) -> tuple[type, type, dict[str, Any]]:
@@ -126,7 +131,7 @@ def main(file: Path) -> None:
         disable_tqdm=True,
         **options,
     )
-    clock = Clock()
+    clock = Clock(job.get("waits", False))
     trainer = trainer_class(
         model=model,
         args=config,

@@ -854,8 +854,16 @@ def show(
         trained = labels != IGNORED
         lost = int(dataset.full[i]) - len(ids) if hasattr(dataset, "full") else 0
         units = speller.units(ids, trained)
-        shown.append(Shown(place_of(dataset, i), units, int(trained.sum()), lost, from_start))
+        where = place_of(dataset, i) + _weights_told(dataset, i, trained)
+        shown.append(Shown(where, units, int(trained.sum()), lost, from_start))
     return shown
+
+
+def _weights_told(dataset: Any, i: int, trained: NDArray[np.bool_]) -> str:
+    """Say how much the loss counts what is trained on, if that is not 1."""
+    weights = dataset.weights(i) if hasattr(dataset, "weights") else None
+    values = [] if weights is None else np.unique(weights[trained]).tolist()
+    return "" if values in ([], [1]) else f", weight {' and '.join(f'{v:g}' for v in values)}"
 
 
 def _sides(

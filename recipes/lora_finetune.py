@@ -48,6 +48,7 @@ from phi3_plugin.train.data import (
     check_positions,
     facts_in_words,
     instantiate,
+    is_weighted,
     load_data,
     loss_of,
 )
@@ -336,7 +337,8 @@ class Finetune:
         measures = dict[str, float]()
         loss, count = validate(self.world, self.model, self.loss, batches, measures)
         self.answers = self.answer()
-        self.monitor.validation(state.step, loss, count, self.answers, measures)
+        weighted = is_weighted(self.data.order_val.dataset)
+        self.monitor.validation(state.step, loss, count, self.answers, measures, weighted=weighted)
         state.validated = state.step
         state.stale += 1
         if loss < state.best:

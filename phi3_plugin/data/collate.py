@@ -27,11 +27,11 @@ def concatenate(batch: Sequence[Sample], padding_idx: int = 0) -> dict[str, Any]
         padding_idx: Not needed; every ``collate_fn`` is given it.
 
     Returns:
-        ``tokens``, ``labels`` and ``input_pos``, each ``[1, T]``, and ``lengths``, those of the
-        documents. The first token of a document has no label: nothing is predicted from one
-        document about the next. Of answers also what `phi3_plugin.data.preferences.Answers` has
-        of each document: ``wanted`` and perhaps ``reference``, ``[documents]``, and
-        ``mismatched``, another such row.
+        ``tokens``, ``labels`` and ``input_pos``, each ``[1, T]``, ``weights`` too where samples
+        have them, and ``lengths``, those of the documents. The first token of a document has no
+        label: nothing is predicted from one document about the next. Of answers also what
+        `phi3_plugin.data.preferences.Answers` has of each document: ``wanted`` and perhaps
+        ``reference``, ``[documents]``, and ``mismatched``, another such row.
     """
     samples = [_without_padding(sample) for sample in batch]
     tokens, labels = (
@@ -45,6 +45,9 @@ def concatenate(batch: Sequence[Sample], padding_idx: int = 0) -> dict[str, Any]
     labels[starts] = IGNORED
     input_pos = torch.arange(len(tokens)) - starts.repeat_interleave(torch.tensor(lengths))
     row = {"tokens": tokens, "labels": labels, "input_pos": input_pos}
+    if "weights" in samples[0]:
+        weights = [torch.as_tensor(sample["weights"], dtype=torch.float32) for sample in samples]
+        row["weights"] = torch.cat(weights)
     kept = OF_ANSWERS & samples[0].keys()
     beside = {key: _joined([sample[key] for sample in samples]) for key in kept}
     return {**{key: value[None] for key, value in row.items()}, "lengths": lengths, **beside}
@@ -86,10 +89,13 @@ def pad_right(
             pads: labels are told apart by where they stand, not by the token.
 
     Returns:
-        ``tokens`` and ``labels``, each ``[B, S]``.
+        ``tokens`` and ``labels``, and ``weights`` where samples have them, each ``[B, S]``.
     """
     values = {"tokens": padding_idx, "labels": ignore_idx}
-    return {key: _padded(batch, key, value, left=False) for key, value in values.items()}
+    padded = {key: _padded(batch, key, value, left=False) for key, value in values.items()}
+    if "weights" in batch[0]:
+        padded["weights"] = _padded(batch, "weights", 0, left=False, dtype=torch.float32)
+    return padded
 
 
 def pad_left(
@@ -120,8 +126,10 @@ def pad_left(
     return padded
 
 
-def _padded(batch: Sequence[Sample], key: str, value: int, *, left: bool) -> Tensor:
-    rows = [torch.as_tensor(sample[key], dtype=torch.int64) for sample in batch]
+def _padded(
+    batch: Sequence[Sample], key: str, value: int, *, left: bool, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    rows = [torch.as_tensor(sample[key], dtype=dtype) for sample in batch]
     width = max(map(len, rows))
     missing = [width - len(row) for row in rows]
     sides = [(n, 0) if left else (0, n) for n in missing]

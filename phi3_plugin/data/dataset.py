@@ -235,20 +235,26 @@ class ChatDataset(Dataset[dict[str, list[int]]]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """Return ``tokens`` and ``labels``, each [S].
+    def __getitem__(self, index: int) -> dict[str, list[Any]]:
+        """Return ``tokens`` and ``labels``, each [S], and ``weights``, [S], where any are told.
 
         Labels stand at their own token's position (the recipe shifts them), and are -100 where
         not trained. The first is always -100, so in a pack nothing is predicted across the
         border of two conversations.
         """
         tokens, labels = self.arrays(index)
-        return {"tokens": tokens.tolist(), "labels": labels.tolist()}
+        sample = {"tokens": tokens.tolist(), "labels": labels.tolist()}
+        weights = self.weights(index)
+        return sample if weights is None else {**sample, "weights": weights.tolist()}
 
     def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return tokens and labels as arrays, each [S]."""
         tokens = self.store.read(int(self.chosen[index]))
         return tokens.ids, np.where(tokens.trained, tokens.ids, np.int32(IGNORED))
+
+    def weights(self, index: int) -> NDArray[np.float32] | None:
+        """Return how much the loss counts each token, [S]; None where all count alike."""
+        return self.store.read(int(self.chosen[index])).weights if self.store.is_weighted else None
 
     @property
     def lengths(self) -> NDArray[np.int32]:

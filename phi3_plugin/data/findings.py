@@ -22,7 +22,8 @@ CUT_AWAY = "have nothing to train on within max_seq_len"
 TOO_LONG = "are longer than max_seq_len"
 SAME_ANSWERS = "have two answers that do not differ"
 NO_TEXT = "have no text"
-DROPPED = (BROKEN, UNUSABLE, FILTERED, SAME_ANSWERS, NO_TEXT, CUT_AWAY, TOO_LONG)
+WEIGHTLESS = "have a weight of 0"
+DROPPED = (BROKEN, UNUSABLE, FILTERED, WEIGHTLESS, SAME_ANSWERS, NO_TEXT, CUT_AWAY, TOO_LONG)
 """Why a row gives no sample."""
 
 TRUNCATED = "are cut at max_seq_len"
@@ -35,15 +36,16 @@ BLANK_ANSWER = "have an answer that says nothing, and would be trained on"
 SPECIAL_IN_TEXT = "have special tokens written in a message"
 UNREAD_TOKEN = "have a text of tokenizer.add_tokens where it is not read as that token"
 PASSED_OVER = "have weight or train fields that dataset.train_on passes over"
+WEIGHTED = "have a weight other than 1, which the loss of phi3_lora_finetune counts"
 NOTICED = (
     *(TRUNCATED, DROPPED_MESSAGE, FORGOTTEN_THOUGHT, NO_FINAL_ANSWER),
-    *(BLANK_ANSWER, SPECIAL_IN_TEXT, UNREAD_TOKEN, PASSED_OVER),
+    *(BLANK_ANSWER, SPECIAL_IN_TEXT, UNREAD_TOKEN, PASSED_OVER, WEIGHTED),
 )
 """What was noticed about rows that do."""
 
 LOGGED = (
-    *(BROKEN, UNUSABLE, SAME_ANSWERS, NO_TEXT, CUT_AWAY, TOO_LONG, TRUNCATED),
-    *(DROPPED_MESSAGE, FORGOTTEN_THOUGHT, UNREAD_TOKEN, PASSED_OVER),
+    *(BROKEN, UNUSABLE, WEIGHTLESS, SAME_ANSWERS, NO_TEXT, CUT_AWAY, TOO_LONG, TRUNCATED),
+    *(DROPPED_MESSAGE, FORGOTTEN_THOUGHT, UNREAD_TOKEN, PASSED_OVER, WEIGHTED),
 )
 """What is logged; `phi3-tune inspect-data` shows all."""
 

@@ -27,6 +27,7 @@ from phi3_plugin.data.columns import (
 )
 from phi3_plugin.data.thoughts import THINK, THOUGHT_IN_TEXT, thought_of
 from phi3_plugin.data.turns import (
+    LARGEST,
     READS_NOTHING,
     ROLES,
     TRAIN_FLAGS,
@@ -45,6 +46,7 @@ from phi3_plugin.data.turns import (
     short_repr,
 )
 from phi3_plugin.errors import DataError
+from phi3_plugin.options import is_number
 
 
 class Format(Protocol):
@@ -383,7 +385,8 @@ class MessageList:
 
     def _turns(self, message: Any) -> list[Turn]:
         if isinstance(message, dict) and message.keys() >= {"input", "output"}:
-            return [make_turn("user", message["input"]), make_turn("assistant", message["output"])]
+            answer = make_turn("assistant", message["output"])
+            return [make_turn("user", message["input"]), _asked(answer, message)]
         return [self._turn(message)]
 
     def _turn(self, message: Any) -> Turn:
@@ -412,7 +415,7 @@ class MessageList:
                 advice = f"write it as {UNREAD_FIELDS[name]}"
                 raise DataError(f"a message has {name}, which nothing reads; {advice}")
         tools = tools_text(message.get("tools"))
-        turn = make_turn(role, content, tools=tools, wanted=_train_flag(message))
+        turn = _asked(make_turn(role, content, tools=tools), message)
         if (thought := thought_of(message)) is not None:
             turn = self._with_thought(turn, thought)
         fields = self.reads.of_message(message)
@@ -475,12 +478,25 @@ class MessageList:
         return f"{self.column}: [{{{self.role}, {FIELDS[self.role]}}}]"
 
 
+def _asked(turn: Turn, message: Mapping[str, Any]) -> Turn:
+    """Return a turn with what its message says about being trained on, and how much."""
+    wanted = _train_flag(message)
+    weight = message.get("weight") if wanted else None
+    if wanted is None:
+        return turn
+    return turn._replace(wanted=wanted, weight=1.0 if weight is None else float(weight))
+
+
 def _train_flag(message: Mapping[str, Any]) -> bool | None:
     """Return what a message says about being trained on, by its `TRAIN_FLAGS`."""
     flags = {name: message[name] for name in TRAIN_FLAGS if message.get(name) is not None}
     for name, value in flags.items():
-        if not isinstance(value, int | float) or value not in (0, 1):
-            raise DataError(f"{name} is {short_repr(value)}, expected 0 or 1, false or true")
+        is_weight = name == "weight" and is_number(value, least=0) and value <= LARGEST
+        if not is_weight and (not isinstance(value, int | float) or value not in (0, 1)):
+            number = ", or a number from 0 on" if name == "weight" else ""
+            raise DataError(
+                f"{name} is {short_repr(value)}, expected 0 or 1, false or true{number}"
+            )
     wanted = {bool(value) is not (name == "masked") for name, value in flags.items()}
     if len(wanted) > 1:
         said = " and ".join(f"{name} is {short_repr(value)}" for name, value in flags.items())
@@ -831,6 +847,8 @@ def pick_format(
         DataError: No format fits the rows, or several do.
     """
     format: Format
+    if columns is not None:
+        columns = {part: name for part, name in columns.items() if part != "weight"}
     if prompt is not None:
         return PromptText(prompt, columns or {"assistant": _answer_column(prompt, rows)})
     if columns is not None and "messages" in columns:

@@ -90,13 +90,15 @@ class Packs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return ``tokens``, ``labels`` and ``input_pos``, each [T], and ``lengths``, [D].
 
-        T tokens of D documents, one after the other.
+        T tokens of D documents, one after the other; with ``weights``, [T], where any are told.
         """
         pieces = []
         for document, start, length in self.documents(index):
             tokens, labels = self.ds.arrays(document)
             here = slice(start, start + length)
             piece = {"tokens": tokens[here].astype(np.int64), "labels": labels[here]}
+            if (weights := self._weights(document)) is not None:
+                piece["weights"] = weights[here]
             pieces.append({**piece, **self._beside(document)})
         return _as_pack(concatenate(pieces))
 
@@ -139,6 +141,10 @@ class Packs(Dataset[dict[str, Tensor]]):
         """Return what a sample that is several documents has beside tokens and labels."""
         beside: dict[str, Any] = self.ds.beside(document) if hasattr(self.ds, "beside") else {}
         return beside
+
+    def _weights(self, document: int) -> NDArray[np.float32] | None:
+        weights: Any = getattr(self.ds, "weights", None)
+        return None if weights is None else weights(document)
 
     def _labelled(self, planned: "Plan") -> NDArray[np.int32]:
         counts: NDArray[np.int32] = self.ds.labelled[planned.documents]

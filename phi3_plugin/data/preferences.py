@@ -44,7 +44,7 @@ from phi3_plugin.data.preparation import (
     RenderOptions,
     shared_turns,
 )
-from phi3_plugin.data.sources import SourceOptions, read_sources
+from phi3_plugin.data.sources import Source, SourceOptions, read_sources
 from phi3_plugin.data.store import ChatRow, Store, StoreWriter
 from phi3_plugin.data.template import Rendered
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, TokenizedChats, Tokens
@@ -155,6 +155,10 @@ class AnswerPreparation(Preparation):
             raise DataError(f"{format.other}: {error}") from error
         return chosen, {"rejected": rejected}
 
+    def weight_column(self, row: Mapping[str, Any], format: Format, source: Source) -> str:
+        """Return no column: losses of answers count all alike."""
+        return ""
+
     def rendered(self, row: ChatRow) -> list[RenderedRow]:
         """Return the chosen and the rejected answer after the same prompt, or one answer.
 
@@ -240,8 +244,8 @@ def _trained_where_they_differ(chosen: Chat, rejected: Chat) -> list[list[Turn]]
     """
     if isinstance(chosen, Written) or isinstance(rejected, Written):
         raise DataError("an answer is written as one text, and nothing tells it from its prompt")
-    plain = [[turn._replace(trained=False, wanted=None) for turn in c] for c in (chosen, rejected)]
-    alike = shared_turns(plain)
+    chosen, rejected = ([_plain(turn) for turn in chat] for chat in (chosen, rejected))
+    alike = shared_turns([chosen, rejected])
     if alike == len(chosen) == len(rejected):  # counted later, as those that are tokenized alike
         alike = max((i for i, turn in enumerate(chosen) if turn.role == "assistant"), default=alike)
     named = {"chosen": chosen, "rejected": rejected}
@@ -264,6 +268,11 @@ def _trained_where_they_differ(chosen: Chat, rejected: Chat) -> list[list[Turn]]
             ]
         )
     return sides
+
+
+def _plain(turn: Turn) -> Turn:
+    """Return a message without what it asks to be trained on: the answers are."""
+    return turn._replace(trained=False, wanted=None, weight=1.0)
 
 
 SAYS_YES = (

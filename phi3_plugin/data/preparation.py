@@ -36,10 +36,19 @@ from phi3_plugin.data.findings import (
     TRUNCATED,
     UNREAD_TOKEN,
     UNUSABLE,
+    WEIGHTED,
+    WEIGHTLESS,
     Findings,
     UnusedRow,
 )
-from phi3_plugin.data.formats import USUAL_ROLES, Format, advise_roles, pick_format, unknown_role
+from phi3_plugin.data.formats import (
+    USUAL_ROLES,
+    AnyCase,
+    Format,
+    advise_roles,
+    pick_format,
+    unknown_role,
+)
 from phi3_plugin.data.order import group_of
 from phi3_plugin.data.rows import Row
 from phi3_plugin.data.sources import Filtered, FilterFailed, Source
@@ -47,7 +56,7 @@ from phi3_plugin.data.store import ChatRow, StoreWriter
 from phi3_plugin.data.template import Rendered
 from phi3_plugin.data.thoughts import THOUGHT_IN_TEXT
 from phi3_plugin.data.tokenizer import Phi3Tokenizer, TokenizedChats, Tokens
-from phi3_plugin.data.turns import Chat, Turn, Written
+from phi3_plugin.data.turns import Chat, Turn, Written, loss_weight
 from phi3_plugin.data.unwanted import refuse_unwanted
 from phi3_plugin.errors import DataError
 from phi3_plugin.options import AnyText, Kind, Switch
@@ -235,6 +244,11 @@ class Preparation:
             findings.add(BLANK_ANSWER, row.where)
         if self._passes_over(row.chat):
             findings.add(PASSED_OVER, row.where)
+        weights = {row.weight * turn.weight for turn in rendered.turns if turn.trained}
+        weights = weights or {row.weight}  # of a text that is written already
+        if weights != {1.0}:
+            told = " and ".join(f"{weight:g}" for weight in sorted(weights))
+            findings.add(WEIGHTED, row.where, told)
         # Calls of tools are written with special tokens
         if self.tokenizer.special_in_text == "parse" and self.options.tool_calls is None:
             tokens = self.tokenizer.template.control_tokens
@@ -334,13 +348,29 @@ class Preparation:
     ) -> tuple[ChatRow | UnusedRow, list[str]]:
         """Read one row; and say which of its columns are not read."""
         try:
+            name = self.weight_column(row, format, self.sources[source])
+            weight = loss_weight(row.get(name), name)
+            if not weight:
+                return UnusedRow(WEIGHTLESS, where), []
             chat, beside = self.read(row, format, self.sources[source].filter)
             reads = self.tokenizer.template.reads
             unread = format.unread(reads.without(row))
             group = group_of(row, chat, self.options.group_by)
         except DataError as error:
             return UnusedRow(UNUSABLE, where, str(error)), []
-        return ChatRow(where, source, index, group, chat, row, **beside), unread
+        unread = [one for one in unread if one != name]
+        return ChatRow(where, source, index, group, chat, row, weight=weight, **beside), unread
+
+    def weight_column(self, row: Mapping[str, Any], format: Format, source: Source) -> str:
+        """Return which column says how much the loss counts a row; "" is none.
+
+        Where the user says what to read, it is what they say.
+        """
+        if source.columns is not None or source.prompt is not None:
+            return (source.columns or {}).get("weight", "")
+        if isinstance(format, AnyCase):
+            return next((name for name in row if name.strip().lower() == "weight"), "")
+        return "weight"
 
     def read(
         self, row: Mapping[str, Any], format: Format, filter: str | None
@@ -394,6 +424,8 @@ class Preparation:
             turn if turn.trained is trained else turn._replace(trained=trained)
             for turn, trained in zip(turns, chosen, strict=True)
         ]
+        if train_on in ("last", "all"):  # which pass over what messages say
+            turns = [turn if turn.weight == 1 else turn._replace(weight=1.0) for turn in turns]
         prompt = self.options.system_prompt
         return turns if prompt is None else with_system_prompt(turns, prompt)
 
@@ -574,9 +606,9 @@ def _nothing_to_train_on(train_on: str, turns: Sequence[Turn]) -> str:
 
 def _end_of_text(tokens: Tokens, limit: int) -> Tokens:
     """Keep the end of a text, but do not train the rest of an answer whose start is cut off."""
-    ids = tokens.ids[-limit:]
-    trained = tokens.trained[-limit:].copy()
+    end = tokens.part(slice(-limit, None))
+    trained = end.trained.copy()
     if not tokens.trained[1:].all():  # or there are no answers: all of it is trained on
         untrained = np.flatnonzero(~trained)
         trained[: untrained[0] if len(untrained) else limit] = False
-    return Tokens(ids, trained)
+    return end._replace(trained=trained)

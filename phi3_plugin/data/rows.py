@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from phi3_plugin.data.turns import kind
+from phi3_plugin.data.turns import TRAIN_FLAGS, kind
 from phi3_plugin.errors import DataError
 
 
@@ -628,7 +628,15 @@ def join_turns(rows: Iterable[Row]) -> Iterator[Row]:
         same = {k: v for k, v in values[0].items() if all(row.get(k) == v for row in values)}
         same = {k: v for k, v in same.items() if k not in (speaker, spoken)}
         said = "value" if field == "from" else "content"
-        messages = [{field: row.get(speaker), said: row.get(spoken)} for row in values]
+        own = [name for name in TRAIN_FLAGS if name in values[0] and name not in same]
+        messages = [
+            {
+                field: row.get(speaker),
+                said: row.get(spoken),
+                **{name: row.get(name) for name in own},
+            }
+            for row in values
+        ]
         return Row(turns[0].where, {**same, "messages": messages})
 
     for row in rows:

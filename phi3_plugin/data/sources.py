@@ -72,7 +72,7 @@ class FilterFailed(DataError):
 def _are_columns(value: Any) -> bool:
     if not isinstance(value, Mapping) or not all(isinstance(c, str) for c in value.values()):
         return False
-    parts = {*value}
+    parts = {*value} - {"weight"}
     return {"assistant"} <= parts <= {*ROLES} or {"messages"} <= parts <= {*LISTED}
 
 
@@ -90,7 +90,8 @@ def _are_roles(value: Any) -> bool:
 _FORMAT = Kind("the name of a format", lambda v: isinstance(v, str) and v in FORMATS)
 _COLUMNS = Kind(
     "the name of one column for user, of one for assistant and of at most one for system, as in "
-    "{user: question, assistant: answer}, or of one for messages, as in {messages: chat},",
+    "{user: question, assistant: answer}, or of one for messages, as in {messages: chat}, and "
+    "perhaps of one for weight,",
     _are_columns,
     dict,
 )
@@ -123,7 +124,8 @@ class SourceOptions(RowOptions):
     format: Annotated[Annotated[str, _FORMAT] | None, Advice(known_formats())] = None
     """One of `phi3_plugin.data.formats.FORMATS`; by default recognized from the first rows."""
     columns: Annotated[dict[str, str], _COLUMNS] | None = None
-    """Role to column name, for rows that no format fits; or where the list of messages is."""
+    """Role to column name, for rows that no format fits; or where the list of messages is. And
+    ``weight``, where that is not in a column of this name."""
     prompt: AnyText | None = None
     """What the user says, with columns in braces, as in ``"{instruction}\\n\\n{context}"``."""
     roles: Annotated[dict[str, str], _ROLES] | None = None

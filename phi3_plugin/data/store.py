@@ -2,6 +2,7 @@
 
 tokens.bin    int32   ids of all samples, one after the other
 trained.bin   bool    whether each is trained on
+weights.bin   float32 how much the loss counts each, of samples whose messages have weights
 samples.npy           one entry a sample, see SAMPLE
 lost.npy      int32   tokens of each conversation that was dropped for its length
 places.json           where each sample was read
@@ -52,6 +53,8 @@ class ChatRow(NamedTuple):
     """Whether the last answer is a good one."""
     rejected: Chat | None = None
     """The same conversation with a worse answer, of rows that have one."""
+    weight: float = 1.0
+    """How much the loss counts its tokens, beside what its messages say."""
 
 
 SAMPLE = np.dtype(
@@ -63,6 +66,8 @@ SAMPLE = np.dtype(
         ("row", np.int64),  # which of the source's rows
         ("group", np.uint64),  # samples that must stay together
         ("wanted", np.bool_),  # whether the answer is a good one; of pairs the second is not
+        ("weight", np.float32),  # how much the loss counts its tokens
+        ("uneven", np.bool_),  # whether its messages have weights of their own too
     ]
 )
 
@@ -82,7 +87,9 @@ class StoreWriter:
         self._places = list[str]()
         self._tokens = (folder / "tokens.bin").open("wb")
         self._trained = (folder / "trained.bin").open("wb")
+        self._weights = (folder / "weights.bin").open("wb")
         self._digests = [hashlib.sha256() for _ in range(3)]
+        self._of_weights = hashlib.sha256()
 
     def append(
         self, batch: TokenizedChats, full: NDArray[np.int64], rows: Sequence[ChatRow]
@@ -102,6 +109,14 @@ class StoreWriter:
         samples["row"] = [row.row for row in rows]
         samples["group"] = np.array([row.group for row in rows], dtype=np.uint64)
         samples["wanted"] = [row.wanted for row in rows]
+        samples["weight"] = [row.weight for row in rows]
+        if batch.weights is not None:
+            for sample, tokens in zip(samples, batch.split(), strict=True):
+                own = tokens.weights
+                if own is not None and np.any(own != 1):
+                    sample["uneven"] = True
+                    self._weights.write(own.data)
+                    self._of_weights.update(own.data)
         for digest, values in zip(
             self._digests, (batch.ids, batch.trained, samples["length"]), strict=True
         ):
@@ -115,8 +130,8 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._tokens.close()
-        self._trained.close()
+        for file in (self._tokens, self._trained, self._weights):
+            file.close()
         if kind is None:
             self._finish()
 
@@ -124,7 +139,7 @@ class StoreWriter:
         samples = np.concatenate([np.zeros(0, SAMPLE), *self._samples])
         np.save(self._folder / "samples.npy", samples)
         np.save(self._folder / "lost.npy", np.array(self.lost, dtype=np.int32))
-        whole = hashlib.sha256(b"".join(digest.digest() for digest in self._digests))
+        whole = _whole_hash([*self._digests, self._of_weights], samples)
         meta = {
             "tokens": int(samples["length"].sum(dtype=np.int64)),
             "rows": self.rows,
@@ -135,8 +150,24 @@ class StoreWriter:
         (self._folder / "meta.json").write_text(json.dumps(meta), "utf-8")
 
 
+FILES = ("tokens.bin", "trained.bin", "weights.bin")
+"""What has a value for each token."""
+
 _INTACT = set[tuple[object, ...]]()
 """Stores whose bytes this process has looked at."""
+
+
+def _whole_hash(digests: Sequence["hashlib._Hash"], samples: NDArray[Any]) -> "hashlib._Hash":
+    """Return the hash of ids, labels, lengths and, where there are any, weights."""
+    *digests, of_weights = digests
+    if _are_weighted(samples):
+        of_rows = hashlib.sha256(np.ascontiguousarray(samples["weight"]).data)
+        digests = [*digests, of_weights, of_rows]
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests))
+
+
+def _are_weighted(samples: NDArray[Any]) -> bool:
+    return bool((samples["weight"] != 1).any() or samples["uneven"].any())
 
 
 def _hash_of(file: int) -> "hashlib._Hash":
@@ -171,12 +202,15 @@ class Store:
             meta = json.loads((folder / "meta.json").read_text("utf-8"))
             samples = np.load(folder / "samples.npy", allow_pickle=False)
             lost = np.load(folder / "lost.npy", allow_pickle=False)
-            sizes = [(folder / name).stat().st_size for name in ("tokens.bin", "trained.bin")]
+            sizes = [(folder / name).stat().st_size for name in FILES]
             tokens, rows, digest = meta["tokens"], meta["rows"], meta["digest"]
             findings = Findings.from_json(meta["findings"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if samples.dtype != SAMPLE or sizes != [4 * tokens, tokens]:
+        if samples.dtype != SAMPLE:
+            return None
+        uneven = int(samples["length"][samples["uneven"]].sum(dtype=np.int64))
+        if sizes != [4 * tokens, tokens, 4 * uneven]:
             return None
         if int(samples["length"].sum(dtype=np.int64)) != tokens:
             return None
@@ -189,13 +223,31 @@ class Store:
         start = int(self._starts[index])
         length = int(self.samples["length"][index])
         # Not mapped: pages that were read once would count as memory of this process
-        tokens, trained = self._files
+        tokens, trained, _ = self._files
         ids = np.frombuffer(os.pread(tokens, 4 * length, 4 * start), np.int32)
-        return Tokens(ids, np.frombuffer(os.pread(trained, length, start), np.bool_))
+        is_trained = np.frombuffer(os.pread(trained, length, start), np.bool_)
+        return Tokens(ids, is_trained, self._weights_of(index))
+
+    @cached_property
+    def is_weighted(self) -> bool:
+        """Whether the loss counts some tokens more than others."""
+        return _are_weighted(self.samples)
+
+    def _weights_of(self, index: int) -> NDArray[np.float32] | None:
+        """Return how much the loss counts each token of a sample; None: nothing has weights."""
+        if not self.is_weighted:
+            return None
+        length, weight = (self.samples[name][index] for name in ("length", "weight"))
+        if not self.samples["uneven"][index]:
+            return np.full(length, weight, np.float32)
+        start = int(self._uneven_starts[index])
+        read = os.pread(self._files[2], 4 * int(length), 4 * start)
+        weights: NDArray[np.float32] = np.frombuffer(read, np.float32) * weight
+        return weights
 
     def lacking(self, ids: Iterable[int]) -> list[int]:
         """Return which of these tokens no sample has; reads on until all are found."""
-        left, at, (tokens, _) = [*ids], 0, self._files
+        left, at, (tokens, *_) = [*ids], 0, self._files
         while left and (block := os.pread(tokens, 1 << 22, at)):
             some = np.frombuffer(block, np.int32)
             left = [number for number in left if not (some == number).any()]
@@ -212,8 +264,8 @@ class Store:
         if state in _INTACT:
             return True
         lengths = hashlib.sha256(np.ascontiguousarray(self.samples["length"]).data)
-        digests = [*map(_hash_of, files), lengths]
-        whole = hashlib.sha256(b"".join(digest.digest() for digest in digests))
+        of_ids, of_trained, of_weights = map(_hash_of, files)
+        whole = _whole_hash([of_ids, of_trained, lengths, of_weights], self.samples)
         if whole.hexdigest()[:16] != self.digest:
             return False
         _INTACT.add(state)
@@ -233,10 +285,15 @@ class Store:
         return starts
 
     @cached_property
-    def _files(self) -> tuple[int, int]:
+    def _uneven_starts(self) -> NDArray[np.int64]:
+        lengths = np.where(self.samples["uneven"], self.samples["length"], 0).astype(np.int64)
+        starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
+        return starts
+
+    @cached_property
+    def _files(self) -> tuple[int, ...]:
         with self._present():
-            tokens = os.open(self.folder / "tokens.bin", os.O_RDONLY)
-            return tokens, os.open(self.folder / "trained.bin", os.O_RDONLY)
+            return tuple(os.open(self.folder / name, os.O_RDONLY) for name in FILES)
 
     @contextmanager
     def _present(self) -> Iterator[None]:

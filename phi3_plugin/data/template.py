@@ -65,6 +65,8 @@ class Piece(NamedTuple):
     trained: bool
     said: bool = False
     """Whether it is what a message says; the rest is written by the template."""
+    weight: float = 1.0
+    """How much the loss counts it, if it is trained on."""
 
 
 class Rendered(NamedTuple):
@@ -425,11 +427,13 @@ class Layout(NamedTuple):
     def filled(self, turns: Sequence[Turn]) -> Rendered:
         """Put the texts of a conversation in."""
         pieces = list[Piece]()
+        weight = next((turns[part.turn].weight for part in self.parts if isinstance(part, Slot)), 1)
         for part in self.parts:
             if isinstance(part, Slot):
-                pieces += part.fill(turns)
-            else:
-                pieces.append(part)
+                weight = turns[part.turn].weight
+            filled = part.fill(turns) if isinstance(part, Slot) else [part]
+            # What ends a message counts as it does, and what comes before all as the first
+            pieces += filled if weight == 1 else [p._replace(weight=weight) for p in filled]
         return Rendered(pieces, turns, self.dropped, self.forgotten)
 
 
@@ -449,7 +453,7 @@ def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
                 variables=variables,
                 thought=thought and _outline(thought),
             )
-            for role, content, trained, tools, _, _, fields, variables, thought in turns
+            for role, content, trained, tools, _, _, fields, variables, thought, _ in turns
         ]
     )
 

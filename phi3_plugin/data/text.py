@@ -24,7 +24,7 @@ from phi3_plugin.data.dataset import (
     dataset_of,
     read_dataset_options,
 )
-from phi3_plugin.data.findings import NO_TEXT, Findings, UnusedRow
+from phi3_plugin.data.findings import NO_TEXT, WEIGHTED, Findings, UnusedRow
 from phi3_plugin.data.formats import Format
 from phi3_plugin.data.packing import StockPacks
 from phi3_plugin.data.preparation import LONGEST, Preparation, RenderedRow
@@ -163,7 +163,10 @@ class TextPreparation(Preparation):
         return [(row, Rendered([Piece(text, True, said=True)]))]
 
     def notice(self, rows: Sequence[RenderedRow], findings: Findings) -> None:
-        """Tell nothing: what is noticed is about messages."""
+        """Tell of weights; all else that is noticed is about messages."""
+        for row, _ in rows:
+            if row.weight != 1:
+                findings.add(WEIGHTED, row.where, f"{row.weight:g}")
 
     def encode(self, texts: Sequence[Rendered]) -> TokenizedChats:
         """Encode documents, each with the end-of-text token after it."""

@@ -92,10 +92,17 @@ class Tokens(NamedTuple):
     """[S]"""
     trained: NDArray[np.bool_]
     """[S]; True where the loss counts the prediction of this token."""
+    weights: NDArray[np.float32] | None = None
+    """[S]; how much it counts it; None is 1 throughout."""
 
     def first(self, count: int | None) -> "Tokens":
         """Return the first tokens; None is all."""
-        return Tokens(self.ids[:count], self.trained[:count])
+        return self.part(slice(count))
+
+    def part(self, where: slice) -> "Tokens":
+        """Return a stretch of the tokens."""
+        weights = None if self.weights is None else self.weights[where]
+        return Tokens(self.ids[where], self.trained[where], weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +119,8 @@ class TokenizedChats:
     """[T]; written to, so that it is false at each start."""
     lengths: NDArray[np.int64]
     """[N]"""
+    weights: NDArray[np.float32] | None = None
+    """[T]; how much the loss counts each token that is trained on; None is 1 throughout."""
 
     def __post_init__(self) -> None:
         """Leave the first tokens out of what is trained on."""
@@ -129,20 +138,29 @@ class TokenizedChats:
     def select(self, kept: NDArray[np.bool_]) -> "TokenizedChats":
         """Return some of the conversations; ``kept`` is [N]."""
         tokens = np.repeat(kept, self.lengths)
-        return TokenizedChats(self.ids[tokens], self.trained[tokens], self.lengths[kept])
+        weights = None if self.weights is None else self.weights[tokens]
+        return TokenizedChats(self.ids[tokens], self.trained[tokens], self.lengths[kept], weights)
 
     def split(self) -> list[Tokens]:
         """Return the conversations one by one."""
         ends = np.cumsum(self.lengths)
-        places = [slice(*span) for span in zip(ends - self.lengths, ends, strict=True)]
-        return [Tokens(self.ids[place], self.trained[place]) for place in places]
+        whole = Tokens(self.ids, self.trained, self.weights)
+        return [whole.part(slice(*span)) for span in zip(ends - self.lengths, ends, strict=True)]
 
     @classmethod
     def join(cls, chats: Sequence[Tokens]) -> "TokenizedChats":
         """Put tokenized conversations one after the other."""
         ids = np.concatenate([np.zeros(0, np.int32), *(chat.ids for chat in chats)])
         trained = np.concatenate([np.zeros(0, np.bool_), *(chat.trained for chat in chats)])
-        return cls(ids, trained, np.array([len(chat.ids) for chat in chats], dtype=np.int64))
+        lengths = np.array([len(chat.ids) for chat in chats], dtype=np.int64)
+        if all(chat.weights is None for chat in chats):
+            return cls(ids, trained, lengths)
+        ones = (np.ones(len(chat.ids), np.float32) for chat in chats)
+        weights = [
+            one if chat.weights is None else chat.weights
+            for chat, one in zip(chats, ones, strict=True)
+        ]
+        return cls(ids, trained, lengths, np.concatenate(weights))
 
 
 class Message(Protocol):
@@ -285,16 +303,21 @@ class Phi3Tokenizer:
         if self._disguise is not None:
             ids = self._disguise.true_ids(ids)
         trained = np.zeros(total, np.bool_)
+        weights = None
+        if any(piece.weight != 1 for chat in pieces for piece in chat):
+            weights = np.ones(total, np.float32)
         words = self.new_tokens.keys() | self._thought_tokens
         added = backend.get_added_tokens_decoder().keys() - words
         starts = (np.cumsum(lengths) - lengths).tolist()
         for at, chat, encoding in zip(starts, pieces, encodings, strict=True):
-            for start, end in _trained_spans(chat):
+            for start, end, weight in _trained_spans(chat):
                 first, last = _tokens_of(encoding, start, end)
                 if first < last and _chars(encoding, first)[0] < start:
                     first += encoding.ids[first] in added
                 trained[at + first : at + last] = True
-        return TokenizedChats(ids, trained, lengths)
+                if weights is not None:
+                    weights[at + first : at + last] = weight
+        return TokenizedChats(ids, trained, lengths, weights)
 
     def encode_documents(self, texts: Sequence[str], *, special: bool) -> TokenizedChats:
         """Encode raw texts as transformers' tokenizer does, the end-of-text token after each.
@@ -384,13 +407,13 @@ class Phi3Tokenizer:
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _trained_spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
-    """Yield [start, end) of the characters that are trained on."""
+def _trained_spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int, float]]:
+    """Yield [start, end) of the characters that are trained on, and how much they count."""
     at = 0
-    for trained, run in groupby(pieces, key=attrgetter("trained")):
+    for (trained, weight), run in groupby(pieces, key=attrgetter("trained", "weight")):
         end = at + sum(len(piece.text) for piece in run)
         if trained and at < end:
-            yield at, end
+            yield at, end, weight
         at = end
 
 

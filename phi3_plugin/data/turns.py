@@ -4,10 +4,13 @@ What stands here knows no format of rows.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from reprlib import repr as shortened
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from phi3_plugin.config import strict_json
 from phi3_plugin.data.thoughts import THOUGHT_FIELDS
@@ -37,6 +40,8 @@ class Turn(NamedTuple):
     """What else of the row it reads (``documents``, …), a JSON object; every turn has the same."""
     thought: str | None = None
     """What was thought before it was said, where the template writes that by itself."""
+    weight: float = 1.0
+    """How much the loss counts it, if at all."""
 
 
 class Written(NamedTuple):
@@ -176,6 +181,32 @@ def from_json(name: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} is broken JSON: {error}") from error
 
+
+def loss_weight(value: Any, name: str) -> float:
+    """Return how much the loss counts a row or a message; null is 1.
+
+    Args:
+        value: A number, also one that is written as text, as tables have them.
+        name: Of the column or field.
+
+    Raises:
+        DataError: It is none, is below 0 or is more than fp32 holds.
+    """
+    if value is None or value == "":
+        return 1.0
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number <= LARGEST:
+        raise DataError(
+            f"{name} is {short_repr(value)}, expected a number from 0 on, by which the loss counts "
+            "the row; if it is something else, say what to read with dataset.columns"
+        )
+    return number
+
+
+LARGEST = float(np.finfo(np.float32).max)
 
 # What a row or a message holds, and how errors name it
 

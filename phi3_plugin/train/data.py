@@ -93,6 +93,12 @@ def loss_of(s: Settings) -> Loss:
     return SFT() if s.loss is None else instantiate(s.loss)
 
 
+def is_weighted(dataset: Any) -> bool:
+    """Whether the data says that some of its tokens count more than others."""
+    store = getattr(getattr(dataset, "ds", dataset), "store", None)
+    return bool(getattr(store, "is_weighted", False))
+
+
 def _compared(dataset: Any, loss: Loss) -> Any:
     """Return a data set as our recipe takes it, with what the loss compares.
 

@@ -30,21 +30,27 @@ Loss = Callable[[Tensor, Batch], Tensor]
 """(log p of each labelled token ``[N]``, their batch) -> loss, a scalar in fp32."""
 
 
-ANSWER_KEYS = frozenset(("labelled", "wanted", "reference", "mismatched", "kl", "chosen_length"))
-"""What a batch has for a loss of answers alone."""
+LOSS_KEYS = frozenset(
+    ("weights", "labelled", "wanted", "reference", "mismatched", "kl", "chosen_length")
+)
+"""What a batch has for a loss, and not for the model."""
 
 
 # Shapes: N labelled tokens, A answers, P pairs
 def predicted(model: nn.Module, batch: Batch, **asked: Any) -> Tensor:
     """Return log p of each labelled token, [N]; or what else of it a loss has `asked` for."""
-    given = {key: batch[key] for key in batch if key not in ANSWER_KEYS}
+    given = {key: batch[key] for key in batch if key not in LOSS_KEYS}
     logps: Tensor = model(**given, **asked)
     return logps
 
 
 @dataclass(frozen=True)
 class SFT:
-    """Cross entropy of the labelled tokens."""
+    """Cross entropy of the labelled tokens, each times its weight if the data tells any.
+
+    The step divides by the number of tokens, and not by the sum of weights: or a weight would mean
+    nothing in a batch of one row, and something else beside each other row.
+    """
 
     label_smoothing: Share = 0.0
     """Share of each target that all tokens of the vocabulary have in equal parts, as in torch's
@@ -52,7 +58,8 @@ class SFT:
 
     def __call__(self, logps: Tensor, batch: Batch) -> Tensor:
         """Return -log p, summed over tokens."""
-        return -logps.sum()
+        weights = batch.get("weights")
+        return -(logps if weights is None else logps * weights).sum()
 
     @property
     def asked(self) -> dict[str, float]:

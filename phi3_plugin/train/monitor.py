@@ -144,6 +144,8 @@ class Monitor:
         count: int,
         answers: Sequence[str] = (),
         measures: Mapping[str, float] | None = None,
+        *,
+        weighted: bool = False,
     ) -> None:
         """Note a validation.
 
@@ -153,15 +155,19 @@ class Monitor:
             count: Labelled tokens of it; of a loss of answers, the pairs or answers.
             answers: To the sample questions, now.
             measures: What a loss of answers tells beside itself.
+            weighted: Whether some tokens count more than others, so that exp(loss) is no
+                perplexity.
         """
         if not self.is_main:
             return
+        numbers = dict[str, float]()
         if measures:
             numbers = {f"val_{name}": value for name, value in measures.items()}
             self._history.log(step, val_loss=loss, **numbers, val_answers=count)
         else:
             # exp overflows at 710; there is no such perplexity to report.
-            numbers = {"val_perplexity": math.exp(loss) if loss < 700 else math.inf}
+            if not weighted:
+                numbers = {"val_perplexity": math.exp(loss) if loss < 700 else math.inf}
             self._history.log(step, val_loss=loss, **numbers, val_tokens=count)
         if answers:
             self._history.log(step, answers=answers)

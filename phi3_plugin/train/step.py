@@ -265,12 +265,15 @@ def with_targets(batch: Batch) -> Batch:
 
     Returns:
         ``targets [N]``, the labels; ``rows [N]``, which tokens predict them, counted over all of
-        B and S; of answers ``labelled``, how many of these each has; and the rest of the batch.
+        B and S; ``weights [N]``, how much the loss counts each, where the batch has them; of
+        answers ``labelled``, how many of these each has; and the rest of the batch.
     """
     # Each label at the token that predicts it; the last token of a row predicts nothing
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
     rows = (labels != IGNORED).nonzero().squeeze(1)
     rest = {key: value for key, value in batch.items() if key != "labels"}
+    if "weights" in batch:
+        rest["weights"] = F.pad(batch["weights"][:, 1:], (0, 1)).flatten()[rows]
     if "wanted" in batch:
         ends = torch.tensor(batch["lengths"]).cumsum(0)
         answer = torch.searchsorted(ends, rows, right=True)

@@ -162,6 +162,28 @@ def test_validation_is_the_mean_over_all_labelled_tokens(world):
     assert all(torch.equal(value, before[name]) for name, value in run.weights.items())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_weights_scale_the_loss_of_their_tokens_and_not_their_number(world, smoothing):
+    """Beside torch's, token by token, and its gradient; in validation too."""
+    run, batch = Run(world, torch.optim.SGD), tiny_batch()
+    run.loss = SFT(label_smoothing=smoothing)
+    batch["weights"] = torch.rand(batch["labels"].shape) * 3
+    logits, labels = run.model(batch["tokens"])[:, :-1].flatten(0, 1), batch["labels"][:, 1:]
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    losses = F.cross_entropy(logits, labels.flatten(), **options)
+    mean = (losses * batch["weights"][:, 1:].flatten()).sum() / labelled(batch)
+    slopes = torch.autograd.grad(mean, [*run.model.parameters()])
+    norm = torch.cat([slope.flatten() for slope in slopes]).norm()
+    if not smoothing:
+        found, tokens = validate(world, run.model, run.loss, [batch])
+        assert (found, tokens) == (pytest.approx(mean.item(), rel=1e-6), labelled(batch))
+    each = [{name: value[n : n + 1] for name, value in batch.items()} for n in range(4)]
+    result = run.step(each)
+    assert result.loss == pytest.approx(mean.item(), rel=1e-6)
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert result.tokens == labelled(batch)
+
+
 def test_smoothed_steps_are_torchs_and_validation_is_not_smoothed(world):
     run, batch = Run(world, torch.optim.SGD), tiny_batch()
     run.loss = SFT(label_smoothing=0.2)

@@ -340,7 +340,7 @@ def test_weight_and_train(fields, expected):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"weight": 0.5}, r"weight is 0\.5, expected 0 or 1"),
+        ({"weight": -0.5}, r"weight is -0\.5, expected 0 or 1, false or true, or a number from"),
         ({"weight": "1"}, "weight is '1', expected 0 or 1"),
         ({"weight": float("nan")}, "weight is nan, expected 0 or 1"),
         ({"loss": 0.5}, r"loss is 0\.5, expected 0 or 1, false or true"),
