@@ -64,10 +64,10 @@ _ONE_PROCESS = ("phi3_inspect_data", "phi3_adapter", "phi3_generate")
 
 _NF4_OLD = "torchao.dtypes.nf4tensor"
 _NF4_NEW = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
+_INT8_INT4 = "int8_dynamic_activation_int4_weight"
 _REMOVED = (
     ("torchao.dtypes", "TensorCoreTiledLayout"),
     ("torchao.quantization", "int4_weight_only"),
-    ("torchao.quantization", "int8_dynamic_activation_int4_weight"),
 )
 
 
@@ -172,18 +172,31 @@ def _alias_torchao() -> None:
     for name in ("NF4Tensor", "to_nf4"):
         if not hasattr(dtypes, name):
             setattr(dtypes, name, getattr(sys.modules[_NF4_OLD], name))
+    quantization = import_module("torchao.quantization")
+    if not hasattr(quantization, _INT8_INT4):
+        setattr(quantization, _INT8_INT4, _int8_dynamic_activation_int4_weight)
     for owner, name in _REMOVED:
         module = import_module(owner)
         if not hasattr(module, name):
             setattr(module, name, _removed(f"{owner}.{name}"))
 
 
+def _int8_dynamic_activation_int4_weight(group_size: int = 32) -> Any:
+    """Return what does the same in torchao since 0.16: its logits are those of QAT's convert."""
+    torch, torchao = import_module("torch"), import_module("torchao.quantization")
+    return torchao.Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4,
+        weight_granularity=torchao.PerGroup(group_size),
+        weight_mapping_type=torchao.MappingType.SYMMETRIC,
+    )
+
+
 def _removed(name: str) -> Callable[..., NoReturn]:
     def stub(*args: Any, **kwargs: Any) -> NoReturn:
         version = getattr(sys.modules["torchao"], "__version__", "of this version")
         raise NotImplementedError(
-            f"{name} is not in torchao {version}. It serves torchtune's int4 quantizers, which "
-            "need torchao<0.16. LoRA and QLoRA do not use it."
+            f"{name} is not in torchao {version}. It serves torchtune's "
+            "Int4WeightOnlyQuantizer, which needs torchao<0.16. LoRA and QLoRA do not use it."
         )
 
     return stub

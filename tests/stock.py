@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
 import torchtune
+from torch import Tensor
 from torchtune._recipe_registry import get_all_recipes
+from transformers import Phi3ForCausalLM
 
+from phi3_plugin.checkpoint.base import load_base_weights
+from phi3_plugin.models import phi3
 from tests import warm
 from tests.assets import assets_dir
 from tests.oracles import MINI_4K, hf_model, save_checkpoint
@@ -70,3 +75,18 @@ def torchrun_stock(
     driver = Path(__file__).with_name("stock_distributed.py")
     launch = ("--standalone", "--nproc_per_node", "2", driver, recipe)
     return warm.run("torchrun", *launch, *arguments, cwd=cwd)
+
+
+def check_checkpoint(folder: Path, base: Path, batch: Tensor, moved: float = 1e-2) -> None:
+    """Transformers reads it and computes what we do, and it is not the base any more."""
+    theirs, report = Phi3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values())
+    ours = phi3(folder).eval()
+    ours.load_state_dict(load_base_weights(folder))
+    with torch.no_grad():
+        logits = ours(batch)
+        torch.testing.assert_close(logits, theirs(input_ids=batch).logits, rtol=0, atol=1e-5)
+        ours.load_state_dict(load_base_weights(base))
+        assert (ours(batch) - logits).abs().max() > moved

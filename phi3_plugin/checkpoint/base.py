@@ -40,6 +40,9 @@ MODULE_NAMES = {
 }
 """Modules as Hugging Face names them, and we."""
 
+SCORE = "score"
+"""What a Phi3ForSequenceClassification, such as a reward model, has in the place of ``lm_head``."""
+
 INNER = {
     "attn.qkv_proj.q_proj": "attn.q_proj",
     "attn.qkv_proj.k_proj": "attn.k_proj",
@@ -98,6 +101,11 @@ def to_ours(name: str) -> str:
 def to_hf(name: str) -> str:
     """Return Hugging Face's name of one of our base tensors."""
     return f"{_renamed(name.rpartition('.')[0], _TO_HF)}.weight"
+
+
+def to_hf_reward(name: str) -> str:
+    """Return Hugging Face's name of one of our tensors of a reward model."""
+    return f"{SCORE}.weight" if name == f"{OUTPUT}.weight" else to_hf(name)
 
 
 def to_peft(name: str) -> str:
@@ -174,10 +182,10 @@ def fused_name(module: str) -> str:
 # Sizes
 
 
-def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Phi3Config, *, is_reward: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a checkpoint of this size holds.
 
-    A head that is tied to the embedding has none of its own.
+    A head that is tied to the embedding has none of its own; that of a reward model is one row.
     """
     d, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -191,8 +199,10 @@ def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
         "model.norm": (d,),
         "lm_head": (vocab, d),
     }
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings or is_reward:
         del shapes["lm_head"]
+    if is_reward:
+        shapes[SCORE] = (1, d)
     return {
         f"{module.format(layer)}.weight": shape
         for module, shape in shapes.items()
@@ -285,11 +295,14 @@ MOST_PROBLEMS = 200
 """Lines of an error about weights."""
 
 
-def open_weights(checkpoint_dir: str | Path | None) -> dict[str, StoredTensor]:
+def open_weights(
+    checkpoint_dir: str | Path | None, *, is_reward: bool = False
+) -> dict[str, StoredTensor]:
     """Find every base weight of a checkpoint folder; values are read when they are sliced.
 
     Args:
         checkpoint_dir: Folder with config.json and the shards.
+        is_reward: Whether it is to hold a reward model, a Phi3ForSequenceClassification.
 
     Returns:
         Our tensor names and where the values are, in the files' dtype.
@@ -306,7 +319,7 @@ def open_weights(checkpoint_dir: str | Path | None) -> dict[str, StoredTensor]:
     stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     problems = [*_contradicted(config, stored)]
     problems += _wrong_head(stored) if config.tie_word_embeddings else []
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, is_reward=is_reward)
     for name in {**expected, **stored}:
         if name not in stored:
             problems.append(f"missing: {name} {list(expected[name])}")
@@ -327,10 +340,13 @@ def open_weights(checkpoint_dir: str | Path | None) -> dict[str, StoredTensor]:
             + (f"\n  and {more} more" if (more := len(problems) - MOST_PROBLEMS) > 0 else "")
             + "\nDownload the checkpoint again, or correct config.json."
         )
-    return {to_ours(name): tensor for name, tensor in stored.items()}
+    ours = {f"{SCORE}.weight": f"{OUTPUT}.weight"} if is_reward else {}
+    return {ours.get(name) or to_ours(name): tensor for name, tensor in stored.items()}
 
 
-def load_base_weights(checkpoint_dir: str | Path | None) -> dict[str, Tensor]:
+def load_base_weights(
+    checkpoint_dir: str | Path | None, *, is_reward: bool = False
+) -> dict[str, Tensor]:
     """Map every base weight of a checkpoint folder, for what needs a state dict.
 
     Pages are read when they are used, and count as this process's memory for as long as the
@@ -338,12 +354,13 @@ def load_base_weights(checkpoint_dir: str | Path | None) -> dict[str, Tensor]:
 
     Args:
         checkpoint_dir: See :func:`open_weights`, as for what is raised.
+        is_reward: Likewise.
 
     Returns:
         Our tensor names and their values, in the files' dtype.
     """
     weights = dict[str, Tensor]()
-    for name, stored in open_weights(checkpoint_dir).items():
+    for name, stored in open_weights(checkpoint_dir, is_reward=is_reward).items():
         with safe_open(stored.file, framework="pt") as shard:
             weights[name] = shard.get_tensor(stored.name)
     return weights
@@ -433,6 +450,7 @@ def write_weights(
     sizes: Mapping[str, int],
     weight: Callable[[str], Tensor],
     shard_bytes: int = SHARD_BYTES,
+    name_of: Callable[[str], str] = to_hf,
 ) -> None:
     """Write weights as shards with an index, under Hugging Face's names.
 
@@ -441,6 +459,7 @@ def write_weights(
         sizes: Our name of each weight, and how many bytes it takes.
         weight: Gives one when it is written; one shard is in memory at a time.
         shard_bytes: A shard is closed before it grows beyond this.
+        name_of: Gives Hugging Face's name of one.
 
     Raises:
         OutputError: The disk has not enough room.
@@ -461,8 +480,8 @@ def write_weights(
     weight_map = {}
     for i, names in enumerate(shards, 1):
         file = folder / f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_tensors(file, {to_hf(name): weight(name) for name in names})
-        weight_map.update(dict.fromkeys(map(to_hf, names), file.name))
+        save_tensors(file, {name_of(name): weight(name) for name in names})
+        weight_map.update(dict.fromkeys(map(name_of, names), file.name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 

@@ -34,6 +34,8 @@ from phi3_plugin.checkpoint.base import (
     hf_name,
     known_hash,
     stored_row_norms,
+    to_hf,
+    to_hf_reward,
     to_peft,
     write_weights,
 )
@@ -115,6 +117,8 @@ def export_model(
     weights: Mapping[str, Tensor],
     checkpoint_dir: Path,
     new_tokens: Sequence[Mapping[str, Any]] = (),
+    *,
+    is_reward: bool = False,
 ) -> None:
     """Write a fully trained model as a Hugging Face checkpoint folder.
 
@@ -123,9 +127,11 @@ def export_model(
         weights: All of the model, our names.
         checkpoint_dir: Folder of the base model, for tokenizer and configuration.
         new_tokens: As an `Adapter` has them.
+        is_reward: Whether its head is the one row of a reward model.
     """
     sizes = {name: weight.nbytes for name, weight in weights.items()}
-    write_weights(folder, sizes, weights.__getitem__)
+    name_of = to_hf_reward if is_reward else to_hf
+    write_weights(folder, sizes, weights.__getitem__, name_of=name_of)
     copy_tokenizer(checkpoint_dir, folder, new_tokens)
     largest = weights[max(sizes, key=lambda name: sizes[name])]
     keys = read_json_object(checkpoint_dir / "config.json")

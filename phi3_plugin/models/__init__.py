@@ -5,6 +5,7 @@ from phi3_plugin.models.phi3 import (
     lora_phi3_mini,
     phi3,
     phi3_mini,
+    phi3_reward,
     qlora_phi3,
     qlora_phi3_mini,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "lora_phi3_mini",
     "phi3",
     "phi3_mini",
+    "phi3_reward",
     "qlora_phi3",
     "qlora_phi3_mini",
 ]

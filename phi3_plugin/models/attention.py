@@ -147,9 +147,9 @@ class Dense:
     def attend(self, qkv: Tensor, heads: list[int], window: int | None) -> Tensor:
         """See :meth:`Attends.attend`."""
         q, k, v = qkv.transpose(1, 2).split(heads, dim=1)
-        offset = 0
-        if self.cache is not None:
-            offset = self.cache.size
+        offset: int | Tensor = 0
+        if self.cache is not None:  # a compiled model must not ask for the number
+            offset = self.cache.cache_pos[0] if torch.compiler.is_compiling() else self.cache.size
             k, v = self.cache.update(k, v)
         mask = windowed(self.mask, q.shape[2], k.shape[2], offset, window, q.device)
         gqa = heads[0] != heads[1]
@@ -174,7 +174,12 @@ def _flex(device: str) -> Callable[..., Tensor]:
 
 
 def windowed(
-    mask: Mask, queries: int, keys: int, offset: int, window: int | None, device: torch.device
+    mask: Mask,
+    queries: int,
+    keys: int,
+    offset: int | Tensor,
+    window: int | None,
+    device: torch.device,
 ) -> Mask:
     """Restrict a mask to the sliding window.
 
@@ -194,11 +199,16 @@ def windowed(
 
     Source: transformers 5.23 ``sliding_window_overlay``: key > query - window.
     """
-    if window is None or offset + queries <= window:
+    if window is None or keys <= window:
         return mask
     if isinstance(mask, BlockMask):
         return _windowed_blocks(mask, window)
-    band = causal_band(queries, keys, offset, window, device)
+    if isinstance(offset, Tensor):
+        band = _causal_band(queries, keys, offset, window, device)
+    elif offset + queries <= window:
+        return mask
+    else:
+        band = causal_band(queries, keys, offset, window, device)
     return band[None] if mask is None else mask & band
 
 
@@ -206,7 +216,13 @@ def windowed(
 @lru_cache(maxsize=4)
 def causal_band(queries: int, keys: int, offset: int, window: int, device: torch.device) -> Tensor:
     """Return which keys each query sees, ``[queries, keys]``; see :func:`windowed`."""
-    query = torch.arange(offset, offset + queries, device=device)[:, None]
+    return _causal_band(queries, keys, offset, window, device)
+
+
+def _causal_band(
+    queries: int, keys: int, offset: int | Tensor, window: int, device: torch.device
+) -> Tensor:
+    query = offset + torch.arange(queries, device=device)[:, None]
     key = torch.arange(keys, device=device)[None]
     return (key <= query) & (key > query - window)
 

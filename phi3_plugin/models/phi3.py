@@ -1,6 +1,7 @@
 """Phi-3 inside torchtune's decoder shell, sized by the checkpoint's config.json."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -384,6 +385,30 @@ def phi3(
         return Linear(in_dim, out_dim, quantize_base and name != HEAD)
 
     return decoder(read_config(checkpoint_dir), linear, rope_factors)
+
+
+def phi3_reward(
+    checkpoint_dir: str | Path | None, *, rope_factors: RopeFactors = "auto"
+) -> TransformerDecoder:
+    """Build the reward or value model of a checkpoint folder: a score in the place of the logits.
+
+    Its ``forward`` gives one for each token, ``[B, S, 1]``; the one after the last token is what
+    transformers' ``Phi3ForSequenceClassification`` gives for the text.
+
+    Args:
+        checkpoint_dir: Folder of such a model; only its config.json is read.
+        rope_factors: See :func:`phi3`.
+
+    Raises:
+        ConfigError: config.json holds something we do not compute.
+        MissingFileError: No such folder, or no config.json in it.
+    """
+
+    def linear(name: str, in_dim: int, out_dim: int) -> Linear:
+        return Linear(in_dim, 1 if name == HEAD else out_dim)
+
+    config = replace(read_config(checkpoint_dir), tie_word_embeddings=False)
+    return decoder(config, linear, rope_factors)
 
 
 @takes(LoRASettings)

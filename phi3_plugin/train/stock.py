@@ -21,6 +21,7 @@ from torchtune.training.metric_logging import save_config
 
 from phi3_plugin.checkpoint.adapter import Adapter
 from phi3_plugin.checkpoint.base import (
+    OUTPUT,
     expected_shapes,
     join_weights,
     known_hash,
@@ -92,7 +93,9 @@ class Phi3Checkpointer:
                 recipes tell a checkpointer nothing of it, so the YAML does.
             save_adapter_weights_only: The recipe's setting of that name, which must be True.
             should_load_recipe_state: True when the recipe resumes.
-            model_type: Read by torchtune's recipes only.
+            model_type: REWARD is a reward or value model for torchtune's PPO recipe, read and
+                written as transformers' Phi3ForSequenceClassification; others are read by
+                torchtune's recipes only.
             checkpoint_files: As torchtune's checkpointers take it. The index of the folder says
                 it already, so that others than it names are refused.
             recipe_checkpoint: The state in the newest epoch's folder, which a resume finds by
@@ -120,6 +123,11 @@ class Phi3Checkpointer:
             )
         if layout not in ("fused", "split"):
             raise ConfigError(f"checkpointer.layout: {layout!r} must be 'fused' or 'split'.")
+        if layout == "split" and model_type == "REWARD":
+            raise ConfigError(
+                "checkpointer.layout: 'split' is that of torchtune's own Phi-3, which has no "
+                "reward model. Leave it out and build phi3_plugin.models.phi3_reward."
+            )
         self._checkpoint_dir = checkpoint_folder(checkpoint_dir)
         if output_dir is None:
             raise ConfigError(
@@ -132,6 +140,7 @@ class Phi3Checkpointer:
             lock = FolderLock(self._output_dir, "output_dir")
             weakref.finalize(self, lock.release)
         self.model_type = model_type
+        self._is_reward = model_type == "REWARD"
         self._layout = layout
         self._targets = lora_attn_modules
         self._dropout = lora_dropout
@@ -165,7 +174,8 @@ class Phi3Checkpointer:
         state = self._load_state() if self._resume else {}
         self._refuse_other_shards()
         is_whole = self._resume and "adapter" not in state
-        weights = load_base_weights(self._epochs()[-1] if is_whole else self._checkpoint_dir)
+        folder = self._epochs()[-1] if is_whole else self._checkpoint_dir
+        weights = load_base_weights(folder, is_reward=self._is_reward)
         known_hash(self._checkpoint_dir)  # for what is saved, so that no save has to read it
         if self._layout == "split":
             weights = split_weights(weights, read_config(self._checkpoint_dir))
@@ -197,7 +207,12 @@ class Phi3Checkpointer:
             write = self._adapter_writer(state_dict, epoch)
         else:
             weights = self._checked_weights(state_dict["model"])
-            write = partial(export_model, weights=weights, checkpoint_dir=self._checkpoint_dir)
+            write = partial(
+                export_model,
+                weights=weights,
+                checkpoint_dir=self._checkpoint_dir,
+                is_reward=self._is_reward,
+            )
         folder = self._output_dir / f"epoch_{epoch}"
         if intermediate_checkpoint:
             unsaved = ("adapter_config", "model")
@@ -235,7 +250,9 @@ class Phi3Checkpointer:
         whole = {name: weight.detach().cpu() for name, weight in weights.items()}
         if self._layout == "split":
             whole = join_weights(whole, config)
-        refuse_other_names(whole, map(to_ours, expected_shapes(config)))
+        head = {f"{OUTPUT}.weight"} if self._is_reward else set[str]()
+        names = {*map(to_ours, expected_shapes(config))} | head
+        refuse_other_names(whole, names)
         if broken := [name for name, weight in whole.items() if not torch.isfinite(weight).all()]:
             raise CheckpointError(
                 f"{len(broken)} of {len(whole)} weights hold NaN or infinite numbers, first "
@@ -260,7 +277,7 @@ class Phi3Checkpointer:
         """Refuse ``checkpoint_files`` that are not those of the checkpoint folder."""
         if self._files is None:
             return
-        stored = open_weights(self._checkpoint_dir).values()
+        stored = open_weights(self._checkpoint_dir, is_reward=self._is_reward).values()
         shards = sorted({tensor.file.name for tensor in stored})
         named = list(self._files)
         if isinstance(self._files, Mapping):

@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torchao import quantization
 
+from phi3_plugin import hook
 from phi3_plugin.config import read_config
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, PREFERENCE_LOSS
@@ -42,6 +45,17 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
     """
     found = []
     quantizer, model = cfg.get("quantizer"), cfg.get("model") or {}
+    if "init_process_group(" in source and _lacks_counters(cfg.get("device")):
+        found.append(
+            "device: the recipe asks a GPU how much memory it uses, and ends with an error on a "
+            "CPU. Use a recipe for a single device or, for several processes, phi3_lora_finetune."
+        )
+    is_int4 = str((quantizer or {}).get("_component_")).endswith(".Int4WeightOnlyQuantizer")
+    if is_int4 and quantization.int4_weight_only.__module__ == hook.__name__:  # our stub
+        found.append(
+            "quantizer: Int4WeightOnlyQuantizer needs torchao below 0.16. Use torchtune.training."
+            "quantization.Int8DynActInt4WeightQuantizer, or `phi3-tune convert-base --to gguf`."
+        )
     if _is_ours(cfg, "checkpointer"):
         merges = "get_merged_lora_ckpt" in source
         if merges and not cfg.get("save_adapter_weights_only", False):
@@ -57,16 +71,39 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
                 "checkpoints, and that no resume finds. Set it to False."
             )
     for key in ("reward_checkpointer", "value_checkpointer"):
-        if key in source and _is_ours(cfg, key):
+        if key in source and _is_ours(cfg, key) and cfg[key].get("model_type") != "REWARD":
             found.append(
-                f"{key}: Phi3Checkpointer reads language models; the head of a reward model is in "
-                "no Phi-3 checkpoint. Use torchtune.training.FullModelTorchTuneCheckpointer for it."
+                f"{key}.model_type: {cfg[key].get('model_type')!r}, but the recipe gives it a "
+                "reward model. Set it to REWARD, and checkpoint_dir to the folder of a "
+                "Phi3ForSequenceClassification."
             )
+    folders = [
+        str(cfg[key].get("output_dir"))
+        for key in ("checkpointer", "value_checkpointer")
+        if key in source and cfg.get(key)
+    ]
+    if "value_checkpointer" in source and len(folders) > len({*folders}):
+        found.append(
+            f"value_checkpointer.output_dir: {folders[0]} is that of the policy, and both models "
+            "are saved as epoch_0. Give it another folder."
+        )
+    exits = "early_exit_loss(" in source and cfg.get("early_exit_loss")
+    if exits and cfg.get("fsdp_reshard_after_forward", True):
+        found.append(
+            "early_exit_loss: the recipe computes it from weights that are sharded again by then. "
+            "Add fsdp_reshard_after_forward=False."
+        )
     name = str((cfg.get("dataset") or {}).get("_component_"))
     if "padded_collate_dpo" in source and name in CHAT_DATASETS:
         found.append(
             "dataset: phi3_plugin.data.chat_dataset gives one answer a row, but the recipe "
             "compares two. Use dataset._component_=phi3_plugin.data.preference_dataset."
+        )
+    if "value_checkpointer" in source and name in (*CHAT_DATASETS, *PREFERENCE_DATASETS):
+        found.append(
+            f"dataset: the rows of {name} end in answers, and the recipe wants prompts to answer. "
+            "Use torchtune.datasets.text_completion_dataset with a column of prompts as the "
+            "chat template writes them, and add_eos=False."
         )
     if "padded_collate_sft" in source and name in PREFERENCE_DATASETS:
         found.append(
@@ -114,6 +151,11 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
             "phi3_generate."
         )
     return found
+
+
+def _lacks_counters(device: str | None) -> bool:
+    is_cpu = device == "cpu" or not torch.accelerator.is_available()
+    return is_cpu and not hasattr(torch.cpu, "empty_cache")
 
 
 def _is_ours(cfg: Mapping[str, Any], key: str) -> bool:

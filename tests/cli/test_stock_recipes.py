@@ -1,15 +1,12 @@
 """torchtune's recipes that train all weights: a Hugging Face checkpoint, or a refusal at once."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import Phi3ForCausalLM
 
 from phi3_plugin.checkpoint.base import load_base_weights
-from phi3_plugin.models import phi3
-from tests.stock import gsm8k, tiny_checkpoint, tune_run
+from tests.stock import check_checkpoint, gsm8k, tiny_checkpoint, tune_run
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
@@ -56,28 +53,12 @@ def cwd(tmp_path):
     return tmp_path
 
 
-def check_checkpoint(folder: Path, base: Path) -> None:
-    """Transformers reads it and computes what we do, and it is not the base any more."""
-    theirs, report = Phi3ForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(report.values())
-    ours = phi3(folder).eval()
-    ours.load_state_dict(load_base_weights(folder))
-    batch = torch.randint(0, 32000, (2, 30))
-    with torch.no_grad():
-        logits = ours(batch)
-        torch.testing.assert_close(logits, theirs(input_ids=batch).logits, rtol=0, atol=1e-5)
-        ours.load_state_dict(load_base_weights(base))
-        assert (ours(batch) - logits).abs().max() > 1e-2
-
-
 def test_full_fine_tuning_writes_checkpoints_and_resumes(cwd):
     run = ("--config", "stock.yaml")
     done = tune_run(*run, cwd=cwd, recipe="full_finetune_single_device")
     assert done.returncode == 0, done.stderr
     whole = cwd / "out" / "epoch_1"
-    check_checkpoint(whole, cwd / "base")
+    check_checkpoint(whole, cwd / "base", torch.randint(0, 32000, (2, 30)))
     (cwd / "out").rename(cwd / "whole")
     shutil.copytree(cwd / "whole" / "epoch_0", cwd / "out" / "epoch_0")
     resume = "resume_from_checkpoint=True"

@@ -37,6 +37,7 @@ CALLS = {
     "models.lora_phi3": LORA + LORA_OF_A_CHECKPOINT,
     "models.qlora_phi3": LORA + LORA_OF_A_CHECKPOINT,
     "models.phi3_mini": [],
+    "models.phi3_reward": words("checkpoint_dir rope_factors"),
     "models.lora_phi3_mini": LORA,
     "models.qlora_phi3_mini": LORA,
     "models.loralib.mark_only_lora_as_trainable": words("model bias"),

@@ -18,7 +18,10 @@ from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
 RECIPES = Path(torchtune.__file__).parents[1] / "recipes"
 OURS = {
     "model": {"_component_": "phi3_plugin.models.lora_phi3"},
-    "checkpointer": {"_component_": "phi3_plugin.checkpoint.Phi3Checkpointer"},
+    "checkpointer": {
+        "_component_": "phi3_plugin.checkpoint.Phi3Checkpointer",
+        "output_dir": "out",
+    },
     "dataset": {"_component_": "torchtune.datasets.preference_dataset"},
     "save_adapter_weights_only": True,
 }
@@ -26,6 +29,12 @@ OURS = {
 
 def of(recipe, **keys):
     return problems((RECIPES / f"{recipe}.py").read_text(), {**OURS, **keys})
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """Let the recipes that need one not be refused for its absence."""
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
 
 
 SERVED = [
@@ -38,6 +47,7 @@ SERVED = [
     "full_finetune_single_device",
     "full_finetune_distributed",
     "full_dpo_distributed",
+    "ppo_full_finetune_single_device",
     "qat_distributed",
     "generate",
     "quantize",
@@ -56,6 +66,8 @@ DORA = {"model": {**OURS["model"], "use_dora": True}}
 CHATS, ANSWERS = (
     {"_component_": f"phi3_plugin.data.{name}_dataset"} for name in ("chat", "preference")
 )
+PPO = "ppo_full_finetune_single_device"
+REWARD = {**OURS["checkpointer"], "model_type": "REWARD", "output_dir": "out/value"}
 OWN_LOSS = {"_component_": "phi3_plugin.train.losses.dpo"}
 NF4 = {"model": {**OURS["model"], "quantize_base": True}}
 
@@ -74,11 +86,10 @@ NF4 = {"model": {**OURS["model"], "quantize_base": True}}
         ("dev/generate_v2_distributed", {}, "tensor_parallel_plan"),
         ("full_finetune_distributed", {"enable_async_checkpointing": True}, "enable_async"),
         ("qat_lora_finetune_distributed", {}, "QATLoRALinear"),
-        (
-            "ppo_full_finetune_single_device",
-            {"value_checkpointer": OURS["checkpointer"]},
-            "value_checkpointer",
-        ),
+        ("dev/early_exit_finetune_distributed", {"early_exit_loss": {"scale": 1}}, "reshard"),
+        (PPO, {"value_checkpointer": {**REWARD, "model_type": "PHI3_MINI"}}, "Set it to REWARD"),
+        (PPO, {"value_checkpointer": {**REWARD, "output_dir": "out"}}, "another folder"),
+        (PPO, {"dataset": CHATS}, "wants prompts"),
     ],
 )
 def test_what_would_fail_or_mislead_is_refused(recipe, keys, message):
