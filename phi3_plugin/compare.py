@@ -8,6 +8,7 @@ from typing import Any
 
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.data.dataset import messages_of_rows
+from phi3_plugin.data.thoughts import THINK, THOUGHT_DETAILS, THOUGHT_FIELDS, thought_of
 from phi3_plugin.inspect import FIRST, Comparison, Samples, arrays, truncation, unpacked
 from phi3_plugin.settings import Settings
 from phi3_plugin.train.data import RunData
@@ -48,16 +49,14 @@ def compare_with_hf(settings: Settings, data: RunData, samples: Samples) -> Comp
     )
     dataset, compared, places = unpacked(data.order.dataset), 0, list[str]()
     choices = {"limit": tokenizer.max_seq_len, "options": options, "eos_id": tokenizer.eos_id}
+    field = tokenizer.template.reads.thought
     for i, messages in islice(rows, COMPARED):
         compared += 1
         ids, labels = arrays(dataset, i)
         ours = ids.tolist(), (labels != IGNORED).tolist()
-        if text := difference(
-            ours,
-            as_trained(
-                hf_tokens(theirs, [*map(_raw, messages)], **_variables(messages)), **choices
-            ),
-        ):
+        raw = [_raw(message, field) for message in messages]
+        whole = hf_tokens(theirs, raw, field, **_variables(messages))
+        if text := difference(ours, as_trained(whole, **choices)):
             places.append(f"{samples.places[i]}: {text}")
     return Comparison(compared, len(places), places[:FIRST])
 
@@ -85,14 +84,18 @@ def difference(ours: Marked, theirs: Marked) -> str:
     return ""
 
 
-def _raw(message: Mapping[str, Any]) -> dict[str, Any]:
+def _raw(message: Mapping[str, Any], thought_field: str | None) -> dict[str, Any]:
     """Return a message as its row has it, but for what our formats alone read."""
-    raw = {k: v for k, v in message["raw"].items() if k not in ("role", "tools", "tool_calls")}
-    if message["raw"].get("tool_calls") or not isinstance(raw.get("content"), str):
+    read = ("role", "tools", "tool_calls", *THOUGHT_FIELDS, *THOUGHT_DETAILS)
+    raw = {k: v for k, v in message["raw"].items() if k not in read}
+    is_ours = message["raw"].get("tool_calls") or thought_of(message["raw"]) is not None
+    if is_ours or not isinstance(raw.get("content"), str):
         raw.pop("content", None)
     ours = {
         name: message[name] for name in ("role", "content", "tools", "trained") if name in message
     }
+    if thought_field is not None and "thought" in message:
+        ours[thought_field] = message["thought"]
     return {**ours, **raw}
 
 
@@ -100,18 +103,25 @@ def _variables(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(json.loads(messages[-1]["variables"] or "{}"))
 
 
-def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any) -> Marked:
+def hf_tokens(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    thought_field: str | None = None,
+    **variables: Any,
+) -> Marked:
     """Return what ``transformers`` makes of a conversation: ids, and which of them are trained on.
 
     What counts is its ``return_assistant_tokens_mask``, where the template has ``{% generation %}``
     (but for a header's added token that only takes white space of the answer to itself). It has no
     mask for templates such as Phi-3's, so that is worked out from its own texts: rendered once more
     with another text in its place, a conversation differs only where the message speaks. What
-    stands there counts with the added token that follows.
+    stands there counts with the added token that follows. An answer with a thought counts from
+    where its prompt ends, and not at all where the thought is left out.
 
     Args:
         tokenizer: As transformers loads it.
         messages: With ``role`` and ``content``; ``trained`` where they are to count.
+        thought_field: Where the template looks for what was thought.
         **variables: What else the template is given, such as ``documents``.
     """
     plain = [{k: v for k, v in message.items() if k != "trained"} for message in messages]
@@ -122,10 +132,15 @@ def hf_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables
     blocks = _generated(tokenizer, plain, **variables)
     spans = set[tuple[int, int]]()
     for i in (i for i, message in enumerate(messages) if message.get("trained")):
-        for first, last in _spoken(tokenizer, plain, i, text, **variables):
+        if thought_field in plain[i] and not any(
+            _spoken(tokenizer, plain, i, text, (thought_field,), **variables)
+        ):
+            continue
+        for first, last in _spoken(tokenizer, plain, i, text, ("content", "tools"), **variables):
             end = ends.match(text, last)
             around = [block for block in blocks if block[0] <= first and last <= block[1]]
-            spans.update(around or [(first, end.end() if end else last)])
+            start = _asked(tokenizer, plain[:i], text, first, **variables)
+            spans.update(around or [(start, end.end() if end else last)])
     ids = list(tokenizer.apply_chat_template(plain, return_dict=False, **variables))
     is_added = set(tokenizer.added_tokens_decoder)
     trained = [
@@ -154,14 +169,39 @@ def _generated(
     return list(rendered[1][0])
 
 
+def _asked(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    first: int,
+    **variables: Any,
+) -> int:
+    """Return where an answer begins whose content does at a place: thoughts may make that earlier.
+
+    Or later, where its prompt has the mark before the thought already.
+    """
+    if THINK not in text or not messages:
+        return first
+    asked = tokenizer.apply_chat_template(
+        [*messages], tokenize=False, add_generation_prompt=True, **variables
+    )
+    between = text[min(first, len(asked)) : max(first, len(asked))]
+    return len(asked) if text.startswith(asked) and THINK in between else first
+
+
 def _spoken(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], i: int, text: str, **variables: Any
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    i: int,
+    text: str,
+    fields: Sequence[str],
+    **variables: Any,
 ) -> Iterator[tuple[int, int]]:
     """Yield where a message's texts stand in the rendered text; nothing for one left out."""
     mark = "Qz"
     while mark in text:
         mark += "z"
-    for field in {"content", "tools"} & messages[i].keys():
+    for field in {*fields} & messages[i].keys():
         changed = [*messages[:i], {**messages[i], field: mark}, *messages[i + 1 :]]
         rendered = tokenizer.apply_chat_template(changed, tokenize=False, **variables)
         before, spoken, after = rendered.partition(mark)

@@ -7,6 +7,7 @@ spells samples. `phi3_plugin.compare` holds them beside what transformers makes 
 
 import hashlib
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -34,6 +35,7 @@ from phi3_plugin.data.findings import (
 from phi3_plugin.data.order import Order
 from phi3_plugin.data.packing import Packs
 from phi3_plugin.data.preferences import PreferenceDataset
+from phi3_plugin.data.thoughts import END_OF_THOUGHT, THINK
 from phi3_plugin.data.tokenizer import Phi3Tokenizer
 from phi3_plugin.errors import DataError
 from phi3_plugin.pages.numbers import count, percent
@@ -789,6 +791,8 @@ def _of_validation(stats: Statistics) -> Iterator[Problem]:
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """How a vocabulary with byte fallback spells a byte of a character that it has no token for."""
 
+_THOUGHT = re.compile(rf"{THINK}.*?({END_OF_THOUGHT}|\Z)", re.DOTALL)
+
 UNFINISHED = "\ufffd"
 """What decoding gives for a part of a character."""
 
@@ -804,6 +808,8 @@ class Unit(NamedTuple):
     trained: bool
     special: bool
     """Whether it is an added token such as ``<|end|>``."""
+    thought: bool = False
+    """Whether it is trained on as a part of what is thought before an answer."""
 
 
 class Shown(NamedTuple):
@@ -825,6 +831,11 @@ class Shown(NamedTuple):
     def tokens(self) -> int:
         """Tokens of the sample."""
         return sum(len(unit.ids) for unit in self.units)
+
+    @property
+    def thought(self) -> int:
+        """Tokens that are trained on as parts of thoughts."""
+        return sum(len(unit.ids) for unit in self.units if unit.thought)
 
     @property
     def border(self) -> str:
@@ -942,10 +953,21 @@ class Speller:
                     units[-len(tail) :] = [Unit(whole, tuple(tail), counts, False)]
                     parts = []
                     break
-        return _as_read(units)
+        return _with_thoughts(_as_read(units))
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([*self._before, *ids], False)[self._skip :]
+
+
+def _with_thoughts(units: Sequence[Unit]) -> list[Unit]:
+    """Mark what is trained on between ``<think>`` and ``</think>``, these included."""
+    ends = [*accumulate(len(unit.text) for unit in units)]
+    marked = list(units)
+    for thought in _THOUGHT.finditer("".join(unit.text for unit in units)):
+        first, last = bisect_right(ends, thought.start()), bisect_left(ends, thought.end())
+        for n in range(first, min(last + 1, len(units))):
+            marked[n] = units[n]._replace(thought=units[n].trained)
+    return marked
 
 
 def _as_read(units: Iterable[Unit]) -> list[Unit]:

@@ -153,6 +153,7 @@ def sample_title(sample: Shown, stats: Statistics) -> str:
     """Return where a sample stands, and how long it is."""
     length = count(sample.tokens, "token")
     title = f"{short(sample.where, stats)}: {length}, {sample.trained:,} trained"
+    title += f", of these {sample.thought:,} a thought" if sample.thought else ""
     return f"{title}; {sample.difference}" if sample.difference else title
 
 
@@ -241,9 +242,11 @@ def _tokens(units: Sequence[Unit]) -> list[Token | str]:
     for unit in [*units[:HEAD_UNITS], *units[HEAD_UNITS + hidden :]]:
         if hidden and len(tokens) == HEAD_UNITS:
             tokens.append(f"… {hidden:,} more …")
-        classes = ["u", *["trained"] * unit.trained, *["special"] * unit.special]
+        kinds = {"trained": unit.trained, "special": unit.special, "thought": unit.thought}
+        classes = ["u", *(name for name, is_one in kinds.items() if is_one)]
         note = f"{'ids' if len(unit.ids) > 1 else 'id'} {', '.join(map(str, unit.ids))}"
         note += ", trained" if unit.trained else ""
+        note += ", thought" if unit.thought else ""
         pieces = [
             (part.translate(SIGNS), SPACES.fullmatch(part) is not None)
             for part in SPACES.split(unit.text)
@@ -259,7 +262,7 @@ def _tokens(units: Sequence[Unit]) -> list[Token | str]:
 class Ansi:
     """Codes that change how a terminal writes."""
 
-    PLAIN, BOLD, DIM, UNDERLINED, TURNED = "0", "1", "2", "4", "7"
+    PLAIN, BOLD, DIM, ITALIC, UNDERLINED, TURNED = "0", "1", "2", "3", "4", "7"
     RED, GREEN, YELLOW, BLUE, MAGENTA = "31", "32", "33", "34", "35"
 
 
@@ -273,6 +276,9 @@ LABEL = 24
 
 HEAD_LINES, TAIL_LINES = 9, 3
 """Lines that are shown of a long sample."""
+
+READ_SIGN, TRAINED_SIGN, THOUGHT_SIGN = "|+~"
+"""Signs of lines that are only read, trained on, and trained on as a thought."""
 
 SAMPLES_SHOWN = 3
 """Samples that are shown; the page has more."""
@@ -352,12 +358,14 @@ class Terminal:
 
     def _samples(self, samples: Sequence[Shown], stats: Statistics) -> Iterator[str]:
         yield self._paint("Samples", Ansi.BOLD)
-        legend = (
+        legend: tuple[tuple[str, ...], ...] = (
             ("+ trained", Ansi.GREEN),
             ("| only read", Ansi.PLAIN),
             ("<|special|>", Ansi.MAGENTA),
             ("<|special, trained|>", Ansi.TURNED, Ansi.GREEN),
         )
+        if any(sample.thought for sample in samples):
+            legend = (*legend[:1], ("~ trained, a thought", Ansi.ITALIC, Ansi.GREEN), *legend[1:])
         yield "  " + "  ".join(self._paint(text, *codes) for text, *codes in legend)
         for place, sample in enumerate(samples[:SAMPLES_SHOWN], 1):
             yield ""
@@ -370,30 +378,30 @@ class Terminal:
             yield from lines
 
     def _sample(self, sample: Shown) -> Iterator[str]:
-        """Yield lines that are trained on as a whole or not at all, which the first sign tells."""
+        """Yield lines that are of one kind as a whole, which the first sign tells."""
         border = [self._paint(sample.border, Ansi.YELLOW)] if sample.border else []
         if sample.from_start:
             yield from border
-        line, used, trained = "", 0, False
+        line, used, kind = "", 0, READ_SIGN
         for place, unit in enumerate(sample.units):
             for part in _parts(seen(unit.text), self.width - 2):
-                if used and (unit.trained != trained or used + columns(part) > self.width - 2):
-                    yield self._line(line, trained)
+                now = THOUGHT_SIGN if unit.thought else TRAINED_SIGN if unit.trained else READ_SIGN
+                if used and (now != kind or used + columns(part) > self.width - 2):
+                    yield self._line(line, kind)
                     line, used = "", 0
-                trained = unit.trained
+                kind = now
                 line += self._paint(part, *_codes(unit, place))
                 used += columns(part)
                 if part.endswith("⏎"):
-                    yield self._line(line, trained)
+                    yield self._line(line, kind)
                     line, used = "", 0
         if used:
-            yield self._line(line, trained)
+            yield self._line(line, kind)
         if not sample.from_start:
             yield from border
 
-    def _line(self, line: str, trained: bool) -> str:
-        sign = self._paint("+", Ansi.GREEN) if trained else self._paint("|", Ansi.DIM)
-        return f"{sign} {line}"
+    def _line(self, line: str, kind: str) -> str:
+        return f"{self._paint(kind, Ansi.DIM if kind == READ_SIGN else Ansi.GREEN)} {line}"
 
     def _paint(self, text: str, *codes: str) -> str:
         return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if self.color and text else text
@@ -441,7 +449,7 @@ def _codes(unit: Unit, place: int) -> tuple[str, ...]:
     if unit.special:
         return (Ansi.TURNED, Ansi.GREEN) if unit.trained else (Ansi.MAGENTA,)
     color = Ansi.GREEN if unit.trained else Ansi.PLAIN
-    return (color,) if place % 2 else (color, Ansi.UNDERLINED)
+    return (color, *[Ansi.ITALIC] * unit.thought, *[Ansi.UNDERLINED] * (place % 2 == 0))
 
 
 def _padded(text: str, room: int) -> str:

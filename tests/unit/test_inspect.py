@@ -499,6 +499,20 @@ def test_spaces_stay_at_their_tokens(tokenizer):
     assert units[0].text == " the" and len(units[0].ids) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "thought"),
+    [
+        ("a<think>b\nc</think>d", "<think>b\nc</think>"),
+        ("a<think>b", "<think>b"),
+        ("a</think>b", ""),
+    ],
+)
+def test_units_of_a_thought(tokenizer, text, thought):
+    units = spelled(tokenizer, text, trained=lambda ids: ids >= 0)
+    assert "".join(unit.text for unit in units if unit.thought) == thought
+    assert not any(unit.thought for unit in spelled(tokenizer, text))
+
+
 def test_a_character_of_several_tokens_is_one_unit(tokenizer):
     (unit,) = (unit for unit in spelled(tokenizer, "a😀b") if len(unit.ids) > 1)
     assert unit.text == "😀" and len(unit.ids) == 4
@@ -638,7 +652,8 @@ def compared(base, tmp_path):
     def run(*chats, template=MINI, **options):
         shutil.copytree(base, tmp_path / "base", dirs_exist_ok=True)
         edit_json(tmp_path / "base" / "tokenizer_config.json", chat_template=template)
-        rows = [{"messages": [message(*said) for said in chat]} for chat in chats]
+        listed = [[m if isinstance(m, dict) else message(*m) for m in chat] for chat in chats]
+        rows = [{"messages": chat} for chat in listed]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         given = [f"dataset.{key}={value}" for key, value in options.items()]
         given.append("tokenizer.dropped=warn")
@@ -647,9 +662,9 @@ def compared(base, tmp_path):
     return run
 
 
-def message(role, content, train=None):
+def message(role, content, train=None, **fields):
     asked = {} if train is None else {"train": train}
-    return {"role": role, "content": content, **asked}
+    return {"role": role, "content": content, **asked, **fields}
 
 
 SYSTEM, USER, ANSWER = ("system", "one two"), ("user", "Add: one"), ("assistant", "one two")
@@ -675,6 +690,26 @@ def test_system_messages_that_ask_for_it(compared):
     assert compared(*chats, train_on="marked") == Comparison(2, 0, [])
     left_out = [("system", "", True), USER, (*ANSWER, True)]
     assert compared(left_out, template=PHI35, train_on="marked") == Comparison(1, 0, [])
+
+
+THINKS = MINI.replace(
+    "{{'<|assistant|>\n' + ",
+    "{{'<|assistant|>\n'}}{% if message['thinking'] %}{{ '<think>' + message['thinking'] + "
+    "'</think>' }}{% endif %}{{",
+)
+FORGETS = THINKS.replace("{% if message['thinking']", "{% if loop.last and message['thinking']")
+OPENS = MINI.replace("{{ '<|assistant|>\n' }}", "{{ '<|assistant|>\n<think>' }}")
+KNOWS = "{# <think> #}" + MINI
+
+
+@pytest.mark.parametrize("template", [THINKS, FORGETS, OPENS, KNOWS])
+def test_thoughts_beside_transformers(compared, template):
+    thinks = message(*ANSWER, reasoning="two one")
+    written = ("assistant", "<think>two one</think>one")
+    chats = [[USER, thinks], [USER, thinks, USER, thinks], [USER, thinks, USER, ANSWER]]
+    chats += [[USER, written], [USER, written, USER, written]]
+    options = {"thoughts": "<think>{}</think>"} if template is OPENS else {}
+    assert compared(*chats, template=template, **options) == Comparison(5, 0, [])
 
 
 @pytest.mark.parametrize("reads", [None, Reads()])

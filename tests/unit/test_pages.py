@@ -181,6 +181,20 @@ def test_a_character_of_several_tokens_names_all_ids():
     assert ("span", "title", "ids 243, 162, 155, 131, trained") in page(one).attributes
 
 
+THINKING = sample(("Hi", False), ("<think>a", True), ("</think>", True), ("Yes", True))
+THINKING.units[1:3] = [unit._replace(thought=True) for unit in THINKING.units[1:3]]
+
+
+def test_a_thought_is_shown_apart():
+    found = page(THINKING)
+    assert "4 tokens, 3 trained, of these 2 a thought" in found.words
+    assert ("span", "class", "u trained thought") in found.attributes
+    assert ("span", "title", "id 1, trained, thought") in found.attributes
+    text = report(THINKING)
+    assert "\n| Hi\n~ <think>a</think>\n+ Yes\n" in text and "~ trained, a thought" in text
+    assert "a thought" not in report(sample(("Yes", True))) + page(sample(("Yes", True))).words
+
+
 def test_a_cut_sample_and_a_long_one():
     assert "✂ 7 tokens cut here, not seen" in page(sample(("a", True), lost=7)).words
     many = sample(*((f"<{n}>", True) for n in range(shown.HEAD_UNITS + shown.TAIL_UNITS + 30)))
