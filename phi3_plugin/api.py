@@ -102,7 +102,8 @@ def load(
         checkpoint_dir: The base model: its name on the Hub, or its folder.
         adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib,
             mlx-lm or this package.
-        dtype: bf16 or fp32, of base and adapter; a processor without bf16 needs fp32.
+        dtype: bf16, fp16 or fp32, of base and adapter; a processor without bf16 needs fp32, and a
+            card without it fp16.
         device: cpu, cuda, xpu or mps; None is cuda where there is one.
         quantize: Store the base in NF4, as QLoRA trains over it.
         check_base: Refuse an adapter that says it was made for other base weights.

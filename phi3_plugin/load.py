@@ -59,7 +59,7 @@ def load(
         checkpoint_dir: Folder of the base model.
         adapter: Its name on the Hub, or folder or file of an adapter of PEFT, torchtune, loralib,
             mlx-lm or this package; it stays beside the base weights.
-        dtype: bf16 or fp32, of base and adapter.
+        dtype: bf16, fp16 or fp32, of base and adapter.
         device: cpu, cuda, xpu or mps; None is cuda where there is one.
         quantize: Store the base in NF4, as QLoRA trains over it.
         check_base: Refuse an adapter that says it was made for other base weights.

@@ -39,7 +39,7 @@ from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.optimizer import for_gpu, linear_with_warmup, parameter_groups
-from phi3_plugin.train.step import StepResult, train_step, with_targets
+from phi3_plugin.train.step import StepResult, loss_scaler, train_step, with_targets
 from phi3_plugin.train.world import World, exact
 from tests.chosen import some
 from tests.family import VARIANTS, published
@@ -207,11 +207,15 @@ def train(mode, model, batch, loss=None, **optimizer):
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
 
-    is_cuda = CUDA.type == "cuda"
+    is_cuda, half = CUDA.type == "cuda", model.norm.scale.dtype == torch.float16
+    with patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False):
+        scaler = loss_scaler("fp16" if half else "bf16", CUDA)
     watched = NoWaits() if is_cuda else patch.object(StepResult, "moved", True)
     with patch.object(torch.Tensor, "backward", backward), watched:
-        result = train_step(world, model, made, loss or SFT(), [faked(mode, batch)], 1.0)
+        given = made, loss or SFT(), [faked(mode, batch)], 1.0
+        result = train_step(world, model, *given, scaler)
         schedule.step()
+    assert scaler.is_enabled() == result.is_scaled == half
     assert result.tokens == len(batch["targets"])
     kept = [v for state in made.state.values() for v in state.values()]
     assert {x.device for x in (*kept, *trained) if x.dim() or is_cuda} == {CUDA}
@@ -237,6 +241,12 @@ def test_a_step(backward, way, dtype):
     expected -= {"_FrozenHead" if way in ("head", "whole") else "_TrainedHead"}
     expected -= {"_NF4Linear"} if way != "other layers in NF4" else set()
     assert backward == expected
+
+
+@pytest.mark.parametrize("way", ["qdora", "head"])
+def test_a_step_in_fp16(backward, way):
+    """Its scale is found, and grows and shrinks, without a wait."""
+    test_a_step(backward, way, torch.float16)
 
 
 @pytest.mark.parametrize("variant", some(VARIANTS, QUICK))
