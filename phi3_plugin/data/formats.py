@@ -199,13 +199,8 @@ class PromptText:
         return row.keys() >= {*prompt_columns(self.text), *self.names.values()}
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
-        """Write the prompt; what is null is empty in it, and no white space is at its ends."""
-        values = {name: _in_prompt(column(row, name)) for name in prompt_columns(self.text)}
-        prompt = "".join(
-            before + (values[name] if name else "")
-            for before, name, _, _ in Formatter().parse(self.text)
-        )
-        user = make_turn("user", prompt.strip())
+        """Read system, user and assistant message."""
+        user = make_turn("user", _written_prompt(self.text, row))
         system, assistant = (self.names.get(role) for role in ("system", "assistant"))
         turns = [user, make_turn("assistant", column(row, assistant or ""))]
         if system and (text := column(row, system)):
@@ -232,6 +227,15 @@ def prompt_columns(text: str) -> list[str]:
     if not names or not all(names) or any(form or convert for _, _, form, convert in parts):
         raise ValueError("it must name columns in braces, as in {instruction}")
     return names
+
+
+def _written_prompt(text: str, row: Mapping[str, Any]) -> str:
+    """Write a prompt; what is null is empty in it, and no white space is at its ends."""
+    values = {name: _in_prompt(column(row, name)) for name in prompt_columns(text)}
+    parts = (
+        before + (values[name] if name else "") for before, name, _, _ in Formatter().parse(text)
+    )
+    return "".join(parts).strip()
 
 
 def _in_prompt(value: Any) -> str:
@@ -757,6 +761,10 @@ class AnyCase:
         """Whether the row has the shape then."""
         return self.format.fits(in_small_letters(row))
 
+    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the row as the format takes it."""
+        return in_small_letters(row)
+
     def read(self, row: Mapping[str, Any]) -> Chat:
         """Read the row as a conversation."""
         return self.format.read(in_small_letters(row))
@@ -780,6 +788,52 @@ def in_small_letters(row: Mapping[str, Any]) -> dict[str, Any]:
     if len(small) < len(row):
         raise DataError(f"names of columns differ only in capitals: {key_names(row)}")
     return small
+
+
+# Names that the user tells
+
+
+@dataclass(frozen=True)
+class NamedColumns:
+    """A format whose columns have other names: of pairs of answers, or of answers with a label."""
+
+    format: Format
+    names: Mapping[str, str] = field(hash=False)
+    """What the format reads, to the name of the column that it is in."""
+    prompt: str | None = None
+    """What the user says, with columns in braces."""
+    precedence: ClassVar[int] = 1
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the columns."""
+        return row.keys() >= {*self._columns()}
+
+    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the row as the format takes it, with nothing else.
+
+        Raises:
+            DataError: A column is not there.
+        """
+        parts = {part: column(row, name) for part, name in self.names.items()}
+        if self.prompt is None:
+            return parts
+        asked = "prompt" if "chosen" in parts else "user"
+        return {**parts, asked: _written_prompt(self.prompt, row)}
+
+    def read(self, row: Mapping[str, Any]) -> Chat:
+        """Read the row as a conversation."""
+        return self.format.read(self.renamed(row))
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the columns that the user did not name."""
+        return filled_but(row, self._columns())
+
+    def _columns(self) -> list[str]:
+        return [*self.names.values(), *(prompt_columns(self.prompt) if self.prompt else [])]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return ", ".join(self._columns())
 
 
 # The formats by name, and which of them rows have
@@ -834,7 +888,8 @@ def pick_format(
 
     Args:
         name: A key of `FORMATS`, or None to recognize the format.
-        columns: Role to column, instead of a known format; or where the messages are.
+        columns: Role to column, instead of a known format; or where the messages are, or both
+            answers of a pair; or ``label`` too, which says whether an answer is a good one.
         rows: The first rows, at least one.
         tool_calls: How calls of tools are written, with {} for them; None refuses them.
         roles: Names of roles, and what they mean.
@@ -849,6 +904,9 @@ def pick_format(
     format: Format
     if columns is not None:
         columns = {part: name for part, name in columns.items() if part != "weight"}
+    options = {"tool_calls": tool_calls, "roles": roles or {}, "reads": reads, "thoughts": thoughts}
+    if columns is not None and columns.keys() & {"chosen", "label"}:
+        return NamedColumns(_with_options(_format_of_answers(columns), options), columns, prompt)
     if prompt is not None:
         return PromptText(prompt, columns or {"assistant": _answer_column(prompt, rows)})
     if columns is not None and "messages" in columns:
@@ -860,10 +918,19 @@ def pick_format(
         format = FORMATS[name] if name else _recognized(rows)
         if name and not any(map(format.fits, rows)) and _has_capitals(rows):
             format = AnyCase(format)
-    options = {"tool_calls": tool_calls, "roles": roles or {}, "reads": reads, "thoughts": thoughts}
     if isinstance(format, AnyCase):
         return AnyCase(_with_options(format.format, options))
     return _with_options(format, options)
+
+
+def _format_of_answers(columns: Mapping[str, str]) -> Format:
+    """Return how a pair of answers, or an answer with a label, is read once columns are renamed."""
+    if "chosen" in columns:
+        return FORMATS["messages_preference" if "messages" in columns else "preference"]
+    if "messages" in columns:
+        beside = {part: part for part in columns if part not in ("messages", "label")}
+        return MessageList("messages", "role", names=beside)
+    return Columns({"user": "user", **{part: part for part in columns if part in ROLES}})
 
 
 def _with_options(format: Format, options: Mapping[str, Any]) -> Format:

@@ -33,9 +33,9 @@ from phi3_plugin.data.findings import CUT_AWAY, SAME_ANSWERS, TOO_LONG, TRUNCATE
 from phi3_plugin.data.formats import (
     AnyCase,
     Format,
+    NamedColumns,
     OpenAIPreference,
     PreferencePair,
-    in_small_letters,
 )
 from phi3_plugin.data.packing import Packs, StockPacks, StockPairs
 from phi3_plugin.data.preparation import (
@@ -141,16 +141,18 @@ class AnswerPreparation(Preparation):
         Raises:
             DataError: The row cannot be used.
         """
-        if isinstance(format, AnyCase):
-            row, format = in_small_letters(row), format.format
-        chosen = self.completed(format.read(row), row)
+        given = row
+        if isinstance(format, AnyCase | NamedColumns):
+            given, format = format.renamed(row), format.format
+        row = {**row, **given}
+        chosen = self.completed(format.read(given), row)
         if not isinstance(format, PreferencePair | OpenAIPreference):
-            return chosen, {"wanted": _label(row)}
-        other = row.get(format.other)
+            return chosen, {"wanted": _label(given)}
+        other = given.get(format.other)
         if other in (None, "", []):
             raise DataError(f"there is no {format.other} answer")
         try:
-            rejected = self.completed(format.read({**row, format.column: other}), row)
+            rejected = self.completed(format.read({**given, format.column: other}), row)
         except DataError as error:
             raise DataError(f"{format.other}: {error}") from error
         return chosen, {"rejected": rejected}

@@ -73,6 +73,10 @@ def _are_columns(value: Any) -> bool:
     if not isinstance(value, Mapping) or not all(isinstance(c, str) for c in value.values()):
         return False
     parts = {*value} - {"weight"}
+    if {"chosen", "rejected"} <= parts:
+        asked = parts - {"chosen", "rejected", "system", "tools"}
+        return asked in ({"prompt"}, {"messages"}, set())
+    parts -= {"label"}
     return {"assistant"} <= parts <= {*ROLES} or {"messages"} <= parts <= {*LISTED}
 
 
@@ -90,8 +94,9 @@ def _are_roles(value: Any) -> bool:
 _FORMAT = Kind("the name of a format", lambda v: isinstance(v, str) and v in FORMATS)
 _COLUMNS = Kind(
     "the name of one column for user, of one for assistant and of at most one for system, as in "
-    "{user: question, assistant: answer}, or of one for messages, as in {messages: chat}, and "
-    "perhaps of one for weight,",
+    "{user: question, assistant: answer}, or of one for messages, as in {messages: chat}, either "
+    "perhaps with one for label; or of those for chosen, rejected and perhaps prompt or messages; "
+    "and perhaps of one for weight,",
     _are_columns,
     dict,
 )
@@ -124,8 +129,9 @@ class SourceOptions(RowOptions):
     format: Annotated[Annotated[str, _FORMAT] | None, Advice(known_formats())] = None
     """One of `phi3_plugin.data.formats.FORMATS`; by default recognized from the first rows."""
     columns: Annotated[dict[str, str], _COLUMNS] | None = None
-    """Role to column name, for rows that no format fits; or where the list of messages is. And
-    ``weight``, where that is not in a column of this name."""
+    """Role to column name, for rows that no format fits; or where the list of messages is
+    (``messages``); or of pairs ``chosen``, ``rejected`` and ``prompt``. Also ``label``, of answers
+    that are good or bad ones, and ``weight``."""
     prompt: AnyText | None = None
     """What the user says, with columns in braces, as in ``"{instruction}\\n\\n{context}"``."""
     roles: Annotated[dict[str, str], _ROLES] | None = None
@@ -339,9 +345,9 @@ def source_conflicts(options: Mapping[str, Any], key: str = "dataset") -> Iterat
             yield f"{key}.prompt: {spelled(prompt)} is no prompt: {error}."
         if options.get("format") is not None:
             yield f"{key}.format and {key}.prompt are both set. Remove one of them."
-        if isinstance(columns, Mapping) and {*columns} & {"user", "messages"}:
+        if isinstance(columns, Mapping) and {*columns} & {"user", "messages", "prompt"}:
             yield f"{key}.prompt is what the user says: of {key}.columns it leaves the others."
-    elif isinstance(columns, Mapping) and {*columns} in ({"assistant"}, {"assistant", "system"}):
+    elif isinstance(columns, Mapping) and "assistant" in columns and "user" not in columns:
         yield f"{key}.columns names no column for user. Name it, or set {key}.prompt."
     if isinstance(options.get("filter"), str):
         try:

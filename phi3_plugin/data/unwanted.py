@@ -8,6 +8,7 @@ from phi3_plugin.data.formats import (
     AnyCase,
     Columns,
     Format,
+    NamedColumns,
     OpenAIPreference,
     PreferencePair,
     PromptText,
@@ -44,14 +45,17 @@ def refuse_unwanted(row: Mapping[str, Any], format: Format, filter: str | None) 
     Raises:
         DataError: The answer is not to be learned, or it is not said whether.
     """
-    inner = format.format if isinstance(format, AnyCase) else format
+    inner = format.format if isinstance(format, AnyCase | NamedColumns) else format
+    naming = format if isinstance(format, NamedColumns) else inner
+    names = naming.names if isinstance(naming, NamedColumns | Columns | PromptText) else {}
+    label = names.get("label")
     if isinstance(inner, PreferencePair | OpenAIPreference):
         return
     for name, value in row.items():
-        plain = name.strip().lower()
+        plain = "label" if name == label else name.strip().lower()
         if plain not in APPROVALS and plain not in RATINGS:
             continue
-        if isinstance(inner, Columns | PromptText) and name in inner.names.values():
+        if name != label and name in names.values():
             continue
         is_named = filter is not None and re.search(rf"\b{re.escape(name)}\b", filter)
         says_no = value is False or (isinstance(value, str) and value.strip().lower() in SAYS_NO)

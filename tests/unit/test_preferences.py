@@ -102,6 +102,107 @@ def test_a_labelled_answer_is_one_document(name, label, make, chat):
     assert dataset[0]["wanted"].tolist() == [wanted]
 
 
+NOTES = {"label": "x", "score": 3, "context": "not read", "weight": 2}
+NAMED = {
+    "texts": (
+        {"ask": "the other", "good": "other the", "bad": "the the the"},
+        {"prompt": "ask", "chosen": "good", "rejected": "bad"},
+    ),
+    "lists": (
+        {"ask": [ASK], "good": [GOOD], "bad": BAD},
+        {"prompt": "ask", "chosen": "good", "rejected": "bad"},
+    ),
+    "whole conversations": (
+        {"good": [ASK, GOOD], "bad": [ASK, BAD]},
+        {"chosen": "good", "rejected": "bad"},
+    ),
+    "messages": (
+        {"chat": [ASK], "good": "other the", "bad": "the the the"},
+        {"messages": "chat", "chosen": "good", "rejected": "bad"},
+    ),
+    "sharegpt": (
+        {"chat": SHAREGPT, "good": {"from": "gpt", "value": "other the"}, "bad": "the the the"},
+        {"messages": "chat", "chosen": "good", "rejected": "bad"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_columns_of_pairs_can_be_named(name, make, chat):
+    row, columns = NAMED[name]
+    dataset = make({**row, **NOTES}, columns=columns)
+    assert sides(dataset) == [chat(ASK, GOOD), chat(ASK, BAD)]
+    (shape,) = without_padding(dataset).findings.columns_told()
+    assert shape.endswith("Not read: label, score, context, weight")
+
+
+def test_a_prompt_of_pairs_can_be_written(make, chat):
+    row = {"a": "the", "b": "other", "good": "other the", "bad": "the the the", "s": "other"}
+    columns = {"chosen": "good", "rejected": "bad"}
+    assert sides(make(row, prompt="{a} {b}", columns=columns)) == [chat(ASK, GOOD), chat(ASK, BAD)]
+    system = {"role": "system", "content": "other"}
+    found = sides(make(row, prompt="{a} {b}", columns={**columns, "system": "s"}))
+    assert found == [chat(system, ASK, GOOD), chat(system, ASK, BAD)]
+
+
+@pytest.mark.parametrize("verdict", [True, "bad"])
+def test_the_column_of_a_label_can_be_named(verdict, make, chat):
+    texts = {"ask": "the other", "reply": "other the", "verdict": verdict, **NOTES}
+    columns = {"user": "ask", "assistant": "reply", "label": "verdict"}
+    lists = {"chat": [ASK, GOOD], "verdict": verdict, **NOTES}
+    written = {"assistant": "reply", "label": "verdict"}
+    for dataset in (
+        make(texts, columns=columns),
+        make(lists, columns={"messages": "chat", "label": "verdict"}),
+        make(texts, prompt="{ask}", columns=written),
+    ):
+        assert sides(dataset) == [chat(ASK, GOOD)]
+        assert dataset[0]["wanted"].tolist() == [verdict is True]
+
+
+def test_chat_dataset_learns_the_answers_that_a_named_column_calls_good(tmp_path, folder, chat):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"ask": "the other", "reply": "other the", "verdict": value} for value in (True, False)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    columns = {"user": "ask", "assistant": "reply", "label": "verdict"}
+    with pytest.raises(DataError, match=r"rows.jsonl:2: verdict is False: the answer is not to be"):
+        chat_dataset(phi3_tokenizer(folder), file, columns=columns)
+    row, columns = NAMED["texts"]
+    file.write_text(json.dumps(row))
+    sample = chat_dataset(phi3_tokenizer(folder), file, columns=columns)[0]
+    assert (sample["tokens"], sample["labels"]) == chat(ASK, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"chosen": "good"}, "columns: .* must be the name of one column for user"),
+        ({"chosen": "good", "rejected": "bad", "label": "x"}, "columns: .* must be the name"),
+        ({"chosen": "good", "rejected": "bad", "prompt": "a", "messages": "b"}, "columns: .* must"),
+        ({"label": "x"}, "columns: .* must be the name"),
+        ({"assistant": "good", "label": "x"}, "columns names no column for user"),
+    ],
+)
+def test_columns_that_say_too_little_or_too_much(columns, says, make):
+    with pytest.raises(ConfigError, match=says):
+        make(NAMED["texts"][0], columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"ask": "a", "good": "b"}, "there is no 'bad'; the keys are: ask, good"),
+        ({"ask": "a", "good": "b", "bad": None}, "there is no rejected answer"),
+        ({"ask": "a", "good": 3, "bad": "c"}, "chosen is int"),
+        ({"ask": "", "good": "b", "bad": "c"}, "chosen has no prompt before it"),
+    ],
+)
+def test_bad_rows_of_named_columns(row, says, make):
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    with pytest.raises(DataError, match=says):
+        make(row, columns=columns)
+
+
 def test_a_system_message_beside_is_in_both_sides(make, chat):
     system = {"role": "system", "content": "other"}
     expected = [chat(system, ASK, GOOD), chat(system, ASK, BAD)]
