@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 _RECIPES_OF = {
     "*": ("lora_finetune_single_device", "lora_finetune_distributed", "phi3_lora_finetune"),
     "phi3_mini_dpo": ("lora_dpo_single_device", "lora_dpo_distributed", "phi3_lora_finetune"),
+    "phi3_mini_distill": (
+        *("knowledge_distillation_single_device", "knowledge_distillation_distributed"),
+        "phi3_lora_finetune",
+    ),
     "phi3_demo": ("lora_finetune_single_device", "phi3_lora_finetune"),
     # These have keys that the stock recipes would pass over in silence.
     "phi3_mini_lora_1gpu": ("phi3_lora_finetune",),

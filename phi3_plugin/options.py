@@ -293,8 +293,8 @@ def _set(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (given or {}).items() if value is not None}
 
 
-_PATHS = re.compile(r"(.*_)?(dir|path|file|folder)|source|adapter|init_adapter|resume|.*output|"
-                    r"prompts|sample")  # fmt: skip
+_PATHS = re.compile(r"(.*_)?(dir|path|file|folder)|source|(init_|teacher_)?adapter|resume|"
+                    r".*output|prompts|sample")  # fmt: skip
 """Keys that may name a file or a folder."""
 
 

@@ -157,10 +157,17 @@ class Settings:
     """The learning rate of the B matrices, as a multiple of that of the A matrices."""
     loss: Annotated[Component | None, Handed(), OnResume.REFUSED] = None
     """null, or any cross entropy, is that of the labelled tokens; `phi3_plugin.train.losses` has
-    those that compare answers: dpo, simpo, orpo and kto."""
+    those that compare answers, dpo, simpo, orpo and kto, and distill, which learns of a teacher."""
     reference: Annotated[Literal["live", "cached"], OnResume.FREE] = "live"
     """When the base without its adapter, with which dpo and kto compare, is computed: in each step,
     or once before the first, and kept with the tokenized data."""
+    teacher_dir: Annotated[Checkpoint | None, OnResume.CONTENT] = None
+    """Of distill: the teacher's checkpoint; null is the base of the student itself, which is in
+    memory once for both."""
+    teacher_adapter: Annotated[AdapterFolder | None, OnResume.CONTENT] = None
+    """An adapter, anyone's, of the teacher's base."""
+    teacher_quantized: Annotated[Switch, OnResume.REFUSED] = False
+    """Whether the checkpoint of teacher_dir is stored in NF4."""
     clip_grad_norm: Annotated[Positive | None, OnResume.HONOURED] = None
     max_nonfinite_steps: Annotated[Count, OnResume.FREE] = 3
     """Steps in a row without a finite gradient, after which the run stops."""
@@ -258,11 +265,12 @@ def is_quantized(model: Mapping[str, Any]) -> bool:
 
 def without_weights(cfg: DictConfig) -> DictConfig:
     """Return a configuration of what needs no weights: a base of the Hub is there without them."""
-    base = OmegaConf.select(cfg, "checkpoint_dir")
-    if not isinstance(base, str) or not is_repository(base):
-        return cfg
-    small = {"checkpoint_dir": str(checkpoint_folder(base, weights=False))}
-    return cast("DictConfig", OmegaConf.merge(cfg, small))
+    small = {
+        key: str(checkpoint_folder(base, weights=False))
+        for key in ("checkpoint_dir", "teacher_dir")
+        if isinstance(base := OmegaConf.select(cfg, key), str) and is_repository(base)
+    }
+    return cast("DictConfig", OmegaConf.merge(cfg, small)) if small else cfg
 
 
 def read_beside(
@@ -285,6 +293,7 @@ def read_beside(
     found += options.option_problems(own, beside, "this recipe")
     if found:
         raise ConfigError("\n".join(found))
+    given |= {"teacher_dir": None, "teacher_adapter": None}  # which may have to be downloaded
     return options.made(Settings, given), options.made(own, beside)
 
 
@@ -308,9 +317,10 @@ def settings_problems(
             given[key] = None  # what torchtune makes of `key=null`
     if given.get("seed", 0) is None:
         given["seed"] = 0
+    given.update(own_distillation(given))
     if isinstance(given.get("loss"), dict):
         given["loss"] = own_loss(given["loss"])
-    beside = (*STOCK_KEYS, "profiler", *others)
+    beside = (*STOCK_KEYS, *STOCK_DISTILLATION, "profiler", *others)
     found = options.option_problems(Settings, given, "this recipe", others=beside)
     given = {key: value for key, value in given.items() if not isinstance(value, Unresolved)}
     folder = given.get("checkpoint_dir")
@@ -334,6 +344,7 @@ def settings_problems(
         *upload_problems(given.get("push_to_hub")),
         *_checkpointer(given),
         *loss_problems(given),
+        *distillation_problems(given),
         *stock_problems(given),
         *conflicts(given, processes),
     ]
@@ -410,6 +421,102 @@ def own_loss(section: dict[str, Any]) -> dict[str, Any] | None:
     return None if name == SFT and not any(options.values()) else section
 
 
+STOCK_DISTILLATION = ("kd_loss", "kd_ratio", "teacher_model", "teacher_checkpointer")
+"""Keys of torchtune's recipes of distillation."""
+
+FORWARD_KLS = ("ForwardKLLoss", "ForwardKLWithChunkedOutputLoss")
+
+
+def own_distillation(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of this recipe that torchtune's keys of distillation stand for.
+
+    Args:
+        given: The whole configuration, resolved.
+    """
+    stock, loss = given.get("kd_loss"), given.get("loss")
+    if not isinstance(stock, Mapping) or not isinstance(loss, dict):
+        return {}
+    if str(stock.get("_component_")).rpartition(".")[2] not in FORWARD_KLS:
+        return {}
+    if not _is_distill(loss.get("_component_")) and own_loss(loss) is None:
+        loss = {"_component_": PREFERENCE_LOSS + "distill"}
+    if not _is_distill(loss.get("_component_")):
+        return {}
+    found: dict[str, Any] = {"loss": {"kd_ratio": given.get("kd_ratio", 0.5), **loss}}
+    for key, (section, part) in TEACHER_SECTIONS.items():
+        values = given.get(section)
+        if given.get(key) is None and isinstance(values, Mapping) and values.get(part) is not None:
+            found[key] = values[part]
+    return found
+
+
+TEACHER_SECTIONS = {
+    "teacher_dir": ("teacher_checkpointer", "checkpoint_dir"),
+    "teacher_quantized": ("teacher_model", "quantize_base"),
+}
+"""Where torchtune's recipes have what a key of this recipe says."""
+
+
+def _is_distill(name: Any) -> bool:
+    return str(name).lower() == PREFERENCE_LOSS + "distill"
+
+
+def distillation_problems(given: Mapping[str, Any]) -> Iterator[str]:
+    """Say what is wrong with a teacher by itself, and with the loss and the model for it.
+
+    Args:
+        given: The whole configuration, resolved.
+    """
+    loss, kd_loss = given.get("loss"), given.get("kd_loss")
+    distills = isinstance(loss, Mapping) and _is_distill(loss.get("_component_"))
+    if not distills:
+        if isinstance(kd_loss, Mapping):
+            yield (
+                f"kd_loss._component_: {spelled(kd_loss.get('_component_'))} is not supported by "
+                "this recipe with that loss. Use torchtune.modules.loss.ForwardKLLoss beside "
+                f"cross entropy, or loss._component_={PREFERENCE_LOSS}distill alone."
+            )
+        for key in ("teacher_dir", "teacher_adapter", "teacher_quantized"):
+            if given.get(key):
+                yield (
+                    f"{key}: {spelled(given[key])} is of no use to another loss than distill. Set "
+                    f"loss._component_={PREFERENCE_LOSS}distill, or remove it."
+                )
+        return
+    assert isinstance(loss, Mapping)
+    ratio = given.get("kd_ratio")
+    if ratio is not None and ratio != loss.get("kd_ratio", ratio):
+        yield f"kd_ratio: {spelled(ratio)} conflicts with loss.kd_ratio. Keep one."
+    for key, (section, part) in TEACHER_SECTIONS.items():
+        values = given.get(section)
+        value = values.get(part) if isinstance(values, Mapping) else None
+        if value is not None and value != given.get(key):
+            yield f"{section}.{part}: {spelled(value)} conflicts with {key}. Keep one."
+    folder, adapter = given.get("teacher_dir"), given.get("teacher_adapter")
+    if isinstance(folder, str) and not is_repository(folder):
+        try:
+            checkpoint_folder(folder)
+        except MissingFileError as error:
+            yield f"teacher_dir: {str(error).removeprefix('checkpoint_dir: ')}"
+    if isinstance(adapter, str) and not Path(adapter).exists() and not is_repository(adapter):
+        yield f"teacher_adapter: {adapter!r} is not there. Give the folder of an adapter."
+    if folder is not None:
+        return
+    if given.get("teacher_quantized") is True:
+        yield (
+            "teacher_quantized: True is for a teacher_dir; the base of the student is stored as "
+            "the student's model says."
+        )
+    if adapter is None and loss.get("kd_ratio") == 1:
+        yield (
+            "loss.kd_ratio: 1 with the base as the teacher leaves nothing to learn: the student "
+            "starts as it. Name a teacher_dir or a teacher_adapter, or lower it."
+        )
+    if isinstance(model := given.get("model"), dict):
+        other = "name a teacher_dir, which is loaded beside it"
+        yield from _reference_problems(f"{PREFERENCE_LOSS}distill", model, other)
+
+
 def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
     """Say what is wrong with a loss by itself, and with the data and the model for it.
 
@@ -437,10 +544,17 @@ def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
         loss = component(str(name))
     except Exception:  # reported with the other components
         return
+    if _is_distill(name):
+        if named in PREFERENCE_DATASETS:
+            yield (
+                f"dataset._component_: {named} has rejected answers too, which distill would "
+                "learn. Use phi3_plugin.data.chat_dataset."
+            )
+        return
     if not hasattr(loss, "compares"):  # as those of answers have
         yield (
-            f"loss._component_: {spelled(name)} is no loss of this recipe. Use sft, dpo, simpo, "
-            f"orpo or kto, as in {PREFERENCE_LOSS}dpo."
+            f"loss._component_: {spelled(name)} is no loss of this recipe. Use sft, distill, dpo, "
+            f"simpo, orpo or kto, as in {PREFERENCE_LOSS}dpo."
         )
         return
     for key in ("dataset", "dataset_val"):
@@ -457,23 +571,23 @@ def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
         )
     model = given.get("model")
     if loss.compares and isinstance(model, dict):
-        yield from _reference_problems(str(name), model)
+        yield from _reference_problems(str(name), model, f"use {PREFERENCE_LOSS}simpo or orpo")
 
 
-def _reference_problems(loss: str, model: Mapping[str, Any]) -> Iterator[str]:
-    """Say why a model has no base to compare with once it is trained."""
+def _reference_problems(loss: str, model: Mapping[str, Any], other: str) -> Iterator[str]:
+    """Say why a model has no base to compare with once it is trained, and what other way is."""
     instead = "Train adapters with phi3_plugin.models.lora_phi3"
     if model.get("_component_") in WHOLE_MODELS:
         yield (
             f"model._component_: {model['_component_']} changes as a whole, and {loss} compares "
-            f"with the base. {instead}, or use {PREFERENCE_LOSS}simpo or orpo."
+            f"with the base. {instead}, or {other}."
         )
     for key, neutral in (("modules_to_save", None), ("lora_init", "kaiming")):
         value = model.get(key) or neutral
         if value not in (neutral, "gaussian", []):
             yield (
                 f"model.{key}: {spelled(value)} changes what is under the adapter, and {loss} "
-                f"compares with the base. Remove it, or use {PREFERENCE_LOSS}simpo or orpo."
+                f"compares with the base. Remove it, or {other}."
             )
 
 

@@ -40,6 +40,7 @@ from phi3_plugin.lock import FolderLock
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import proof_of_run
 from phi3_plugin.redaction import redacted
+from phi3_plugin.teacher import check_same_teacher, check_teacher, identity, load_teacher
 from phi3_plugin.terminal import in_lines, outlived
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.ahead import Batches
@@ -52,7 +53,7 @@ from phi3_plugin.train.data import (
     load_data,
     loss_of,
 )
-from phi3_plugin.train.losses import Preference
+from phi3_plugin.train.losses import Distill, Preference
 from phi3_plugin.train.model import is_adapted, model_of, prepare, trained_parameters
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import (
@@ -77,7 +78,7 @@ from phi3_plugin.train.resume import (
     told,
 )
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
-from phi3_plugin.train.step import StepResult, loss_scaler, train_step, validate
+from phi3_plugin.train.step import StepResult, Teacher, loss_scaler, train_step, validate
 from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
 
@@ -129,6 +130,7 @@ class Finetune:
             max_nonfinite=self.s.max_nonfinite_steps,
         )
         self.loss = loss_of(self.s)
+        self.teacher: Teacher | None = None
         self.state = TrainState()
         self.answers: list[str] = []  # to the sample questions, at the last validation
         self.new_tokens: dict[int, Any] = {}  # of the tokenizer, by id
@@ -182,6 +184,8 @@ class Finetune:
     def compare(self, folder: Path, saved: dict[str, Any]) -> None:
         """Find out which settings differ from a checkpoint's; refuse what cannot be honoured."""
         check_base(folder, saved["base_hash"], self.s.checkpoint_dir)
+        if isinstance(self.loss, Distill) and "teacher" in saved:
+            check_same_teacher(folder, saved["teacher"], self.s)
         self.state = TrainState(**saved["train"])
         if self.state.step != saved["step"]:
             raise ValueError(f"train.step: is {self.state.step}, expected {saved['step']}")
@@ -205,6 +209,8 @@ class Finetune:
         self.data = load_data(self.s, self.world.size)
         check_positions(self.data, read_config(self.s.checkpoint_dir).max_position_embeddings)
         self.world.same("dataset", self.data.order.identity)
+        if isinstance(self.loss, Distill):
+            check_teacher(self.s, self.data)
         # Another's tokenizer has none
         self.new_tokens = getattr(self.data.tokenizer, "new_tokens", {})
 
@@ -239,7 +245,9 @@ class Finetune:
         self.model.train()
 
     def setup_reference(self) -> None:
-        """Compute once what a loss of answers compares with, if that is asked for."""
+        """Load a teacher; or compute once what a loss of answers compares with, if asked for."""
+        if isinstance(self.loss, Distill):
+            self.teacher = load_teacher(self.world, self.s, self.loss, self.model)
         if (
             self.s.reference == "cached"
             and isinstance(self.loss, Preference)
@@ -286,6 +294,7 @@ class Finetune:
                 self.s.clip_grad_norm,
                 self.scaler,
                 self.settle,
+                self.teacher,
             )
             rate = float(self.optimizer.param_groups[0]["lr"])
             self.unsettled = result
@@ -335,7 +344,7 @@ class Finetune:
         state = self.state
         batches = shares(self.data.order_val, self.world.rank, self.data.collate_val)
         measures = dict[str, float]()
-        loss, count = validate(self.world, self.model, self.loss, batches, measures)
+        loss, count = validate(self.world, self.model, self.loss, batches, measures, self.teacher)
         self.answers = self.answer()
         weighted = is_weighted(self.data.order_val.dataset)
         self.monitor.validation(state.step, loss, count, self.answers, measures, weighted=weighted)
@@ -420,6 +429,8 @@ class Finetune:
             "base_hash": known_hash(self.s.checkpoint_dir),
             "settings": self.settings,
         }
+        if isinstance(self.loss, Distill):
+            state["teacher"] = identity(self.s)
         if self.is_lora:
             state["adapter"] = adapter_state(self.model, trained, self.pissa_start)
         return state

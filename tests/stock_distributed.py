@@ -17,7 +17,7 @@ def main() -> None:
     init = torch.distributed.init_process_group
     torch.distributed.init_process_group = lambda *_, **__: init("gloo")
     training.get_memory_stats = lambda device: {}
-    training.log_memory_stats = lambda stats: None
+    training.log_memory_stats = lambda stats, **_: None
     torch.cpu.empty_cache = torch.cpu.reset_peak_memory_stats = lambda: None
     name = sys.argv.pop(1)
     recipe = next(r for r in get_all_recipes() if r.name == name)

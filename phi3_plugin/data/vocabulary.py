@@ -61,6 +61,22 @@ def read_vocabulary(
     return Vocabulary(file, backend, template, stops, add_tokens(backend, add), text_start)
 
 
+def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
+    """Say of which token two vocabularies have another text, if there is one.
+
+    Args:
+        ours: Ids by text, of a student.
+        theirs: Of its teacher.
+    """
+    one, other = ({i: text for text, i in ids.items()} for ids in (ours, theirs))
+    differing = [i for i in {*one, *other} if one.get(i) != other.get(i)]
+    if not differing:
+        return None
+    first = min(differing)
+    here, there = (repr(texts[first]) if first in texts else "none" for texts in (one, other))
+    return f"token {first} is {here} for the student and {there} for the teacher"
+
+
 def _read_backend(file: Path) -> tuple[Tokenizer, list[int]]:
     """Return the tokenizer without what it adds to a text, and what it would put in front."""
     with naming(file):

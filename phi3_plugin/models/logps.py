@@ -7,7 +7,7 @@ out with it and the backward pass only scales it, whatever loss comes after.
 Source: the idea of Liger-Kernel's FusedLinearCrossEntropy (Hsu et al. 2024, section 3.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,20 +43,47 @@ def token_logps(
         label_smoothing: Share of the mean log p of all V tokens in the result, as in torch's
             ``cross_entropy``.
     """
-    rows = max(LOGITS // vocabulary // 64 * 64, 64)  # kernels like multiples of 64
-    trained = _trained_parameters(head) if torch.is_grad_enabled() else []
+    rows = rows_at_once(vocabulary)
+    trained = trained_parameters(head) if torch.is_grad_enabled() else []
     logps: Tensor
     if trained:
-        logps = _TrainedHead.apply(hidden, head, targets, rows, label_smoothing, *trained)  # type: ignore[no-untyped-call]
+
+        def of_piece(piece: Tensor, some: slice) -> Tensor:
+            return _logps(piece, head, targets[some], label_smoothing)
+
+        logps = recomputed(of_piece, hidden, rows, trained)
     else:
         logps = _FrozenHead.apply(hidden, head, targets, rows, label_smoothing)  # type: ignore[no-untyped-call]
     return logps
 
 
-def _trained_parameters(head: nn.Module | TiedLinear) -> list[Tensor]:
+def rows_at_once(width: int) -> int:
+    """Return for how many rows so many logits each are computed at a time."""
+    return max(LOGITS // width // 64 * 64, 64)  # kernels like multiples of 64
+
+
+def trained_parameters(head: nn.Module | TiedLinear) -> list[Tensor]:
+    """Return what of a head is trained."""
     if isinstance(head, TiedLinear):
         head = head.tied_module
     return [parameter for parameter in head.parameters() if parameter.requires_grad]
+
+
+OfPiece = Callable[[Tensor, slice], Tensor]
+"""(some hidden states ``[n, D]``, which rows of all they are) -> values of each row, ``[…, n]``."""
+
+
+def recomputed(of_piece: OfPiece, hidden: Tensor, rows: int, trained: Sequence[Tensor]) -> Tensor:
+    """Return values of all rows ``[…, N]``, so many at a time; each piece is computed twice.
+
+    Args:
+        of_piece: May use what is trained.
+        hidden: Hidden states ``[N, D]``.
+        rows: In a piece.
+        trained: Has gradients, summed in fp32.
+    """
+    values: Tensor = _TrainedHead.apply(hidden, of_piece, rows, *trained)  # type: ignore[no-untyped-call]
+    return values
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -127,33 +154,31 @@ class _TrainedHead(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        head: nn.Module,
-        targets: Tensor,
+        of_piece: OfPiece,
         rows: int,
-        smoothing: float,
         *trained: Tensor,
     ) -> Tensor:
         ctx.rows, ctx.trained, ctx.pieces = rows, trained, []
-        for some, predicted in zip(hidden.split(rows), targets.split(rows), strict=True):
-            piece = some.detach().requires_grad_()
+        for number, some in enumerate(hidden.split(rows)):
+            piece, place = some.detach().requires_grad_(), slice(number * rows, (number + 1) * rows)
             with torch.enable_grad():
-                logps = checkpoint(_logps, piece, head, predicted, smoothing, use_reentrant=False)
-            ctx.pieces.append((piece, logps))
-        return torch.cat([logps.detach() for _, logps in ctx.pieces])
+                values = checkpoint(of_piece, piece, place, use_reentrant=False)
+            ctx.pieces.append((piece, values))
+        return torch.cat([values.detach() for _, values in ctx.pieces], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         by_hidden = []
         sums: list[Tensor | None] = [None] * len(ctx.trained)
-        for (piece, logps), g in zip(ctx.pieces, grads[0].split(ctx.rows), strict=True):
+        for (piece, values), g in zip(ctx.pieces, grads[0].split(ctx.rows, dim=-1), strict=True):
             # A disabled adapter is not used, and has no gradient
-            first, *rest = torch.autograd.grad(logps, (piece, *ctx.trained), g, allow_unused=True)
+            first, *rest = torch.autograd.grad(values, (piece, *ctx.trained), g, allow_unused=True)
             by_hidden.append(first)
             # Summed in fp32: many pieces would round many times
             sums = [_sum(total, more) for total, more in zip(sums, rest, strict=True)]
         found = zip(sums, ctx.trained, strict=True)
         by_head = [None if total is None else total.to(value.dtype) for total, value in found]
-        return torch.cat(by_hidden), None, None, None, None, *by_head
+        return torch.cat(by_hidden), None, None, *by_head
 
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:

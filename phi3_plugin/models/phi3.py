@@ -15,6 +15,7 @@ from phi3_plugin.config import Phi3Config, Rope, read_config
 from phi3_plugin.errors import AdapterError, ConfigError
 from phi3_plugin.models.attention import Attends, Documents, Mask, Phi3Attention, take
 from phi3_plugin.models.cache import Cache, Step
+from phi3_plugin.models.distillation import Teaching, token_distances
 from phi3_plugin.models.logps import token_logps
 from phi3_plugin.models.lora import Embedding, Linear
 from phi3_plugin.models.lora_settings import HEAD, LoRASettings, misfits, under_torchtune
@@ -177,13 +178,16 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         input_pos: Tensor | None = None,
         step: Step | None = None,
         label_smoothing: float = 0.0,
+        teaching: Teaching | None = None,
         **rest: Any,
     ) -> Any:
         """Return logits ``[B, S, V]`` as torchtune's decoder does, or with ``targets`` their log p.
 
         That is ``[N]``, worked out inside, so that what shards or wraps the model sees one call,
-        and head and last feed-forward run for labelled tokens alone. With ``step`` return the
-        logits after the last token of each of its rows, ``[rows, V]``.
+        and head and last feed-forward run for labelled tokens alone; with ``teaching`` it is
+        ``[3, N]``, see `token_distances`. With ``rows`` alone return their hidden states, ready for
+        the head, ``[N, D]``. With ``step`` return the logits after the last token of each of its
+        rows, ``[rows, V]``.
 
         Args:
             tokens: ``[B, S]``; with ``lengths`` a single row.
@@ -193,6 +197,7 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
             input_pos: Position of each token ``[B, S]``; None counts from 0.
             step: Which cached rows the tokens ``[1, T]`` go on with; they are cached too.
             label_smoothing: See :func:`phi3_plugin.models.logps.token_logps`.
+            teaching: What a teacher says of the targets.
             **rest: See torchtune's: ``mask``.
 
         Raises:
@@ -200,18 +205,22 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
         """
         if step is not None:
             return self._next(tokens, step)
-        if targets is None:
+        if targets is None and rows is None:
             return super().forward(tokens, input_pos=input_pos, **rest)
-        return self._logps(tokens, targets, rows, lengths, input_pos, label_smoothing, **rest)
+        hidden = self._hidden(tokens, rows, lengths, input_pos, **rest)
+        if targets is None:
+            return hidden
+        asked = hidden, self.output, targets, self.tok_embeddings.num_embeddings
+        if teaching is not None:
+            return token_distances(*asked, teaching)
+        return token_logps(*asked, label_smoothing)
 
-    def _logps(
+    def _hidden(
         self,
         tokens: Tensor,
-        targets: Tensor,
         rows: Tensor | None,
         lengths: Sequence[int] | None,
         input_pos: Tensor | None,
-        label_smoothing: float,
         **rest: Any,
     ) -> Tensor:
         """Compute what labelled tokens need alone; see :meth:`forward`."""
@@ -230,9 +239,8 @@ class Phi3Decoder(TransformerDecoder):  # type: ignore[misc]
             seen = {"attends": Documents(tuple(lengths), *turns)}
         for layer in self.layers[:-1]:
             h = layer(h, **seen)
-        h = self.norm(self.layers[-1](h, rows=rows, **seen))[0]
-        vocabulary = self.tok_embeddings.num_embeddings
-        return token_logps(h, self.output, targets, vocabulary, label_smoothing)
+        hidden: Tensor = self.norm(self.layers[-1](h, rows=rows, **seen))
+        return hidden[0]
 
     def _next(self, tokens: Tensor, step: Step) -> Tensor:
         """Compute new tokens of cached rows; the step is told which layer asks it."""

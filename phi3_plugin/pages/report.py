@@ -29,6 +29,8 @@ Logged = Mapping[str, Any]
 CHARTS = {
     "reward_margin": "Reward margin",
     "reward_accuracy": "Reward accuracy",
+    "kl": "KL divergence",
+    "sft_loss": "Cross entropy",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
@@ -170,6 +172,8 @@ def _tiles(history: Sequence[Logged], samples: int, held_out: int) -> Iterator[t
             yield "Validation perplexity", number(perplexity, 3)
         if accuracy := dict(series(history, "val_reward_accuracy")).get(step):
             yield "Its reward accuracy", percent(accuracy)
+        if distance := dict(series(history, "val_kl")).get(step):
+            yield "Its KL divergence", number(distance, 3)
     yield "Samples", number(samples)
     yield "Held out", number(held_out)
     if tokens := series(history, "tokens"):

@@ -68,10 +68,15 @@ def load_data(settings: Settings, processes: int) -> RunData:
     )
 
 
-def check_positions(data: RunData, positions: int) -> None:
+def check_positions(data: RunData, positions: int, whose: str = "model") -> None:
     """Refuse a document that is longer than the model has positions, before weights are loaded.
 
     One of a data set that does not offer its lengths is refused at the step that meets it.
+
+    Args:
+        data: Of the run.
+        positions: That the model has.
+        whose: What the model is called.
 
     Raises:
         ConfigError: There is such a document.
@@ -83,8 +88,8 @@ def check_positions(data: RunData, positions: int) -> None:
             lengths = samples.document_lengths
         if lengths is not None and lengths.max() > positions:
             raise ConfigError(
-                f"tokenizer.max_seq_len: a document has {lengths.max():,} tokens, but the model "
-                f"has {positions:,} positions. Set it to {positions} or less."
+                f"tokenizer.max_seq_len: a document has {lengths.max():,} tokens, but the "
+                f"{whose} has {positions:,} positions. Set it to {positions} or less."
             )
 
 

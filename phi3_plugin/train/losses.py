@@ -4,8 +4,11 @@ The model gives log p of every labelled token, and its gradient whatever the los
 another function of them here.
 
     sft                     a mean over tokens: how well each is predicted
+    distill                 the same, and how near all that is predicted is to a teacher's
     dpo, simpo, orpo        a mean over pairs: how much better the chosen answer is than the other
     kto                     a mean over answers, each of which is a good or a bad one
+
+What a teacher predicts comes from `phi3_plugin.teacher`.
 
 Answers are documents of a row, a pair is two neighbours in it, the chosen one first. What a loss
 compares with, the model without its adapter, comes with the batch: `phi3_plugin.train.reference`.
@@ -36,6 +39,16 @@ LOSS_KEYS = frozenset(
 """What a batch has for a loss, and not for the model."""
 
 
+def _is_ratio(value: Any) -> bool:
+    return is_number(value, most=1) and value > 0
+
+
+def _weighted(values: Tensor, batch: Batch) -> Tensor:
+    """Return values of labelled tokens, [..., N], each times its weight if the data tells any."""
+    weights = batch.get("weights")
+    return values if weights is None else values * weights
+
+
 # Shapes: N labelled tokens, A answers, P pairs
 def predicted(model: nn.Module, batch: Batch, **asked: Any) -> Tensor:
     """Return log p of each labelled token, [N]; or what else of it a loss has `asked` for."""
@@ -58,13 +71,43 @@ class SFT:
 
     def __call__(self, logps: Tensor, batch: Batch) -> Tensor:
         """Return -log p, summed over tokens."""
-        weights = batch.get("weights")
-        return -(logps if weights is None else logps * weights).sum()
+        return -_weighted(logps, batch).sum()
 
     @property
     def asked(self) -> dict[str, float]:
         """What the model is asked for in training beside log p; see its ``forward``."""
         return {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Next tokens are to be predicted as a teacher does, and as they are labelled.
+
+    The mean over labelled tokens of ``kd_ratio T**2 KL(teacher | student) - (1 - kd_ratio) log p``,
+    each times its weight if the data tells any.
+    """
+
+    measured: ClassVar[tuple[str, ...]] = ("kl", "sft_loss")
+    """What is told of a step beside its loss, each a mean over tokens."""
+    kd_ratio: Annotated[float, Kind("above 0 and at most 1", _is_ratio)] = 0.5
+    """Share of the teacher in the loss; the rest is cross entropy, as of sft."""
+    temperature: Positive = 1.0
+    """T, by which all logits are divided where the two are compared: above 1 what the teacher
+    takes for unlikely counts more."""
+
+    def __call__(self, distances: Tensor, batch: Batch) -> Tensor:
+        """Return the loss, summed over tokens; see `token_distances`."""
+        return _weighted(distances[0], batch).sum()
+
+    def measure(self, distances: Tensor, batch: Batch) -> Tensor:
+        """Return of each of `measured` the sum, and over how many, [measured, 2]."""
+        _, logps, kl = _weighted(distances.to(exact(distances.device)), batch)
+        sums = torch.stack([kl.sum(), -logps.sum()])
+        return torch.stack([sums, torch.full_like(sums, len(kl))], dim=1)
+
+    def told(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what is told of a step, of the means of what is `measured`."""
+        return means
 
 
 class Answers(NamedTuple):
@@ -307,6 +350,7 @@ class KTO(Preference):
 
 # By which a YAML names them
 sft = SFT
+distill = Distill
 dpo = DPO
 simpo = SimPO
 orpo = ORPO

@@ -154,21 +154,19 @@ class Monitor:
             loss: Over all that is held out.
             count: Labelled tokens of it; of a loss of answers, the pairs or answers.
             answers: To the sample questions, now.
-            measures: What a loss of answers tells beside itself.
+            measures: What a loss tells beside itself.
             weighted: Whether some tokens count more than others, so that exp(loss) is no
                 perplexity.
         """
         if not self.is_main:
             return
-        numbers = dict[str, float]()
-        if measures:
-            numbers = {f"val_{name}": value for name, value in measures.items()}
-            self._history.log(step, val_loss=loss, **numbers, val_answers=count)
-        else:
+        numbers = {f"val_{name}": value for name, value in (measures or {}).items()}
+        entropy = numbers.get("val_sft_loss", None if measures else loss)
+        if entropy is not None and not weighted:
             # exp overflows at 710; there is no such perplexity to report.
-            if not weighted:
-                numbers = {"val_perplexity": math.exp(loss) if loss < 700 else math.inf}
-            self._history.log(step, val_loss=loss, **numbers, val_tokens=count)
+            numbers["val_perplexity"] = math.exp(entropy) if entropy < 700 else math.inf
+        counted = "val_answers" if entropy is None else "val_tokens"
+        self._history.log(step, val_loss=loss, **numbers, **{counted: count})
         if answers:
             self._history.log(step, answers=answers)
         shown = {name.removeprefix("val_"): value for name, value in numbers.items()}
@@ -332,8 +330,8 @@ LOG_LINES = 100
 SIGN_OF_LIFE = 60.0
 """And one after this many seconds, if its steps are slow."""
 
-SHOWN = {"reward_accuracy": "accuracy", "reward_margin": "margin"}
-"""What is shown of what a loss of answers measures, and as what."""
+SHOWN = {"reward_accuracy": "accuracy", "reward_margin": "margin", "kl": "kl", "sft_loss": "sft"}
+"""What is shown of what a loss measures, and as what."""
 
 # The numbers come last: a narrow terminal cuts them off and leaves the rest.
 _BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} {bar} {remaining} left  {desc}"
@@ -397,7 +395,7 @@ class Progress:
             loss: Of this step.
             lr: Learning rate of this step.
             tokens_per_second: Of this step.
-            measures: What a loss of answers tells beside itself; margin and accuracy are shown.
+            measures: What a loss tells beside itself; those in `SHOWN` are shown.
             skipped: Steps that overflowed in fp16, of those since this start.
         """
         measures = measures or {}

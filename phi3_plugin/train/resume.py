@@ -18,7 +18,7 @@ from phi3_plugin.checkpoint.base import other_base
 from phi3_plugin.errors import CheckpointError
 from phi3_plugin.options import OnResume, PartsOnResume, marks, resolved, spelled
 from phi3_plugin.redaction import redacted
-from phi3_plugin.settings import HINTS, Settings, component, own_loss
+from phi3_plugin.settings import HINTS, Settings, component, own_distillation, own_loss
 
 FINISHING_KEYS = ("epochs", "max_steps", "early_stop_patience")
 """Keys that decide when a run is finished."""
@@ -57,7 +57,7 @@ def record(cfg: DictConfig) -> dict[str, Any]:
     Args:
         cfg: As the recipe gets it.
     """
-    shown, real = redacted(cfg), resolved(cfg)
+    shown, real = ({**given, **own_distillation(given)} for given in (redacted(cfg), resolved(cfg)))
     return {
         key: _recorded(shown[key], real[key], free=OnResume.FREE in marks(HINTS[key], OnResume))
         for key in HINTS

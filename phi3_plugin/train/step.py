@@ -17,10 +17,14 @@ from torch.optim import Optimizer
 
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.device import Received, pinned, sent
-from phi3_plugin.train.losses import SFT, Batch, Loss, Preference, predicted
+from phi3_plugin.models.distillation import Teaching
+from phi3_plugin.train.losses import SFT, Batch, Distill, Loss, Preference, predicted
 from phi3_plugin.train.optimizer import skips_by_itself, step_if
 from phi3_plugin.train.reference import compare
 from phi3_plugin.train.world import World, exact
+
+Teacher = Callable[[Batch], Teaching]
+"""Says what it predicts in the place of a ready batch's labelled tokens."""
 
 UNSCALED = GradScaler(enabled=False)
 """What all but fp16 does with: nothing."""
@@ -62,7 +66,7 @@ class StepResult:
 
     @property
     def measures(self) -> dict[str, float]:
-        """What a loss of answers tells beside itself, see `Preference.measured`."""
+        """What a loss tells beside itself, see `Preference.measured` and `Distill.measured`."""
         return self.told.named(self.received.read()[3:])
 
     @property
@@ -99,6 +103,7 @@ def train_step(
     max_norm: float | None,
     scaler: GradScaler = UNSCALED,
     before_moving: Callable[[], None] = lambda: None,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """Accumulate over the micro-batches of this process, then move the weights once.
 
@@ -114,6 +119,7 @@ def train_step(
         max_norm: Clip the gradient to this norm; None only measures it.
         scaler: Of the loss, see :func:`loss_scaler`; goes on with its next scale.
         before_moving: Called before the optimizer is, when a GPU has all else to do.
+        teacher: Whom a loss learns from.
     """
     batches = [ready(batch, world.device) for batch in batches]
     own = sum(len(batch["targets"]) for batch in batches), count_of(loss, batches)
@@ -128,7 +134,7 @@ def train_step(
     total = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
         world.before_backward(model, last=i == len(batches) - 1)
-        logps = predicted(model, batch, **asked)
+        logps = predicted(model, batch, **asked, **_taught(teacher, batch))
         summed = loss(logps, batch)
         scaler.scale(summed * share).backward()
         total += summed.detach()
@@ -154,12 +160,16 @@ def train_step(
     return result
 
 
+def _taught(teacher: Teacher | None, batch: Batch) -> dict[str, Teaching]:
+    return {} if teacher is None else {"teaching": teacher(batch)}
+
+
 class Measures:
-    """What a loss of answers tells beside itself, of all batches of all processes."""
+    """What a loss tells beside itself, of all batches of all processes."""
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
-        """Begin; of any other loss there is nothing to tell."""
-        self._loss = loss if isinstance(loss, Preference) else None
+        """Begin; of cross entropy there is nothing to tell."""
+        self._loss = loss if isinstance(loss, Preference | Distill) else None
         self._sums = torch.zeros((), dtype=exact(device), device=device)
 
     def add(self, logps: Tensor, batch: Batch) -> None:
@@ -195,6 +205,7 @@ def validate(
     loss: Loss,
     batches: Iterable[Batch],
     measured: dict[str, float] | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[float, int]:
     """Return the mean loss over all that is held out for all processes, and over how much it is.
 
@@ -205,7 +216,8 @@ def validate(
         model: Put into evaluation mode meanwhile.
         loss: As for :func:`train_step`.
         batches: This process's share of the validation set.
-        measured: Is given what a loss of answers tells beside itself.
+        measured: Is given what a loss tells beside itself.
+        teacher: Whom a loss learns from.
     """
     training = model.training
     model.eval()
@@ -216,7 +228,7 @@ def validate(
         batches = list(batches)
         compare(world, model, loss, batches)
     for batch in batches:
-        logps = predicted(model, batch)
+        logps = predicted(model, batch, **_taught(teacher, batch))
         total[0] += loss(logps, batch).to(total.dtype)
         total[1] += count_of(loss, [batch])
         measures.add(logps, batch)

@@ -13,11 +13,20 @@ from omegaconf import DictConfig, OmegaConf
 from torchao import quantization
 
 from phi3_plugin import hook
-from phi3_plugin.config import read_config
+from phi3_plugin.config import checkpoint_folder, read_config
+from phi3_plugin.data.vocabulary import first_difference, read_vocabulary
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, PREFERENCE_LOSS
 
 Recipe = Callable[[DictConfig], Any]
+
+
+MERGE = "get_merged_lora_ckpt"
+"""What a recipe calls to merge an adapter for a checkpoint."""
+
+
+def _unmerged(state_dict: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+    return {}
 
 
 def checked(recipe_main: Recipe) -> Recipe:
@@ -31,6 +40,10 @@ def checked(recipe_main: Recipe) -> Recipe:
             source = file.read_text(encoding="utf-8")
             if found := problems(source, cfg):
                 raise ConfigError("\n".join(f"{file.stem}: {problem}" for problem in found))
+            if _is_ours(cfg, "checkpointer") and MERGE in recipe_main.__globals__:
+                # Those of distillation merge whatever they are told: on a CPU into the weights that
+                # are still being trained. Our checkpointer takes what was trained alone.
+                recipe_main.__globals__[MERGE] = _unmerged
         return recipe_main(cfg)
 
     return main
@@ -57,7 +70,7 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
             "quantization.Int8DynActInt4WeightQuantizer, or `phi3-tune convert-base --to gguf`."
         )
     if _is_ours(cfg, "checkpointer"):
-        merges = "get_merged_lora_ckpt" in source
+        merges = MERGE in source
         if merges and not cfg.get("save_adapter_weights_only", False):
             found.append(
                 "save_adapter_weights_only is not True. The recipe then merges the adapter, on a "
@@ -111,6 +124,7 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
             "compares none. Use phi3_lora_finetune, or dataset._component_="
             "phi3_plugin.data.chat_dataset to learn the chosen ones."
         )
+    found += _other_vocabulary(cfg) if "teacher_checkpointer" in source else []
     loss = str((cfg.get("loss") or {}).get("_component_"))
     if "padded_collate_dpo" in source and loss.startswith(PREFERENCE_LOSS):
         found.append(
@@ -156,6 +170,28 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
 def _lacks_counters(device: str | None) -> bool:
     is_cpu = device == "cpu" or not torch.accelerator.is_available()
     return is_cpu and not hasattr(torch.cpu, "empty_cache")
+
+
+def _other_vocabulary(cfg: Mapping[str, Any]) -> list[str]:
+    """Say that what student and teacher predict cannot be compared."""
+    sections = [cfg.get(key) or {} for key in ("checkpointer", "teacher_checkpointer")]
+    folders = [section.get("checkpoint_dir") for section in sections]
+    if not all(_is_ours(cfg, key) for key in ("checkpointer", "teacher_checkpointer")):
+        return []
+    if None in folders:
+        return []  # which the checkpointer refuses
+    folders = [checkpoint_folder(folder) for folder in folders]
+    sizes = [read_config(folder).vocab_size for folder in folders]
+    ours, theirs = (read_vocabulary(folder).backend.get_vocab() for folder in folders)
+    difference = first_difference(ours, theirs)
+    if sizes[0] != sizes[1]:
+        difference = f"the student predicts {sizes[0]:,} tokens and the teacher {sizes[1]:,}"
+    if difference is None:
+        return []
+    return [
+        f"teacher_checkpointer.checkpoint_dir: {folders[1]} has another vocabulary: {difference}. "
+        "Use a teacher with the student's."
+    ]
 
 
 def _is_ours(cfg: Mapping[str, Any], key: str) -> bool:

@@ -89,6 +89,7 @@ class World:
         *,
         offload: bool = False,
         reshard: bool = True,
+        keep_head: bool = False,
     ) -> nn.Module:
         """Build the model: on the device, or without memory and ready to be sharded.
 
@@ -97,6 +98,8 @@ class World:
             dtype: Of its parameters.
             offload: Keep shards in the CPU's memory.
             reshard: Free a layer's gathered weights after its forward pass.
+            keep_head: Keep gathered what belongs to no layer once it was, so that the head may be
+                called by itself.
 
         Raises:
             ConfigError: There is nothing to offload, because nothing is sharded.
@@ -115,7 +118,7 @@ class World:
             layers: Any = model.layers
             for layer in layers:
                 fully_shard(layer, **options)
-            fully_shard(model, **options)
+            fully_shard(model, **{**options, "reshard_after_forward": reshard and not keep_head})
         return model
 
     def load(self, model: nn.Module, weights: Mapping[str, Any], *, offload: bool = False) -> None:

@@ -58,7 +58,9 @@ def as_run_here(code):
             r"(--config [\w/.-]*phi[34]_(?!adapter|generate)[\w.-]+)", r"\1 dtype=fp32", code
         )
     code = re.sub(r"(phi3_lora_finetune --config [\w/.-]+)", r"\1 max_steps=2", code)
-    code = re.sub(r"( lora_\w+_device --config [\w/.-]+)", r"\1 max_steps_per_epoch=2", code)
+    code = re.sub(
+        r"( (?:lora|knowledge)_\w+_device --config [\w/.-]+)", r"\1 max_steps_per_epoch=2", code
+    )
     code = re.sub(r"(phi3-tune train \S+)", r"\1 max_steps=2", code)
     code = re.sub(r"(phi3-tune train (?!.*--base))", r"\1--base Phi-3-mini-4k ", code)
     code = re.sub(r"(evaluate --config \S+config.yaml)", r"\1 generation.max_new_tokens=16", code)
@@ -74,6 +76,8 @@ def place(tmp_path_factory):
     """A folder as a reader has it: a checkpoint, 40 chats, a table of pairs, an adapter."""
     cwd = tmp_path_factory.mktemp("reader")
     tiny_checkpoint(cwd / "Phi-3-mini-4k", hidden_size=256, intermediate_size=512)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    tiny_checkpoint(cwd / "Phi-3-medium-4k", **sizes)
     with_longrope(shutil.copytree(cwd / "Phi-3-mini-4k", cwd / "Phi-3.5-mini"))
     thinking = shutil.copytree(cwd / "Phi-3.5-mini", cwd / "Phi-4-mini-reasoning")
     edit_json(thinking / "tokenizer_config.json", chat_template=PHI4_MINI_REASONING)
