@@ -142,7 +142,8 @@ class Draft:
         cfg = with_words(cfg, o.keys)
         for key, value in {**flags, **settings}.items():
             if value is not None or key in settings:
-                OmegaConf.update(cfg, key, value, force_add=True)
+                is_whole = isinstance(value, Mapping) and "_component_" in value
+                OmegaConf.update(cfg, key, value, merge=not is_whole, force_add=True)
                 self._said.add(key)
         for word in o.keys:
             self._said.add(word.lstrip("~").partition("=")[0])

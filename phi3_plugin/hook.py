@@ -250,8 +250,19 @@ def _change_ls(ls: ModuleType) -> None:
 
 
 def _check_recipes(parse: ModuleType) -> None:
-    """Let every recipe refuse, before its first step, what it cannot read or do with our parts."""
-    stock = parse.parse
+    """Let every recipe refuse, before its first step, what it cannot read or do with our parts.
+
+    And let it read a section that is typed as a mapping.
+    """
+    stock, stock_merge = parse.parse, parse._merge_yaml_and_cli_args
+
+    @wraps(stock_merge)
+    def merge(yaml_args: Any, words: Sequence[str]) -> Any:
+        from phi3_plugin.options import merge_words
+
+        return merge_words(yaml_args, words)
+
+    parse._merge_yaml_and_cli_args = merge  # type: ignore[attr-defined]
 
     def checked(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
         from phi3_plugin.options import check_command

@@ -239,20 +239,44 @@ def with_words(cfg: Any, words: Sequence[str]) -> Any:
     if not words:
         return cfg
     from omegaconf import OmegaConf
-    from torchtune.config._utils import _merge_yaml_and_cli_args
 
     container: Any = OmegaConf.to_container(cfg, resolve=False)
     if not any(word.startswith("~") for word in words):  # which removes what stands before it
         with suppress(Exception):  # one of them cannot be read: which?
-            return _merge_yaml_and_cli_args(Namespace(**container), [*words])
+            return merge_words(Namespace(**container), words)
     for word in words:
         try:
-            merged = _merge_yaml_and_cli_args(Namespace(**container), [word])
+            merged = merge_words(Namespace(**container), [word])
         except Exception as error:  # of yaml and OmegaConf, of many kinds
             text = f"{word}: it cannot be read ({_in_a_line(error)}). Are its quotes closed?"
             raise ConfigError(text) from error
         container = OmegaConf.to_container(merged, resolve=False)
     return OmegaConf.create(container)
+
+
+def merge_words(yaml_args: Namespace, words: Sequence[str]) -> Any:
+    """Merge YAML and command line as torchtune does, but for ``section={…}``.
+
+    torchtune takes that for the name of the section's component. Here a mapping that names a
+    component takes the place of the section, since the keys of another one mean nothing to it;
+    any other mapping sets keys.
+    """
+    from omegaconf import OmegaConf
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+
+    keys, others = dict(vars(yaml_args)), list[str]()
+    for word in words:
+        key, _, value = word.partition("=")
+        section = keys.get(key)
+        if not value.lstrip().startswith("{") or "_component_" not in (section or ()):
+            others.append(word)
+            continue
+        given = OmegaConf.from_dotlist([word])[key]
+        if is_whole := "_component_" in given:
+            others = [other for other in others if not re.match(rf"{key}[.=]", other)]
+        merged = given if is_whole else OmegaConf.merge(section, given)
+        keys[key] = OmegaConf.to_container(merged, resolve=False)
+    return _merge_yaml_and_cli_args(Namespace(**keys), others)
 
 
 def no_key(word: str) -> str:

@@ -1,10 +1,12 @@
 """A dataclass of options is read from a YAML or a command line: strictly, and all at once."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from torchtune import config
 
 from phi3_plugin import options
 from phi3_plugin.errors import ConfigError
@@ -209,3 +211,41 @@ def test_words_are_merged_as_torchtune_does(tmp_path):
     merged = OmegaConf.to_container(with_words(yaml_file(tmp_path / "c.yaml"), words))
     assert merged["model"] == {"_component_": "c.d", "rank": 4}
     assert (merged["out"], merged["stop"]) == ("${lr}", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("words", "section"),
+    [
+        (["loss={_component_: c.d}"], {"_component_": "c.d"}),
+        (["loss={_component_: c.d, beta: 3}", "loss.gamma=1"],
+         {"_component_": "c.d", "beta": 3, "gamma": 1}),
+        (["loss.gamma=1", "loss={_component_: c.d}"], {"_component_": "c.d"}),
+        (["loss={beta: 0.2}"], {"_component_": "a.b", "beta": 0.2, "nested": {"x": 1}}),
+        (["loss={nested: {y: 2}}", "loss=c.d"],
+         {"_component_": "c.d", "beta": 0.1, "nested": {"x": 1, "y": 2}}),
+        (["loss= {_component_: c.d, at: '${lr}'}"], {"_component_": "c.d", "at": "${lr}"}),
+    ],
+)  # fmt: skip
+def test_a_section_is_typed_as_a_mapping(tmp_path, words, section):
+    text = "loss: {_component_: a.b, beta: 0.1, nested: {x: 1}}\nlr: 1\nplain: {x: 1}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    both = [with_words(yaml_file(tmp_path / "c.yaml"), [*words, *more]) for more in ([], ["~lr"])]
+    for merged in both:
+        assert OmegaConf.to_container(merged)["loss"] == section
+    plain = with_words(yaml_file(tmp_path / "c.yaml"), ["plain={y: 2}"])
+    assert OmegaConf.to_container(plain)["plain"] == {"x": 1, "y": 2}
+
+
+def test_a_recipe_of_torchtunes_reads_it_too(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("loss: {_component_: a.b, beta: 0.1}\n")
+    words = ["--config", str(tmp_path / "c.yaml"), "loss={_component_: c.d}"]
+    monkeypatch.setattr(sys, "argv", ["recipe", *words])
+    with pytest.raises(SystemExit) as ended:
+        config.parse(lambda cfg: cfg)()
+    assert ended.value.code == {"loss": {"_component_": "c.d"}}
+
+
+def test_a_mapping_that_is_not_closed_is_one_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("loss: {_component_: a.b}\n")
+    with pytest.raises(ConfigError, match=r"loss=.*cannot be read"):
+        with_words(yaml_file(tmp_path / "c.yaml"), ["loss={_component_: c.d"])
