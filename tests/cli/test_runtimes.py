@@ -19,4 +19,4 @@ def test_what_we_write_computes_the_same_in(name, tmp_path):
     assert len(run.outcomes) == sum(runtime == name for runtime, _ in runtimes.COLUMNS) >= 2
     rows, causes, unexplained = runtimes.cells(run, {})
     assert not unexplained and "refused" not in str(rows), (rows, causes)
-    assert all("round the weights" in cause for cause in causes), causes  # of four bits
+    assert all("bits round" in cause for cause in causes), causes
