@@ -1,5 +1,6 @@
 """Runs in fp16 follow those in fp32, as those of PEFT under torch's autocast and scaler do."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -10,17 +11,22 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from phi3_plugin.recipes import lora_finetune
 from torch.amp import GradScaler
 
+from phi3_plugin import evaluate, generate, load
 from phi3_plugin.checkpoint.base import to_peft
 from phi3_plugin.data.collate import pad_right
 from phi3_plugin.models.lora_settings import TARGETS
+from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.proof import load_base_with_hf
 from phi3_plugin.train.monitor import History
 from tests.adapters import load_adapter
 from tests.chosen import some
 from tests.own import (
+    BATCH,
+    CONFIG,
     TINY,
     VARIANTS,
     assert_same_end,
+    chat,
     finished,
     leave_until,
     losses,
@@ -155,3 +161,46 @@ def test_two_processes_are_one_in_fp16(replicas, cwd):
     assert done.returncode == 0, done.stderr
     assert len(losses(one)) == 10 and all(map(math.isfinite, losses(one)))
     assert gap(losses(cwd / "two"), losses(one)) <= 1e-3
+
+
+@pytest.mark.parametrize("loss", some(["dpo", "simpo", "orpo", "kto"], quick={"dpo"}))
+def test_losses_of_answers_are_those_of_fp32(loss, cwd):
+    rows = []
+    for number in range(12):
+        (ask, good), (_, bad) = (chat(n)["messages"] for n in (number, number + 17))
+        texts = {"chosen": good["content"], "rejected": bad["content"] + " nine"}
+        rows.append({"prompt": ask["content"], **texts})
+    (cwd / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = (f"loss._component_=phi3_plugin.train.losses.{loss}", "dataset.source=pairs.jsonl")
+    sizes = ("batch_size=1", "gradient_accumulation_steps=3", "max_steps=5", "optimizer.lr=2e-3")
+    exact, half = (
+        finished(
+            *(*TINY, *own, *sizes, f"dtype={dtype}", f"output_dir={dtype}", "report=False"),
+            cwd=cwd,
+            config=CONFIG.with_name("phi3_mini_dpo.yaml"),
+        )
+        for dtype in ("fp32", "fp16")
+    )
+    assert len(losses(half)) == 5 and losses(half)[-1] < losses(half)[0]
+    assert losses(half) == pytest.approx(losses(exact), rel=1e-2, abs=2e-3)
+    assert {line["loss_scale"] for line in metrics(half)} == {65536.0}
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_what_was_trained_answers_in_fp16(quantize, cwd):
+    settings = (*TINY, *STEPS, "dtype=fp16", f"model.quantize_base={quantize}", "output_dir=out")
+    adapter = finished(*settings, cwd=cwd) / "final"
+    answers = []
+    for dtype in ("fp16", "fp32"):
+        model, tokenizer = load(cwd / "base", adapter, dtype=dtype, quantize=quantize)
+        with torch.no_grad():
+            logits = model(BATCH)
+        assert model.norm.scale.dtype == PRECISIONS[dtype]
+        answers.append((logits.float(), generate(model, tokenizer, "Add: one plus two")))
+    (half, said), (exact, expected) = answers
+    assert (half - exact).norm() <= 2e-3 * exact.norm()
+    assert said == expected
+    given = {"data": cwd / "rows.jsonl", "base": cwd / "base", "answers": False}
+    found = (evaluate(adapter, **given, dtype=dtype)["measures"] for dtype in ("fp16", "fp32"))
+    one, other = ([m["loss"][side]["value"] for side in ("base", "adapter")] for m in found)
+    assert one == pytest.approx(other, rel=1e-3)

@@ -8,7 +8,9 @@ import shlex
 import struct
 import sys
 import termios
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from phi3_plugin import cli, first_run, settings
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.first_run import Draft, planned, run
 from phi3_plugin.options import TrainOptions, read_options
+from phi3_plugin.train.plan import estimated
 from tests import warm
 from tests.own import metrics
 
@@ -165,6 +168,29 @@ def test_a_card_without_bf16_trains_in_fp16(draft, monkeypatch):
     whole = draft("model._component_=phi3_plugin.models.phi3")
     first_run.choose_precision(whole, card)
     assert whole.cfg.dtype == "fp32"
+
+
+def test_a_t4_is_told_of_and_planned_for(draft, monkeypatch):
+    asked = []
+    monkeypatch.setattr("phi3_plugin.train.world.pick_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (15 << 30, 16 << 30))
+    monkeypatch.setattr("phi3_plugin.train.plan.has_flash", lambda device: asked.append(device))
+    run = chosen(draft())
+    assert "device  Tesla T4, fp16: this card has no instructions for bf16" in run.text
+    assert run.dtype == "fp16" and asked[0] == torch.device("cuda", 0)
+    assert re.search(r"memory  [\d.]+ GiB predicted at most, 15.0 free", run.text)
+    s = run.plan.settings
+    half, other, wide = (
+        estimated(replace(s, dtype=dtype), CPU, 1, 0).parts for dtype in ("fp16", "bf16", "fp32")
+    )
+    for part in ("base weights", "optimizer", "activations", "loss"):
+        assert half[part] == other[part]
+    assert half["base weights"] == wide["base weights"] / 2
+    assert half["optimizer"] == wide["optimizer"]
+    (_, typed), *_ = first_run.next_commands(s, "base", Path("a"), has_validation=False)
+    assert typed.endswith("--dtype fp16")
 
 
 def test_the_warnings_of_an_inspection(draft):

@@ -228,6 +228,15 @@ def test_a_log_file_gets_lines():
     ]
 
 
+def test_skipped_steps_are_shown_from_the_first_on():
+    stream = io.StringIO()
+    with closing(Progress(2, stream=stream, clock=Clock())) as progress:
+        for step in (1, 2):
+            progress.update(step, loss=1.0, lr=1e-4, tokens_per_second=5.0, skipped=step - 1)
+    first, second = stream.getvalue().splitlines()
+    assert "loss 1.0000  lr" in first and "loss 1.0000  skipped 1  lr" in second
+
+
 def test_a_long_run_fills_a_log_with_about_a_hundred_lines():
     stream, clock = io.StringIO(), Clock()
     with closing(Progress(5000, stream=stream, clock=clock)) as progress:

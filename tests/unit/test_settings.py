@@ -301,6 +301,15 @@ def test_the_warm_up_of_torchtunes_own_schedule_is_a_number_of_steps_too(problem
     assert any(line.startswith("lr_scheduler.num_warmup_steps: -1 must be") for line in lines)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "null"])
+def test_what_is_trained_is_not_in_fp16(problems, dtype):
+    (line,) = problems("dtype=fp16", f"adapter_dtype={dtype}")
+    assert line.startswith("adapter_dtype: ") and "Set it to fp32." in line
+    model = {"_component_": "phi3_plugin.models.phi3", "checkpoint_dir": "base"}
+    (line,) = conflicts({"model": model, "dtype": "fp16"}, 1)
+    assert line.startswith("dtype: 'fp16' is too coarse for weights that are trained")
+
+
 def test_what_only_adapters_have_is_refused_without_them():
     model = {"_component_": "phi3_plugin.models.phi3", "checkpoint_dir": "base"}
     lines = conflicts({"model": model, "lora_plus_ratio": 4, "adapter_dtype": "fp32"}, 1)
