@@ -433,16 +433,15 @@ def own_distillation(given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: The whole configuration, resolved.
     """
-    stock, loss = given.get("kd_loss"), given.get("loss")
-    if not isinstance(stock, Mapping) or not isinstance(loss, dict):
+    loss = given.get("loss")
+    if not isinstance(loss, dict | None):
         return {}
-    if str(stock.get("_component_")).rpartition(".")[2] not in FORWARD_KLS:
-        return {}
-    if not _is_distill(loss.get("_component_")) and own_loss(loss) is None:
+    if _is_forward(given.get("kd_loss")) and (loss is None or own_loss(loss) is None):
         loss = {"_component_": PREFERENCE_LOSS + "distill"}
-    if not _is_distill(loss.get("_component_")):
+    if loss is None or not _is_distill(loss.get("_component_")):
         return {}
-    found: dict[str, Any] = {"loss": {"kd_ratio": given.get("kd_ratio", 0.5), **loss}}
+    ratio = given.get("kd_ratio")
+    found: dict[str, Any] = {"loss": loss if ratio is None else {"kd_ratio": ratio, **loss}}
     for key, (section, part) in TEACHER_SECTIONS.items():
         values = given.get(section)
         if given.get(key) is None and isinstance(values, Mapping) and values.get(part) is not None:
@@ -457,6 +456,11 @@ TEACHER_SECTIONS = {
 """Where torchtune's recipes have what a key of this recipe says."""
 
 
+def _is_forward(section: Any) -> bool:
+    name = section.get("_component_") if isinstance(section, Mapping) else None
+    return str(name).rpartition(".")[2] in FORWARD_KLS
+
+
 def _is_distill(name: Any) -> bool:
     return str(name).lower() == PREFERENCE_LOSS + "distill"
 
@@ -469,19 +473,20 @@ def distillation_problems(given: Mapping[str, Any]) -> Iterator[str]:
     """
     loss, kd_loss = given.get("loss"), given.get("kd_loss")
     distills = isinstance(loss, Mapping) and _is_distill(loss.get("_component_"))
-    if not distills:
-        if isinstance(kd_loss, Mapping):
-            yield (
-                f"kd_loss._component_: {spelled(kd_loss.get('_component_'))} is not supported by "
-                "this recipe with that loss. Use torchtune.modules.loss.ForwardKLLoss beside "
-                f"cross entropy, or loss._component_={PREFERENCE_LOSS}distill alone."
-            )
-        for key in ("teacher_dir", "teacher_adapter", "teacher_quantized"):
+    if isinstance(kd_loss, Mapping) and not (distills and _is_forward(kd_loss)):
+        yield (
+            f"kd_loss._component_: {spelled(kd_loss.get('_component_'))} is not supported by "
+            "this recipe with that loss. Use torchtune.modules.loss.ForwardKLLoss beside "
+            f"cross entropy, or loss._component_={PREFERENCE_LOSS}distill alone."
+        )
+    elif not distills:
+        for key in ("teacher_dir", "teacher_adapter", "teacher_quantized", *STOCK_DISTILLATION):
             if given.get(key):
                 yield (
                     f"{key}: {spelled(given[key])} is of no use to another loss than distill. Set "
                     f"loss._component_={PREFERENCE_LOSS}distill, or remove it."
                 )
+    if not distills:
         return
     assert isinstance(loss, Mapping)
     ratio = given.get("kd_ratio")

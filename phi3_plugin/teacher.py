@@ -10,15 +10,12 @@ the teacher as well; a base with another adapter is then there twice.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torchtune.modules import TiedLinear
-from torchtune.modules.peft import disable_adapter
+from torch import nn
 
 from phi3_plugin.checkpoint.base import known_hash, other_base
 from phi3_plugin.checkpoint.files import StoredTensor
@@ -26,13 +23,10 @@ from phi3_plugin.config import read_config
 from phi3_plugin.data.vocabulary import first_difference
 from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.load import empty_model, fill, tokenizer_of
-from phi3_plugin.models.distillation import Teaching
-from phi3_plugin.models.lora import linear
 from phi3_plugin.models.phi3 import PRECISIONS
 from phi3_plugin.settings import Settings, is_quantized
 from phi3_plugin.train.data import RunData, check_positions
-from phi3_plugin.train.losses import Batch, Distill, predicted
-from phi3_plugin.train.step import Teacher
+from phi3_plugin.train.losses import Distill, Teacher
 from phi3_plugin.train.world import World
 
 
@@ -95,7 +89,7 @@ def load_teacher(world: World, s: Settings, loss: Distill, student: nn.Module) -
         Phi3Error: As for :func:`check_teacher`.
     """
     if s.teacher_dir is None and s.teacher_adapter is None:
-        return partial(_ask_base, loss, student)
+        return partial(loss.taught_by_base, student)
     model, values = _files(s)
     model.eval().requires_grad_(False)
     if world.mesh:
@@ -112,30 +106,7 @@ def load_teacher(world: World, s: Settings, loss: Distill, student: nn.Module) -
                 if isinstance(values.get(name), StoredTensor)
             }
         fill(model, values, world.device)
-    return partial(_ask, loss, model)
-
-
-def _ask(loss: Distill, model: nn.Module, batch: Batch) -> Teaching:
-    """Return what another model says."""
-    head: Any = model.output
-    return Teaching(_hidden(model, batch), head, loss.kd_ratio, loss.temperature)
-
-
-def _ask_base(loss: Distill, student: nn.Module, batch: Batch) -> Teaching:
-    """Return what the student says without its adapter."""
-    with disable_adapter(student):
-        hidden = _hidden(student, batch)
-    owner: Any = student.output
-    if isinstance(owner, TiedLinear):
-        owner = owner.tied_module
-    # The weight is looked up when it is used, and gathered: with the student's own
-    head: Callable[[Tensor], Tensor] = lambda x: linear(x, owner.weight)  # noqa: E731
-    return Teaching(hidden, head, loss.kd_ratio, loss.temperature)
-
-
-@torch.no_grad()
-def _hidden(model: nn.Module, batch: Batch) -> Tensor:
-    return predicted(model, {key: batch[key] for key in batch if key != "targets"})
+    return partial(loss.taught_by, model)
 
 
 # What a resumed run must find again.

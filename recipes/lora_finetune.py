@@ -53,7 +53,7 @@ from phi3_plugin.train.data import (
     load_data,
     loss_of,
 )
-from phi3_plugin.train.losses import Distill, Preference
+from phi3_plugin.train.losses import Distill, Preference, Teacher
 from phi3_plugin.train.model import is_adapted, model_of, prepare, trained_parameters
 from phi3_plugin.train.monitor import Monitor
 from phi3_plugin.train.optimizer import (
@@ -78,7 +78,7 @@ from phi3_plugin.train.resume import (
     told,
 )
 from phi3_plugin.train.start import NF4_BASE, adapter_state, starting_weights, trained_adapter
-from phi3_plugin.train.step import StepResult, Teacher, loss_scaler, train_step, validate
+from phi3_plugin.train.step import StepResult, loss_scaler, train_step, validate
 from phi3_plugin.train.stop import Stop
 from phi3_plugin.train.world import World
 

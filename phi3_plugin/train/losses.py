@@ -8,7 +8,7 @@ another function of them here.
     dpo, simpo, orpo        a mean over pairs: how much better the chosen answer is than the other
     kto                     a mean over answers, each of which is a good or a bad one
 
-What a teacher predicts comes from `phi3_plugin.teacher`.
+The teacher is loaded by `phi3_plugin.teacher`.
 
 Answers are documents of a row, a pair is two neighbours in it, the chosen one first. What a loss
 compares with, the model without its adapter, comes with the batch: `phi3_plugin.train.reference`.
@@ -22,7 +22,11 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchtune.modules import TiedLinear
+from torchtune.modules.peft import disable_adapter
 
+from phi3_plugin.models.distillation import Teaching
+from phi3_plugin.models.lora import linear
 from phi3_plugin.options import Kind, Positive, Share, is_number
 from phi3_plugin.train.world import exact
 
@@ -31,6 +35,9 @@ Batch = dict[str, Any]
 
 Loss = Callable[[Tensor, Batch], Tensor]
 """(log p of each labelled token ``[N]``, their batch) -> loss, a scalar in fp32."""
+
+Teacher = Callable[[Batch], Teaching]
+"""Says what it predicts in the place of a ready batch's labelled tokens."""
 
 
 LOSS_KEYS = frozenset(
@@ -94,6 +101,23 @@ class Distill:
     temperature: Positive = 1.0
     """T, by which all logits are divided where the two are compared: above 1 what the teacher
     takes for unlikely counts more."""
+
+    @torch.no_grad()
+    def taught_by(self, model: nn.Module, batch: Batch) -> Teaching:
+        """Return what a model says in the place of a ready batch's labelled tokens."""
+        hidden = predicted(model, {key: batch[key] for key in batch if key != "targets"})
+        head: Any = model.output
+        return Teaching(hidden, head, self.kd_ratio, self.temperature)
+
+    def taught_by_base(self, student: nn.Module, batch: Batch) -> Teaching:
+        """Return what the student says without its adapter."""
+        with disable_adapter(student):
+            teaching = self.taught_by(student, batch)
+        owner: Any = student.output
+        if isinstance(owner, TiedLinear):
+            owner = owner.tied_module
+        # The weight is looked up in the student's own pass, where it is gathered if it is shared
+        return teaching._replace(head=lambda x: linear(x, owner.weight))
 
     def __call__(self, distances: Tensor, batch: Batch) -> Tensor:
         """Return the loss, summed over tokens; see `token_distances`."""

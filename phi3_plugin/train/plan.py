@@ -19,7 +19,7 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torchtune.training import set_default_dtype
 
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.models.attention import has_flash
-from phi3_plugin.models.phi3 import PRECISIONS
-from phi3_plugin.settings import PREFERENCE_DATASETS, Settings, read, without_weights
-from phi3_plugin.train.data import instantiate
-from phi3_plugin.train.losses import SFT
+from phi3_plugin.models.phi3 import PRECISIONS, phi3
+from phi3_plugin.settings import (
+    PREFERENCE_DATASETS,
+    Settings,
+    is_quantized,
+    read,
+    without_weights,
+)
+from phi3_plugin.train.data import instantiate, loss_of
+from phi3_plugin.train.losses import SFT, Distill
 from phi3_plugin.train.model import model_of, prepare
 from phi3_plugin.train.world import World, pick_device
 
@@ -153,7 +160,40 @@ def estimated(s: Settings, device: torch.device, shards: int, recomputed: int) -
         cpu_activations=s.enable_activation_offloading,
         joined=has_flash(device) and s.dtype != "fp32",
     )
-    return estimate(model, work, partial(instantiate, s.optimizer), recomputed)
+    teacher = teacher_of(s, shards)
+    return estimate(model, work, partial(instantiate, s.optimizer), recomputed, teacher)
+
+
+class PlannedTeacher(NamedTuple):
+    """Whom a loss learns from, without memory."""
+
+    loss: Distill
+    model: Any
+    """None is the student's base."""
+    weights: int
+    """Bytes that are not the student's."""
+
+
+def teacher_of(s: Settings, shards: int) -> PlannedTeacher | None:
+    """Return the teacher of a run, if its loss learns from one.
+
+    Args:
+        s: Of the run.
+        shards: Processes that share the model.
+    """
+    loss = loss_of(s)
+    if not isinstance(loss, Distill):
+        return None
+    adapter = 0
+    if s.teacher_adapter is not None:
+        files = s.teacher_adapter.rglob("*.safetensors")
+        adapter = sum(file.stat().st_size for file in files) or s.teacher_adapter.stat().st_size
+    if s.teacher_dir is None and (adapter == 0 or shards == 1):
+        return PlannedTeacher(loss, None, adapter)
+    quantize = is_quantized(s.model) if s.teacher_dir is None else s.teacher_quantized
+    with set_default_dtype(PRECISIONS[s.dtype]), torch.device("meta"):
+        model = phi3(s.teacher_dir or s.checkpoint_dir, quantize_base=quantize)
+    return PlannedTeacher(loss, model.eval(), adapter + size_of(model.parameters()))
 
 
 def on_meta(s: Settings, recomputed: int = 0) -> Any:
@@ -213,7 +253,11 @@ def fewest(at: Callable[[int], Estimate], layers: int, budget: int) -> Estimate:
 
 
 def estimate(
-    model: Any, work: Work, make_optimizer: MakeOptimizer, recomputed: int = 0
+    model: Any,
+    work: Work,
+    make_optimizer: MakeOptimizer,
+    recomputed: int = 0,
+    teacher: PlannedTeacher | None = None,
 ) -> Estimate:
     """Return what training takes.
 
@@ -222,9 +266,14 @@ def estimate(
         work: Of one process.
         make_optimizer: Makes the optimizer of given parameters.
         recomputed: How many of its first layers recompute.
+        teacher: Whom the loss learns from.
     """
     parts = weights(model, work, make_optimizer)
-    activations, loss, buffers, flops = footprint(model, work)
+    if teacher is not None:
+        parts["teacher"] = 0 if work.cpu_weights else -(-teacher.weights // work.shards)
+        if teacher.model is not None and work.shards > 1:
+            parts["gathered layers"] += _gathered(teacher.model, reshard=work.reshard)
+    activations, loss, buffers, flops = footprint(model, work, teacher)
     parts["activations"] = 0 if work.cpu_activations else activations
     parts["loss"] = loss
     parts["buffers"] = buffers + size_of(model.buffers())
@@ -251,11 +300,15 @@ def weights(model: Any, work: Work, make_optimizer: MakeOptimizer) -> dict[str, 
     parts = {
         name: 0 if work.cpu_weights else -(-size // work.shards) for name, size in shared.items()
     }
+    gathered = _gathered(model, reshard=work.reshard) if work.shards > 1 else 0
+    return {**parts, "gathered layers": gathered}
+
+
+def _gathered(model: Any, *, reshard: bool) -> int:
     layers = [size_of(layer.parameters()) for layer in model.layers]
     others = size_of(model.parameters()) - sum(layers)
     # Two layers, since the next one travels meanwhile, and what belongs to no layer
-    gathered = others + (2 * max(layers) if work.reshard else sum(layers))
-    return {**parts, "gathered layers": gathered if work.shards > 1 else 0}
+    return others + (2 * max(layers) if reshard else sum(layers))
 
 
 LOW_BITS = {"8bit": 2 * (1 + 4 / 256), "fp8": 2 * (1 + 4 / 256), "4bit": 2 * (0.5 + 4 / 128)}
@@ -298,26 +351,31 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
 
 
 # Shapes: T tokens of all documents, N labelled tokens
-def footprint(model: Any, work: Work) -> tuple[int, int, int, int]:
+def footprint(
+    model: Any, work: Work, teacher: PlannedTeacher | None = None
+) -> tuple[int, int, int, int]:
     """Return what one micro-batch takes beside weights, their gradients and the optimizer.
 
     Args:
         model: On the meta device, ready to be trained, in training mode; of no use afterwards.
         work: Its documents.
+        teacher: Whom the loss learns from.
 
     Returns:
         Bytes that the forward pass keeps for the backward pass, when the loss begins; bytes more,
         while the loss is worked out; bytes more, which the backward pass needs for a moment or
         which are kept to be used again; multiplications and additions of all matrix products.
     """
-    live, total = _Live(model), sum(work.lengths)
+    models = [model, *([teacher.model] if teacher and teacher.model else [])]
+    live, total = _Live(*models), sum(work.lengths)
     at_loss: list[int] = []
     model.norm.register_forward_hook(lambda *_: at_loss.append(live.bytes))
     for parameter in model.parameters():
         if parameter.requires_grad:  # gradients are counted apart, with those of other batches
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     kernel = _Attention(work.joined)
-    for layer in model.layers:  # not around everything: within a backward pass a mode is off
+    # Not around everything: within a backward pass a mode is off
+    for layer in [layer for each in models for layer in each.layers]:
         layer.attn.register_forward_pre_hook(kernel.begin)
         layer.attn.register_forward_hook(kernel.end, always_call=True)
         if work.joined:
@@ -331,22 +389,28 @@ def footprint(model: Any, work: Work) -> tuple[int, int, int, int]:
         "lengths": (total,) if work.joined else work.lengths,
     }
     with live:
-        loss = SFT()(model(**batch), batch)
+        if teacher is None:
+            loss = SFT()(model(**batch), batch)
+        else:
+            learn = teacher.loss
+            ask = learn.taught_by_base if teacher.model is None else learn.taught_by
+            loss = learn(model(**batch, teaching=ask(models[-1], batch)), batch)
         highest = live.peak
         loss.backward()
         del loss
     kept = live.bytes  # nothing but what every step uses again is left
     buffers = kept + live.peak - highest
-    return at_loss[0] - kept, highest - at_loss[0], buffers, live.flops
+    return at_loss[-1] - kept, highest - at_loss[-1], buffers, live.flops  # the base has one too
 
 
 class _Live(TorchDispatchMode):
     """Adds up the memory of tensors that operations make, until each is let go."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *models: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.peak = self.flops = 0
-        parts = [part for t in (*model.parameters(), *model.buffers()) for part in plain_parts(t)]
+        tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
+        parts = [part for t in tensors for part in plain_parts(t)]
         self.known: dict[int, Any] = {part.untyped_storage()._cdata: None for part in parts}
 
     def __torch_dispatch__(

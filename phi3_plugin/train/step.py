@@ -18,13 +18,10 @@ from torch.optim import Optimizer
 from phi3_plugin.data.collate import IGNORED
 from phi3_plugin.device import Received, pinned, sent
 from phi3_plugin.models.distillation import Teaching
-from phi3_plugin.train.losses import SFT, Batch, Distill, Loss, Preference, predicted
+from phi3_plugin.train.losses import SFT, Batch, Distill, Loss, Preference, Teacher, predicted
 from phi3_plugin.train.optimizer import skips_by_itself, step_if
 from phi3_plugin.train.reference import compare
 from phi3_plugin.train.world import World, exact
-
-Teacher = Callable[[Batch], Teaching]
-"""Says what it predicts in the place of a ready batch's labelled tokens."""
 
 UNSCALED = GradScaler(enabled=False)
 """What all but fp16 does with: nothing."""

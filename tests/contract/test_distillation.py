@@ -226,7 +226,7 @@ def test_the_teacher_is_stored_as_asked_and_the_base_once(cwd):
     ):
         settings = (*TINY, *settings, "output_dir=out")
         with started(*at(cwd, settings), cwd=cwd, config=CONFIG) as recipe:
-            _, teacher = recipe.teacher.args
+            (teacher,) = recipe.teacher.args
             weights = dict(teacher.named_parameters())
             shared = {name for name, p in recipe.model.named_parameters() if p is weights.get(name)}
             assert is_nf4(weights["layers.0.attn.qkv_proj.weight"]) == quantized

@@ -11,10 +11,11 @@ from phi3_plugin.models.lora import Linear
 from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.phi3 import adapted, decoder
 from phi3_plugin.train import plan
-from phi3_plugin.train.losses import SFT
+from phi3_plugin.train.losses import SFT, Distill
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.plan import (
     Estimate,
+    PlannedTeacher,
     Work,
     estimate,
     fewest,
@@ -199,3 +200,24 @@ def test_memory_is_read_where_there_is_a_file(monkeypatch, tmp_path):
     assert plan.memory_free() is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
     assert plan.memory_free() == 5120
+
+
+def test_a_teacher_is_in_the_plan():
+    """Its weights, its pass, and its rows of logits beside the student's."""
+    alone = estimate(on_meta("lora"), WORK, adamw)
+    with torch.device("meta"):
+        other = decoder(WIDE, lambda _, i, o: Linear(i, o)).eval()
+    other = PlannedTeacher(Distill(), other, size_of(other.parameters()))
+    base = PlannedTeacher(Distill(), None, 0)
+    beside, own = (estimate(on_meta("lora"), WORK, adamw, 0, t) for t in (other, base))
+    assert beside.parts["teacher"] == other.weights == alone.parts["base weights"]
+    assert own.parts["teacher"] == 0
+    for plan_of in (beside, own):
+        assert plan_of.flops > 1.3 * alone.flops
+        assert plan_of.parts["loss"] > alone.parts["loss"]
+        hidden = 62 * WIDE.hidden_size * 4
+        assert 0 <= plan_of.parts["activations"] - alone.parts["activations"] <= 2 * hidden
+    shared = replace(WORK, shards=2)
+    two = estimate(on_meta("lora"), shared, adamw, 0, other)
+    assert two.parts["teacher"] == -(-other.weights // 2)
+    assert two.parts["gathered layers"] > weights(on_meta("lora"), shared, adamw)["gathered layers"]

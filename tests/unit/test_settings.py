@@ -484,6 +484,54 @@ def test_losses_of_answers_are_read(settings):
     settings(edited={"loss": {"_component_": f"{LOSSES}simpo"}, **PAIRS, **changed})
 
 
+DISTILL = {"_component_": f"{LOSSES}distill"}
+STOCK_KL = {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "changed", "problem"),
+    [
+        (DISTILL, {"teacher_dir": "gone"}, "teacher_dir: gone is not a folder."),
+        (DISTILL, {"teacher_adapter": "gone"}, "teacher_adapter: 'gone' is not there."),
+        (DISTILL, {"teacher_quantized": True}, "teacher_quantized: True is for a teacher_dir"),
+        (DISTILL, PAIRS, "dataset._component_: phi3_plugin.data.preference_dataset has rejected"),
+        (DISTILL, {"model.lora_init": "pissa"}, "model.lora_init: 'pissa' changes what is under"),
+        (DISTILL, {"kd_loss": STOCK_KL, "kd_ratio": 2}, "loss.kd_ratio: 2 must be above 0 and"),
+        ({**DISTILL, "temperature": 0}, {}, "loss.temperature: 0 must be a number above 0"),
+        ({**DISTILL, "kd_ratio": 0}, {}, "loss.kd_ratio: 0 must be above 0 and at most 1"),
+        ({**DISTILL, "kd_ratio": 1}, {}, "loss.kd_ratio: 1 with the base as the teacher leaves"),
+        ({**DISTILL, "kd_ratio": 0.3}, {"kd_ratio": 0.5}, "kd_ratio: 0.5 conflicts with loss."),
+        ({**DISTILL, "kd_rate": 1}, {}, "loss.kd_rate: 1 is given, but phi3_plugin.train.losses."),
+        (None, {"teacher_adapter": "x"}, "teacher_adapter: 'x' is of no use to another loss"),
+        (None, {"kd_loss": {"_component_": "torchtune.modules.loss.ReverseKLLoss"}}, "kd_loss._c"),
+        (None, {"kd_ratio": 0.5}, "kd_ratio: 0.5 is of no use to another loss than distill"),
+        (
+            {"_component_": f"{LOSSES}sft", "label_smoothing": 0.1},
+            {"kd_loss": STOCK_KL},
+            "kd_loss._component_: 'torchtune.modules.loss.ForwardKLWithChunkedOutputLoss' is not",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_teacher(problems, loss, changed, problem):
+    (line,) = problems(edited={"loss": loss, **changed})
+    assert line.startswith(problem)
+
+
+def test_torchtunes_keys_of_distillation_are_ours(settings, tmp_path):
+    entropy = {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}
+    teacher = {"_component_": "phi3_plugin.models.phi3", "quantize_base": True}
+    stock = {"kd_loss": STOCK_KL, "kd_ratio": 0.3, "teacher_model": teacher}
+    stock["teacher_checkpointer"] = {"checkpoint_dir": str(tmp_path)}
+    for loss in (entropy, None, DISTILL):
+        read = settings(edited={"loss": loss, **stock})
+        assert read.loss == {**DISTILL, "kd_ratio": 0.3}
+        assert (read.teacher_dir, read.teacher_quantized) == (tmp_path, True)
+    softer = settings(edited={"loss": {**DISTILL, "temperature": 2}, **stock})
+    assert softer.loss == {**DISTILL, "kd_ratio": 0.3, "temperature": 2}
+    with pytest.raises(ConfigError, match=r"teacher_model\.quantize_base: True conflicts with"):
+        settings(edited={"loss": entropy, **stock, "teacher_quantized": False})
+
+
 def test_the_profiler_stays_off():
     for off in (None, {"enabled": False, "cpu": True}, {}):
         assert stock({"profiler": off}) == []
