@@ -125,6 +125,11 @@ def question_and_answer(
     return Columns({"user": user, "assistant": assistant}, frozenset(refused))
 
 
+def alpaca_prompt(instruction: str, told: str) -> str:
+    """Return what the user says, as in Microsoft's samples."""
+    return f"{instruction}\n Input: {told}"
+
+
 @dataclass(frozen=True)
 class Alpaca:
     r"""``instruction``, ``output`` and, in rows that need them, ``input`` and ``system``.
@@ -144,9 +149,8 @@ class Alpaca:
         """Read the system, the user and the assistant message."""
         user, assistant = self.columns.read(row)
         if row.get("input"):
-            user = user._replace(
-                content=f"{user.content}\n Input: {checked_text('input', row['input'])}"
-            )
+            told = checked_text("input", row["input"])
+            user = user._replace(content=alpaca_prompt(user.content, told))
         if not row.get("system"):
             return [user, assistant]
         return [make_turn("system", row["system"]), user, assistant]
@@ -563,7 +567,7 @@ class PreferencePair(MessageList):
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the prompt and the chosen answer; the rejected one is not looked at."""
         refuse_beside(filled(row, ("context", "history")), ADVISE_COLUMNS)
-        chosen = row.get(self.column)
+        chosen = answer_of(row, self.column)
         if isinstance(chosen, dict):
             chosen = [chosen]
         if isinstance(chosen, list):
@@ -619,7 +623,7 @@ class ListedPreference(PreferencePair):
 
     def read(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the messages and the chosen answer; the rejected one is not looked at."""
-        chosen = row.get(self.column)
+        chosen = answer_of(row, self.column)
         chosen = [chosen] if isinstance(chosen, dict) else chosen
         beside = {name: row[name] for name in row if name not in PROMPTS}
         if isinstance(chosen, str):
@@ -647,10 +651,23 @@ class ListedPreference(PreferencePair):
         return f"{self.listed_in}, chosen, rejected"
 
 
+def answer_of(row: Mapping[str, Any], name: str) -> Any:
+    """Return one of the answers of a pair.
+
+    Raises:
+        DataError: It is not there, or is null or empty.
+    """
+    if (answer := row.get(name)) in (None, "", []):
+        raise DataError(f"there is no {name} answer")
+    return answer
+
+
 def _prompt_of(row: Mapping[str, Any]) -> Any:
     names = [name for name in PROMPTS if row.get(name)]
     if not names:
         raise DataError(f"chosen has no prompt before it; the keys are: {key_names(row)}")
+    if names == ["instruction", "input"]:
+        return alpaca_prompt(*(checked_text(name, row[name]) for name in names))
     if len(names) > 1:
         raise DataError(f"the prompt may be any of: {', '.join(names)}; remove the others")
     return row[names[0]]
@@ -982,11 +999,20 @@ def _recognized(rows: Sequence[Mapping[str, Any]], any_case: bool = False) -> Fo
             return AnyCase(_recognized(small, any_case=True))
     raise DataError(
         f"the format of the rows is not known; their keys are: {keys}. {known_formats()}\n"
+        f"{_lacking_a_side(rows)}"
         "For other column names set dataset.columns, as in {user: question, assistant: answer}, or "
-        "{messages: chat} for a list of messages, or write the prompt with dataset.prompt.\n"
+        "{messages: chat} for a list of messages, or {prompt: ask, chosen: good, rejected: bad} of "
+        "pairs; or write the prompt with dataset.prompt.\n"
         f"A column that may hold a part of the prompt ({', '.join(BESIDE)}) is not left out "
         "silently: dataset.columns says what is read."
     )
+
+
+def _lacking_a_side(rows: Sequence[Mapping[str, Any]]) -> str:
+    sides = ("chosen", "rejected")
+    found = [name for name in sides if any(name in row for row in rows)]
+    lacking = [name for name in sides if name not in found]
+    return f"There is a {found[0]!r} and no {lacking[0]!r}.\n" if len(found) == 1 else ""
 
 
 def _fitting(rows: Sequence[Mapping[str, Any]]) -> list[str]:

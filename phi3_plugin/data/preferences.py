@@ -29,13 +29,21 @@ from phi3_plugin.data.dataset import (
     read_dataset_options,
     repeated,
 )
-from phi3_plugin.data.findings import CUT_AWAY, SAME_ANSWERS, TOO_LONG, TRUNCATED, Findings
+from phi3_plugin.data.findings import (
+    CUT_AWAY,
+    SAME_ANSWERS,
+    TOO_LONG,
+    TRUNCATED,
+    Findings,
+    UnusedRow,
+)
 from phi3_plugin.data.formats import (
     AnyCase,
     Format,
     NamedColumns,
     OpenAIPreference,
     PreferencePair,
+    answer_of,
 )
 from phi3_plugin.data.packing import Packs, StockPacks, StockPairs
 from phi3_plugin.data.preparation import (
@@ -148,14 +156,21 @@ class AnswerPreparation(Preparation):
         chosen = self.completed(format.read(given), row)
         if not isinstance(format, PreferencePair | OpenAIPreference):
             return chosen, {"wanted": _label(given)}
-        other = given.get(format.other)
-        if other in (None, "", []):
-            raise DataError(f"there is no {format.other} answer")
+        other = answer_of(given, format.other)
         try:
             rejected = self.completed(format.read({**given, format.column: other}), row)
         except DataError as error:
             raise DataError(f"{format.other}: {error}") from error
         return chosen, {"rejected": rejected}
+
+    def _conversation(
+        self, source: int, index: int, where: str, row: dict[str, Any], format: Format
+    ) -> tuple[ChatRow | UnusedRow, list[str]]:
+        """Read one row; of single answers the label is read too."""
+        found, unread = super()._conversation(source, index, where, row, format)
+        if isinstance(found, ChatRow) and found.rejected is None:
+            unread = [name for name in unread if name.strip().lower() not in APPROVALS]
+        return found, unread
 
     def weight_column(self, row: Mapping[str, Any], format: Format, source: Source) -> str:
         """Return no column: losses of answers count all alike."""
@@ -173,7 +188,7 @@ class AnswerPreparation(Preparation):
         if self.options.system_prompt is not None:
             sides = [with_system_prompt(side, self.options.system_prompt) for side in sides]
         chosen, rejected = map(self._render_turns, sides)
-        return [(row, chosen), (row._replace(wanted=False), rejected)]
+        return [(row, chosen), (row._replace(wanted=False, chat=row.rejected), rejected)]
 
     def notice(self, rows: Sequence[RenderedRow], findings: Findings) -> None:
         """Tell what is noticed about a row, once, whichever side it is of."""

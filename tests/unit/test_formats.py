@@ -526,10 +526,11 @@ def test_preferences(row, turns):
         ({"chosen": "a"}, "chosen has no prompt before it; the keys are: rejected, chosen"),
         ({"chosen": [ASSISTANT], "prompt": ""}, "chosen has no prompt before it"),
         ({"chosen": "a", "prompt": "u", "input": "i"}, "the prompt may be any of: prompt, input"),
-        ({"chosen": None, "prompt": "u"}, "chosen is null, expected a text or a list of messages"),
-        ({"chosen": [], "prompt": "u"}, "chosen is empty"),
+        ({"chosen": None, "prompt": "u"}, "there is no chosen answer"),
+        ({"chosen": [], "prompt": "u"}, "there is no chosen answer"),
+        ({"chosen": 1, "prompt": "u"}, "chosen is int, expected a text or a list of messages"),
         ({"chosen": "a", "prompt": 3}, "the user content is int"),
-        ({"prompt": "u"}, "chosen is null"),
+        ({"prompt": "u"}, "there is no chosen answer"),
         ({"prompt": "u", "chosen": "a", "image": "x.png"}, "there is a 'image' too"),
         ({"prompt": "u", "chosen": "a", "context": "c"}, "there is a 'context' too, which this"),
         ({"prompt": "u", "chosen": MORE, "history": ["h"]}, "there is a 'history' too, .*columns"),
@@ -537,6 +538,18 @@ def test_preferences(row, turns):
 )
 def test_bad_preferences(row, says):
     refused(says, FORMATS["preference"].read, {"rejected": "b", **row})
+
+
+def test_instruction_and_input_of_a_pair_are_those_of_alpaca():
+    row = {"instruction": "i", "input": "more", "chosen": "a", "rejected": "b"}
+    assert spoken(read(row)) == [("user", "i\n Input: more"), ("assistant", "a")]
+    assert spoken(read({**row, "input": ""})) == [("user", "i"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("rejected", "chosen")])
+def test_a_side_that_no_row_has_is_named(sides):
+    found, lacking = sides
+    refused(f"There is a '{found}' and no '{lacking}'", read, {"prompt": "u", found: "a"})
 
 
 def test_values_and_keys_can_always_be_shown():

@@ -9,7 +9,14 @@ from torchtune.data import padded_collate_dpo
 
 from phi3_plugin.data import chat_dataset, phi3_tokenizer, preference_dataset
 from phi3_plugin.data.collate import concatenate
-from phi3_plugin.data.findings import CUT_AWAY, SAME_ANSWERS, TOO_LONG, TRUNCATED, UNUSABLE
+from phi3_plugin.data.findings import (
+    CUT_AWAY,
+    NO_FINAL_ANSWER,
+    SAME_ANSWERS,
+    TOO_LONG,
+    TRUNCATED,
+    UNUSABLE,
+)
 from phi3_plugin.data.packing import Packs, without_padding
 from phi3_plugin.errors import ConfigError, DataError
 from phi3_plugin.inspect import pairs_of, show
@@ -269,7 +276,8 @@ def test_another_answer_comes_with_each_prompt(make):
 
 PROBLEMS = {
     "missing": ({**ROW, "rejected": None}, "there is no rejected answer"),
-    "absent": ({"prompt": "the", "chosen": "other"}, "neither|not known|no rejected"),
+    "absent": ({"prompt": "the", "chosen": "other"}, "there is no rejected answer"),
+    "no chosen": ({"prompt": "the", "rejected": "other", "chosen": None}, "no chosen answer"),
     "empty": ({**ROW, "chosen": " "}, "the chosen answer is empty"),
     "prompts": (
         {"chosen": [ASK, GOOD], "rejected": [{**ASK, "content": "the"}, BAD]},
@@ -284,6 +292,18 @@ PROBLEMS = {
         "more than one label",
     ),
 }
+
+
+def test_what_is_read_of_a_labelled_answer_is_not_called_unread(make, caplog):
+    make({**LABELLED["messages"], "label": True, "note": "x"})
+    assert caplog.messages[-1].endswith("Not read: note")
+
+
+def test_an_answer_that_is_not_the_last_turn_is_noticed_on_either_side(make):
+    for side in ("chosen", "rejected"):
+        row = {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}
+        row[side] = [*row[side], ASK]
+        assert without_padding(make(row)).findings.counts == {NO_FINAL_ANSWER: 1}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
