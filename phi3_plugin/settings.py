@@ -188,7 +188,8 @@ class Settings:
     """null is a GPU that CUDA or ROCm drives, else the CPU."""
     neftune_alpha: Annotated[Positive | None, OnResume.HONOURED] = None
     """NEFTune: noise on the embeddings in training, 5 to begin with; null is none."""
-    compile: Annotated[Switch, OnResume.FREE] = False
+    compile: Annotated[Switch | None, OnResume.FREE] = None
+    """Compile each layer; null does on CUDA in a long run, where a trial shows that it can be."""
     enable_activation_checkpointing: Annotated[Switch | Count, OnResume.FREE] = False
     """A number n recomputes every n-th layer only."""
     memory_budget: Annotated[Memory | None, OnResume.FREE] = None

@@ -45,6 +45,7 @@ from phi3_plugin.terminal import in_lines, outlived
 from phi3_plugin.train import checkpoints
 from phi3_plugin.train.ahead import Batches
 from phi3_plugin.train.cached_reference import compare_with_cached
+from phi3_plugin.train.compiled import compiles
 from phi3_plugin.train.data import (
     check_positions,
     facts_in_words,
@@ -172,6 +173,8 @@ class Finetune:
         )
         if not self.is_announced:
             self.monitor.say(facts_in_words(self.data))
+        if self.compiled_words:
+            self.monitor.say(self.compiled_words)
         self.monitor.resumed(self.state.step, self.last, noted(self.differences, self.state.step))
         self.saver = checkpoints.Saver(
             self.s.output_dir,
@@ -218,6 +221,8 @@ class Finetune:
         """Build, shard and fill the model, with what a checkpoint's state has of it."""
         give_memory_back()
         recompute_first = recomputed_for(self.s, self.world)
+        micro_batches = self.data.total_steps * self.s.gradient_accumulation_steps
+        compiled, self.compiled_words = compiles(self.s, self.world, micro_batches)
 
         def make() -> torch.nn.Module:
             return prepare(
@@ -226,7 +231,7 @@ class Finetune:
                 recompute_every=int(self.s.enable_activation_checkpointing),
                 recompute_first=recompute_first,
                 offload=self.s.enable_activation_offloading,
-                compiled=self.s.compile,
+                compiled=compiled,
                 neftune_alpha=self.s.neftune_alpha,
             )
 

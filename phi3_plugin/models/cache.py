@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
+from phi3_plugin.device import sent
 from phi3_plugin.models.attention import Documents, attend_causally, borders_of
 from phi3_plugin.models.lora import (
     DoRALinear,
@@ -148,11 +149,11 @@ class Step:
             cache.written[row] = max(cache.written[row], end)
         spans = zip(self.starts, ends, strict=True)
         device = cache.keys[0].device
-        positions = torch.cat([torch.arange(*span) for span in spans]).to(device)
+        positions = sent(torch.cat([torch.arange(*span) for span in spans]), device)
         self.cos, self.sin = rope.turns_by_row(positions, ends, lengths, cache.keys[0].dtype)
         self.single = max(lengths) == 1 and list(rows) == [*range(len(rows))]
         if self.single:
-            starts = torch.tensor(self.starts, device=device)
+            starts = sent(torch.tensor(self.starts), device)
             self.at = starts % cache.window if cache.window else starts
             self.numbers = torch.arange(len(rows), device=device)
             held = [cache.held(end) for end in ends]
@@ -160,7 +161,7 @@ class Step:
             self.seen: Tensor | None = None
             if min(held) < self.longest:
                 seen = torch.arange(self.longest) < torch.tensor(held)[:, None]
-                self.seen = seen[:, None, None].to(device)
+                self.seen = sent(seen[:, None, None], device)
 
     def done(self) -> None:
         """Note that all layers have seen the tokens."""
@@ -288,6 +289,11 @@ def serve(*models: nn.Module) -> None:
             setattr(parent, name, ServedLinear(layer, laid[id(layer.weight)]))
     for model in models:
         model.eval().requires_grad_(False)
+
+
+def is_served(model: nn.Module) -> bool:
+    """Whether a model has been made ready to answer."""
+    return any(isinstance(module, ServedLinear) for module in model.modules())
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, str]]:

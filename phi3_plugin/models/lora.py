@@ -80,19 +80,13 @@ class _LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        rows: tuple[tuple[int, float], ...],
-        dropout: float,
-        compiling: bool,
-        *factors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        # Named one by one, torch's compiler would take two factors for a function without a context
+        x, weight, rows, dropout, compiling, *factors = inputs
         kept = keep_mask(x, dropout)
         seen = x if kept is None else x * kept / (1 - dropout)
         whole = len(rows) == 1 and len(factors[1]) == len(weight)
-        out = (x.new_empty if whole else x.new_zeros)(len(x), len(weight))
+        out: Tensor = (x.new_empty if whole else x.new_zeros)(len(x), len(weight))
         lows = []
         for (start, scaling), a, b in zip(rows, factors[::2], factors[1::2], strict=True):
             low = (seen @ a.to(x.dtype).t()) * scaling

@@ -240,6 +240,11 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
+def dequantized_into() -> list[Tensor]:
+    """Return the memory that weights are dequantized into by now."""
+    return list(_memory.of.values())
+
+
 def _dequantized(weight: Any) -> Tensor:
     """Return what torchao's ``get_original_weight`` does, bit for bit, in memory used before."""
     codes, count = weight.quantized_data, weight.numel()

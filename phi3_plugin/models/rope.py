@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from phi3_plugin.config import Rope
+from phi3_plugin.device import sent
 from phi3_plugin.errors import ConfigError
 
 FACTORS = ("auto", "short", "long")
@@ -123,7 +124,21 @@ class RotaryEmbedding(nn.Module):
         if self.switch is not None:
             shift = torch.tensor([self.switch if end > self.switch else 0 for end in ends])
             by_token = shift.repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
-            positions = positions + by_token.to(positions.device)
+            positions = positions + sent(by_token, positions.device)
+        return self._at(positions, dtype)
+
+    def turns_alone(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the same for the last tokens of rows, from their positions on the device.
+
+        Args:
+            positions: One of each row, ``[N]``.
+            dtype: Of the heads.
+
+        Returns:
+            ``[N, 1, R / 2]`` each.
+        """
+        if self.switch is not None:
+            positions = positions + self.switch * (positions >= self.switch)
         return self._at(positions, dtype)
 
     def _at(self, places: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

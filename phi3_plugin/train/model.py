@@ -72,7 +72,8 @@ def prepare(
             parameter.data = parameter.data.to(PRECISIONS[adapter_dtype])
     for i, layer in enumerate(model.layers):  # type: ignore[arg-type]
         if compiled:  # within what recomputes, which the compiler does not look into from outside
-            layer.forward = torch.compile(layer.forward)
+            # For any number of tokens at once: rows of documents have another each time
+            layer.forward = torch.compile(layer.forward, dynamic=True)
         if i < recompute_first or (recompute_every and i % recompute_every == 0):
             recompute(layer)
     if offload:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torchtune.training import set_default_dtype
 
+from phi3_plugin import generate
 from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.generate import Generator
 from phi3_plugin.models import phi3
 from phi3_plugin.models.cache import serve
+from phi3_plugin.models.recorded import Recorded
 from phi3_plugin.options import Sampling
 from tests.answers import Letters, chi_square, prompts_of, served
 from tests.oracles import MINI_4K, TINY_MHA, hf_model, save_checkpoint
@@ -82,6 +84,27 @@ def test_answers_on_a_gpu(tmp_path):
         how = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
         assert list(answer.tokens) == out[0, tokens.shape[1] :].tolist()
+
+
+@pytest.mark.gpu
+def test_a_graph_answers_as_steps_of_their_own_do(tmp_path, monkeypatch):
+    _, ours = on_gpu(torch.float32, tmp_path)
+    replays = []
+    replay = Recorded._replay
+    monkeypatch.setattr(Recorded, "_replay", lambda self: (replays.append(1), replay(self)))
+
+    def answers():
+        generator = Generator(
+            ours, Letters(range(0, 140, 20)), Sampling(max_new_tokens=300), batch_size=2
+        )
+        return {
+            answer.index: answer.tokens for answer in generator.answers(prompts_of(3, 40, 2100, 9))
+        }
+
+    found = answers()
+    assert len(replays) > 100
+    monkeypatch.setattr(generate, "computes_ahead", lambda device: False)
+    assert answers() == found
 
 
 @pytest.mark.gpu

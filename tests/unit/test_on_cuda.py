@@ -34,6 +34,7 @@ from phi3_plugin.models.lora_settings import TARGETS, LoRASettings
 from phi3_plugin.models.new_tokens import add_new_tokens
 from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.models.phi3 import adapted
+from phi3_plugin.models.recorded import Recorded
 from phi3_plugin.train import losses
 from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import SFT
@@ -331,6 +332,9 @@ def test_answers(guard, variant, dtype, quantize):
             tokens = torch.zeros(1, sum(lengths), dtype=torch.int64, device=CUDA)
             logits = model(tokens, step=step)
             assert (logits.device, len(logits)) == (CUDA, len(rows))
+        with NoWaits():  # which a graph could not record
+            logits = Recorded(model, cache).compute()
+        assert (logits.device, len(logits)) == (CUDA, 2)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -366,6 +370,8 @@ ELSEWHERE = {
     "api.py": "a docstring",
     "first_run.py": "whether a plan for a GPU is asked for",
     "train/step.py": "tells torch's scaler of losses where it is",
+    "models/recorded.py": "records a graph of what the tests above run",
+    "train/compiled.py": "whether layers are compiled on CUDA",
     "train/monitor.py": "asks the allocator for its peak",
     "train/world.py": "chooses the device, and names it to NCCL, to the mesh and to its generator",
     "train/plan.py": "asks the driver what memory is free, and waits for a step that it tries",

@@ -165,7 +165,7 @@ def test_what_resembles_nothing_is_just_refused(problems):
         ("seed=-1", "-1 must be a whole number from 0 to 2**63 - 1."),
         ("epochs=null", "null must be a whole number above 0."),
         ("shuffle=maybe", "'maybe' must be True or False."),
-        ("compile=1", "1 must be True or False."),
+        ("compile=1", "1 must be True or False or null."),
         ("clip_grad_norm=0", "0 must be a number above 0 or null."),
         ("clip_grad_norm=.nan", "nan must be a number above 0 or null."),
         ("clip_grad_norm='1'", "'1' must be a number above 0 or null."),
