@@ -25,7 +25,7 @@ from phi3_plugin.data.columns import (
     unread_columns,
     with_columns_beside,
 )
-from phi3_plugin.data.thoughts import THINK, THOUGHT_IN_TEXT, thought_of
+from phi3_plugin.data.thoughts import THINK, THOUGHT_FIELDS, THOUGHT_IN_TEXT, thought_of
 from phi3_plugin.data.turns import (
     LARGEST,
     READS_NOTHING,
@@ -281,6 +281,70 @@ class TextColumn:
         return f"{self.name}, written as the chat template writes it"
 
 
+# What was thought before an answer
+
+
+def with_thought(turn: Turn, thought: str, reads: Reads, thoughts: str | None) -> Turn:
+    """Put what was thought where the template writes it, or in front of what is said.
+
+    Args:
+        turn: What was said.
+        thought: What was thought.
+        reads: What the chat template reads.
+        thoughts: See `MessageList`.
+
+    Raises:
+        DataError: Nobody says how to write it, or it does not belong there.
+    """
+    checked_text(f"the thought of the {turn.role} message", thought)
+    if turn.role != "assistant":
+        raise DataError(f"the {turn.role} message has a thought, and only the assistant's may")
+    if turn.content.lstrip().startswith(THINK):
+        raise DataError(
+            f"a message has its thought in a field, and {THINK} in its content; remove one"
+        )
+    if thoughts is not None:
+        return turn._replace(content=thoughts.replace("{}", thought) + turn.content)
+    if reads.thought is None:
+        raise DataError(
+            "a message has a thought, and neither the chat template nor anything else says how "
+            f"to write it; set dataset.thoughts, as in {THOUGHT_IN_TEXT!r}, or remove it"
+        )
+    return turn._replace(thought=thought)
+
+
+@dataclass(frozen=True)
+class ThoughtColumn:
+    """A question and an answer, and what was thought before the answer, in a column of its own."""
+
+    column: str
+    format: Columns | PromptText
+    reads: Reads = READS_NOTHING
+    thoughts: str | None = None
+    """See `MessageList`."""
+    precedence: ClassVar[int] = 1
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the columns."""
+        return self.column in row and self.format.fits(row)
+
+    def read(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Read the messages; a thought that is blank is none."""
+        *before, answer = self.format.read(row)
+        thought = thought_of({THOUGHT_FIELDS[0]: column(row, self.column)})
+        if thought is not None:
+            answer = with_thought(answer, thought, self.reads, self.thoughts)
+        return [*before, answer]
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the columns that the user did not name."""
+        return [name for name in self.format.unread(row) if name != self.column]
+
+    def __str__(self) -> str:
+        """Show the shape in an error message."""
+        return f"{self.format}, {self.column}"
+
+
 # Rows that list messages
 
 FIELDS = {"role": "content", "from": "value"}
@@ -425,27 +489,9 @@ class MessageList:
         tools = tools_text(message.get("tools"))
         turn = _asked(make_turn(role, content, tools=tools), message)
         if (thought := thought_of(message)) is not None:
-            turn = self._with_thought(turn, thought)
+            turn = with_thought(turn, thought, self.reads, self.thoughts)
         fields = self.reads.of_message(message)
         return turn._replace(fields=fields) if fields else turn
-
-    def _with_thought(self, turn: Turn, thought: str) -> Turn:
-        """Put what was thought where the template writes it, or in front of what is said."""
-        checked_text(f"the thought of the {turn.role} message", thought)
-        if turn.role != "assistant":
-            raise DataError(f"the {turn.role} message has a thought, and only the assistant's may")
-        if turn.content.lstrip().startswith(THINK):
-            raise DataError(
-                f"a message has its thought in a field, and {THINK} in its content; remove one"
-            )
-        if self.thoughts is not None:
-            return turn._replace(content=self.thoughts.replace("{}", thought) + turn.content)
-        if self.reads.thought is None:
-            raise DataError(
-                "a message has a thought, and neither the chat template nor anything else says how "
-                f"to write it; set dataset.thoughts, as in {THOUGHT_IN_TEXT!r}, or remove it"
-            )
-        return turn._replace(thought=thought)
 
     def _role(self, speaker: Any, mapped: bool) -> str:
         if not isinstance(speaker, str):
@@ -919,8 +965,13 @@ def pick_format(
         DataError: No format fits the rows, or several do.
     """
     format: Format
+    thought = (columns or {}).get("thought")
     if columns is not None:
-        columns = {part: name for part, name in columns.items() if part != "weight"}
+        columns = {part: columns[part] for part in columns if part not in ("weight", "thought")}
+    if thought is not None:
+        pair = pick_format(None, columns, rows, prompt=prompt)
+        assert isinstance(pair, Columns | PromptText)  # nothing else has such a column
+        return ThoughtColumn(thought, pair, reads, thoughts)
     options = {"tool_calls": tool_calls, "roles": roles or {}, "reads": reads, "thoughts": thoughts}
     if columns is not None and columns.keys() & {"chosen", "label"}:
         return NamedColumns(_with_options(_format_of_answers(columns), options), columns, prompt)

@@ -76,6 +76,8 @@ def _are_columns(value: Any) -> bool:
     if {"chosen", "rejected"} <= parts:
         asked = parts - {"chosen", "rejected", "system", "tools"}
         return asked in ({"prompt"}, {"messages"}, set())
+    if "thought" in parts:
+        return {"assistant"} <= parts <= {*ROLES, "thought"}
     parts -= {"label"}
     return {"assistant"} <= parts <= {*ROLES} or {"messages"} <= parts <= {*LISTED}
 
@@ -94,9 +96,9 @@ def _are_roles(value: Any) -> bool:
 _FORMAT = Kind("the name of a format", lambda v: isinstance(v, str) and v in FORMATS)
 _COLUMNS = Kind(
     "the name of one column for user, of one for assistant and of at most one for system, as in "
-    "{user: question, assistant: answer}, or of one for messages, as in {messages: chat}, either "
-    "perhaps with one for label; or of those for chosen, rejected and perhaps prompt or messages; "
-    "and perhaps of one for weight,",
+    "{user: question, assistant: answer}, perhaps with one for thought; or of one for messages, as "
+    "in {messages: chat}; either perhaps with one for label; or of those for chosen, rejected and "
+    "perhaps prompt or messages; and perhaps of one for weight,",
     _are_columns,
     dict,
 )
@@ -131,7 +133,7 @@ class SourceOptions(RowOptions):
     columns: Annotated[dict[str, str], _COLUMNS] | None = None
     """Role to column name, for rows that no format fits; or where the list of messages is
     (``messages``); or of pairs ``chosen``, ``rejected`` and ``prompt``. Also ``label``, of answers
-    that are good or bad ones, and ``weight``."""
+    that are good or bad ones, ``thought``, what was thought before an answer, and ``weight``."""
     prompt: AnyText | None = None
     """What the user says, with columns in braces, as in ``"{instruction}\\n\\n{context}"``."""
     roles: Annotated[dict[str, str], _ROLES] | None = None

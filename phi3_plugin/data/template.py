@@ -391,20 +391,16 @@ class Slot(NamedTuple):
     """Whether white space before the text is kept."""
     tail: bool = True
     """Whether white space after the text is kept."""
-    begins_with: str = ""
-    """What a prompt has of it already, if the text begins so: that is not trained on."""
+    is_asked: bool = False
+    """Whether a prompt that ends before it may end in the beginning of its text."""
 
     def text_in(self, turns: Sequence[Turn]) -> str:
         """Return the conversation's text for this place."""
         return getattr(turns[self.turn], self.field) or ""
 
-    def fill(self, turns: Sequence[Turn]) -> Iterator[Piece]:
+    def fill(self, turns: Sequence[Turn]) -> Piece:
         """Put the conversation's text in."""
-        text = self.trim(self.text_in(turns))
-        if self.begins_with and text.startswith(self.begins_with):
-            yield Piece(self.begins_with, False, said=True)
-            text = text.removeprefix(self.begins_with)
-        yield Piece(text, self.trained, said=True)
+        return Piece(self.trim(self.text_in(turns)), self.trained, said=True)
 
     def trim(self, text: str) -> str:
         """Take the white space off that is not kept."""
@@ -423,18 +419,32 @@ class Layout(NamedTuple):
     of these is blank, which it may ask."""
     forgotten: bool
     """See `Rendered`."""
+    begins_with: str
+    """What a prompt has of an answer already, if that begins so: it is not trained on."""
 
     def filled(self, turns: Sequence[Turn]) -> Rendered:
         """Put the texts of a conversation in."""
-        pieces = list[Piece]()
+        pieces = [part.fill(turns) if isinstance(part, Slot) else part for part in self.parts]
+        if any(turn.weight != 1 for turn in turns):
+            pieces = [*self._weighted(pieces, turns)]
+        if self.begins_with:
+            pieces = [*self._without_begun(pieces)]
+        return Rendered(pieces, turns, self.dropped, self.forgotten)
+
+    def _weighted(self, pieces: Iterable[Piece], turns: Sequence[Turn]) -> Iterator[Piece]:
+        # What ends a message counts as it does, and what comes before all as the first
         weight = next((turns[part.turn].weight for part in self.parts if isinstance(part, Slot)), 1)
-        for part in self.parts:
+        for part, piece in zip(self.parts, pieces, strict=True):
             if isinstance(part, Slot):
                 weight = turns[part.turn].weight
-            filled = part.fill(turns) if isinstance(part, Slot) else [part]
-            # What ends a message counts as it does, and what comes before all as the first
-            pieces += filled if weight == 1 else [p._replace(weight=weight) for p in filled]
-        return Rendered(pieces, turns, self.dropped, self.forgotten)
+            yield piece._replace(weight=weight)
+
+    def _without_begun(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for part, piece in zip(self.parts, pieces, strict=True):
+            if isinstance(part, Slot) and part.is_asked and piece.text.startswith(self.begins_with):
+                yield piece._replace(text=self.begins_with, trained=False)
+                piece = piece._replace(text=piece.text.removeprefix(self.begins_with))
+            yield piece
 
 
 def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
@@ -449,9 +459,11 @@ def shape_of(turns: Sequence[Turn]) -> tuple[Turn, ...]:
                 _outline(content),
                 trained,
                 tools and _outline(tools),
-                fields=fields,
-                variables=variables,
-                thought=thought and _outline(thought),
+                None,
+                False,
+                fields,
+                variables,
+                thought and _outline(thought),
             )
             for role, content, trained, tools, _, _, fields, variables, thought, _ in turns
         ]
@@ -504,13 +516,13 @@ def _layout(template: ChatTemplate, shape: tuple[Turn, ...], ask: bool) -> Layou
         else:
             parts += _template_pieces(template, between, before, role)
             if slot.field == "content" and slot.trained and role == "assistant" and not blocks:
-                slot = slot._replace(begins_with=template.begins_with)
+                slot = slot._replace(is_asked=True)
         parts.append(slot)
         before = None if blocks else slot
     parts += _template_pieces(template, marked.text[at:], before, None)
     texts = {text for turn in shape for name in TEXTS if (text := getattr(turn, name)) is not None}
     holds = texts == {"x"} and template.only_writes
-    return Layout(_joined(parts), dropped, holds, forgotten)
+    return Layout(_joined(parts), dropped, holds, forgotten, template.begins_with)
 
 
 def _joined(parts: Iterable[Piece | Slot]) -> list[Piece | Slot]:

@@ -12,6 +12,7 @@ from phi3_plugin.data.formats import (
     OpenAIPreference,
     PreferencePair,
     PromptText,
+    ThoughtColumn,
 )
 from phi3_plugin.data.turns import short_repr
 from phi3_plugin.errors import DataError
@@ -45,7 +46,8 @@ def refuse_unwanted(row: Mapping[str, Any], format: Format, filter: str | None) 
     Raises:
         DataError: The answer is not to be learned, or it is not said whether.
     """
-    inner = format.format if isinstance(format, AnyCase | NamedColumns) else format
+    wrapped = AnyCase | NamedColumns | ThoughtColumn
+    inner = format.format if isinstance(format, wrapped) else format
     naming = format if isinstance(format, NamedColumns) else inner
     names = naming.names if isinstance(naming, NamedColumns | Columns | PromptText) else {}
     label = names.get("label")

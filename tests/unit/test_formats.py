@@ -307,6 +307,24 @@ def test_the_same_thought_under_several_names():
         refused(says, messages, ASSISTANT | more, thoughts="{}")
 
 
+def test_a_column_of_thoughts():
+    row = {"Q": "u", "CoT": "t", "A": "a", "id": 1, "label": True}
+    columns = {"user": "Q", "assistant": "A", "thought": "CoT"}
+    format = pick_format(None, columns, [row], thoughts="<t>{}</t>")
+    assert format.fits(row) and not format.fits({"Q": "u", "A": "a"})
+    assert spoken(format.read(row)) == [("user", "u"), ("assistant", "<t>t</t>a")]
+    assert spoken(format.read(row | {"CoT": None})) == PAIR
+    assert format.unread(row) == ["id", "label"]
+    refuse_unwanted(row, format, None)
+    apart = pick_format(None, columns, [row], reads=Reads(frozenset({"thinking"})))
+    assert apart.read(row)[1].thought == "t"
+    asked = {"assistant": "A", "thought": "CoT"}
+    format = pick_format(None, asked, [row], prompt="Say {Q}", thoughts="{} ")
+    assert spoken(format.read(row)) == [("user", "Say u"), ("assistant", "t a")]
+    assert str(format) == "Q, A, CoT"
+    refused("set dataset.thoughts", read, row, None, columns)
+
+
 def test_thoughts_that_belong_nowhere():
     refused("the user message has a thought", messages, USER | {"thinking": "t"}, thoughts="{}")
     twice = {"content": "\n<think>t</think>a", "reasoning": "t"}

@@ -324,6 +324,7 @@ def test_every_wrong_option_is_named(data):
         ({"prompt": "{a}", "format": "alpaca"}, "format and dataset.source.prompt are both set"),
         ({"prompt": "{a}", "columns": {"user": "q", "assistant": "a"}}, "is what the user says"),
         ({"columns": {"assistant": "a"}}, "columns names no column for user. Name it, or set"),
+        ({"columns": {"assistant": "a", "thought": "t"}}, "columns names no column for user."),
         ({"roles": {"human": 3}}, "roles: .* must be the meaning of names"),
         ({"roles": {"human": "<|user|>"}}, "roles: .* must be the meaning of names"),
     ],
