@@ -48,6 +48,8 @@ WAYS = {
     "head": ("model.apply_lora_to_output=True",),
     "embedding": ("model.apply_lora_to_embedding=True",),
     "whole parts": ("model.modules_to_save=[embed_tokens,lm_head]",),
+    "new tokens": ("tokenizer.add_tokens=['<call>']",),
+    "pissa": ("model.lora_init=pissa",),
     "recomputed": ("enable_activation_checkpointing=True", "clip_grad_norm=0.5"),
 }
 
@@ -186,7 +188,7 @@ def test_losses_of_answers_are_those_of_fp32(loss, cwd):
     assert {line["loss_scale"] for line in metrics(half)} == {65536.0}
 
 
-@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("quantize", some([False, True], quick={True}))
 def test_what_was_trained_answers_in_fp16(quantize, cwd):
     settings = (*TINY, *STEPS, "dtype=fp16", f"model.quantize_base={quantize}", "output_dir=out")
     adapter = finished(*settings, cwd=cwd) / "final"
