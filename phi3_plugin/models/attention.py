@@ -149,7 +149,8 @@ class Dense:
         q, k, v = qkv.transpose(1, 2).split(heads, dim=1)
         offset: int | Tensor = 0
         if self.cache is not None:  # a compiled model must not ask for the number
-            offset = self.cache.cache_pos[0] if torch.compiler.is_compiling() else self.cache.size
+            place = self.cache.cache_pos[0]  # moved on by the update
+            offset = place.clone() if torch.compiler.is_compiling() else self.cache.size
             k, v = self.cache.update(k, v)
         mask = windowed(self.mask, q.shape[2], k.shape[2], offset, window, q.device)
         gqa = heads[0] != heads[1]

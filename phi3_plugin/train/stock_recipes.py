@@ -5,6 +5,8 @@ A recipe that is copied and changed is judged as well, so what it can do is read
 
 import functools
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,12 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
         found.append(
             f"value_checkpointer.output_dir: {folders[0]} is that of the policy, and both models "
             "are saved as epoch_0. Give it another folder."
+        )
+    compares = 'version("lm-eval") < "0.4.5"' in source
+    if compares and find_spec("lm_eval") and version("lm_eval") < "0.4.5":
+        found.append(
+            f"the recipe compares the version of lm_eval, {version('lm_eval')}, with 0.4.5 as a "
+            "text and takes it for an older one. Use lm_eval by itself: docs/lm_eval.md."
         )
     exits = "early_exit_loss(" in source and cfg.get("early_exit_loss")
     if exits and cfg.get("fsdp_reshard_after_forward", True):

@@ -9,6 +9,8 @@ import os
 import re
 import sys
 from fnmatch import fnmatch
+from importlib import metadata
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,12 +28,15 @@ from torchtune.training.quantization import (
 )
 from transformers import AutoConfig, Phi3ForCausalLM, Phi3ForSequenceClassification
 
+from phi3_plugin.checkpoint import Phi3Checkpointer
 from phi3_plugin.checkpoint.base import load_base_weights
 from phi3_plugin.data import phi3_tokenizer
-from phi3_plugin.errors import ConfigError
+from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.models import phi3, phi3_reward
 from phi3_plugin.models.lora_settings import TARGETS
+from phi3_plugin.train import stock_recipes
 from tests.chosen import EVERYTHING
+from tests.oracles import MINI_4K, hf_model, save_checkpoint, tiny_phi4_mini
 from tests.own import BATCH, WORDS, peft_agrees, same_weights
 from tests.stock import check_checkpoint, stock_module, torchrun_stock
 
@@ -208,20 +213,37 @@ ELSEWHERE = {"knowledge_distillation_single_device", "knowledge_distillation_dis
 DISTRIBUTED = [name for name in (*ADAPTERS, *WHOLE) if "distributed" in name]
 
 
-@pytest.fixture(scope="module")
-def reward(inputs, tmp_path_factory):
-    """A random reward model with the base's sizes, as transformers saves one."""
-    config = AutoConfig.from_pretrained(inputs / "base")
+def save_reward(base, folder):
+    """Write a random reward model with the base's sizes, as transformers saves one."""
+    config = AutoConfig.from_pretrained(base)
     config.num_labels, config.pad_token_id = 1, 0
     torch.manual_seed(0)
     model = Phi3ForSequenceClassification(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    folder = tmp_path_factory.mktemp("trl") / "reward"
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).symlink_to(inputs / "base" / name)
+        (folder / name).symlink_to(base / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward(inputs, tmp_path_factory):
+    return save_reward(inputs / "base", tmp_path_factory.mktemp("trl") / "reward")
+
+
+@pytest.fixture(scope="module")
+def tied(inputs, tmp_path_factory):
+    """A tiny Phi-4-mini, whose head is its embedding, and a reward model of its sizes."""
+    folder = tmp_path_factory.mktemp("tied")
+    others = {"vocab_size": 448, "intermediate_size": 512, "num_hidden_layers": 2}
+    positions = {"max_position_embeddings": 256, "original_max_position_embeddings": 128}
+    sizes = {**tiny_phi4_mini(256, 12), **others, **positions}
+    save_checkpoint(hf_model(MINI_4K, **sizes), MINI_4K, folder / "base", **sizes)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / "base" / name).write_bytes((inputs / "base" / name).read_bytes())
+    save_reward(folder / "base", folder / "reward")
     return folder
 
 
@@ -314,6 +336,20 @@ def test_it_ends_in_a_model_that_transformers_loads(run, cwd, recipe):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("recipe", [*ADAPTERS, *WHOLE])
+def test_it_does_so_with_a_tied_head(run, cwd, tied, recipe):
+    for name in ("base", "reward"):
+        (cwd / name).unlink()
+        (cwd / name).symlink_to(tied / name)
+    run(recipe, {**ADAPTERS, **WHOLE}[recipe])
+    if recipe in ADAPTERS:
+        assert peft_agrees(cwd, cwd / "out" / "epoch_1") > 1e-3
+    else:
+        check_checkpoint(cwd / "out" / "epoch_1", cwd / "base", BATCH, moved=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("recipe", DISTRIBUTED)
 def test_it_does_so_in_two_processes(cwd, recipe):
     write(cwd, {**ADAPTERS, **WHOLE}[recipe])
@@ -396,6 +432,20 @@ def test_ppo_loads_scores_trains_and_resumes_a_reward_model(run, cwd):
     same_weights(load_base_weights(cwd / "out" / "epoch_1"), whole)
 
 
+def test_a_folder_of_another_kind_is_refused(cwd):
+    keys = {"output_dir": "out", "model_type": "REWARD"}
+    with pytest.raises(CheckpointError, match=r"(?s)missing: score\.weight.*unexpected: lm_head"):
+        Phi3Checkpointer("base", **keys).load_checkpoint()
+    with pytest.raises(CheckpointError, match=r"(?s)missing: lm_head.*unexpected: score\.weight"):
+        Phi3Checkpointer("reward", "out").load_checkpoint()
+    with pytest.raises(ConfigError, match="no reward model"):
+        Phi3Checkpointer("reward", layout="split", **keys)
+    config = AutoConfig.from_pretrained("base")
+    Phi3ForSequenceClassification(config).save_pretrained("two_labels")
+    with pytest.raises(CheckpointError, match=r"score\.weight is \[2, 256\], expected \[1, 256\]"):
+        Phi3Checkpointer("two_labels", **keys).load_checkpoint()
+
+
 @pytest.mark.parametrize("quantizer", [INT8_INT4, QAT], ids=["after training", "in training"])
 def test_a_quantized_model_is_that_of_torchao_and_answers(run, cwd, quantizer, caplog, monkeypatch):
     run("quantize", {**quantizer, "checkpointer": {**CHECKPOINTER, "checkpoint_files": SHARDS}})
@@ -443,7 +493,7 @@ def test_int4_weights_alone_are_refused_where_torchao_has_them_no_more(run, cwd)
 
 def test_lm_eval_measures_what_it_measures_by_transformers(run, cwd, caplog, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'phi3-plugin[lm_eval]'")
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -479,6 +529,11 @@ def test_lm_eval_measures_what_it_measures_by_transformers(run, cwd, caplog, mon
     )
     expected = theirs["results"]["my_sums"]["acc,none"]
     keys = {"tasks": ["my_sums"], "include_path": "tasks", "limit": None, "max_seq_length": 96}
+    if version("lm_eval") < "0.4.5":  # the recipe takes 0.4.13 for an older one
+        with pytest.raises(ConfigError, match="Use lm_eval by itself"):
+            run("eleuther_eval", {**ANSWER, **keys})
+        for module in (metadata, stock_recipes):
+            monkeypatch.setattr(module, "version", lambda name: "0.4.9")
     with caplog.at_level("INFO"):
         run("eleuther_eval", {**ANSWER, **keys})
     (measured,) = re.findall(r"\|acc *\|. *\|([\d.]+)\|", re.sub(r" +", " ", caplog.text))

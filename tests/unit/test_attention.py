@@ -3,6 +3,8 @@
 Documents without a mask are in tests/contract/test_documents.py, cached rows in test_cache.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torchtune.modules.attention_utils import create_block_causal_mask
 
 from phi3_plugin.models.attention import Dense, attend_causally, has_flash, windowed
+from phi3_plugin.models.lora import Linear
+from phi3_plugin.models.phi3 import decoder
+from tests.chosen import some
+from tests.tiny import CONFIG
 
 CPU = torch.device("cpu")
 
@@ -98,3 +104,27 @@ def test_flash_attention_begins_with_ampere(monkeypatch, capability, has):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert has_flash(torch.device("cuda")) == has
     assert not has_flash(CPU)
+
+
+@pytest.mark.parametrize("window", some([None, 3, 12], quick={3}))
+def test_a_compiled_step_over_torchtunes_cache_is_one_graph(window):
+    """Else torchtune's recipe could not answer with a quantized model, which it compiles whole."""
+    config = replace(CONFIG, sliding_window=window, num_hidden_layers=1)
+    model = decoder(config, lambda _, i, o: Linear(i, o)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.setup_caches(1, torch.float32, decoder_max_seq_len=8)
+    seen = torch.ones(8, 8, dtype=torch.bool).tril()[None]
+    tokens = torch.arange(8)[None]
+
+    def steps(step):
+        model.reset_caches()
+        parts = [slice(0, 4), *(slice(n, n + 1) for n in range(4, 8))]
+        positions = torch.arange(8)[None]
+        with torch.no_grad():
+            return [step(tokens[:, p], input_pos=positions[:, p], mask=seen[:, p]) for p in parts]
+
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for ours, theirs in zip(steps(compiled), steps(model), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
