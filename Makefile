@@ -37,7 +37,7 @@ check: setup
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not exhaustive and not runtimes"
 
-# What is exported, in every program that serves it; some 15 GB of environments, each of its own.
+# What is exported, in every program that serves it; some 27 GB of environments, each of its own.
 runtimes: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.runtimes
 

@@ -132,7 +132,7 @@ def environment(name: str, folder: Path, *, install: bool = True) -> Path:
             raise NotInstalledError(f"{step[0]} is not here") from error
         except subprocess.CalledProcessError as error:
             said = (error.stderr or error.stdout).strip().splitlines()
-            why = next((line for line in said if "ERROR" in line), *said[-1:], "failed")
+            why = [*(line for line in said if "ERROR" in line), *said[-1:], "failed"][0]
             raise NotInstalledError(f"{' '.join(step[:4])} …: {why}") from error
     done.touch()
     return python
@@ -581,8 +581,11 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="phi3_plugin_runtimes_"))
     folder.mkdir(parents=True, exist_ok=True)
     if options.verdicts:
-        names = (*EVERYONE, *OLDER)
-        write_verdicts(verdicts(folder, {n: environment(n, options.environments) for n in names}))
+        try:
+            pythons = {n: environment(n, options.environments) for n in (*EVERYONE, *OLDER)}
+        except NotInstalledError as error:
+            parser.error(f"verdicts come from all of their runtimes, but {error}")
+        write_verdicts(verdicts(folder, pythons))
         return 0
     chosen = options.runtime or served
     run = Run(folder)

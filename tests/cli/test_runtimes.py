@@ -3,6 +3,15 @@
 import pytest
 
 
+def test_a_runtime_that_cannot_be_installed_is_one_line(tmp_path):
+    from benchmarks import runtimes
+
+    (tmp_path / "MLX").write_text("no folder")
+    with pytest.raises(runtimes.NotInstalledError, match=r"-m venv .*: .*MLX") as error:
+        runtimes.environment("MLX", tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.runtimes
 @pytest.mark.parametrize("name", ["PEFT 0.10", "PEFT", "vLLM", "llama.cpp", "ONNX", "MLX"])
 def test_what_we_write_computes_the_same_in(name, tmp_path):
