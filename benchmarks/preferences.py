@@ -356,10 +356,10 @@ def fast(options: argparse.Namespace, folder: Path) -> None:
     draw = random.Random(3)
 
     def answer() -> str:  # about as uneven as answers of assistants are
-        return " ".join(draw.choices(WORDS[2:], k=min(int(draw.lognormvariate(2.6, 0.8)) + 1, 60)))
+        return " ".join(draw.choices(WORDS[2:], k=min(int(draw.lognormvariate(4, 0.8)) + 1, 350)))
 
     def row() -> dict[str, str]:
-        asked = " ".join(draw.choices(WORDS[2:], k=draw.randint(4, 16)))
+        asked = " ".join(draw.choices(WORDS[2:], k=draw.randint(10, 80)))
         return {"prompt": asked, "chosen": answer(), "rejected": answer()}
 
     write_rows(folder / "pairs.jsonl", [row() for _ in range(options.batch * options.steps)])
@@ -411,18 +411,20 @@ def fast(options: argparse.Namespace, folder: Path) -> None:
         indices = recipe.data.order.indices(step)
         lengths = [samples[int(n)]["lengths"].tolist() for n in indices]
         total, longest = sum(map(sum, lengths)), max(map(max, lengths))
-        theirs = trl.step() if trl else math.nan
+        if trl:
+            trl.wait()
         start = time.perf_counter()
         batches = recipe.data.order.batches(step, 0, recipe.data.collate)
         parts = recipe.world, recipe.model, recipe.optimizer, recipe.loss, batches, 1.0
         result = train_step(*parts)
         recipe.scheduler.step()
         ours = time.perf_counter() - start
+        theirs = trl.step() if trl else math.nan
         assert result.moved
         padded = f"{total / (2 * len(lengths) * longest):.0%}"
         both = [f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}"]
         rows.append([str(step), str(total), padded, *(both if trl else both[1:2])])
-        print(rows[-1], f"loss {result.loss:.5f}", flush=True)
+        print(rows[-1], flush=True)
         ratios += [theirs / ours] if step else []  # in the first, memory is taken and weights read
     print(table(head, rows))
     if trl:
@@ -442,13 +444,21 @@ class Stepped:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
+    def wait(self) -> None:
+        """Wait until it does nothing."""
+        self._line("waiting")
+
     def step(self) -> float:
         """Let it make one and return its seconds."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
         print("go", file=self.process.stdin, flush=True)
+        return float(self._line("step took ").split()[-1])
+
+    def _line(self, start: str) -> str:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("step took "):
-                return float(line.split()[-1])
+            if line.startswith(start):
+                return line
         raise RuntimeError("TRL has ended; see above")
 
     def end(self) -> dict[str, Any]:
@@ -522,9 +532,9 @@ def main() -> None:
     parser.add_argument("what", choices=["equal", "fast", "general"])
     parser.add_argument("--trl", help="a Python that has TRL 1.16")
     parser.add_argument("--losses", nargs="*")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--pairs", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=2, help="pairs of a step of `fast`")
+    parser.add_argument("--batch", type=int, default=4, help="pairs of a step of `fast`")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))

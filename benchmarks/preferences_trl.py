@@ -67,6 +67,7 @@ class Clock(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
         if self.waits:
+            print("waiting", flush=True)
             input()
         self.begun = time.perf_counter()
 
