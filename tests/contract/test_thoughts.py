@@ -10,9 +10,13 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from phi3_plugin.data import chat_dataset, phi3_tokenizer
+from phi3_plugin.data import chat_dataset, phi3_tokenizer, preference_dataset
 from phi3_plugin.data.collate import IGNORED
+from phi3_plugin.data.dataset import messages_of_rows
 from phi3_plugin.data.findings import FORGOTTEN_THOUGHT
+from phi3_plugin.evaluate import question_of
+from phi3_plugin.options import PromptOptions
+from phi3_plugin.prompts import read_prompts
 from tests.variants import (
     FORGETS,
     OPEN4,
@@ -50,11 +54,17 @@ def answer(text="It is 4.", **fields):
     return {"role": "assistant", "content": text, **fields}
 
 
-def samples(folder, rows, **options):
-    """Return tokens and labels of rows as a run takes them, and what was noticed."""
+def written(folder, *rows):
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), "utf-8")
-    dataset = chat_dataset(phi3_tokenizer(folder), source=str(file), **options)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(file)
+
+
+def samples(folder, rows, special_in_text="parse", **options):
+    """Return tokens and labels of rows as a run takes them, and what was noticed."""
+    source = written(folder, *({"messages": row} for row in rows))
+    tokenizer = phi3_tokenizer(folder, special_in_text=special_in_text)
+    dataset = chat_dataset(tokenizer, source=source, **options)
     listed = [dataset[i] for i in range(len(dataset))]
     return [([*one["tokens"]], [*one["labels"]]) for one in listed], dataset.findings
 
@@ -63,10 +73,10 @@ def expected(folder, messages, end):
     """Return tokens and labels as transformers' texts have them."""
     theirs = AutoTokenizer.from_pretrained(folder)
 
-    def written(some, ask=False):
+    def text_of(some, ask=False):
         return theirs.apply_chat_template(some, tokenize=False, add_generation_prompt=ask)
 
-    text = written(messages)
+    text = text_of(messages)
     encoding = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = theirs.apply_chat_template(messages, return_dict=False)
     assert ids == encoding["input_ids"]
@@ -74,7 +84,7 @@ def expected(folder, messages, end):
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked, said = written(messages[:i], ask=True), written(messages[: i + 1])
+        asked, said = text_of(messages[:i], ask=True), text_of(messages[: i + 1])
         said = said[: said.rindex(end) + len(end)]
         assert said.startswith(asked)
         if not text.startswith(said):
@@ -139,6 +149,49 @@ def test_a_checkpoint_that_thinks_gets_thoughts_in_front_of_the_answer(
         is_as_expected(folder, seen, None, end)  # as it is written already
 
 
+@pytest.mark.parametrize("template", [WRITES, PHI4_REASONING], ids=["writes", "phi4-reasoning"])
+def test_the_marks_stay_tokens_where_special_tokens_are_text(tmp_path, template):
+    folder = folder_of(tmp_path, template, MARKED)
+    as_text, _ = samples(folder, [ROWS["two"]], special_in_text="text")
+    assert as_text == samples(folder, [ROWS["two"]])[0]
+    assert phi3_tokenizer(folder).special_tokens["</think>"] in as_text[0][1]
+
+
+@pytest.mark.parametrize("template", [WRITES, FORGETS], ids=["writes", "forgets"])
+def test_what_a_model_is_asked_has_the_thoughts_that_transformers_gives_it(tmp_path, template):
+    folder, row = folder_of(tmp_path, template), ROWS["two"]
+    tokenizer, theirs = phi3_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    asked = theirs.apply_chat_template(row[:-1], add_generation_prompt=True, return_dict=False)
+    section = {"source": written(folder, {"messages": row})}
+    ((_, messages),) = messages_of_rows(tokenizer, section)
+    assert question_of(messages, tokenizer)[::2] == (asked, "6")
+    o = PromptOptions(checkpoint_dir=folder, prompts=section["source"])
+    (prompt,) = read_prompts(o, tokenizer, 1000)
+    assert prompt.ids.tolist() == asked
+
+
+def test_prompts_of_a_checkpoint_that_does_not_think(tmp_path):
+    folder, (*before, _) = folder_of(tmp_path, PHI4), ROWS["two"]
+    o = PromptOptions(checkpoint_dir=folder, prompts=written(folder, {"messages": ROWS["two"]}))
+    tokenizer = phi3_tokenizer(folder)
+    (prompt,) = read_prompts(o, tokenizer, 1000)
+    text = f"<think>\n{before[1]['reasoning_content']}\n</think>\n{before[1]['content']}"
+    assert text in tokenizer.decode(prompt.ids.tolist())
+
+
+def test_pairs_of_answers_with_thoughts(tmp_path):
+    folder = folder_of(tmp_path, PHI4_REASONING)
+    chosen, rejected = [answer("4", reasoning="Two.")], [answer("5", reasoning="Three.")]
+    source = written(folder, {"prompt": [user()], "chosen": chosen, "rejected": rejected})
+    tokenizer = phi3_tokenizer(folder)
+    (pair,) = preference_dataset(tokenizer, source=source)
+    learned = [
+        tokenizer.decode([i for i in pair[f"{side}_labels"] if i != IGNORED])
+        for side in ("chosen", "rejected")
+    ]
+    assert learned == ["<think>\nTwo.\n</think>\n4", "<think>\nThree.\n</think>\n5"]
+
+
 def test_a_checkpoint_that_does_not_think_is_told_how_to_write_thoughts(tmp_path):
     folder = folder_of(tmp_path, PHI4)
     row = [user(), answer(**THOUGHT)]
@@ -169,9 +222,7 @@ def test_a_prompt_that_opens_the_thought_is_not_learned(tmp_path, template):
     is_as_expected(folder, [user(), answer(reasoning_content="Two and two.")])
     text = f"{said}<|im_end|>"
     asked = "<|im_start|>user<|im_sep|>What?<|im_end|><|im_start|>assistant<|im_sep|>"
-    file = folder / "texts.jsonl"
-    file.write_text(json.dumps({"text": asked + text}))
     tokenizer = phi3_tokenizer(folder)
-    (sample,) = chat_dataset(tokenizer, source=str(file))
+    (sample,) = chat_dataset(tokenizer, source=written(folder, {"text": asked + text}))
     learned = tokenizer.decode([i for i in sample["labels"] if i != IGNORED], False)
     assert learned == text.removeprefix("<think>\n")
