@@ -205,7 +205,7 @@ def test_verbs_of_adapters_have_options_of_their_own(chosen):
     [
         (["generate", "Hello"], "the following arguments are required: --base"),
         (["generate", "--base", "b", "--top-k", "x"], "argument --top-k: invalid int value: 'x'"),
-        (["generate", "--base", "b", "--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (["generate", "--base", "b", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["chat", "--base", "b", "Hello there"], "unrecognized arguments: Hello there"),
         (["chat", "--base", "b", "-o", "x"], "unrecognized arguments: -o x"),
         (["adapter", "chek"], "invalid choice: 'chek'"),

@@ -242,7 +242,7 @@ def test_what_no_keys_say_is_to_be_merged(place, tmp_path):
         ("gqa", "mini", {}, MissingFileError, "it is not an adapter folder"),
         ("gqa", "for-wide", {}, AdapterError, "is not an adapter of this base"),
         ("mini", "for-wide", {}, AdapterError, "is not an adapter of this base"),
-        ("gqa", None, {"dtype": "fp16"}, ConfigError, "'fp16' must be one of bf16, fp32"),
+        ("gqa", None, {"dtype": "fp8"}, ConfigError, "'fp8' must be one of bf16, fp16, fp32"),
         ("gqa", None, {"device": "tpu"}, ConfigError, "'tpu' must be one of 'cpu', 'cuda', 'xpu'"),
         ("gqa", None, {"quantize": True}, ConfigError, "cannot be stored in NF4"),
     ],
