@@ -105,8 +105,8 @@ class Phi3Attention(nn.Module):
         Returns:
             ``[B, S, D]``, or of the wanted alone ``[1, rows, D]``.
         """
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        qkv = rotate(qkv, attends.cos, attends.sin, self.heads[0] + self.heads[1])
+        rotated = self.heads[0] + self.heads[1]
+        qkv = rotate(self.qkv_proj(x), attends.cos, attends.sin, rotated, self.head_dim)
         out = attends.attend(qkv, self.heads, self.sliding_window)
         return self.o_proj(take(out, rows))  # type: ignore[no-any-return]
 

@@ -52,14 +52,13 @@ def lora_linear(
         return linear(x, weight)
     rows = tuple((update.start, update.scaling) for update in updates)
     factors = [factor for update in updates for factor in (update.a, update.b)]
-    flat = x.flatten(0, -2)
     compiling = torch.compiler.is_compiling()  # asked once: a graph break would change the answer
-    out: Tensor = _LoRALinear.apply(flat, weight, rows, dropout, compiling, *factors)  # type: ignore[no-untyped-call]
+    out: Tensor = _LoRALinear.apply(x, weight, rows, dropout, compiling, *factors)  # type: ignore[no-untyped-call]
     if not compiling:
         # After, not in the operation: torch.utils.checkpoint stops recomputing as soon as what is
         # kept is there, so that a layer's last and largest product is not computed twice.
-        _add_base(out.detach(), flat.detach(), weight)
-    return out.view(*x.shape[:-1], len(weight))
+        _add_base(out.detach().flatten(0, -2), x.detach().flatten(0, -2), weight)
+    return out
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -83,10 +82,13 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         # Named one by one, torch's compiler would take two factors for a function without a context
         x, weight, rows, dropout, compiling, *factors = inputs
+        # Made as it is returned: who writes to a view in place, as RoPE does, pays for copies
+        whole = len(rows) == 1 and len(factors[1]) == len(weight)
+        result: Tensor = (x.new_empty if whole else x.new_zeros)(*x.shape[:-1], len(weight))
+        ctx.shape = x.shape
+        x, out = x.flatten(0, -2), result.flatten(0, -2)
         kept = keep_mask(x, dropout)
         seen = x if kept is None else x * kept / (1 - dropout)
-        whole = len(rows) == 1 and len(factors[1]) == len(weight)
-        out: Tensor = (x.new_empty if whole else x.new_zeros)(len(x), len(weight))
         lows = []
         for (start, scaling), a, b in zip(rows, factors[::2], factors[1::2], strict=True):
             low = (seen @ a.to(x.dtype).t()) * scaling
@@ -103,11 +105,11 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(weight, kept, seen, for_weight, *factors, *lows)
         if compiling:
             _add_base(out, x, weight)
-        return out
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
+        g = grads[0].flatten(0, -2)
         weight, kept, seen, for_weight, *rest = ctx.saved_tensors
         factors, lows = rest[: ctx.count], rest[ctx.count :]
         gx = g @ plain(weight, g.dtype) if ctx.needs_input_grad[0] else None
@@ -123,6 +125,7 @@ class _LoRALinear(torch.autograd.Function):
                 gx.add_((inner @ a.to(g.dtype)).mul_(kept), alpha=1 / (1 - ctx.dropout))
             gfactors += [(inner.t() @ seen).to(a.dtype), (part.t() @ low).to(b.dtype)]
         gweight = None if for_weight is None else g.t() @ for_weight
+        gx = None if gx is None else gx.view(ctx.shape)
         return gx, gweight, None, None, None, *gfactors
 
 

@@ -225,9 +225,8 @@ def plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _dequantized(weight).to(dtype)
 
 
-DEQUANTIZED_AT_ONCE = 1 << 18
-"""Weights that are dequantized at a time on a CPU: what its cache holds, and small enough that the
-C library uses the same memory again for each, where new pages cost more than dequantizing."""
+DEQUANTIZED_AT_ONCE = 1 << 20
+"""Weights that are dequantized at a time on a CPU: what its cache holds."""
 
 
 class _Memory(threading.local):
@@ -259,10 +258,12 @@ def _dequantized(weight: Any) -> Tensor:
         weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
     )
     step = DEQUANTIZED_AT_ONCE if codes.device.type == "cpu" else count
+    # No piece in memory of its own: new pages cost more than dequantizing
+    places = torch.empty(step // each, dtype=torch.int32, device=codes.device)
     for first in range(0, count, step):
         last = min(first + step, count)
-        piece = out[first:last]
-        words = codes[first // each : last // each].int()
+        piece, some = out[first:last], codes[first // each : last // each]
+        words = places[: len(some)].copy_(some)
         torch.index_select(values, 0, words, out=piece.view(values.dtype))
         piece.view(-1, GROUP).mul_(scalers[first // GROUP : last // GROUP, None])
     return out.view(weight.shape)

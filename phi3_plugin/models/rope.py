@@ -146,46 +146,54 @@ class RotaryEmbedding(nn.Module):
         return cos, sin
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> Tensor:
     """Rotate the first heads of fused projections by their position, in place.
 
     Args:
-        qkv: ``[B, S, all heads, F]``; the operation that made it must not need it any more.
+        qkv: ``[B, S, all heads F]``; the operation that made it must not need it any more. Not a
+            view, or autograd copies all of its gradient twice more.
         cos: From :meth:`RotaryEmbedding.turns`.
         sin: Likewise.
         heads: How many of the heads rotate: those of queries and keys.
+        head_dim: F.
+
+    Returns:
+        ``[B, S, all heads, F]``.
     """
     if torch.compiler.is_compiling():  # which decides itself what to write in place
+        qkv = qkv.unflatten(-1, (-1, head_dim))
+        half = cos.shape[-1]
         turned, values = qkv.split([heads, qkv.shape[2] - heads], dim=2)
-        return torch.cat((_turned(turned, cos, sin), values), dim=2)
-    out: Tensor = _Rotate.apply(qkv, cos, sin, heads)  # type: ignore[no-untyped-call]
-    return out
+        low, high, rest = turned.split([half, half, head_dim - 2 * half], dim=-1)
+        turned = torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+        return torch.cat((turned, values), dim=2)
+    out: Tensor = _Rotate.apply(qkv, cos, sin, heads, head_dim)  # type: ignore[no-untyped-call]
+    apart: Tensor = out.unflatten(-1, (-1, head_dim))
+    return apart
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int
+    ) -> Tensor:
         ctx.mark_dirty(qkv)
         ctx.save_for_backward(cos, sin)
-        ctx.heads = heads
-        _turn(qkv[:, :, :heads], cos, sin)
+        ctx.heads, ctx.head_dim = heads, head_dim
+        _turn(qkv.unflatten(-1, (-1, head_dim))[:, :, :heads], cos, sin)
         return qkv
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
         g = grads[0].clone()
-        _turn(g[:, :, : ctx.heads], cos, -sin)
-        return g, None, None, None
+        _turn(g.unflatten(-1, (-1, ctx.head_dim))[:, :, : ctx.heads], cos, -sin)
+        return g, None, None, None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    rotated = x[..., : 2 * cos.shape[-1]]
-    rotated.copy_(_turned(rotated, cos, sin))
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
-    rotated, rest = x.split([2 * half, x.shape[-1] - 2 * half], dim=-1)
-    low, high = rotated.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+    low, high = x[..., :half], x[..., half : 2 * half]
+    turned = (low * cos).sub_(high * sin)
+    high.mul_(cos).add_(low * sin)
+    low.copy_(turned)

@@ -102,7 +102,7 @@ def test_fixed_factors_are_those_of_a_batch_that_chooses_them(long):
     places = torch.arange(20)[None]
 
     def turned(rope, input_pos=None):
-        return rotate(x.clone(), *rope.turns(20, input_pos, x.dtype), 2)
+        return rotate(x.clone().flatten(2), *rope.turns(20, input_pos, x.dtype), 2, x.shape[3])
 
     assert torch.equal(turned(auto), turned(short))
     assert torch.equal(turned(auto, input_pos=places), turned(short, input_pos=places))

@@ -57,7 +57,7 @@ def test_rotating_in_place_is_what_autograd_gives(rotated):
     x = torch.randn(1, 5, 6, 16, dtype=torch.float64, requires_grad=True)
 
     def turned(x):
-        return rotate(x * 1, angles.cos(), angles.sin(), 4)
+        return rotate((x * 1).flatten(2), angles.cos(), angles.sin(), 4, 16)
 
     low, high, rest = x[:, :, :4].split([rotated // 2, rotated // 2, 16 - rotated], dim=-1)
     cos, sin = angles.cos(), angles.sin()
