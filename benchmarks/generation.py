@@ -102,8 +102,8 @@ def useful(row: list[int], ends: Sequence[int]) -> int:
     return found[0] + 1 if found else len(row)
 
 
-def questions() -> Iterator[Question]:
-    """Yield what is measured."""
+def questions(new: int) -> Iterator[Question]:
+    """Yield what is measured, with so many tokens an answer."""
     random = torch.Generator().manual_seed(0)
 
     def prompts(*lengths: int) -> Tokens:
@@ -112,14 +112,14 @@ def questions() -> Iterator[Question]:
     mixed = [40, 200, 75, 130, 310, 60, 95, 160]
     yield Question("prefill, 1,024 tokens", prompts(1024), 1)
     yield Question("prefill, 8 of 40 to 310", prompts(*mixed), 1)
-    yield Question("decode after 64", prompts(64), 48)
-    yield Question("decode after 1,024", prompts(1024), 48)
-    yield Question("batch of 8 after 16", prompts(*[16] * 8), 48)
-    yield Question("batch of 8 after 128", prompts(*[128] * 8), 48)
-    yield Question("batch of 8, mixed lengths", prompts(*mixed), 48)
+    yield Question("decode after 64", prompts(64), new)
+    yield Question("decode after 1,024", prompts(1024), new)
+    yield Question("batch of 8 after 16", prompts(*[16] * 8), new)
+    yield Question("batch of 8 after 128", prompts(*[128] * 8), new)
+    yield Question("batch of 8, mixed lengths", prompts(*mixed), new)
     yield Question("32 prompts, answers that end", prompts(*mixed * 4), 256, ends=True)
-    yield Question("decode after 64, adapter", prompts(64), 48, adapted=True)
-    yield Question("batch of 8 after 16, adapter", prompts(*[16] * 8), 48, adapted=True)
+    yield Question("decode after 64, adapter", prompts(64), new, adapted=True)
+    yield Question("batch of 8 after 16, adapter", prompts(*[16] * 8), new, adapted=True)
 
 
 def write_base(folder: Path, keys: dict[str, Any], dtype: torch.dtype, device: str) -> None:
@@ -195,10 +195,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--new", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--only", default="", help="part of a question's name; several by commas")
     args = parser.parse_args()
     only = args.only.split(",")
-    asked = [q for q in questions() if any(part in q.name for part in only)]
+    asked = [q for q in questions(args.new) if any(part in q.name for part in only)]
     with tempfile.TemporaryDirectory() as name:
         base, adapter = Path(name) / "base", Path(name) / "adapter"
         base.mkdir()
@@ -214,7 +215,7 @@ def main() -> None:
         race(asked, models, args)
         quantized = new(quantize=True)
         serve(quantized)
-        for question in (q for q in asked if not q.adapted and q.new == 48):
+        for question in (q for q in asked if not q.adapted and q.new == args.new):
             speeds = measured({"NF4": partial(ours, quantized, question, args.batch)}, question, 2)
             print(f"| {question.name}, NF4 | | {statistics.median(speeds['NF4']):,.1f} | |")
 

@@ -102,14 +102,19 @@ def parts(args: argparse.Namespace, device: str) -> list[Part]:
     sizes = ["--preset", "tiny", "--dtype", "fp32"] if args.tiny else ["--preset", "full"]
     rounds = ["--rounds", "1" if args.tiny else "6"]
     few = ["--rounds", "1" if args.tiny else "3"]  # an answer takes as long as several steps
+    long = [] if args.tiny else ["--new", "128"]  # or the graph of our first token weighs too much
     layers = ["--layers", "2" if args.tiny else "32"]
     width = ["--width", "256", "--tokens", "256"]
     width = width if args.tiny else ["--width", "3072", "--tokens", "4096"]
     tokens = ["--tokens", "256" if args.tiny else "4096"]
     asked = "batch of 8 after 16" if args.tiny else "decode after 64,batch of 8 after 16,mixed"
 
+    compiled, quantized, again = "--compile", "--quantize", "--recompute"
+
     def training(title: str, seconds: float, *more: str) -> Part:
-        cases = "ours", "PEFT, packed", "torchtune, packed"
+        cases = ["ours", "PEFT, packed", "torchtune, packed"]
+        if not {compiled, quantized} & {*more}:  # how much of that Liger's kernels would be
+            cases.insert(1, "ours, Liger")
         how = [*sizes, *rounds, "--packed", tokens[1], "--no-footer", *peak(device), *more]
         how += [word for case in cases for word in ("--case", case)]
         return script(title, seconds, "training", str(args.tokenizer), str(args.rows), *how)
@@ -118,7 +123,6 @@ def parts(args: argparse.Namespace, device: str) -> list[Part]:
         how = [*where, *width, *layers, "--case", case]
         return script(f"Memory, planned and measured: {case}", 40, "planned_memory", *how)
 
-    compiled, again = "--compile", "--recompute"
     return [
         Part("Tests", 90, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *tests]),
         training("LoRA, recomputed", 60, again),
@@ -126,8 +130,8 @@ def parts(args: argparse.Namespace, device: str) -> list[Part]:
         training("LoRA, compiled, recomputed", 110, compiled, again),
         training("LoRA, compiled", 80, compiled),
         training("LoRA, compiled, recomputed, PEFT with Liger", 70, compiled, again, "--liger"),
-        training("QLoRA, recomputed", 60, "--quantize", again),
-        script("Answers", 110, "generation", *where, *sizes, *layers, *few, "--only", asked),
+        training("QLoRA, recomputed", 60, quantized, again),
+        script("Answers", 110, "generation", *where, *sizes, *layers, *few, *long, "--only", asked),
         *map(planned, ["LoRA, all recomputed", "LoRA", "QLoRA, all recomputed"]),
         script("Attention", 60, "attention", *where, *tokens, *rounds),
     ]

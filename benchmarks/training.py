@@ -15,6 +15,7 @@ which is not timed otherwise. Losses of the first step are of equal weights, and
 exit code is 1.
 
     ours                 the steps of our recipe
+    ours, Liger          the same with Liger's norm and SwiGLU, on a GPU
     torchtune            torchtune's own model, its recipe's step, its configs' loss; padded right
     torchtune, packed    the same samples in one row, with torchtune's mask
     PEFT                 transformers + PEFT, sdpa, padded right
@@ -38,7 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 from environments import setting, table
-from training_cases import PRESETS, Case, Samples, Setup, Skipped, ours, torchtune
+from training_cases import PRESETS, Case, Samples, Setup, Skipped, ours, ours_liger, torchtune
 from training_footer import footer
 from training_limit import Roofline, Work, least, machine, simple, skippable, synchronize, work_of
 from training_peft import peft, trl
@@ -48,6 +49,7 @@ from phi3_plugin.data.packing import Packs
 
 CASES: dict[str, Callable[[Setup], Case]] = {
     "ours": ours,
+    "ours, Liger": ours_liger,
     "torchtune": torchtune,
     "torchtune, packed": partial(torchtune, packed=True),
     "PEFT": peft,

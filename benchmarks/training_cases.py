@@ -24,7 +24,7 @@ from phi3_plugin.config import parse_config
 from phi3_plugin.data.collate import IGNORED, concatenate
 from phi3_plugin.models.lora_settings import LoRASettings
 from phi3_plugin.models.nf4 import is_nf4, rows_of
-from phi3_plugin.models.phi3 import PRECISIONS, adapted
+from phi3_plugin.models.phi3 import PRECISIONS, Phi3MLP, RMSNorm, adapted
 from phi3_plugin.train.losses import SFT
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.step import train_step
@@ -134,6 +134,34 @@ def ours(setup: Setup) -> Case:
         return train_step(world, model, optimizer, SFT(), batches, None).loss
 
     return Case(model, step)
+
+
+def ours_liger(setup: Setup) -> Case:
+    """The steps of our recipe with Liger's kernels for norm and SwiGLU, which compiling rivals.
+
+    Its rotation takes queries and keys apart, which ours turns in place, where they were computed.
+    """
+    if setup.device.type != "cuda":
+        raise Skipped("Liger's kernels need a GPU")
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
+    except ImportError as error:
+        raise Skipped(str(error)) from error
+
+    def norm(module: RMSNorm, x: Tensor) -> Tensor:
+        return LigerRMSNormFunction.apply(x, module.scale, module.eps, 0.0, "llama", False)
+
+    def mlp(module: Phi3MLP, x: Tensor) -> Tensor:
+        return module.down_proj(LigerFusedGateUpSiLUMulFunction.apply(module.gate_up_proj(x)))
+
+    case = ours(replace(setup, compiled=False))
+    for module in case.model.modules():
+        if isinstance(module, RMSNorm):
+            module.forward = partial(norm, module)
+        elif isinstance(module, Phi3MLP):
+            module.forward = partial(mlp, module)
+    return case
 
 
 def fill(model: nn.Module, adapter: Callable[[str], Any], base: Callable[[str], Tensor]) -> None:

@@ -95,14 +95,14 @@ def test_a_graph_answers_as_steps_of_their_own_do(tmp_path, monkeypatch):
 
     def answers():
         generator = Generator(
-            ours, Letters(range(0, 140, 20)), Sampling(max_new_tokens=300), batch_size=2
+            ours, Letters(range(0, 140, 20)), Sampling(max_new_tokens=100), batch_size=2
         )
         return {
             answer.index: answer.tokens for answer in generator.answers(prompts_of(3, 40, 2100, 9))
         }
 
     found = answers()
-    assert len(replays) > 100
+    assert len(replays) > 50
     monkeypatch.setattr(generate, "computes_ahead", lambda device: False)
     assert answers() == found
 

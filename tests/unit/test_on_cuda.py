@@ -179,6 +179,9 @@ WAYS = {
 }
 
 
+ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
+
+
 class NoWaits(TorchDispatchMode):
     """Finds what makes Python wait for a GPU; numbers and sizes that it has are errors anyhow."""
 
@@ -197,7 +200,7 @@ def train(mode, model, batch, loss=None, **optimizer):
     """Make a step, but for the way back through torch's own operations; on CUDA without a wait."""
     world = World("cpu")
     world.device = CUDA
-    section = {"_component_": "torch.optim.AdamW", "lr": 1e-4, **optimizer}
+    section = {**ADAMW, **optimizer}
     groups = parameter_groups(model, 1e-4, 16.0)
     made = instantiate(section, groups, **for_gpu(section, groups))
     schedule = linear_with_warmup(made, 10)
@@ -279,6 +282,33 @@ def test_others_look_before_they_step(backward, asked):
     batch = a_batch()
     with fake() as mode, pytest.raises(DataDependentOutputException):
         train(mode, a_model(), batch, **asked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["lora", "qlora", "dora"])
+def test_a_real_step_waits_for_nothing_and_can_be_left_out(way):
+    world, model = World("cuda"), a_model(**WAYS[way])
+    groups = parameter_groups(model, 1e-4, None)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, **for_gpu(ADAMW, groups))
+    batch = a_batch()
+
+    def step(loss):
+        return train_step(world, model, optimizer, loss, [batch], 1.0)
+
+    def weights():
+        return [p.detach().clone() for group in groups for p in group["params"]]
+
+    assert step(SFT()).moved  # which also sets up what is set up once
+    before = weights()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        left_out = step(lambda logps, batch: logps.sum() * torch.nan)
+        made = step(SFT())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not left_out.moved and made.moved
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+    assert any(not torch.equal(*pair) for pair in zip(before, weights(), strict=True))
 
 
 class NoDoubles(TorchDispatchMode):
