@@ -104,8 +104,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as out:
         recipe = new_recipe(name, args, out)
     before, start = restart_peak(), time.perf_counter()
-    recipe.setup_model()
     recipe.data = SimpleNamespace(total_steps=1)
+    recipe.setup_model()
     recipe.setup_optimizer()
     loaded, middle = peak(), time.perf_counter()
     rest: tuple[Any, ...] = SFT(), [concatenate(batch)], recipe.s.clip_grad_norm
