@@ -4,6 +4,7 @@ A recipe that is copied and changed is judged as well, so what it can do is read
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,6 +20,9 @@ from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.data.vocabulary import first_difference, read_vocabulary
 from phi3_plugin.errors import ConfigError
 from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, PREFERENCE_LOSS
+
+_OPTIMIZER_ALONE = re.compile(r"load_from_full_optimizer_state_dict\(\s*optimizer,")
+"""A call of torchtune's as it was before the model came first."""
 
 Recipe = Callable[[DictConfig], Any]
 
@@ -113,6 +117,11 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
         found.append(
             "early_exit_loss: the recipe computes it from weights that are sharded again by then. "
             "Add fsdp_reshard_after_forward=False."
+        )
+    if cfg.get("resume_from_checkpoint") and _OPTIMIZER_ALONE.search(source):
+        found.append(
+            "resume_from_checkpoint: the recipe loads its optimizer without naming the model, and "
+            "ends in a TypeError. Start anew with checkpoint_dir set to the newest epoch's folder."
         )
     name = str((cfg.get("dataset") or {}).get("_component_"))
     if "padded_collate_dpo" in source and name in CHAT_DATASETS:

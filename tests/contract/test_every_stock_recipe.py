@@ -35,12 +35,15 @@ from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.models import phi3, phi3_reward
 from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.train import stock_recipes
+from tests.adapters import load_adapter
 from tests.chosen import EVERYTHING
 from tests.oracles import MINI_4K, hf_model, save_checkpoint, tiny_phi4_mini
 from tests.own import BATCH, WORDS, peft_agrees, same_weights
 from tests.stock import check_checkpoint, stock_module, torchrun_stock
 
 PAGE = Path(__file__).parents[2] / "docs" / "torchtune.md"
+PPO_RECIPE = "ppo_full_finetune_single_device"
+EARLY_EXIT_RECIPE = "dev/early_exit_finetune_distributed"
 QUESTION = "Add: one plus two"
 
 PHI3 = {"_component_": "phi3_plugin.models.phi3", "checkpoint_dir": "base"}
@@ -194,8 +197,8 @@ WHOLE = {
     "full_finetune_distributed": {},
     "full_dpo_distributed": {**PAIRS, "ref_checkpointer": CHECKPOINTER},
     "qat_distributed": QAT,
-    "dev/early_exit_finetune_distributed": EARLY_EXIT,
-    "ppo_full_finetune_single_device": PPO,
+    EARLY_EXIT_RECIPE: EARLY_EXIT,
+    PPO_RECIPE: PPO,
 }
 """End in a folder that transformers loads."""
 
@@ -209,6 +212,9 @@ ANSWERING = {"generate", "dev/generate_v2"}
 WITH_TESTS_BELOW = {"quantize", "eleuther_eval"}
 ELSEWHERE = {"knowledge_distillation_single_device", "knowledge_distillation_distributed"}
 """Tested with the loss of distillation, in test_distillation.py."""
+
+NO_RESUME = {EARLY_EXIT_RECIPE, PPO_RECIPE}
+"""One cannot, the other is resumed with its value model below."""
 
 DISTRIBUTED = [name for name in (*ADAPTERS, *WHOLE) if "distributed" in name]
 
@@ -350,6 +356,51 @@ def test_it_does_so_with_a_tied_head(run, cwd, tied, recipe):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("recipe", [name for name in (*ADAPTERS, *WHOLE) if name not in NO_RESUME])
+def test_it_goes_on_from_an_epoch(run, cwd, recipe):
+    keys = {**ADAPTERS, **WHOLE}[recipe]
+    run(recipe, keys)
+    (cwd / "out").rename(cwd / "first")
+    (cwd / "out").mkdir()
+    (cwd / "first" / "epoch_0").rename(cwd / "out" / "epoch_0")
+    run(recipe, {**keys, "resume_from_checkpoint": True})
+    load = load_adapter if recipe in ADAPTERS else load_base_weights
+    again, whole = (load(cwd / name / "epoch_1") for name in ("out", "first"))
+    if "multi_dataset" in recipe:  # it begins the data anew
+        assert again.keys() == whole.keys()
+    else:
+        same_weights(again, whole)
+
+
+def test_a_resume_that_torchtune_cannot_do_is_refused(run, cwd):
+    with pytest.raises(ConfigError, match="ends in a TypeError"):
+        run(EARLY_EXIT_RECIPE, {**EARLY_EXIT, "resume_from_checkpoint": True})
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("recipe", ["full_finetune_single_device", PPO_RECIPE])
+def test_the_optimizer_in_the_backward_pass(run, cwd, recipe):
+    run(recipe, {**WHOLE[recipe], "optimizer_in_bwd": True, "lr_scheduler": None})
+    check_checkpoint(cwd / "out" / "epoch_1", cwd / "base", BATCH, moved=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "recipe", [name for name in (*ADAPTERS, *WHOLE) if name != "qat_distributed"]
+)
+def test_compiled(run, cwd, recipe, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    run(recipe, {**ADAPTERS, **WHOLE}[recipe] | {"compile": True})
+    if recipe in ADAPTERS:
+        assert peft_agrees(cwd, cwd / "out" / "epoch_1") > 1e-3
+    else:
+        check_checkpoint(cwd / "out" / "epoch_1", cwd / "base", BATCH, moved=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("recipe", DISTRIBUTED)
 def test_it_does_so_in_two_processes(cwd, recipe):
     write(cwd, {**ADAPTERS, **WHOLE}[recipe])
@@ -415,7 +466,7 @@ def test_ppo_loads_scores_trains_and_resumes_a_reward_model(run, cwd):
             torch.testing.assert_close(ours(BATCH)[:, -1], expected, rtol=0, atol=1e-5)
         return expected
 
-    run("ppo_full_finetune_single_device", PPO)
+    run(PPO_RECIPE, PPO)
     trained = scores(cwd / "out" / "value" / "epoch_1")
     assert (trained - scores(cwd / "reward")).abs().max() > 1e-3
 
@@ -425,7 +476,7 @@ def test_ppo_loads_scores_trains_and_resumes_a_reward_model(run, cwd):
     (cwd / "first" / "epoch_0").rename(cwd / "out" / "epoch_0")
     value = {**PPO["reward_checkpointer"], "checkpoint_dir": "first/value/epoch_0"}
     run(
-        "ppo_full_finetune_single_device",
+        PPO_RECIPE,
         {**PPO, "value_checkpointer": value, "resume_from_checkpoint": True},
     )
     # Not to the bit: of the generator that orders a batch's answers the recipe saves nothing
