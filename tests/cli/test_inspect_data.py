@@ -93,6 +93,15 @@ def test_every_config_is_taken_as_it_is(inspect, config, tmp_path):
     assert code == 0 and "Rows                    20 read" in out
 
 
+def test_weights_are_shown(inspect, tmp_path):
+    pair = {"question": "Add", "answer": "one"}
+    weights = [{"weight": 0.5}, {}, {"weight": 0}] * 6
+    rows = rows_file(tmp_path, *lines(*({**pair, **weight} for weight in weights)))
+    code, out, page = inspect(rows)
+    assert code == 0 and "1. rows.jsonl:1, weight 0.5: " in out and "2. rows.jsonl:2: " in out
+    assert "left out: 6 have a weight of 0" in out and "6 have a weight other than 1" in page
+
+
 def test_raw_text_is_shown_in_windows(inspect, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
