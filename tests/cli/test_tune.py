@@ -18,7 +18,8 @@ OURS, INSPECT, EVALUATE = "phi3_lora_finetune", "phi3_inspect_data", "phi3_evalu
 OF_NO_RUN = ADAPTER, GENERATE = "phi3_adapter", "phi3_generate"
 OF_RUNS = [file for file in CONFIGS if file.stem not in OF_NO_RUN]  # those are recipes' names too
 DPO = "lora_dpo_single_device", "lora_dpo_distributed"
-LISTED = (RECIPE, *DPO, DISTRIBUTED, OURS, INSPECT, ADAPTER, GENERATE, EVALUATE)
+DISTILL = "knowledge_distillation_single_device", "knowledge_distillation_distributed"
+LISTED = (RECIPE, *DPO, *DISTILL, DISTRIBUTED, OURS, INSPECT, ADAPTER, GENERATE, EVALUATE)
 BY_PATH = "phi3_plugin/recipes/lora_finetune.py"
 BIN = Path(sys.executable).parent
 
@@ -31,6 +32,8 @@ def recipes_of(file: Path) -> tuple[str, ...]:
         return (OURS, INSPECT, EVALUATE)
     if "preference_dataset" in file.read_text():
         return (*DPO, OURS, INSPECT, EVALUATE)
+    if "ForwardKL" in file.read_text():
+        return (*DISTILL, OURS, INSPECT, EVALUATE)
     stock = (RECIPE,) if file.stem == "phi3_demo" else (RECIPE, DISTRIBUTED)
     return (*stock, OURS, INSPECT, EVALUATE)
 
