@@ -82,3 +82,23 @@ def test_a_model_that_is_its_teacher_is_at_no_distance():
     assert found[[0, 2]].abs().max() < 1e-5
     found[0].sum().backward()
     assert hidden.grad.abs().max() < 1e-5
+
+
+def test_gradients_in_fp16_do_not_lose_the_many_unlikely_tokens():
+    """Beside a token that both are sure of each is less likely than fp16 has numbers for."""
+    wide = 20000
+    torch.manual_seed(0)
+    weight = torch.randn(wide, D) * 0.1
+    weight[0] = 1.0
+    hidden = torch.full((3, D), 1.0) + 0.01 * torch.randn(3, D)
+    targets = torch.zeros(3, dtype=torch.long)
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        head = torch.nn.Linear(D, wide, bias=False, dtype=dtype).requires_grad_(False)
+        head.weight.copy_(weight.half())
+        of = Teaching((hidden + 0.1).to(dtype), head, 0.5, 1.0)
+        given = hidden.half().to(dtype).requires_grad_()
+        token_distances(given, head, targets, wide, of)[0].sum().mul(1e4).backward()
+        found[dtype] = given.grad.float()
+    off = (found[torch.float16] - found[torch.float32]).norm()
+    assert off <= 2e-2 * found[torch.float32].norm()
