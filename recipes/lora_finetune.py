@@ -140,7 +140,6 @@ class Finetune:
         self.differences: list[Change] = []  # from those of the checkpoint to go on from
         self.finished = False
         self.unnoted: Callable[[], None] | None = None  # tells of the last step
-        self.unsettled: StepResult | None = None  # of the last step, which the rate follows
 
     def setup(self) -> None:
         """Data first: its mistakes are the likeliest, and it is the quickest to load."""
@@ -289,6 +288,7 @@ class Finetune:
         while state.step < total and not self.stop.now():
             samples, batches = made.of(state.step)
             epoch = state.step // order.steps_per_epoch
+            rate = float(self.optimizer.param_groups[0]["lr"])
             # Counts the labelled tokens of all processes, runs forward and backward, clips, steps
             result = train_step(
                 self.world,
@@ -298,11 +298,12 @@ class Finetune:
                 batches,
                 self.s.clip_grad_norm,
                 self.scaler,
-                self.settle,
                 self.teacher,
             )
-            rate = float(self.optimizer.param_groups[0]["lr"])
-            self.unsettled = result
+            if result.overflowed:  # asked of fp16 alone: a GPU is waited for
+                state.skipped += 1
+            elif self.scheduler:
+                self.scheduler.step()
             state.step += 1
             self.note()  # the step before: a GPU has just begun with this one
             self.unnoted = partial(self.note_step, state.step, epoch, result, rate, samples)
@@ -317,17 +318,6 @@ class Finetune:
             if is_kept or is_due(state.step, self.s.save_every_n_steps):
                 self.save(checkpoints.step_name(state.step))
         self.note()
-
-    def settle(self) -> None:
-        """Move the learning rate on after the last step, unless it overflowed in fp16.
-
-        As in transformers. A GPU is asked for that when it has the next step to compute.
-        """
-        result, self.unsettled = self.unsettled, None
-        if result and result.overflowed:
-            self.state.skipped += 1
-        elif result and self.scheduler:
-            self.scheduler.step()
 
     def note(self) -> None:
         """Tell of the last step, if nobody has yet; waits for a GPU that is at it."""
@@ -374,7 +364,6 @@ class Finetune:
     def save(self, name: str) -> Path:
         """Write a checkpoint that serves and that the run can go on from."""
         self.note()
-        self.settle()
         trained: dict[str, Tensor] = {}
         for parameter_name, parameter in trained_parameters(self.model).items():
             whole = self.world.whole(parameter.detach())

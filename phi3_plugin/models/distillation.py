@@ -6,7 +6,8 @@ some rows, and the gradient by the hidden state is worked out with the loss.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
 from phi3_plugin.models.logps import (
-    FP16_FACTOR,
-    IN_CACHE,
+    Measure,
     recomputed,
     rows_at_once,
     trained_parameters,
+    worked_out,
 )
 
 
@@ -66,82 +67,41 @@ def token_distances(
     trained = trained_parameters(head) if torch.is_grad_enabled() else []
     if trained:
         return recomputed(of_piece, hidden, rows, trained)
-    found: Tensor = _FrozenHead.apply(hidden, head, targets, rows, teaching)  # type: ignore[no-untyped-call]
-    return found
 
+    def measured(some: slice) -> Measure:
+        taught = teaching.head(teaching.hidden[some])
+        return partial(_measure, targets[some], taught, teaching)
 
-class _FrozenHead(torch.autograd.Function):
-    """Works out d loss / d hidden in the forward pass, as that of `logps` does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Callable[[Tensor], Tensor],
-        targets: Tensor,
-        rows: int,
-        teaching: Teaching,
-    ) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        ctx.factor = FP16_FACTOR if hidden.dtype == torch.float16 else 1
-        found = hidden.new_empty(3, len(hidden), dtype=torch.float32)
-        slopes = torch.empty_like(hidden) if wanted else None
-        for first in range(0, len(hidden), rows):
-            some = slice(first, first + rows)
-            piece = hidden[some].detach().requires_grad_(wanted)
-            taught = teaching.head(teaching.hidden[some])
-            with torch.set_grad_enabled(wanted):
-                logits = head(piece)
-            by_logits = logits.detach()
-            factor = ctx.factor if wanted else None
-            _measure(by_logits, taught, targets[some], found[:, some], teaching, slopes=factor)
-            if slopes is not None:
-                (slopes[some],) = torch.autograd.grad(logits, piece, by_logits)
-            del logits, by_logits, taught  # or they would be there beside the next ones
-        ctx.save_for_backward(slopes)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (slopes,), (g,) = ctx.saved_tensors, grads
-        # In fp32: rounding the factor would turn the whole gradient
-        slopes = (slopes.float() * (g[0][:, None] / ctx.factor)).to(slopes.dtype)
-        return slopes, None, None, None, None
+    return worked_out(measured, hidden, head, rows, 3)
 
 
 def _measure(
-    logits: Tensor,
-    taught: Tensor,
     targets: Tensor,
-    found: Tensor,
+    taught: Tensor,
     teaching: Teaching,
-    *,
-    slopes: int | None,
-) -> None:
-    """Write to ``found [3, n]``; if asked, the slopes of the loss by the logits over these.
-
-    They are multiplied by a factor, ``slopes``. Beside ``logits [n, V]`` and those of the teacher,
-    ``taught``, nothing is as wide: they become probabilities a few rows at a time.
-    """
+    some: slice,
+    logits: Tensor,
+    found: Tensor,
+    wanted: bool,
+) -> Tensor | None:
+    """Write loss, log p and distance of some rows of a piece, of which ``taught`` is all."""
     ratio, temperature = teaching.kd_ratio, teaching.temperature
-    rows = max(IN_CACHE // logits.shape[1], 1) if logits.device.type == "cpu" else len(logits)
-    pieces = [*(whole.split(rows) for whole in (logits, taught, targets)), found.split(rows, dim=1)]
-    for some, other, predicted, out in zip(*pieces, strict=True):
-        logp = torch.log_softmax(some.float(), dim=-1)
-        q = torch.log_softmax(other.float() / temperature, dim=-1)
-        p = logp if temperature == 1 else torch.log_softmax(some.float() / temperature, dim=-1)
-        at_target = torch.arange(len(logp), device=logp.device), predicted
-        out[1] = logp[at_target]
-        out[2] = F.kl_div(p, q, reduction="none", log_target=True).sum(dim=-1)
-        out[0] = ratio * temperature**2 * out[2] - (1 - ratio) * out[1]
-        if slopes is not None:
-            if temperature == 1:
-                by_logits = logp.exp_().sub_(q.exp_(), alpha=ratio)
-            else:
-                away = p.exp_().sub_(q.exp_())
-                by_logits = logp.exp_().mul_(1 - ratio).add_(away, alpha=ratio * temperature)
-            by_logits[at_target] -= 1 - ratio
-            some.copy_(by_logits if slopes == 1 else by_logits.mul_(slopes))
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    q = torch.log_softmax(taught[some].float() / temperature, dim=-1)
+    p = logp if temperature == 1 else torch.log_softmax(logits.float() / temperature, dim=-1)
+    at_target = torch.arange(len(logp), device=logp.device), targets[some]
+    found[1] = logp[at_target]
+    found[2] = F.kl_div(p, q, reduction="none", log_target=True).sum(dim=-1)
+    found[0] = ratio * temperature**2 * found[2] - (1 - ratio) * found[1]
+    if not wanted:
+        return None
+    if temperature == 1:
+        slopes = logp.exp_().sub_(q.exp_(), alpha=ratio)
+    else:
+        away = p.exp_().sub_(q.exp_())
+        slopes = logp.exp_().mul_(1 - ratio).add_(away, alpha=ratio * temperature)
+    slopes[at_target] -= 1 - ratio
+    return slopes
 
 
 def _distances(logits: Tensor, targets: Tensor, teaching: Teaching, some: slice) -> Tensor:

@@ -8,6 +8,7 @@ Source: the idea of Liger-Kernel's FusedLinearCrossEntropy (Hsu et al. 2024, sec
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,16 +46,17 @@ def token_logps(
     """
     rows = rows_at_once(vocabulary)
     trained = trained_parameters(head) if torch.is_grad_enabled() else []
-    logps: Tensor
     if trained:
 
         def of_piece(piece: Tensor, some: slice) -> Tensor:
             return _logps(piece, head, targets[some], label_smoothing)
 
-        logps = recomputed(of_piece, hidden, rows, trained)
-    else:
-        logps = _FrozenHead.apply(hidden, head, targets, rows, label_smoothing)  # type: ignore[no-untyped-call]
-    return logps
+        return recomputed(of_piece, hidden, rows, trained)
+
+    def measured(some: slice) -> Measure:
+        return partial(_predict, targets[some], label_smoothing)
+
+    return worked_out(measured, hidden, head, rows, 1)[0]
 
 
 def rows_at_once(width: int) -> int:
@@ -86,65 +88,90 @@ def recomputed(of_piece: OfPiece, hidden: Tensor, rows: int, trained: Sequence[T
     return values
 
 
+Measure = Callable[[slice, Tensor, Tensor, bool], Tensor | None]
+"""(some rows of a piece, their logits ``[n, V]``, where to write their values ``[K, n]``, whether
+slopes are wanted) -> those of the first value by the logits, ``[n, V]`` in fp32."""
+
+
+def worked_out(
+    measured: Callable[[slice], Measure],
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    rows: int,
+    kinds: int,
+) -> Tensor:
+    """Return values of all rows, ``[K, N]`` in fp32; the first of a row alone has a gradient.
+
+    It is worked out with the value, of a few rows at a time: the head must not be trained.
+
+    Args:
+        measured: Is told which rows of all a piece has, and returns what measures some of these.
+        hidden: Hidden states ``[N, D]``.
+        head: Maps ``[n, D]`` to logits ``[n, V]``.
+        rows: In a piece.
+        kinds: K.
+    """
+    values: Tensor = _FrozenHead.apply(hidden, head, measured, rows, kinds)  # type: ignore[no-untyped-call]
+    return values
+
+
 class _FrozenHead(torch.autograd.Function):
-    """Works out d log p / d hidden in the forward pass: W of the target, less the mean W by p."""
+    """Nothing else is as wide as a piece of logits: slopes replace them a few rows at a time."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         head: Callable[[Tensor], Tensor],
-        targets: Tensor,
+        measured: Callable[[slice], Measure],
         rows: int,
-        smoothing: float,
+        kinds: int,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         ctx.factor = FP16_FACTOR if hidden.dtype == torch.float16 else 1
-        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        values = hidden.new_empty(kinds, len(hidden), dtype=torch.float32)
         slopes = torch.empty_like(hidden) if wanted else None
         for first in range(0, len(hidden), rows):
             some = slice(first, first + rows)
             piece = hidden[some].detach().requires_grad_(wanted)
+            measure = measured(some)
             with torch.set_grad_enabled(wanted):
                 logits = head(piece)
             by_logits = logits.detach()
-            factor = ctx.factor if wanted else None
-            _predict(by_logits, targets[some], logps[some], smoothing, slopes=factor)
+            few = max(IN_CACHE // logits.shape[1], 1) if logits.device.type == "cpu" else rows
+            for start in range(0, len(piece), few):
+                part = slice(start, start + few)
+                found = measure(part, by_logits[part], values[:, some][:, part], wanted)
+                if found is not None:
+                    by_logits[part] = found if ctx.factor == 1 else found.mul_(ctx.factor)
             if slopes is not None:
                 (slopes[some],) = torch.autograd.grad(logits, piece, by_logits)
-            del logits, by_logits  # or they would be there beside the next ones
+            del logits, by_logits, measure  # or they would be there beside the next ones
         ctx.save_for_backward(slopes)
-        return logps
+        return values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,), (g,) = ctx.saved_tensors, grads
         # In fp32: rounding the factor would turn the whole gradient
-        slopes = (slopes.float() * (g[:, None] / ctx.factor)).to(slopes.dtype)
+        slopes = (slopes.float() * (g[0][:, None] / ctx.factor)).to(slopes.dtype)
         return slopes, None, None, None, None
 
 
 def _predict(
-    logits: Tensor, targets: Tensor, logps: Tensor, smoothing: float, *, slopes: int | None
-) -> None:
-    """Write log p of the targets to ``logps [n]``; if asked, its slopes by the logits over these.
-
-    They are multiplied by a factor, ``slopes``.
-
-    Nothing else is as wide as ``logits [n, V]``: they become probabilities a few rows at a time.
-    """
-    rows = max(IN_CACHE // logits.shape[1], 1) if logits.device.type == "cpu" else len(logits)
-    pieces = (whole.split(rows) for whole in (logits, targets, logps))
-    for some, predicted, found in zip(*pieces, strict=True):
-        logp = torch.log_softmax(some.float(), dim=-1)
-        at_target = torch.arange(len(logp), device=logp.device), predicted
-        found.copy_(_smoothed(logp[at_target], logp, smoothing))
-        if slopes is not None:
-            by_logits = logp.exp_().neg_()
-            if smoothing:
-                by_logits += smoothing / by_logits.shape[-1]
-            by_logits[at_target] += 1 - smoothing
-            some.copy_(by_logits if slopes == 1 else by_logits.mul_(slopes))
+    targets: Tensor, smoothing: float, some: slice, logits: Tensor, logps: Tensor, wanted: bool
+) -> Tensor | None:
+    """Write log p of targets; by the hidden state it is W of the target less the mean W by p."""
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    at_target = torch.arange(len(logp), device=logp.device), targets[some]
+    logps[0] = _smoothed(logp[at_target], logp, smoothing)
+    if not wanted:
+        return None
+    slopes = logp.exp_().neg_()
+    if smoothing:
+        slopes += smoothing / slopes.shape[-1]
+    slopes[at_target] += 1 - smoothing
+    return slopes
 
 
 class _TrainedHead(torch.autograd.Function):

@@ -99,7 +99,6 @@ def train_step(
     batches: Sequence[Batch],
     max_norm: float | None,
     scaler: GradScaler = UNSCALED,
-    before_moving: Callable[[], None] = lambda: None,
     teacher: Teacher | None = None,
 ) -> StepResult:
     """Accumulate over the micro-batches of this process, then move the weights once.
@@ -115,7 +114,6 @@ def train_step(
         batches: Micro-batches with ``labels``.
         max_norm: Clip the gradient to this norm; None only measures it.
         scaler: Of the loss, see :func:`loss_scaler`; goes on with its next scale.
-        before_moving: Called before the optimizer is, when a GPU has all else to do.
         teacher: Whom a loss learns from.
     """
     batches = [ready(batch, world.device) for batch in batches]
@@ -147,7 +145,6 @@ def train_step(
     numbers = torch.stack([x.to(world.device, wide) for x in (mean, norm, scale)])
     received = Received(torch.cat([numbers, measures.means(world)]))
     result = StepResult(tokens, received, measures, scaler.is_enabled())
-    before_moving()
     if skips_by_itself(optimizer):
         step_if(optimizer, numbers.isfinite().all())
     elif result.moved:

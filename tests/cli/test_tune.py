@@ -19,7 +19,7 @@ OF_NO_RUN = ADAPTER, GENERATE = "phi3_adapter", "phi3_generate"
 OF_RUNS = [file for file in CONFIGS if file.stem not in OF_NO_RUN]  # those are recipes' names too
 DPO = "lora_dpo_single_device", "lora_dpo_distributed"
 DISTILL = "knowledge_distillation_single_device", "knowledge_distillation_distributed"
-LISTED = (RECIPE, *DPO, *DISTILL, DISTRIBUTED, OURS, INSPECT, ADAPTER, GENERATE, EVALUATE)
+LISTED = (RECIPE, *DPO, DISTRIBUTED, *DISTILL, OURS, INSPECT, ADAPTER, GENERATE, EVALUATE)
 BY_PATH = "phi3_plugin/recipes/lora_finetune.py"
 BIN = Path(sys.executable).parent
 

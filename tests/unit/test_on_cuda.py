@@ -35,6 +35,7 @@ from phi3_plugin.models.new_tokens import add_new_tokens
 from phi3_plugin.models.nf4 import rows_of
 from phi3_plugin.models.phi3 import adapted
 from phi3_plugin.models.recorded import Recorded
+from phi3_plugin.teacher import load_teacher
 from phi3_plugin.train import losses
 from phi3_plugin.train.data import instantiate
 from phi3_plugin.train.losses import SFT
@@ -196,7 +197,7 @@ class NoWaits(TorchDispatchMode):
         return out
 
 
-def train(mode, model, batch, loss=None, **optimizer):
+def train(mode, model, batch, loss=None, teacher=None, **optimizer):
     """Make a step, but for the way back through torch's own operations; on CUDA without a wait."""
     world = World("cpu")
     world.device = CUDA
@@ -217,7 +218,7 @@ def train(mode, model, batch, loss=None, **optimizer):
     watched = NoWaits() if is_cuda else patch.object(StepResult, "moved", True)
     with patch.object(torch.Tensor, "backward", backward), watched:
         given = made, loss or SFT(), [faked(mode, batch)], 1.0
-        result = train_step(world, model, *given, scaler)
+        result = train_step(world, model, *given, scaler, teacher)
         schedule.step()
     assert scaler.is_enabled() == result.is_scaled == half
     assert result.tokens == len(batch["targets"])
@@ -275,6 +276,15 @@ def test_a_step_with_noise_smoothing_and_new_tokens(backward):
     with fake() as mode:
         model = a_model(new_tokens=range(32011, 32020), neftune_alpha=5.0)
         train(mode, model, batch, SFT(label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_step_that_learns_from_the_base(backward, temperature):
+    batch, loss = a_batch(), losses.Distill(temperature=temperature)
+    of = SimpleNamespace(teacher_dir=None, teacher_adapter=None)
+    with fake() as mode:
+        model = a_model()
+        train(mode, model, batch, loss, load_teacher(World("cpu"), of, loss, model))
 
 
 @pytest.mark.parametrize("asked", [{"fused": False}, {"_component_": "torch.optim.SGD"}])
@@ -414,7 +424,7 @@ ELSEWHERE = {
 BRANCHES = {
     "device.py": ['device.type == "cuda"'],
     "models/nf4.py": ["DEQUANTIZED_AT_ONCE if codes", "if codes.device.type"],
-    "models/logps.py": ["rows = max(IN_CACHE"],
+    "models/logps.py": ["few = max(IN_CACHE"],
     "models/attention.py": [
         *("_flex(q.device.type)", 'if device.type != "cuda"', "get_device_capability"),
         "if gqa and q.is_cuda",
