@@ -13,7 +13,7 @@ import shutil
 import sys
 from dataclasses import replace
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from phi3_plugin.compare import compare_with_hf
@@ -29,7 +29,7 @@ from phi3_plugin.inspect import (
 )
 from phi3_plugin.options import InspectOptions
 from phi3_plugin.pages.inspection import Terminal, write_page
-from phi3_plugin.settings import read_beside, without_weights
+from phi3_plugin.settings import PREFERENCE_LOSS, read_beside, without_weights
 from phi3_plugin.terminal import for_stdout
 from phi3_plugin.train.data import load_data
 
@@ -47,7 +47,9 @@ def main(cfg: DictConfig) -> int:
     dataset = unpacked(data.order.dataset)
     samples = survey(dataset, data.tokenizer.stop_tokens)
     stock = None
-    if settings.checkpointer is not None:  # so torchtune's recipes may run as well
+    loss = str(OmegaConf.select(cfg, "loss._component_"))
+    if settings.checkpointer is not None and not loss.startswith(PREFERENCE_LOSS):
+        # So torchtune's recipes may run as well
         stock = data.order
         if settings.val_fraction is None and not settings.dataset_val and data.order_val:
             # They hold nothing out by themselves

@@ -143,9 +143,11 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
         )
     found += _other_vocabulary(cfg) if "teacher_checkpointer" in source else []
     loss = str((cfg.get("loss") or {}).get("_component_"))
-    if "padded_collate_dpo" in source and loss.startswith(PREFERENCE_LOSS):
+    if "instantiate(cfg.loss)" in source and loss.startswith(PREFERENCE_LOSS):
+        compares = "padded_collate_dpo" in source
+        theirs = "rlhf.loss.DPOLoss" if compares else "modules.loss.CEWithChunkedOutputLoss"
         found.append(
-            "loss: the recipe takes torchtune's losses. Use torchtune.rlhf.loss.DPOLoss, or "
+            f"loss: the recipe takes torchtune's losses. Use torchtune.{theirs}, or "
             "phi3_lora_finetune."
         )
     adds = _is_ours(cfg, "tokenizer") and cfg["tokenizer"].get("add_tokens")

@@ -93,6 +93,15 @@ def test_every_config_is_taken_as_it_is(inspect, config, tmp_path):
     assert code == 0 and "Rows                    20 read" in out
 
 
+@pytest.mark.parametrize(("loss", "told"), [("kto", False), (None, True)])
+def test_torchtune_has_none_of_our_losses(inspect, tmp_path, loss, told):
+    row = {"prompt": "Add", "chosen": "one", "rejected": "two"}
+    ours = [] if loss is None else [f"loss={{_component_: phi3_plugin.train.losses.{loss}}}"]
+    rows = rows_file(tmp_path, *lines(*[row] * 20))
+    _, out, _ = inspect(rows, *ours, config=CONFIG.with_name("phi3_mini_dpo.yaml"))
+    assert ("by torchtune's recipes" in out) is told
+
+
 def test_weights_are_shown(inspect, tmp_path):
     pair = {"question": "Add", "answer": "one"}
     weights = [{"weight": 0.5}, {}, {"weight": 0}] * 6

@@ -69,6 +69,7 @@ CHATS, ANSWERS = (
 PPO = "ppo_full_finetune_single_device"
 REWARD = {**OURS["checkpointer"], "model_type": "REWARD", "output_dir": "out/value"}
 OWN_LOSS = {"_component_": "phi3_plugin.train.losses.dpo"}
+SMOOTHED = {"_component_": "phi3_plugin.train.losses.sft", "label_smoothing": 0.1}
 NF4 = {"model": {**OURS["model"], "quantize_base": True}}
 
 
@@ -79,7 +80,8 @@ NF4 = {"model": {**OURS["model"], "quantize_base": True}}
         ("lora_finetune_distributed", {"save_adapter_weights_only": None}, "save_adapter_weights"),
         ("lora_dpo_single_device", {"dataset": CHATS}, "gives one answer a row"),
         ("lora_finetune_distributed", {"dataset": ANSWERS}, "gives two answers a row"),
-        ("lora_dpo_single_device", {"loss": OWN_LOSS}, "takes torchtune's losses"),
+        ("lora_dpo_single_device", {"loss": OWN_LOSS}, "Use torchtune.rlhf.loss.DPOLoss"),
+        ("lora_finetune_single_device", {"loss": SMOOTHED}, "Use torchtune.modules.loss.CE"),
         ("lora_dpo_single_device", DORA, "never sets the magnitudes"),
         ("full_finetune_single_device", NF4, "NF4 cannot be trained"),
         ("full_finetune_distributed", {"tensor_parallel_dim": 2}, "tensor_parallel_plan"),
