@@ -118,7 +118,7 @@ class SampleOptions(RenderOptions):
     train_on: Literal["assistant", "last", "marked", "all"] = "assistant"
     """"assistant": what the assistant says and the token that ends it, unless the message has a
     weight of 0 or ``train: false``. "last": the last such turn only. "marked": the messages with a
-    weight of 1 or ``train: true``. "all": every token but the first, user text, roles and whatever
+    weight above 0 or ``train: true``. "all": every token but the first, user text, roles and what
     the template ends with among them; conversations need no assistant turn then."""
     truncate: Literal["right", "left", "drop"] = "right"
     """What becomes of conversations longer than ``tokenizer.max_seq_len``. "right": the end is cut
@@ -594,7 +594,7 @@ def _unusual_role(turns: Iterable[Turn], dropped: Sequence[str] | None = None) -
 
 def _nothing_to_train_on(train_on: str, turns: Sequence[Turn]) -> str:
     if train_on == "marked":
-        return "no message has a weight of 1 or train: true, so nothing to train on"
+        return "no message has a weight above 0 or train: true, so nothing to train on"
     if any(turn.role == "assistant" for turn in turns):
         return "every assistant turn has a weight of 0 or train: false, so nothing to train on"
     roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
