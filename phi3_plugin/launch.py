@@ -128,7 +128,8 @@ def change_ls(ls: Any, recipes: Collection[str], configs: Collection[str]) -> No
             ls.get_all_recipes = of_all
         print(
             "\nThe configs of phi3_lora_finetune are taken by phi3_evaluate and phi3_inspect_data\n"
-            "too; those without _1gpu and _8gpu by torchtune's LoRA recipes as well."
+            "too; those that end in _lora and _qlora by torchtune's LoRA recipes as well,\n"
+            "phi3_mini_dpo and phi3_mini_distill by its recipes of DPO and of distillation."
         )
 
     ls.List._ls_cmd = _ls_cmd
