@@ -51,6 +51,11 @@ CALLS = {
         "system_prompt train_on truncate add_eos bad_rows group_by held_out part seed packed "
         "split_documents cache_dir"
     ),
+    "data.preference_dataset": words(
+        "tokenizer source format columns prompt split subset streaming filter max_samples roles "
+        "tool_calls thoughts system_prompt truncate add_eos bad_rows group_by held_out part seed "
+        "packed cache_dir"
+    ),
     "data.text_dataset": words(
         "tokenizer source column split subset streaming filter max_samples overlap special_in_text "
         "group_by bad_rows held_out part seed packed cache_dir"
@@ -68,6 +73,12 @@ CALLS = {
     "train.linear_with_warmup": SCHEDULE,
     "train.constant_with_warmup": SCHEDULE,
     "train.DiskLogger": words("output_dir"),
+    "train.losses.sft": words("label_smoothing"),
+    "train.losses.distill": words("kd_ratio temperature"),
+    "train.losses.dpo": words("beta form label_smoothing rpo_alpha"),
+    "train.losses.simpo": words("beta gamma label_smoothing"),
+    "train.losses.orpo": words("beta"),
+    "train.losses.kto": words("beta desirable_weight undesirable_weight"),
     "load.load": words("checkpoint_dir adapter dtype device quantize check_base sharing"),
 }
 """Names within phi3_plugin that a YAML or a program says, and arguments that it passes by name."""
@@ -91,7 +102,7 @@ KEYS = {
         "save_every_n_steps save_every_epoch save_total_limit save_in_background resume "
         "checkpointer run_val_every_n_steps early_stop_patience keep_best metric_logger "
         "log_every_n_steps sample_prompts sample_max_new_tokens plan report prove "
-        "push_to_hub"
+        "push_to_hub loss reference neftune_alpha teacher_dir teacher_adapter teacher_quantized"
     ),
     EvaluateOptions: words(
         "adapter check_base answers generation generation_batch_size max_samples worst overwrite"
@@ -99,7 +110,7 @@ KEYS = {
     InspectOptions: words("samples processes compare"),
     GenerateOptions: words(
         "checkpoint_dir adapter dtype device quantize system prompts output overwrite raw "
-        "batch_size dropped"
+        "batch_size dropped hide_thoughts"
     )
     + SAMPLING,
     Sampling: SAMPLING,
@@ -114,7 +125,8 @@ OF_TORCHTUNE = words(
 
 ANSWERED = words(
     "--base --checkpoint-dir --adapter --dtype --device --quantize --system --max-new-tokens "
-    "--temperature --top-k --top-p --min-p --repetition-penalty --seed --max-time --stop"
+    "--temperature --top-k --top-p --min-p --repetition-penalty --seed --max-time --stop "
+    "--hide-thoughts"
 )
 MADE = words("adapter --base --checkpoint-dir -o --output --alpha --enable-lora")
 COMMANDS = {
@@ -139,15 +151,15 @@ COMMANDS = {
 CHOICES = {
     ("adapter check", "runtime"): words("PEFT vLLM llama.cpp"),
     ("adapter check", "dtype"): words("bf16 fp32"),
-    ("adapter convert", "to"): words("peft peft-patterns torchtune loralib gguf"),
+    ("adapter convert", "to"): words("peft peft-patterns torchtune loralib gguf mlx onnx"),
     ("adapter merge", "onto"): words("original nf4"),
     ("adapter merge", "dtype"): words("bf16 fp32"),
-    ("adapter merge", "to"): words("hf gguf"),
+    ("adapter merge", "to"): words("hf gguf onnx"),
     ("adapter merge", "type"): words("f16 bf16 q8_0 q4_0"),
-    ("convert-base", "to"): words("gguf"),
+    ("convert-base", "to"): words("gguf onnx"),
     ("convert-base", "type"): words("f16 bf16 q8_0 q4_0"),
     ("import-config", "targets"): words("as-published as-intended as-intended-parts"),
-    ("generate", "dtype"): words("bf16 fp32"),
+    ("generate", "dtype"): words("bf16 fp16 fp32"),
     ("generate", "dropped"): words("error warn"),
 }
 
@@ -205,6 +217,12 @@ FILES = {
     **dict.fromkeys(words("phi3_mini_lora_8gpu phi3_mini_qlora_8gpu"), MANY),
     "phi3_mini_full_8gpu": FOR_OURS,
     "phi3_mini_text": [*FOR_OURS, *words("tokenizer.max_seq_len dataset.overlap dataset.packed")],
+    "phi3_mini_dpo": [*FOR_TUNE, "loss.beta"],
+    "phi3_mini_distill": FOR_TUNE
+    + words(
+        "teacher_dir teacher_quantized teacher_model.checkpoint_dir "
+        "teacher_checkpointer.checkpoint_dir kd_loss._component_ kd_ratio"
+    ),
     "phi3_demo": [*OF_ALL_RUNS, *OF_LORA, *OF_STOCK, "lr_scheduler.num_warmup_steps"],
     "phi3_generate": KEYS[GenerateOptions],
     "phi3_adapter": words(
