@@ -26,7 +26,7 @@ from phi3_plugin.data.order import hold_out
 from phi3_plugin.data.thoughts import is_thinking, split_thought
 from phi3_plugin.data.turns import make_turn
 from phi3_plugin.errors import DataError, MissingFileError, OutputError
-from phi3_plugin.generate import Answer, decoder
+from phi3_plugin.generate import Answer, answer_decoder
 from phi3_plugin.inspect import arrays, is_chat_dataset, is_text_dataset, place_of, source_name
 from phi3_plugin.pages.numbers import MINUS, count, number
 from phi3_plugin.prompts import as_line, too_long
@@ -180,7 +180,7 @@ def last_labelled(tokens: Sequence[int], labels: Sequence[int], tokenizer: Any) 
         raise DataError(NO_ANSWER)
     prompt = list(tokens[:start])
     reference = [labels[i] for i in labelled.tolist() if i >= start]
-    return prompt, tokenizer.decode(prompt, False), decoder(tokenizer)(reference)
+    return prompt, tokenizer.decode(prompt, False), answer_decoder(tokenizer)(reference)
 
 
 def _source(s: Settings, section: Mapping[str, Any], dataset: Any, number: int) -> str:

@@ -71,7 +71,7 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
 # The text of an answer while it grows.
 
 
-def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+def answer_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """Return what makes a text of an answer's tokens: ours shows thoughts, others what they do."""
     decode: Callable[[Sequence[int]], str]
     decode = getattr(tokenizer, "decode_answer", tokenizer.decode)
@@ -96,7 +96,7 @@ class GrowingText:
         self._begun = begun
         self.stopped = False
         """Whether a stop text ended it."""
-        self._decode = decoder(tokenizer)
+        self._decode = answer_decoder(tokenizer)
         self._stops = stops
         self._tokens: list[int] = []
         self._last = slice(0, 0)  # the tokens that the last piece came from
@@ -298,7 +298,7 @@ class Generator:
                 f"prompt {index + 1} has the token {unknown[0]}, but the model knows {vocabulary}. "
                 "Use the tokenizer of its own folder."
             )
-        begun = begun_thought(decoder(self.tokenizer)(list(prompt[-TOKENS_OF_A_MARK:])))
+        begun = begun_thought(answer_decoder(self.tokenizer)(list(prompt[-TOKENS_OF_A_MARK:])))
         text = GrowingText(self.tokenizer, self._stop_texts, begun)
         return _Row(index, prompt, self.sampling.seed, text)
 

@@ -372,7 +372,7 @@ STOCK_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
 """Keys that mean nothing here: the values that change nothing, what to do instead of others."""
 
 CROSS_ENTROPIES = ("CEWithChunkedOutputLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss")
-LOSS_NEUTRAL = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0, "weight": None}
+LOSS_NEUTRAL = {"ignore_index": -100, "reduction": "mean", "weight": None}
 OF_ENTROPY = ("_component_", "num_output_chunks", "label_smoothing")
 """What a section of torch's or torchtune's cross entropy may hold, whatever the values."""
 
@@ -396,10 +396,10 @@ def stock_problems(given: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-PREFERENCE_LOSS = "phi3_plugin.train.losses."
-"""What those of ours are called; `sft` is the cross entropy."""
+LOSSES = "phi3_plugin.train.losses."
+"""What those of ours are called begins so."""
 
-SFT = PREFERENCE_LOSS + "sft"
+PLAIN_SFT = LOSSES + "sft"
 
 STOCK_LOSSES = {"torchtune.rlhf.loss.DPOLoss": "dpo", "torchtune.rlhf.loss.dpo.DPOLoss": "dpo"}
 """Losses of torchtune's that are ones of ours, with the same options."""
@@ -410,16 +410,16 @@ def own_loss(section: dict[str, Any]) -> dict[str, Any] | None:
 
     One that asks for what no loss here does stays as it is.
     """
-    name = str(section["_component_"])
+    name = str(section.get("_component_"))
     options = {key: value for key, value in section.items() if key != "_component_"}
     if name in STOCK_LOSSES:
-        return {**section, "_component_": PREFERENCE_LOSS + STOCK_LOSSES[name]}
+        return {**section, "_component_": LOSSES + STOCK_LOSSES[name]}
     if name.rpartition(".")[2] in CROSS_ENTROPIES and all(
         key in OF_ENTROPY or LOSS_NEUTRAL.get(key, ...) == value for key, value in options.items()
     ):
-        name, options = SFT, {"label_smoothing": options.get("label_smoothing", 0)}
+        name, options = PLAIN_SFT, {"label_smoothing": options.get("label_smoothing", 0)}
         section = {"_component_": name, **options}
-    return None if name == SFT and not any(options.values()) else section
+    return None if name == PLAIN_SFT and not any(options.values()) else section
 
 
 STOCK_DISTILLATION = ("kd_loss", "kd_ratio", "teacher_model", "teacher_checkpointer")
@@ -438,7 +438,7 @@ def own_distillation(given: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(loss, dict | None):
         return {}
     if _is_forward(given.get("kd_loss")) and (loss is None or own_loss(loss) is None):
-        loss = {"_component_": PREFERENCE_LOSS + "distill"}
+        loss = {"_component_": LOSSES + "distill"}
     if loss is None or not _is_distill(loss.get("_component_")):
         return {}
     ratio = given.get("kd_ratio")
@@ -463,7 +463,7 @@ def _is_forward(section: Any) -> bool:
 
 
 def _is_distill(name: Any) -> bool:
-    return str(name).lower() == PREFERENCE_LOSS + "distill"
+    return str(name).lower() == LOSSES + "distill"
 
 
 def distillation_problems(given: Mapping[str, Any]) -> Iterator[str]:
@@ -478,14 +478,14 @@ def distillation_problems(given: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"kd_loss._component_: {spelled(kd_loss.get('_component_'))} is not supported by "
             "this recipe with that loss. Use torchtune.modules.loss.ForwardKLLoss beside "
-            f"cross entropy, or loss._component_={PREFERENCE_LOSS}distill alone."
+            f"cross entropy, or loss._component_={LOSSES}distill alone."
         )
     elif not distills:
         for key in ("teacher_dir", "teacher_adapter", "teacher_quantized", *STOCK_DISTILLATION):
             if given.get(key):
                 yield (
                     f"{key}: {spelled(given[key])} is of no use to another loss than distill. Set "
-                    f"loss._component_={PREFERENCE_LOSS}distill, or remove it."
+                    f"loss._component_={LOSSES}distill, or remove it."
                 )
     if not distills:
         return
@@ -520,7 +520,7 @@ def distillation_problems(given: Mapping[str, Any]) -> Iterator[str]:
         )
     if isinstance(model := given.get("model"), dict):
         other = "name a teacher_dir, which is loaded beside it"
-        yield from _reference_problems(f"{PREFERENCE_LOSS}distill", model, other)
+        yield from _reference_problems(f"{LOSSES}distill", model, other)
 
 
 def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
@@ -532,11 +532,11 @@ def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
     section, data = given.get("loss"), given.get("dataset")
     named = data.get("_component_") if isinstance(data, Mapping) else None
     name = section.get("_component_") if isinstance(section, Mapping) else None
-    if not isinstance(section, Mapping) or name == SFT:
+    if not isinstance(section, Mapping) or name == PLAIN_SFT:
         if named in PREFERENCE_DATASETS:
             yield (
                 f"loss: {spelled(name)} would learn rejected answers as well. Compare them, as "
-                f"with loss._component_={PREFERENCE_LOSS}dpo, or learn the chosen ones alone with "
+                f"with loss._component_={LOSSES}dpo, or learn the chosen ones alone with "
                 "dataset._component_=phi3_plugin.data.chat_dataset."
             )
         return
@@ -560,7 +560,7 @@ def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
     if not hasattr(loss, "compares"):  # as those of answers have
         yield (
             f"loss._component_: {spelled(name)} is no loss of this recipe. Use sft, distill, dpo, "
-            f"simpo, orpo or kto, as in {PREFERENCE_LOSS}dpo."
+            f"simpo, orpo or kto, as in {LOSSES}dpo."
         )
         return
     for key in ("dataset", "dataset_val"):
@@ -577,7 +577,7 @@ def loss_problems(given: Mapping[str, Any]) -> Iterator[str]:
         )
     model = given.get("model")
     if loss.compares and isinstance(model, dict):
-        yield from _reference_problems(str(name), model, f"use {PREFERENCE_LOSS}simpo or orpo")
+        yield from _reference_problems(str(name), model, f"use {LOSSES}simpo or orpo")
 
 
 def _reference_problems(loss: str, model: Mapping[str, Any], other: str) -> Iterator[str]:

@@ -29,7 +29,7 @@ from phi3_plugin.inspect import (
 )
 from phi3_plugin.options import InspectOptions
 from phi3_plugin.pages.inspection import Terminal, write_page
-from phi3_plugin.settings import PREFERENCE_LOSS, read_beside, without_weights
+from phi3_plugin.settings import LOSSES, read_beside, without_weights
 from phi3_plugin.terminal import for_stdout
 from phi3_plugin.train.data import load_data
 
@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> int:
     samples = survey(dataset, data.tokenizer.stop_tokens)
     stock = None
     loss = str(OmegaConf.select(cfg, "loss._component_"))
-    if settings.checkpointer is not None and not loss.startswith(PREFERENCE_LOSS):
+    if settings.checkpointer is not None and not loss.startswith(LOSSES):
         # So torchtune's recipes may run as well
         stock = data.order
         if settings.val_fraction is None and not settings.dataset_val and data.order_val:

@@ -27,7 +27,7 @@ from phi3_plugin.data.columns import (
 )
 from phi3_plugin.data.thoughts import THINK, THOUGHT_FIELDS, THOUGHT_IN_TEXT, thought_of
 from phi3_plugin.data.turns import (
-    LARGEST,
+    HEAVIEST,
     READS_NOTHING,
     ROLES,
     TRAIN_FLAGS,
@@ -545,7 +545,7 @@ def _train_flag(message: Mapping[str, Any]) -> bool | None:
     """Return what a message says about being trained on, by its `TRAIN_FLAGS`."""
     flags = {name: message[name] for name in TRAIN_FLAGS if message.get(name) is not None}
     for name, value in flags.items():
-        is_weight = name == "weight" and is_number(value, least=0) and value <= LARGEST
+        is_weight = name == "weight" and is_number(value, least=0) and value <= HEAVIEST
         if not is_weight and (not isinstance(value, int | float) or value not in (0, 1)):
             number = ", or a number from 0 on" if name == "weight" else ""
             raise DataError(

@@ -150,7 +150,7 @@ class StoreWriter:
         (self._folder / "meta.json").write_text(json.dumps(meta), "utf-8")
 
 
-FILES = ("tokens.bin", "trained.bin", "weights.bin")
+OF_TOKENS = ("tokens.bin", "trained.bin", "weights.bin")
 """What has a value for each token."""
 
 _INTACT = set[tuple[object, ...]]()
@@ -202,7 +202,7 @@ class Store:
             meta = json.loads((folder / "meta.json").read_text("utf-8"))
             samples = np.load(folder / "samples.npy", allow_pickle=False)
             lost = np.load(folder / "lost.npy", allow_pickle=False)
-            sizes = [(folder / name).stat().st_size for name in FILES]
+            sizes = [(folder / name).stat().st_size for name in OF_TOKENS]
             tokens, rows, digest = meta["tokens"], meta["rows"], meta["digest"]
             findings = Findings.from_json(meta["findings"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -293,7 +293,7 @@ class Store:
     @cached_property
     def _files(self) -> tuple[int, ...]:
         with self._present():
-            return tuple(os.open(self.folder / name, os.O_RDONLY) for name in FILES)
+            return tuple(os.open(self.folder / name, os.O_RDONLY) for name in OF_TOKENS)
 
     @contextmanager
     def _present(self) -> Iterator[None]:

@@ -198,7 +198,7 @@ def loss_weight(value: Any, name: str) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not 0 <= number <= LARGEST:
+    if not 0 <= number <= HEAVIEST:
         raise DataError(
             f"{name} is {short_repr(value)}, expected a number from 0 on, by which the loss counts "
             "the row; if it is something else, say what to read with dataset.columns"
@@ -206,7 +206,7 @@ def loss_weight(value: Any, name: str) -> float:
     return number
 
 
-LARGEST = float(np.finfo(np.float32).max)
+HEAVIEST = float(np.finfo(np.float32).max)
 
 # What a row or a message holds, and how errors name it
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
 from phi3_plugin.models.logps import (
-    Measure,
+    OfLogits,
     recomputed,
     rows_at_once,
-    trained_parameters,
+    trained_of,
     worked_out,
 )
 
@@ -64,11 +64,11 @@ def token_distances(
         return _distances(head(piece), targets[some], teaching, some)
 
     rows = rows_at_once(2 * vocabulary)  # those of the teacher are there as well
-    trained = trained_parameters(head) if torch.is_grad_enabled() else []
+    trained = trained_of(head) if torch.is_grad_enabled() else []
     if trained:
         return recomputed(of_piece, hidden, rows, trained)
 
-    def measured(some: slice) -> Measure:
+    def measured(some: slice) -> OfLogits:
         taught = teaching.head(teaching.hidden[some])
         return partial(_measure, targets[some], taught, teaching)
 

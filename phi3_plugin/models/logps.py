@@ -45,7 +45,7 @@ def token_logps(
             ``cross_entropy``.
     """
     rows = rows_at_once(vocabulary)
-    trained = trained_parameters(head) if torch.is_grad_enabled() else []
+    trained = trained_of(head) if torch.is_grad_enabled() else []
     if trained:
 
         def of_piece(piece: Tensor, some: slice) -> Tensor:
@@ -53,7 +53,7 @@ def token_logps(
 
         return recomputed(of_piece, hidden, rows, trained)
 
-    def measured(some: slice) -> Measure:
+    def measured(some: slice) -> OfLogits:
         return partial(_predict, targets[some], label_smoothing)
 
     return worked_out(measured, hidden, head, rows, 1)[0]
@@ -64,7 +64,7 @@ def rows_at_once(width: int) -> int:
     return max(LOGITS // width // 64 * 64, 64)  # kernels like multiples of 64
 
 
-def trained_parameters(head: nn.Module | TiedLinear) -> list[Tensor]:
+def trained_of(head: nn.Module | TiedLinear) -> list[Tensor]:
     """Return what of a head is trained."""
     if isinstance(head, TiedLinear):
         head = head.tied_module
@@ -88,13 +88,13 @@ def recomputed(of_piece: OfPiece, hidden: Tensor, rows: int, trained: Sequence[T
     return values
 
 
-Measure = Callable[[slice, Tensor, Tensor, bool], Tensor | None]
+OfLogits = Callable[[slice, Tensor, Tensor, bool], Tensor | None]
 """(some rows of a piece, their logits ``[n, V]``, where to write their values ``[K, n]``, whether
 slopes are wanted) -> those of the first value by the logits, ``[n, V]`` in fp32."""
 
 
 def worked_out(
-    measured: Callable[[slice], Measure],
+    measured: Callable[[slice], OfLogits],
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     rows: int,
@@ -123,7 +123,7 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head: Callable[[Tensor], Tensor],
-        measured: Callable[[slice], Measure],
+        measured: Callable[[slice], OfLogits],
         rows: int,
         kinds: int,
     ) -> Tensor:

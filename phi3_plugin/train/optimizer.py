@@ -58,7 +58,7 @@ def parameter_groups(
     return [{"params": slow}, {"params": fast, "lr": rate * lora_plus_ratio}, *undecayed]
 
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW)
+FUSABLE = (torch.optim.Adam, torch.optim.AdamW)
 """Those of torch whose step is one kernel, if asked, and can be left out by a number on a GPU."""
 
 
@@ -71,7 +71,7 @@ def for_gpu(section: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> 
         section: Of the YAML; what it says of how a step is computed is left to it.
         groups: From :func:`parameter_groups`.
     """
-    if component(section["_component_"]) not in FUSED or HOW_COMPUTED & section.keys():
+    if component(section["_component_"]) not in FUSABLE or HOW_COMPUTED & section.keys():
         return {}
     parameters = [p for group in groups for p in group["params"]]
     return {"fused": True} if all(computes_ahead(p.device) for p in parameters) else {}

@@ -15,11 +15,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchao import quantization
 
-from phi3_plugin import hook
 from phi3_plugin.config import checkpoint_folder, read_config
 from phi3_plugin.data.vocabulary import first_difference, read_vocabulary
 from phi3_plugin.errors import ConfigError
-from phi3_plugin.settings import CHAT_DATASETS, PREFERENCE_DATASETS, PREFERENCE_LOSS
+from phi3_plugin.settings import CHAT_DATASETS, LOSSES, PREFERENCE_DATASETS
 
 _OPTIMIZER_ALONE = re.compile(r"load_from_full_optimizer_state_dict\(\s*optimizer,")
 """A call of torchtune's as it was before the model came first."""
@@ -70,7 +69,7 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
             "CPU. Use a recipe for a single device or, for several processes, phi3_lora_finetune."
         )
     is_int4 = str((quantizer or {}).get("_component_")).endswith(".Int4WeightOnlyQuantizer")
-    if is_int4 and quantization.int4_weight_only.__module__ == hook.__name__:  # our stub
+    if is_int4 and quantization.int4_weight_only.__module__.startswith("phi3_plugin."):  # our stub
         found.append(
             "quantizer: Int4WeightOnlyQuantizer needs torchao below 0.16. Use torchtune.training."
             "quantization.Int8DynActInt4WeightQuantizer, or `phi3-tune convert-base --to gguf`."
@@ -143,7 +142,7 @@ def problems(source: str, cfg: Mapping[str, Any]) -> list[str]:
         )
     found += _other_vocabulary(cfg) if "teacher_checkpointer" in source else []
     loss = str((cfg.get("loss") or {}).get("_component_"))
-    if "instantiate(cfg.loss)" in source and loss.startswith(PREFERENCE_LOSS):
+    if "instantiate(cfg.loss)" in source and loss.startswith(LOSSES):
         compares = "padded_collate_dpo" in source
         theirs = "rlhf.loss.DPOLoss" if compares else "modules.loss.CEWithChunkedOutputLoss"
         found.append(

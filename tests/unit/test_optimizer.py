@@ -8,7 +8,7 @@ from phi3_plugin.errors import CheckpointError, ConfigError
 from phi3_plugin.train import constant_with_warmup, cosine_with_warmup, linear_with_warmup
 from phi3_plugin.train.model import prepare
 from phi3_plugin.train.optimizer import (
-    FUSED,
+    FUSABLE,
     check_shards,
     load_optimizer_state,
     optimizer_state,
@@ -288,7 +288,7 @@ def test_what_stays_in_full_precision_may_be_shared_out_anyhow(dtype):
     check_shards(optimizer, names, 4)
 
 
-@pytest.mark.parametrize("make", FUSED)
+@pytest.mark.parametrize("make", FUSABLE)
 def test_a_fused_step_is_left_out_by_a_number(make):
     """As a GPU does it, whose Python does not know the number."""
     plain, asked = (nn.Linear(3, 2) for _ in range(2))

@@ -228,6 +228,8 @@ def test_what_must_be_set(problems, key):
         ("model.lora_alpha", "${a.b}", "Interpolation key 'a.b' not found."),
         ("optimizer.lr", "fast", "'fast' must be a number above 0."),
         ("dataset", [{"source": "a"}], "[{'source': 'a'}] must be a section with _component_. For"),
+        ("loss", {}, "{} must be a section with _component_ or null."),
+        ("loss", {"label_smoothing": 0.1}, "{'label_smoothing': 0.1} must be a section with"),
     ],
 )
 def test_one_mistake_is_one_line(problems, key, value, problem):
