@@ -83,10 +83,9 @@ def save(
 RUN_STATE: Mapping[str, Any] = {
     "step": int,
     "optimizer": {"kind": str, "state": dict},
-    "loss_scale": dict,
     "random": list,
     "train": {
-        **{"step": int, "best": float, "stale": int, "validated": int, "skipped": int},
+        **{"step": int, "best": float, "stale": int, "validated": int},
         **{"answers_before": dict, "changes": list},
     },
     "data": dict,
@@ -94,7 +93,8 @@ RUN_STATE: Mapping[str, Any] = {
     "base_hash": str,
     "settings": {"model": dict},
 }
-"""What the state of a run has, and of which kind; a dictionary may have more."""
+"""What the state of a run has, and of which kind; a dictionary may have more, as fp16 and
+distillation do: runs from before these are gone on with."""
 
 
 def load_state(folder: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:

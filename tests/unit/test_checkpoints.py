@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from phi3_plugin.recipes.lora_finetune import TrainState
 
 from phi3_plugin.errors import CheckpointError, MissingFileError, OutputError
 from phi3_plugin.train import checkpoints as run
@@ -333,10 +334,9 @@ def test_what_could_not_be_written_stops_the_run_at_the_next_save(tmp_path, save
 WHOLE = {
     "step": 1,
     "optimizer": {"kind": "AdamW", "state": {}},
-    "loss_scale": {},
     "random": [],
     "train": {
-        **{"step": 1, "best": 0.5, "stale": 0, "validated": 0, "skipped": 0},
+        **{"step": 1, "best": 0.5, "stale": 0, "validated": 0},
         **{"answers_before": {}, "changes": []},
     },
     "data": {},
@@ -374,6 +374,13 @@ def test_a_state_without_a_key_or_of_another_kind_is_one_error(tmp_path, path, v
     torch.save(state, tmp_path / run.STATE)
     with pytest.raises(CheckpointError, match=rf"state\.pt is no state of a run:\n  {problem}\n"):
         run.load_state(tmp_path, run.RUN_STATE)
+
+
+def test_a_state_from_before_fp16_is_gone_on_with(tmp_path):
+    (tmp_path / "resume").mkdir()
+    torch.save(WHOLE, tmp_path / run.STATE)
+    train = run.load_state(tmp_path, run.RUN_STATE)["train"]
+    assert TrainState(**train).skipped == 0
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), TypeError("y"), RuntimeError("z")])
