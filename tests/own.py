@@ -151,6 +151,24 @@ def chat(number: int) -> dict:
     }
 
 
+def write_pairs(folder: Path, count: int) -> None:
+    """Write ``pairs.jsonl``: to each question its answer, and that of another one."""
+    rows = []
+    for number in range(count):
+        (ask, good), (_, bad) = (chat(n)["messages"] for n in (number, number + 17))
+        texts = {"chosen": good["content"], "rejected": bad["content"] + " nine"}
+        rows.append({"prompt": ask["content"], **texts})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def linked(source: Path, folder: Path, *names: str) -> Path:
+    """Give a folder the inputs of another, ``base`` and ``rows.jsonl`` if no others are named."""
+    folder.mkdir(exist_ok=True)
+    for name in names or ("base", "rows.jsonl"):
+        (folder / name).symlink_to(source / name)
+    return folder
+
+
 def losses(folder) -> list[float]:
     return [line["loss"] for line in metrics(folder)]
 

@@ -27,6 +27,7 @@ from tests.own import (
     chat,
     finished,
     leave_until,
+    linked,
     losses,
     merged,
     metrics,
@@ -42,6 +43,7 @@ pytestmark = pytest.mark.slow
 
 CONFIG = Path(__file__).parents[2] / "configs" / "phi3_mini_distill.yaml"
 TEACHER = "teacher_dir=teacher"
+INPUTS = ("base", "rows.jsonl", "teacher", "adapter")
 TEACHERS = {"another": (TEACHER,), "adapter": ("teacher_adapter=adapter",), "base": ()}
 MODEL = "model._component_=phi3_plugin.models."
 
@@ -62,14 +64,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def cwd(made, tmp_path):
-    return linked(made, tmp_path)
-
-
-def linked(made, folder):
-    folder.mkdir(exist_ok=True)
-    for name in ("base", "rows.jsonl", "teacher", "adapter"):
-        (folder / name).symlink_to(made / name)
-    return folder
+    return linked(made, tmp_path, *INPUTS)
 
 
 def at(cwd, settings):
@@ -162,7 +157,7 @@ def test_losses_and_adapter_are_those_of_torch_over_transformers(teacher, temper
 def test_a_run_that_was_stopped_ends_in_the_same_bits(teacher, made, cwd):
     settings = (*RUN, *TEACHERS[teacher])
     out = run(*settings, cwd=cwd)
-    again = linked(made, cwd / "again")
+    again = linked(made, cwd / "again", *INPUTS)
     leave_until(3, out, again / "out")
     run(*settings, "resume=auto", cwd=again)
     assert_same_end(again / "out", out)
@@ -353,7 +348,7 @@ def test_torchtunes_recipe_trains_resumes_and_ends_in_an_adapter(made, cwd):
     out = runs_stock(tune_run, recipe, cwd)
     losses_of = [line["class_loss"] for line in told(out)]
     assert len(losses_of) == 8 and losses_of[-1] < 0.8 * losses_of[0]
-    again = linked(made, cwd / "again")
+    again = linked(made, cwd / "again", *INPUTS)
     shutil.copytree(out / "epoch_0", again / "out" / "epoch_0")
     resumed = runs_stock(tune_run, recipe, again, "resume_from_checkpoint=True")
     ours, theirs = load_adapter(resumed / "epoch_1"), load_adapter(out / "epoch_1")

@@ -340,6 +340,14 @@ def test_it_ends_in_a_model_that_transformers_loads(run, cwd, recipe):
     assert folders == ["epoch_0", "epoch_1"]
 
 
+def check_end(cwd, recipe):
+    """Check that a run has trained, and ended in what others compute the same of."""
+    if recipe in ADAPTERS:
+        assert peft_agrees(cwd, cwd / "out" / "epoch_1") > 1e-3
+    else:
+        check_checkpoint(cwd / "out" / "epoch_1", cwd / "base", BATCH, moved=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("recipe", [*ADAPTERS, *WHOLE])
@@ -348,10 +356,7 @@ def test_it_does_so_with_a_tied_head(run, cwd, tied, recipe):
         (cwd / name).unlink()
         (cwd / name).symlink_to(tied / name)
     run(recipe, {**ADAPTERS, **WHOLE}[recipe])
-    if recipe in ADAPTERS:
-        assert peft_agrees(cwd, cwd / "out" / "epoch_1") > 1e-3
-    else:
-        check_checkpoint(cwd / "out" / "epoch_1", cwd / "base", BATCH, moved=1e-3)
+    check_end(cwd, recipe)
 
 
 @pytest.mark.slow
@@ -393,10 +398,7 @@ def test_the_optimizer_in_the_backward_pass(run, cwd, recipe):
 def test_compiled(run, cwd, recipe, monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
     run(recipe, {**ADAPTERS, **WHOLE}[recipe] | {"compile": True})
-    if recipe in ADAPTERS:
-        assert peft_agrees(cwd, cwd / "out" / "epoch_1") > 1e-3
-    else:
-        check_checkpoint(cwd / "out" / "epoch_1", cwd / "base", BATCH, moved=1e-3)
+    check_end(cwd, recipe)
 
 
 @pytest.mark.slow
@@ -406,10 +408,7 @@ def test_it_does_so_in_two_processes(cwd, recipe):
     write(cwd, {**ADAPTERS, **WHOLE}[recipe])
     done = torchrun_stock("--config", "recipe.yaml", cwd=cwd, recipe=recipe)
     assert done.returncode == 0, done.stderr[-3000:]
-    if recipe in ADAPTERS:
-        assert peft_agrees(cwd, cwd / "out" / "epoch_1") > 1e-3
-    else:
-        check_checkpoint(cwd / "out" / "epoch_1", cwd / "base", BATCH, moved=1e-3)
+    check_end(cwd, recipe)
 
 
 @pytest.mark.parametrize("recipe", REFUSED)

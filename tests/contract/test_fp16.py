@@ -1,6 +1,5 @@
 """Runs in fp16 follow those in fp32, as those of PEFT under torch's autocast and scaler do."""
 
-import json
 import math
 from itertools import pairwise
 
@@ -26,14 +25,15 @@ from tests.own import (
     TINY,
     VARIANTS,
     assert_same_end,
-    chat,
     finished,
     leave_until,
+    linked,
     losses,
     metrics,
     own_run,
     started,
     train,
+    write_pairs,
 )
 
 pytestmark = pytest.mark.slow
@@ -145,13 +145,11 @@ def test_a_run_stopped_after_skipped_steps_ends_in_the_same_bits(cwd, monkeypatc
     rates = pairwise([line["lr"] for line in steps])
     assert [i for i, (one, other) in enumerate(rates) if one == other] == skipped
     for step in (skipped[0] + 1, skipped[-1] + 1):
-        (cwd / str(step)).mkdir()
-        for name in ("base", "rows.jsonl"):
-            (cwd / str(step) / name).symlink_to(cwd / name)
-        leave_until(step, cwd / "whole", cwd / str(step) / "whole")
-        recipe = train(cwd / str(step), *keys, "resume=auto")
+        again = linked(cwd, cwd / str(step))
+        leave_until(step, cwd / "whole", again / "whole")
+        recipe = train(again, *keys, "resume=auto")
         assert recipe.last.folder.name == f"step_{step:06d}"
-        assert_same_end(cwd / str(step) / "whole", cwd / "whole")
+        assert_same_end(again / "whole", cwd / "whole")
 
 
 @pytest.mark.parametrize("replicas", some([1, 2], quick={1}))
@@ -167,12 +165,7 @@ def test_two_processes_are_one_in_fp16(replicas, cwd):
 
 @pytest.mark.parametrize("loss", some(["dpo", "simpo", "orpo", "kto"], quick={"dpo"}))
 def test_losses_of_answers_are_those_of_fp32(loss, cwd):
-    rows = []
-    for number in range(12):
-        (ask, good), (_, bad) = (chat(n)["messages"] for n in (number, number + 17))
-        texts = {"chosen": good["content"], "rejected": bad["content"] + " nine"}
-        rows.append({"prompt": ask["content"], **texts})
-    (cwd / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs(cwd, 12)
     own = (f"loss._component_=phi3_plugin.train.losses.{loss}", "dataset.source=pairs.jsonl")
     sizes = ("batch_size=1", "gradient_accumulation_steps=3", "max_steps=5", "optimizer.lr=2e-3")
     exact, half = (

@@ -13,6 +13,7 @@ from tests.own import (
     assert_same_end,
     finished,
     leave_until,
+    linked,
     losses,
     metrics,
     own_run,
@@ -52,9 +53,7 @@ def test_a_stopped_run_ends_in_the_same_bits(kind, accumulation, cwd):
     settings = (*KINDS[kind], f"gradient_accumulation_steps={accumulation}", "epochs=2")
     whole = train(cwd, *settings)
     assert whole.data.total_steps > 5
-    (cwd / "again").mkdir()
-    for name in ("base", "rows.jsonl"):
-        (cwd / "again" / name).symlink_to(cwd / name)
+    linked(cwd, cwd / "again")
     leave_until(3, cwd / "out", cwd / "again" / "out")
     recipe = train(cwd / "again", *settings, "resume=auto")
     assert recipe.last.folder.name == "step_000003"

@@ -1,6 +1,5 @@
 """Runs on preferences: however they are split, stopped or computed, and as torchtune's recipe."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from tests.own import (
     RUN,
     TINY,
     assert_same_end,
-    chat,
     finished,
     leave_until,
+    linked,
     losses,
     merged,
     metrics,
@@ -24,6 +23,7 @@ from tests.own import (
     same_losses,
     same_weights,
     tiny_inputs,
+    write_pairs,
 )
 from tests.stock import stock_module, torchrun_stock
 
@@ -31,30 +31,19 @@ pytestmark = pytest.mark.slow
 
 CONFIG = Path(__file__).parents[2] / "configs" / "phi3_mini_dpo.yaml"
 LOSSES = ("dpo", "simpo", "orpo", "kto")
+INPUTS = ("base", "pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tiny_inputs(tmp_path_factory.mktemp("pairs"), rows=1)
-    rows = []
-    for number in range(20):
-        (ask, good), (_, bad) = (chat(n)["messages"] for n in (number, number + 17))
-        texts = {"chosen": good["content"], "rejected": bad["content"] + " nine"}
-        rows.append({"prompt": ask["content"], **texts})
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs(folder, 20)
     return folder
 
 
 @pytest.fixture
 def cwd(made, tmp_path):
-    return linked(made, tmp_path)
-
-
-def linked(made, folder):
-    folder.mkdir(exist_ok=True)
-    for name in ("base", "pairs.jsonl"):
-        (folder / name).symlink_to(made / name)
-    return folder
+    return linked(made, tmp_path, *INPUTS)
 
 
 def of(loss, *settings, base=TINY):
@@ -72,7 +61,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(loss, made, cwd):
     settings = of(loss, base=RUN)
     out = finished(*settings, cwd=cwd, config=CONFIG)
     assert len(losses(out)) == 6
-    again = linked(made, cwd / "again")
+    again = linked(made, cwd / "again", *INPUTS)
     leave_until(3, out, again / "out")
     finished(*settings, "resume=auto", cwd=again, config=CONFIG)
     assert_same_end(again / "out", out)

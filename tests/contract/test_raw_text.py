@@ -24,6 +24,7 @@ from tests.own import (
     assert_same_end,
     finished,
     leave_until,
+    linked,
     losses,
     own_run,
     same_losses,
@@ -136,20 +137,14 @@ def made(tmp_path_factory):
 
 
 SETTINGS = (*RUN, "dataset.source=texts", "dataset.overlap=4", "tokenizer.max_seq_len=48")
-
-
-def linked(made, folder):
-    folder.mkdir(exist_ok=True)
-    for name in ("base", "texts"):
-        (folder / name).symlink_to(made / name)
-    return folder
+INPUTS = ("base", "texts")
 
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_in_the_same_bits(made, tmp_path):
-    cwd = linked(made, tmp_path / "one")
+    cwd = linked(made, tmp_path / "one", *INPUTS)
     out = finished(*SETTINGS, cwd=cwd, config=CONFIG)
-    again = linked(made, tmp_path / "again")
+    again = linked(made, tmp_path / "again", *INPUTS)
     leave_until(3, out, again / "out")
     finished(*SETTINGS, "resume=auto", cwd=again, config=CONFIG)
     assert_same_end(again / "out", out)
@@ -159,7 +154,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(made, tmp_path):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_two_processes_are_one(made, tmp_path):
-    cwd = linked(made, tmp_path / "runs")
+    cwd = linked(made, tmp_path / "runs", *INPUTS)
     settings = (*SETTINGS, "model.lora_dropout=0.0")
     one = finished(*settings, "output_dir=one", cwd=cwd, config=CONFIG)
     sizes = ("gradient_accumulation_steps=1", "output_dir=two")

@@ -15,6 +15,7 @@ from tests.own import (
     full_config,
     leave_until,
     lines,
+    linked,
     own_run,
     same,
     started,
@@ -73,9 +74,7 @@ def test_a_run_that_stopped_improving_does_not_go_on(cwd):
 )
 def test_every_kind_of_run_does(settings, cwd):
     train(cwd, *settings, "epochs=1")
-    (cwd / "again").mkdir()
-    for name in ("base", "rows.jsonl"):
-        (cwd / "again" / name).symlink_to(cwd / name)
+    linked(cwd, cwd / "again")
     leave_until(1, cwd / "out", cwd / "again" / "out")
     train(cwd / "again", *settings, "epochs=1", "resume=auto")
     assert_same_end(cwd / "again" / "out", cwd / "out")

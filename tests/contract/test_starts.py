@@ -15,6 +15,7 @@ from tests.own import (
     TINY,
     assert_same_end,
     leave_until,
+    linked,
     logits,
     losses,
     own_run,
@@ -72,9 +73,7 @@ def test_peft_computes_what_was_trained_and_a_resume_ends_in_the_same_bits(kind,
             torch.testing.assert_close(logits(recipe), theirs, rtol=0, atol=2e-5)
             with peft.disable_adapter():
                 assert (peft(input_ids=BATCH).logits - theirs).abs().max() > 0.01
-    (cwd / "again").mkdir()
-    for name in ("base", "rows.jsonl"):
-        (cwd / "again" / name).symlink_to(cwd / name)
+    linked(cwd, cwd / "again")
     leave_until(1, cwd / "out", cwd / "again" / "out")
     again = train(cwd / "again", *settings, "resume=auto")
     assert again.last.folder.name == "step_000001"

@@ -12,6 +12,7 @@ from tests.own import (
     assert_same_end,
     finished,
     leave_until,
+    linked,
     losses,
     own_run,
     same_losses,
@@ -44,10 +45,7 @@ def test_a_stopped_run_ends_in_the_same_bits(weighted):
     lines = History.read(weighted / "out" / "metrics.jsonl")
     told = [line for line in lines if "val_loss" in line]
     assert told and not any("val_perplexity" in line for line in told)  # exp(loss) would be none
-    again = weighted / "again"
-    again.mkdir()
-    for name in ("base", "weighted.jsonl"):
-        (again / name).symlink_to(weighted / name)
+    again = linked(weighted, weighted / "again", "base", "weighted.jsonl")
     leave_until(2, weighted / "out", again / "out")
     recipe = train(again, *DATA, "epochs=2", "resume=auto")
     assert recipe.last.folder.name == "step_000002"

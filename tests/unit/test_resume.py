@@ -18,7 +18,15 @@ from phi3_plugin.train import checkpoints
 from phi3_plugin.train.monitor import History
 from phi3_plugin.train.optimizer import replay
 from phi3_plugin.train.resume import changes_of, moved, record, told
-from tests.own import CONFIG, RUN, leave_until, metrics, started, train
+from tests.own import (
+    CONFIG,
+    RUN,
+    leave_until,
+    linked,
+    metrics,
+    started,
+    train,
+)
 
 HONOURED, FREE, CONTENT, REFUSED = OnResume
 
@@ -431,9 +439,7 @@ def test_questions_may_change(whole, cwd):
 
 @pytest.mark.slow
 def test_equal_runs_write_equal_files(whole, cwd):
-    (cwd / "again").mkdir()
-    for name in ("base", "rows.jsonl"):
-        (cwd / "again" / name).symlink_to(cwd / name)
+    linked(cwd, cwd / "again")
     for folder in (cwd, cwd / "again"):
         train(folder, "max_steps=2")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
