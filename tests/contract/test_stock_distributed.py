@@ -11,7 +11,7 @@ from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_with_peft
 from tests.adapters import load_adapter
 from tests.chosen import some
-from tests.own import tiny_inputs
+from tests.own import linked, tiny_inputs
 from tests.stock import torchrun_stock
 
 pytestmark = pytest.mark.slow
@@ -46,9 +46,7 @@ def inputs(tmp_path_factory):
 
 
 def run(inputs, cwd, *settings):
-    cwd.mkdir(exist_ok=True)
-    for name in ("base", "rows.jsonl"):
-        (cwd / name).symlink_to(inputs / name)
+    linked(inputs, cwd)
     done = torchrun_stock(*RUN, *settings, cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]
     return cwd / "out"

@@ -12,6 +12,7 @@ from phi3_plugin.models.lora_settings import TARGETS
 from phi3_plugin.proof import load_with_peft
 from tests.adapters import load_adapter
 from tests.chosen import some
+from tests.own import linked
 from tests.stock import gsm8k, tiny_checkpoint, tune_run
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow]
@@ -71,8 +72,7 @@ def test_peft_computes_what_our_model_computes(run):
 
 
 def test_resume_ends_in_the_same_adapter(run, tmp_path):
-    for name in ("base", "rows.jsonl"):
-        (tmp_path / name).symlink_to(run / name)
+    linked(run, tmp_path)
     shutil.copytree(run / "out" / "epoch_0", tmp_path / "out" / "epoch_0")
     done = tune_run(*RUN, "output_dir=out", "resume_from_checkpoint=True", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -83,8 +83,7 @@ def test_resume_ends_in_the_same_adapter(run, tmp_path):
 
 def test_packed_documents_train_like_documents_one_by_one(run, tmp_path):
     """Equal sums over the same documents give equal first losses; nothing leaks across."""
-    for name in ("base", "rows.jsonl"):
-        (tmp_path / name).symlink_to(run / name)
+    linked(run, tmp_path)
     gsm8k(tmp_path / "six.jsonl", 6)
     shared = ("dataset.source=six.jsonl", "shuffle=False", "epochs=1", "max_steps_per_epoch=1")
     shared += ("lr_scheduler.num_warmup_steps=0", "gradient_accumulation_steps=1")
